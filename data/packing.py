@@ -1,0 +1,115 @@
+"""Packing as a plan computed from lengths: spans of documents -> pieces -> rows.
+
+A span is a run of tokens [start, stop) of a document. Spans are cut into pieces of at most max_seq_len - 2 tokens
+(each piece becomes a sequence: [CLS] piece [SEP]); pieces go best-fit-decreasing into rows of max_seq_len slots.
+"""
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+SPECIAL_TOKENS_PER_SEQUENCE = 2  # [CLS] and [SEP]
+_GROUP_BITS = 6  # remaining-space buckets are searched in groups of 64
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Token runs of documents: `document` is an index into the block's documents. All (n,) int64; stop > start."""
+
+    document: NDArray[np.int64]
+    start: NDArray[np.int64]
+    stop: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows of pieces. Row r holds pieces row_starts[r] to row_starts[r + 1]."""
+
+    pieces: Spans
+    row_starts: NDArray[np.int64]
+    max_seq_len: int
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_starts) - 1
+
+    def row(self, index: int) -> slice:
+        """The row's slice of `pieces`."""
+        return slice(int(self.row_starts[index]), int(self.row_starts[index + 1]))
+
+    def remaining(self, first_row: int) -> Spans:
+        """The tokens of rows first_row and later, adjacent pieces of a document joined again, in document order."""
+        tail = slice(int(self.row_starts[first_row]), None)
+        document, start, stop = self.pieces.document[tail], self.pieces.start[tail], self.pieces.stop[tail]
+        order = np.lexsort((start, document))
+        document, start, stop = document[order], start[order], stop[order]
+        begins = np.ones(len(document), bool)
+        begins[1:] = (document[1:] != document[:-1]) | (start[1:] != stop[:-1])
+        last = np.append(np.flatnonzero(begins)[1:] - 1, len(document) - 1) if len(document) else np.zeros(0, np.int64)
+        return Spans(document[begins], start[begins], stop[last])
+
+
+def cut(spans: Spans, max_seq_len: int) -> Spans:
+    """Cut spans into pieces of at most max_seq_len - 2 tokens: full ones first, the remainder last."""
+    room = max_seq_len - SPECIAL_TOKENS_PER_SEQUENCE
+    count = -(-(spans.stop - spans.start) // room)
+    first = np.cumsum(count) - count
+    nth = np.arange(int(count.sum())) - np.repeat(first, count)
+    start = np.repeat(spans.start, count) + nth * room
+    return Spans(np.repeat(spans.document, count), start, np.minimum(start + room, np.repeat(spans.stop, count)))
+
+
+@numba.njit(cache=True)
+def _best_fit(lengths: NDArray[np.int64], order: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int64], int]:
+    """Row of each piece, and the number of rows. `order` visits pieces by decreasing length.
+
+    Open rows hang in linked lists by remaining space; a piece goes to the fullest row that still takes it.
+    """
+    head = np.full(capacity + 1, -1, np.int64)
+    group = np.zeros((capacity >> _GROUP_BITS) + 1, np.int64)  # open rows per 64 buckets: skips empty stretches
+    next_row = np.empty(len(lengths), np.int64)
+    row_of = np.empty(len(lengths), np.int64)
+    num_rows = 0
+    for piece in order:
+        need = lengths[piece]
+        space = need
+        while space <= capacity and head[space] < 0:
+            space += 1
+            if space & ((1 << _GROUP_BITS) - 1) == 0:
+                while space <= capacity and group[space >> _GROUP_BITS] == 0:
+                    space += 1 << _GROUP_BITS
+        if space > capacity:
+            row, space = num_rows, capacity
+            num_rows += 1
+        else:
+            row = head[space]
+            head[space] = next_row[row]
+            group[space >> _GROUP_BITS] -= 1
+        row_of[piece] = row
+        left = space - need
+        next_row[row] = head[left]
+        head[left] = row
+        group[left >> _GROUP_BITS] += 1
+    return row_of, num_rows
+
+
+def pack(spans: Spans, max_seq_len: int, rng: np.random.Generator) -> Plan:
+    """Pack spans into rows of max_seq_len slots, best-fit-decreasing; the rows come in an order drawn from `rng`.
+
+    An empty input gives zero rows. Cost: O(pieces), about 0.1 us each. Source of the method: best-fit-decreasing bin
+    packing (Johnson 1973); for sequence packing see Krell et al. 2021, arXiv 2107.02027.
+    """
+    pieces = cut(spans, max_seq_len)
+    lengths = pieces.stop - pieces.start + SPECIAL_TOKENS_PER_SEQUENCE
+    row_of, num_rows = _best_fit(lengths, np.argsort(-lengths, kind="stable"), max_seq_len)
+    position = rng.permutation(num_rows)
+    row_of = position[row_of]
+    order = np.argsort(row_of, kind="stable")
+    row_starts = np.zeros(num_rows + 1, np.int64)
+    np.cumsum(np.bincount(row_of, minlength=num_rows), out=row_starts[1:])
+    return Plan(Spans(pieces.document[order], pieces.start[order], pieces.stop[order]), row_starts, max_seq_len)
