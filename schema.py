@@ -18,12 +18,14 @@ Both `norm: rmsnorm` and `norm: {name: rmsnorm, eps: 1e-5}` then validate, to `R
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError, model_validator
 
 T = TypeVar("T")
+S = TypeVar("S", bound=BaseModel)
 
 
 class ConfigError(Exception):
@@ -52,7 +54,9 @@ class Schema(BaseModel):
         if isinstance(node, dict):
             unknown = [str(key) for key in node if key not in cls.model_fields]
             if unknown:
-                raise ValueError("; ".join(f"unknown key {key!r}, {did_you_mean(key, cls.model_fields)}" for key in unknown))
+                raise ValueError(
+                    "; ".join(f"unknown key {key!r}, {did_you_mean(key, cls.model_fields)}" for key in unknown)
+                )
         return node
 
 
@@ -108,15 +112,110 @@ def parse_count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"expected a count such as 50B, 300K or 1000000, got {value!r}")
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([KMBT]?)\s*", value, re.IGNORECASE)
+        match = re.fullmatch(r"\s*(-?[0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([KMBT]?)\s*", value, re.IGNORECASE)
         if match is None:
             raise ValueError(f"expected a count such as 50B, 300K or 1000000, got {value!r}")
         number = float(match[1]) * _UNITS[match[2].upper()]
     else:
         number = value
-    if number != round(number):
-        raise ValueError(f"expected a whole count, got {value!r}")
+    if number != round(number) or number < 0:
+        raise ValueError(f"expected a whole count, 0 or more, got {value!r}")
     return round(number)
 
 
 Count = Annotated[int, BeforeValidator(parse_count)]
+
+
+def load_node(
+    path: str | Path, overrides: Sequence[str] = (), expand: Callable[[Any], Any] | None = None
+) -> dict[str, Any]:
+    """Read a YAML file with OmegaConf: `defaults` (files to merge under it), overrides `key.path=value`, interpolation.
+
+    expand: applied to the merged OmegaConf node before the overrides (presets). Raises ConfigError, one line per fault.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    node = _read_yaml(Path(path), ())
+    try:
+        values = [_parse_override(override) for override in overrides]
+        # A whole section given by an override (`model=modernbert-base`) counts before the keys inside it.
+        for key, value in sorted(values, key=lambda pair: pair[0].count(".")):
+            if expand is not None and "." in key:
+                node = expand(node)
+            OmegaConf.update(node, key, value, force_add=True)
+        if expand is not None:
+            node = expand(node)
+        return cast("dict[str, Any]", OmegaConf.to_container(node, resolve=True, throw_on_missing=True))
+    except OmegaConfBaseException as error:
+        where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise ConfigError(f"{path}: {where}{str(error).splitlines()[0]}") from None
+    except (TypeError, AttributeError, IndexError, ValueError) as error:  # an override that goes through a plain value
+        raise ConfigError(f"{path}: override does not fit the file: {error}") from None
+
+
+def validate(schema: type[S], node: Any, path: str | Path) -> S:
+    """Check a node against a schema. Raises ConfigError with one line per fault: `file: key.path: what is wrong`."""
+    try:
+        return schema.model_validate(node)
+    except ValidationError as error:
+        raise ConfigError("\n".join(dict.fromkeys(f"{path}: {line}" for line in explain(error)))) from None
+
+
+def explain(error: ValidationError) -> list[str]:
+    """One line per fault of a ValidationError: `key.path: what is wrong`."""
+    lines = []
+    for fault in error.errors():
+        where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in fault["loc"]).lstrip(".")
+        cause = fault.get("ctx", {}).get("error")
+        if isinstance(cause, ValidationError):
+            lines += [f"{where}.{line}" for line in explain(cause)]
+            continue
+        message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        if fault["type"] == "missing":
+            message = "is required and missing"
+        elif not isinstance(cause, ValueError):
+            message += f", got {fault['input']!r}"
+        lines.append(f"{where}: {message}" if where else message)
+    return lines
+
+
+def _read_yaml(path: Path, parents: tuple[Path, ...]) -> Any:
+    """The file merged over its `defaults`. Raises ConfigError for a missing file, a syntax error or a circle."""
+    from omegaconf import OmegaConf
+    from yaml import MarkedYAMLError, YAMLError
+
+    if path.resolve() in parents:
+        raise ConfigError(f"{path}: defaults: the file includes itself")
+    if not path.is_file():
+        siblings = {str(file) for file in path.parent.glob("*.yaml")} if path.parent.is_dir() else set()
+        hint = f", {did_you_mean(str(path), siblings)}" if siblings else ""
+        raise ConfigError(f"{path}: no such file{hint}")
+    try:
+        node = OmegaConf.load(path)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise ConfigError(f"{place}: not valid YAML: {error.problem or error.context}") from None
+    except (YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    except OSError as error:
+        # OmegaConf raises a bare OSError for a file that holds a plain value
+        raise ConfigError(f"{path}: expected a mapping of keys to values ({error})") from None
+    if not OmegaConf.is_dict(node):
+        raise ConfigError(f"{path}: expected a mapping of keys to values")
+    defaults = node.pop("defaults", [])
+    if isinstance(defaults, str):
+        defaults = [defaults]
+    bases = [_read_yaml(path.parent / base, (*parents, path.resolve())) for base in defaults]
+    return OmegaConf.merge(*bases, node)
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    from omegaconf import OmegaConf
+
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {override!r}: expected key.path=value")
+    parsed = OmegaConf.from_dotlist([f"value={value}"])
+    return key.strip(), OmegaConf.to_container(parsed)["value"]  # pyright: ignore

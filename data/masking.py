@@ -17,7 +17,9 @@ class MaskingConfig(Schema):
 
     rate: float = Field(0.3, gt=0, le=1, description="probability that a token is selected")
     mask_fraction: float = Field(0.8, ge=0, le=1, description="of the selected tokens, the share that becomes [MASK]")
-    random_fraction: float = Field(0.1, ge=0, le=1, description="of the selected tokens, the share that becomes a random token")
+    random_fraction: float = Field(
+        0.1, ge=0, le=1, description="of the selected tokens, the share that becomes a random token"
+    )
 
     @model_validator(mode="after")
     def _check_split(self) -> "MaskingConfig":
@@ -47,7 +49,9 @@ class Masker:
         self.replacements = np.flatnonzero(~self.special)
         self._keys: dict[int, NDArray[np.uint64]] = {}
 
-    def mask(self, input_ids: NDArray[np.int64], key: RowKey, config: MaskingConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def mask(
+        self, input_ids: NDArray[np.int64], key: RowKey, config: MaskingConfig
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Masked copy of a row's ids and its labels (IGNORE where nothing is to be restored), both (tokens,) int64.
 
         One uniform number decides each token's fate; special tokens are never selected. Random replacements are

@@ -5,6 +5,7 @@ A span is a run of tokens [start, stop) of a document. Spans are cut into pieces
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
@@ -25,6 +26,10 @@ class Spans:
     def __len__(self) -> int:
         return len(self.document)
 
+    def take(self, which: slice | NDArray[Any]) -> "Spans":
+        """The spans at these positions."""
+        return Spans(self.document[which], self.start[which], self.stop[which])
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -38,20 +43,18 @@ class Plan:
     def num_rows(self) -> int:
         return len(self.row_starts) - 1
 
-    def row(self, index: int) -> slice:
-        """The row's slice of `pieces`."""
-        return slice(int(self.row_starts[index]), int(self.row_starts[index + 1]))
+    def row(self, index: int) -> Spans:
+        """The row's pieces."""
+        return self.pieces.take(slice(int(self.row_starts[index]), int(self.row_starts[index + 1])))
 
     def remaining(self, first_row: int) -> Spans:
         """The tokens of rows first_row and later, adjacent pieces of a document joined again, in document order."""
-        tail = slice(int(self.row_starts[first_row]), None)
-        document, start, stop = self.pieces.document[tail], self.pieces.start[tail], self.pieces.stop[tail]
-        order = np.lexsort((start, document))
-        document, start, stop = document[order], start[order], stop[order]
-        begins = np.ones(len(document), bool)
-        begins[1:] = (document[1:] != document[:-1]) | (start[1:] != stop[:-1])
-        last = np.append(np.flatnonzero(begins)[1:] - 1, len(document) - 1) if len(document) else np.zeros(0, np.int64)
-        return Spans(document[begins], start[begins], stop[last])
+        tail = self.pieces.take(slice(int(self.row_starts[first_row]), None))
+        tail = tail.take(np.lexsort((tail.start, tail.document)))
+        begins = np.ones(len(tail), bool)
+        begins[1:] = (tail.document[1:] != tail.document[:-1]) | (tail.start[1:] != tail.stop[:-1])
+        ends = np.append(begins[1:], True)[: len(tail)]
+        return Spans(tail.document[begins], tail.start[begins], tail.stop[ends])
 
 
 def cut(spans: Spans, max_seq_len: int) -> Spans:
@@ -112,4 +115,4 @@ def pack(spans: Spans, max_seq_len: int, rng: np.random.Generator) -> Plan:
     order = np.argsort(row_of, kind="stable")
     row_starts = np.zeros(num_rows + 1, np.int64)
     np.cumsum(np.bincount(row_of, minlength=num_rows), out=row_starts[1:])
-    return Plan(Spans(pieces.document[order], pieces.start[order], pieces.stop[order]), row_starts, max_seq_len)
+    return Plan(pieces.take(order), row_starts, max_seq_len)

@@ -55,7 +55,9 @@ class StreamManifest(Schema):
     bytes: int = Field(ge=0, description="UTF-8 bytes of the text")
     empty_documents: int = Field(ge=0)
     duplicate_documents: int = Field(ge=0)
-    length_histogram: dict[str, int] = Field(description="documents by length in tokens; keys are lower edges, powers of 2")
+    length_histogram: dict[str, int] = Field(
+        description="documents by length in tokens; keys are lower edges, powers of 2"
+    )
     source: dict[str, Any]
     shards: list[ShardInfo]
 
@@ -129,7 +131,9 @@ class Stream:
 
     def _shard(self, shard: int) -> tuple[int, NDArray[np.uint32]]:
         """File handle and offsets of a shard; its first use in this process checks the hash of the whole file."""
-        if self._owner != os.getpid():  # after a fork the handles are shared with the parent: pread is safe, eviction is not
+        if (
+            self._owner != os.getpid()
+        ):  # after a fork the handles are shared with the parent: pread is safe, eviction is not
             self._open, self._owner, self._lock = OrderedDict(), os.getpid(), threading.Lock()
         with self._lock:
             if shard in self._open:

@@ -1,0 +1,121 @@
+"""Counts tokens and time, and writes metrics to metrics.jsonl and Composer's loggers (TensorBoard, wandb)."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+
+class MetricsLog(Callback):
+    """One line per interval; numbers of a step do not depend on world size, nor (but for times) on restarts.
+
+    | logged | unit | event, interval |
+    |---|---|---|
+    | loss | nats per masked token, mean over the steps since the last line | BATCH_END, every log_interval steps |
+    | lr, phase, max_seq_len, global_batch_size | - , name, slots, rows | same |
+    | tokens, real_tokens | slots; tokens that are no padding | same |
+    | tokens_per_second | real tokens / s over the steps since the last line, all ranks, without evaluation and saving | same |
+    | data_wait | share of that time spent waiting for the loader, rank 0 | same |
+    | validation | see evaluation | when evaluated |
+    """
+
+    def __init__(
+        self, file: Path, log_interval: int, stream_names: list[str], describe: Callable[[int], dict[str, Any]]
+    ) -> None:
+        """describe: schedule facts of a step (phase, tokens, max_seq_len, global_batch_size)."""
+        self.file, self.log_interval, self.describe = file, log_interval, describe
+        self.stream_names = stream_names
+        self.latest: dict[str, Any] = {}
+        self.train_seconds = 0.0
+        self._window = {"loss": 0.0, "steps": 0}
+        self._window_tokens, self._window_seconds, self._window_wait = 0, 0.0, 0.0
+        self._global_tokens = torch.zeros(len(stream_names), dtype=torch.int64)  # reduced over ranks so far
+        self._local_tokens = torch.zeros(len(stream_names), dtype=torch.int64)  # this rank's since the last reduction
+        self._mark = time.monotonic()
+
+    def trim(self, step: int) -> None:
+        """Drop the lines of steps that a restart will repeat (rank 0)."""
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        beside = self.file.with_suffix(".tmp")
+        beside.write_text("".join(line + "\n" for line in kept))
+        beside.replace(self.file)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._window_tokens = int(self._global_tokens.sum())
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Begin to count time here: what came before (evaluation, saving) is no training time."""
+        self._mark = time.monotonic()
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self._window_wait += time.monotonic() - self._mark
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        now = time.monotonic()
+        self._window_seconds += now - self._mark
+        self.train_seconds += now - self._mark
+        self._mark = now
+        self._local_tokens += torch.tensor(state.batch["stream_tokens"])
+        self._window["loss"] += float(state.total_loss_dict["loss/train/total"])
+        self._window["steps"] += 1
+        step = state.timestamp.batch.value
+        if step % self.log_interval == 0:
+            self._write_line(step, state, logger)
+
+    def stream_tokens(self) -> dict[str, int]:
+        """Real tokens trained on so far by stream, over all ranks. A collective."""
+        dist.all_reduce(self._local_tokens, "SUM")
+        self._global_tokens += self._local_tokens
+        self._local_tokens.zero_()
+        return dict(zip(self.stream_names, self._global_tokens.tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values for the checkpoint. A collective."""
+        return {
+            "stream_tokens": self.stream_tokens(),
+            "train_seconds": self.train_seconds,
+            "window": dict(self._window),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._global_tokens = torch.tensor([state["stream_tokens"][name] for name in self.stream_names])
+        self.train_seconds = state["train_seconds"]
+        self._window = dict(state["window"])
+
+    def _write_line(self, step: int, state: State, logger: Logger) -> None:
+        real_tokens = sum(self.stream_tokens().values())
+        line = {
+            "step": step,
+            **self.describe(step),
+            "loss": self._window["loss"] / self._window["steps"],
+            "lr": state.optimizers[0].param_groups[0]["lr"],
+            "real_tokens": real_tokens,
+            "tokens_per_second": (real_tokens - self._window_tokens) / self._window_seconds,
+            "data_wait": self._window_wait / self._window_seconds,
+        }
+        self._window = {"loss": 0.0, "steps": 0}
+        self._window_tokens, self._window_seconds, self._window_wait = real_tokens, 0.0, 0.0
+        self.latest = line
+        self.append(line)
+        logger.log_metrics({f"train/{key}": value for key, value in line.items() if isinstance(value, int | float)})
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl (rank 0)."""
+        if dist.get_global_rank() == 0:
+            with self.file.open("a") as out:
+                out.write(json.dumps(line) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # a line torn by a kill
+        return float("inf")

@@ -1,0 +1,97 @@
+"""FlexBERT's front door: `python main.py COMMAND ...`. Exit codes: 0 done, 1 failed while running, 2 wrong usage or config."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Pretrain BERT-family encoders from YAML.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[Path, typer.Argument(help="the run file, such as configs/demo.yaml", metavar="CONFIG")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="values to set: key.path=value", metavar="[KEY=VALUE]...")]
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Errors that the user can act on become one line each on stderr and an exit code; bugs keep their traceback."""
+    from schema import ConfigError, RunError
+
+    try:
+        yield
+    except (ConfigError, RunError) as error:
+        sys.stdout.flush()
+        print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr, flush=True)
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def prepare(config: Config, overrides: Overrides = None) -> None:
+    """Turn documents into token shards, as configs/data/NAME.yaml says. Resumes where it was interrupted."""
+    with plain_errors():
+        from data.preparation import load_prepare_config
+        from data.preparation import prepare as run
+
+        run(load_prepare_config(config, overrides or []))
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="a prepared dataset, or one of its streams", metavar="DIR")],
+    samples: Annotated[int, typer.Option(min=0, help="documents to print")] = 3,
+) -> None:
+    """Show what a prepared dataset holds: documents, tokens, lengths, bytes per token, sample documents."""
+    with plain_errors():
+        from data.inspect import inspect as run
+
+        run(folder, samples)
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, start nothing")] = False,
+) -> None:
+    """Pretrain an encoder, or continue where the same command was interrupted."""
+    with plain_errors():
+        from rich.console import Console
+
+        from training.config import load_run_config
+
+        run = load_run_config(config, overrides or [])
+        # Rank 0 speaks; the launchers set RANK.
+        console = Console(quiet=os.environ.get("RANK", "0") != "0")
+        from training import report
+
+        if dry_run:
+            report.dry_run(run, console)
+            return
+        from training.trainer import train as start
+
+        summary = start(run, console)
+        report.closing_table(run, summary, console)
+
+
+@app.command()
+def demo() -> None:
+    """Prepare the text this machine already holds, pretrain a small encoder on it, export it and fill masks."""
+    with plain_errors():
+        from training.demo import run_demo
+
+        run_demo()
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,60 @@
+"""Streams of known content for the loader's tests, written with mosaicml-streaming's own writer."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from streaming import MDSWriter
+
+SPECIAL = {"unk": 0, "cls": 1, "sep": 2, "pad": 3, "mask": 4}
+
+
+def documents(seed: int, count: int, longest: int, vocab_size: int = 512) -> list[np.ndarray]:
+    """Random documents of 1 to `longest` tokens, most of them short."""
+    rng = np.random.default_rng(seed)
+    lengths = np.clip(np.exp(rng.uniform(0, np.log(longest), count)).astype(int), 1, longest)
+    return [rng.integers(5, vocab_size, length) for length in lengths]
+
+
+def write_stream(
+    folder: Path, split: str, docs: list[np.ndarray], vocab_size: int = 512, shard_bytes: int = 4096
+) -> Path:
+    """Write one split of a stream with several shards; returns its path."""
+    path = folder / split
+    dtype = "uint16" if vocab_size <= 65536 else "uint32"
+    with MDSWriter(out=str(path), columns={"tokens": f"ndarray:{dtype}"}, size_limit=shard_bytes) as writer:
+        for document in docs:
+            writer.write({"tokens": document.astype(dtype)})
+    index = json.loads((path / "index.json").read_text())
+    shards, first = [], 0
+    for entry in index["shards"]:
+        name, count = entry["raw_data"]["basename"], entry["samples"]
+        data = (path / name).read_bytes()
+        tokens = sum(len(document) for document in docs[first : first + count])
+        digest = xxhash.xxh3_64_hexdigest(data)
+        shards.append({"file": name, "documents": count, "tokens": tokens, "bytes": len(data), "xxh3_64": digest})
+        first += count
+    tokens = sum(map(len, docs))
+    counts = np.bincount(np.concatenate([np.zeros(0, np.int64), *docs]), minlength=vocab_size).astype(np.uint64)
+    np.save(path / "token_counts.npy", counts)
+    manifest = {
+        "schema_version": 1,
+        "name": folder.name,
+        "split": split,
+        "dtype": dtype,
+        "tokenizer_fingerprint": "synthetic",
+        "vocab_size": vocab_size,
+        **{f"{name}_token_id": value for name, value in SPECIAL.items()},
+        "special_ids": list(SPECIAL.values()),
+        "documents": len(docs),
+        "tokens": tokens,
+        "bytes": 4 * tokens,
+        "empty_documents": 0,
+        "duplicate_documents": 0,
+        "length_histogram": {},
+        "source": {"name": "synthetic"},
+        "shards": shards,
+    }
+    (path / "stream.json").write_text(json.dumps(manifest))
+    return path

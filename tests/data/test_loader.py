@@ -1,0 +1,273 @@
+"""The loader's promises: global batches depend on config and step alone; every token as often as promised."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data.loader import Batch, DataConfig, LoaderConfig, LoaderPhase, StreamConfig, build_loader, canonical_lanes
+from data.masking import IGNORE, MaskingConfig
+from data.order import LaneCursor
+from data.shards import open_stream
+from schema import ConfigError, RunError
+from tests.data.synthetic import SPECIAL, documents, write_stream
+
+STREAMS = {"prose": (0, 150, 400), "code": (1, 60, 900), "notes": (2, 40, 60)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("streams")
+    for name, (seed, count, longest) in STREAMS.items():
+        write_stream(path / name, "train", documents(seed, count, longest))
+    return path
+
+
+def config(
+    folder: Path, phases: list[tuple[int, int, int]], data: dict[str, Any] | None = None, **repeats: float
+) -> LoaderConfig:
+    """phases: (steps, rows, max_seq_len)."""
+    streams = {name: StreamConfig(path=str(folder / name), repeat=repeats.get(name)) for name in STREAMS}
+    settings = {"num_workers": 0, "block_documents": 40, "part_documents": 4} | (data or {})
+    return LoaderConfig(
+        seed=3,
+        data=DataConfig(tokenizer="unused", streams=streams, **settings),
+        phases=[
+            LoaderPhase(
+                steps=steps, global_batch_size=rows, max_seq_len=length, masking=MaskingConfig(rate=0.2 + 0.1 * number)
+            )
+            for number, (steps, rows, length) in enumerate(phases)
+        ],
+    )
+
+
+PHASES = [(7, 8, 64), (5, 16, 128), (6, 8, 96)]
+
+
+def equal(left: Batch, right: Batch) -> bool:
+    return left.keys() == right.keys() and all(
+        torch.equal(left[key], right[key]) if isinstance(left[key], torch.Tensor) else left[key] == right[key]
+        for key in left
+    )
+
+
+def joined(parts: list[Batch]) -> Batch:
+    """The ranks' shares of a step as one batch."""
+    starts = np.cumsum([0] + [len(part["input_ids"]) for part in parts])
+    cu_seqlens = [part["cu_seqlens"][1:] + start for part, start in zip(parts, starts, strict=False)]
+    return {
+        "input_ids": torch.cat([part["input_ids"] for part in parts]),
+        "labels": torch.cat([part["labels"] for part in parts]),
+        "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int32), *cu_seqlens]).int(),
+        "max_seqlen": max(part["max_seqlen"] for part in parts),
+        "sequences": sum((part["sequences"] for part in parts), []),
+        "slots": sum(part["slots"] for part in parts),
+        "masked": sum(part["masked"] for part in parts),
+        "stream_tokens": [sum(counts) for counts in zip(*(part["stream_tokens"] for part in parts), strict=True)],
+    }
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_world_size_changes_nothing(folder: Path, world_size: int) -> None:
+    one = list(build_loader(config(folder, PHASES)))
+    assert len(one) == 18
+    ranks = [list(build_loader(config(folder, PHASES), rank, world_size)) for rank in range(world_size)]
+    for step, expected in enumerate(one):
+        assert equal(joined([rank[step] for rank in ranks]), expected), step
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_more_ranks_than_lanes(folder: Path, lanes: int) -> None:
+    settings = {"lanes": lanes}
+    one = list(build_loader(config(folder, PHASES, settings)))
+    ranks = [list(build_loader(config(folder, PHASES, settings), rank, 4)) for rank in range(4)]
+    assert all(equal(joined([rank[step] for rank in ranks]), expected) for step, expected in enumerate(one))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(folder: Path, workers: int) -> None:
+    expected = list(build_loader(config(folder, PHASES)))
+    loader = build_loader(config(folder, PHASES, {"num_workers": workers}))
+    states, batches = [], []
+    for batch in loader:
+        batches.append(batch)
+        states.append(loader.state_dict())
+    assert all(map(equal, batches, expected))
+    assert len(batches) == len(expected)
+    plain = build_loader(config(folder, PHASES))
+    assert states == [plain.state_dict() for _ in plain]
+
+
+def test_resume_at_every_step(folder: Path) -> None:
+    loader = build_loader(config(folder, PHASES))
+    states, batches = [loader.state_dict()], []
+    for batch in loader:
+        batches.append(batch)
+        states.append(loader.state_dict())
+    for step, state in enumerate(states):
+        again = build_loader(config(folder, PHASES, {"num_workers": step % 2}))
+        again.load_state_dict(state)
+        rest = list(again)
+        assert len(rest) == len(batches) - step
+        assert all(map(equal, rest, batches[step:])), step
+        assert again.state_dict() == states[-1]
+
+
+def _epoch_documents(folder: Path) -> dict[int, list[list[int]]]:
+    found: dict[int, list[list[int]]] = {}
+    for number, name in enumerate(STREAMS):
+        stream = open_stream(folder / name / "train")
+        found[number] = [
+            stream.document(shard, index).tolist()
+            for shard in range(len(stream.manifest.shards))
+            for index in range(len(stream.lengths(shard)))
+        ]
+    return found
+
+
+def _restored(batch: Batch) -> list[int]:
+    """The batch's tokens before masking, without [CLS] and [SEP]."""
+    ids = torch.where(batch["labels"] != IGNORE, batch["labels"], batch["input_ids"])
+    return [token for token in ids.tolist() if token not in (SPECIAL["cls"], SPECIAL["sep"])]
+
+
+def test_an_epoch_shows_every_token_once(folder: Path) -> None:
+    """One lane and one row per step: the epoch ends on a row border, so counts can be compared exactly."""
+    loader = build_loader(config(folder, [(9, 1, 64), (3, 1, 300), (10_000, 1, 128)], {"lanes": 1}))
+    counts: Counter[int] = Counter()
+    for batch in loader:
+        counts.update(_restored(batch))
+        if loader.dataset.cursors[0].epoch == 1:
+            break
+    expected: Counter[int] = Counter()
+    for docs in _epoch_documents(folder).values():
+        for document in docs:
+            expected.update(document)
+    assert counts == expected
+
+
+def test_repeats_over_epochs(folder: Path) -> None:
+    """repeat 0.5 and 2.25: over four epochs every part of prose twice, of notes nine times, of code four times."""
+    loader = build_loader(config(folder, [(100_000, 1, 128)], {"lanes": 1}, prose=0.5, notes=2.25))
+    counts: Counter[int] = Counter()
+    for batch in loader:
+        counts.update(_restored(batch))
+        if loader.dataset.cursors[0].epoch == 4:
+            break
+    expected: Counter[int] = Counter()
+    for number, docs in _epoch_documents(folder).items():
+        for document in docs:
+            for token, count in Counter(document).items():
+                expected[token] += count * [2, 4, 9][number]
+    assert counts == expected
+
+
+def test_weights_set_the_shares(folder: Path) -> None:
+    streams = {
+        name: StreamConfig(path=str(folder / name), weight=weight)
+        for name, weight in zip(STREAMS, [2, 1, 1], strict=True)
+    }
+    data = DataConfig(tokenizer="unused", streams=streams)
+    opened = [open_stream(folder / name / "train") for name in STREAMS]
+    repeats = data.repeats(opened)
+    tokens = [stream.manifest.tokens * repeat for stream, repeat in zip(opened, repeats, strict=True)]
+    np.testing.assert_allclose(np.array(tokens) / sum(tokens), [0.5, 0.25, 0.25])
+    assert sum(tokens) == pytest.approx(sum(stream.manifest.tokens for stream in opened))
+
+
+def test_batch_layout(folder: Path) -> None:
+    for batch in build_loader(config(folder, PHASES)):
+        ids, bounds = batch["input_ids"], batch["cu_seqlens"].long()
+        assert ids.dtype == batch["labels"].dtype == torch.int64
+        assert batch["cu_seqlens"].dtype == torch.int32
+        assert bounds[0] == 0
+        assert bounds[-1] == len(ids)
+        assert (bounds.diff() >= 3).all()
+        assert batch["max_seqlen"] == int(bounds.diff().max())
+        assert (ids[bounds[:-1]] == SPECIAL["cls"]).all()
+        assert (ids[bounds[1:] - 1] == SPECIAL["sep"]).all()
+        assert sum(batch["sequences"]) == len(bounds) - 1
+        row_ends = bounds[np.cumsum(batch["sequences"])]
+        row_tokens = torch.diff(row_ends, prepend=torch.zeros(1, dtype=torch.int64))
+        assert (row_tokens <= batch["slots"] // len(batch["sequences"])).all()
+        assert batch["masked"] == int((batch["labels"] != IGNORE).sum())
+        assert sum(batch["stream_tokens"]) == len(ids)
+
+
+def test_epochs_differ_in_order_and_masks(folder: Path) -> None:
+    loader = build_loader(config(folder, [(100_000, 1, 128)], {"lanes": 1}))
+    epochs: dict[int, list[tuple[int, ...]]] = {0: [], 1: []}
+    for batch in loader:
+        epoch = loader.dataset.cursors[0].epoch
+        if epoch > 1:
+            break
+        epochs[epoch].append(tuple(batch["input_ids"].tolist()))
+    assert abs(len(epochs[0]) - len(epochs[1])) < 0.05 * len(epochs[0])
+    assert not set(epochs[0]) & set(epochs[1])
+
+
+def test_blocks_hold_the_mixture(folder: Path) -> None:
+    """Each block takes its share of every stream, within two parts."""
+    dataset = build_loader(config(folder, [(1, 2, 64)], {"lanes": 2})).dataset
+    order = dataset.order
+    assert order.num_blocks == 6
+    for stream, (_, count, _) in enumerate(STREAMS.values()):
+        sizes = [int((order.block(0, block).stream == stream).sum()) for block in range(order.num_blocks)]
+        assert sum(sizes) == count
+        assert max(sizes) - min(sizes) <= 2 * 4
+
+
+def test_canonical_lanes() -> None:
+    assert canonical_lanes([4608, 576]) == 64
+    assert canonical_lanes([768, 4608, 24]) == 8
+    assert canonical_lanes([3]) == 1
+    assert canonical_lanes([128]) == 64
+
+
+def test_state_is_small_and_plain(folder: Path) -> None:
+    loader = build_loader(config(folder, PHASES))
+    batches = iter(loader)
+    for _ in range(13):  # inside the third phase: two earlier row lengths may be in the cursor
+        next(batches)
+    state = loader.state_dict()
+    assert state["step"] == 13
+    assert len(state["lanes"]) == 8
+    assert [LaneCursor.from_list(lane).to_list() for lane in state["lanes"]] == state["lanes"]
+
+
+def test_errors(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"phases\[0\].global_batch_size: 8 is no multiple of 3 ranks"):
+        build_loader(config(folder, PHASES), 0, 3)
+    with pytest.raises(ConfigError, match=r"phases\[0\].global_batch_size: 8 is no multiple of data.lanes 16"):
+        build_loader(config(folder, PHASES, {"lanes": 16}))
+    with pytest.raises(ConfigError, match="cannot fill 512 lanes.*data.lanes"):
+        build_loader(config(folder, [(1, 512, 64)], {"lanes": 512}))
+    with pytest.raises(ConfigError, match=r"data.streams.prose.path: .*no such stream folder"):
+        build_loader(config(tmp_path, PHASES))
+    loader = build_loader(config(folder, PHASES))
+    with pytest.raises(ConfigError, match="written with 4 lanes, the config gives 8"):
+        loader.load_state_dict({"step": 0, "lanes": [LaneCursor().to_list()] * 4})
+    with pytest.raises(ValueError, match="weight and repeat do not mix"):
+        DataConfig(
+            tokenizer="t", streams={"a": StreamConfig(path="a", weight=1), "b": StreamConfig(path="b", repeat=1)}
+        )
+    with pytest.raises(ValueError, match="b has no weight"):
+        DataConfig(tokenizer="t", streams={"a": StreamConfig(path="a", weight=1), "b": StreamConfig(path="b")})
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damage_met_while_reading_is_one_plain_error(tmp_path: Path, workers: int) -> None:
+    for name, (seed, count, longest) in STREAMS.items():
+        write_stream(tmp_path / name, "train", documents(seed, count, longest))
+    loader = build_loader(config(tmp_path, [(1000, 8, 64)], {"num_workers": workers}))
+    shard = sorted((tmp_path / "code" / "train").glob("*.mds"))[2]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(RunError, match=rf"{shard.name}: shard of stream 'code' is damaged") as caught:
+        for _ in loader:
+            pass
+    assert "Traceback" not in str(caught.value)

@@ -1,0 +1,116 @@
+"""Reading shards: equal to mosaicml-streaming's own reader; damage is said, never read."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from streaming.base.format import reader_from_json
+
+from data.shards import Stream, open_stream
+from schema import ConfigError, RunError
+from tests.data.synthetic import documents, write_stream
+
+
+@pytest.mark.parametrize("vocab_size", [512, 100_000])
+def test_equals_streaming_reader(tmp_path: Path, vocab_size: int) -> None:
+    docs = documents(0, 200, 700, vocab_size) + [
+        np.arange(5, 260) % vocab_size,
+        np.arange(5, 261),
+        np.arange(70_000) % 500 + 5,
+    ]
+    path = write_stream(
+        tmp_path / "s", "train", docs, vocab_size, shard_bytes=1 << 15 if vocab_size == 512 else 1 << 20
+    )
+    stream = open_stream(path)
+    index = json.loads((path / "index.json").read_text())
+    assert len(index["shards"]) > 1 or vocab_size > 512
+    number = 0
+    for shard, entry in enumerate(index["shards"]):
+        reader = reader_from_json(str(path), None, entry)
+        lengths = stream.lengths(shard)
+        for sample in range(entry["samples"]):
+            expected = reader[sample]["tokens"]
+            assert lengths[sample] == len(expected)
+            np.testing.assert_array_equal(stream.document(shard, sample), expected)
+            np.testing.assert_array_equal(stream.document(shard, sample, 1, 5), expected[1:5])
+            np.testing.assert_array_equal(expected, docs[number])
+            number += 1
+    assert number == len(docs)
+
+
+@pytest.mark.parametrize("length", [1, 255, 256, 257, 65_535, 65_536, 65_537])
+@pytest.mark.parametrize("vocab_size", [512, 100_000])
+def test_lengths_around_the_header_sizes(tmp_path: Path, length: int, vocab_size: int) -> None:
+    path = write_stream(tmp_path / "s", "train", [np.full(length, 7)], vocab_size, shard_bytes=1 << 22)
+    stream = open_stream(path)
+    assert stream.lengths(0).tolist() == [length]
+    assert len(stream.document(0, 0)) == length
+
+
+def test_many_shards_open_and_fork_and_pickle(tmp_path: Path) -> None:
+    docs = documents(1, 300, 40)
+    stream = open_stream(write_stream(tmp_path / "s", "train", docs, shard_bytes=256))
+    assert len(stream.manifest.shards) > 128  # more than are held open
+    first = [stream.document(shard, 0) for shard in range(len(stream.manifest.shards))]
+    again = pickle.loads(pickle.dumps(stream))
+    for shard, expected in enumerate(first):
+        np.testing.assert_array_equal(again.document(shard, 0), expected)
+    child = os.fork()
+    if child == 0:
+        same = all(np.array_equal(stream.document(shard, 0), expected) for shard, expected in enumerate(first))
+        os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    np.testing.assert_array_equal(stream.document(0, 0), first[0])
+
+
+def _damaged(tmp_path: Path) -> tuple[Stream, Path]:
+    stream = open_stream(write_stream(tmp_path / "prose", "train", documents(0, 300, 100)))
+    return stream, stream.path / stream.manifest.shards[1].file
+
+
+def test_truncated_shard(tmp_path: Path) -> None:
+    stream, file = _damaged(tmp_path)
+    file.write_bytes(file.read_bytes()[:-100])
+    for read in (stream.check_files, lambda: stream.document(1, 0)):
+        with pytest.raises(RunError, match=rf"{file.name}: shard of stream 'prose'.*bytes"):
+            read()
+
+
+def test_flipped_bit(tmp_path: Path) -> None:
+    stream, file = _damaged(tmp_path)
+    data = bytearray(file.read_bytes())
+    data[-10] ^= 4
+    file.write_bytes(data)
+    stream.check_files()  # the size is right
+    with pytest.raises(
+        RunError, match=rf"{file.name}: shard of stream 'prose' is damaged: expected .* xxh3_64 [0-9a-f]+, found"
+    ):
+        stream.document(1, 0)
+
+
+def test_missing_shard(tmp_path: Path) -> None:
+    stream, file = _damaged(tmp_path)
+    file.unlink()
+    with pytest.raises(RunError, match=rf"{file.name}: shard of stream 'prose' is missing"):
+        stream.check_files()
+
+
+def test_truncated_while_open(tmp_path: Path) -> None:
+    stream, file = _damaged(tmp_path)
+    stream.document(1, 0)
+    os.truncate(file, 64)
+    with pytest.raises(RunError, match="ended early"):
+        stream.document(1, len(stream.lengths(1)) - 1)
+
+
+def test_not_a_stream(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such stream folder.*prepare"):
+        open_stream(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match=r"not a finished stream \(no stream.json\)"):
+        open_stream(tmp_path)
+    (tmp_path / "stream.json").write_text('{"schema_version": 1, "name": 3}')
+    with pytest.raises(ConfigError, match="stream.json: name"):
+        open_stream(tmp_path)

@@ -1,0 +1,187 @@
+"""Checkpoints: written whole or not at all, verified by hash when read, never unpickled.
+
+checkpoints/tokens-N/ holds model.safetensors, optimizer.safetensors, state.json (step, loader cursors, counters) and
+manifest.json (size and xxh3_64 of each file). N counts tokens (slots) trained.
+"""
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from schema import RunError
+from training.files import new_folder, remove_folder, write_file
+
+log = logging.getLogger(__name__)
+_MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint in memory. state: what `save` was given, plus nothing."""
+
+    path: Path
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    optimizer_scalars: dict[str, Any]
+    state: dict[str, Any]
+
+
+def checkpoint_name(tokens: int) -> str:
+    return f"tokens-{tokens}"
+
+
+def tokens_of(path: Path) -> int:
+    """The token count in a checkpoint's or export's name."""
+    return int(path.name.removeprefix("tokens-"))
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints under a `checkpoints` folder, oldest first; whole by construction, not yet verified."""
+    return sorted((path for path in folder.glob("tokens-*") if re.fullmatch(r"tokens-\d+", path.name)), key=tokens_of)
+
+
+def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Write a checkpoint; it appears under `path` only when every byte is on disk. state: JSON values.
+
+    Raises OSError (a full disk, ...) with nothing left behind.
+    """
+    tensors, scalars = _flatten_optimizer(model, optimizer)
+    with new_folder(path) as folder:
+        save_file(_unshared(model.state_dict()), folder / "model.safetensors")
+        save_file(tensors, folder / "optimizer.safetensors")
+        write_file(folder / "state.json", json.dumps({"optimizer": scalars, "run": state}, indent=1))
+        files = {file.name: _digest(file) for file in sorted(folder.iterdir())}
+        write_file(folder / _MANIFEST, json.dumps({"schema_version": SCHEMA_VERSION, "files": files}, indent=1))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint. Raises RunError naming the file that is missing or damaged."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        files, version = dict(manifest["files"]), manifest["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(f"{path / _MANIFEST}: missing or damaged checkpoint manifest") from None
+    if version != SCHEMA_VERSION:
+        raise RunError(f"{path}: checkpoint format {version}, this FlexBERT reads {SCHEMA_VERSION}")
+    for name, expected in files.items():
+        found = _digest(path / name) if (path / name).is_file() else None
+        if found != expected:
+            raise RunError(f"{path / name}: damaged checkpoint file: expected {expected}, found {found}")
+    state = json.loads((path / "state.json").read_text())
+    return Checkpoint(
+        path,
+        load_file(path / "model.safetensors"),
+        load_file(path / "optimizer.safetensors"),
+        state["optimizer"],
+        state["run"],
+    )
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint; damaged ones are skipped with a loud line. None when there is none at all.
+
+    Raises RunError when there are checkpoints and all are damaged: starting over silently would hide the loss.
+    """
+    paths = list_checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            return load_checkpoint(path)
+        except RunError as error:
+            log.warning("SKIPPING DAMAGED CHECKPOINT %s", error)
+    if paths:
+        raise RunError(f"{folder}: all {len(paths)} checkpoints are damaged: remove the folder to start over")
+    return None
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Copy a checkpoint into a model and its optimizer, in place. Raises RunError when shapes or names differ."""
+    try:
+        model.load_state_dict(checkpoint.model, strict=False)
+        expected = set(_unshared(model.state_dict()))
+        if expected != set(checkpoint.model):
+            raise RuntimeError(f"parameters differ: {sorted(expected ^ set(checkpoint.model))}")
+        optimizer.load_state_dict(_unflatten_optimizer(checkpoint, model, optimizer))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise RunError(
+            f"{checkpoint.path}: does not fit this model and optimizer: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def remove_old_checkpoints(folder: Path, keep: int, milestones: set[int]) -> None:
+    """Delete all but the newest `keep` checkpoints and those whose token count is a milestone."""
+    paths = [path for path in list_checkpoints(folder) if tokens_of(path) not in milestones]
+    for path in paths[:-keep]:
+        remove_folder(path)
+
+
+def _digest(file: Path) -> dict[str, Any]:
+    data = file.read_bytes()
+    return {"bytes": len(data), "xxh3_64": xxhash.xxh3_64_hexdigest(data)}
+
+
+def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop repeated names of one tensor (a tied decoder): safetensors refuses shared memory. The first name stays."""
+    seen: dict[int, str] = {}
+    kept = {}
+    for name, tensor in state.items():
+        if tensor.numel() and tensor.data_ptr() in seen:
+            continue
+        seen[tensor.data_ptr()] = name
+        kept[name] = tensor.detach().cpu().contiguous()
+    return kept
+
+
+def _flatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Optimizer state keyed by parameter name: tensors for safetensors, the rest for JSON."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {"state": {}, "groups": []}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"state/{names[parameter]}/{key}"] = value.detach().cpu().clone()
+            else:
+                scalars["state"].setdefault(names[parameter], {})[key] = value
+    for number, group in enumerate(optimizer.param_groups):
+        plain = {"params": [names[parameter] for parameter in group["params"]]}
+        for key, value in group.items():
+            if isinstance(value, Tensor):
+                tensors[f"group/{number}/{key}"] = value.detach().cpu().clone()
+            elif key != "params":
+                plain[key] = value
+        scalars["groups"].append(plain)
+    return tensors, scalars
+
+
+def _unflatten_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The dict that torch's Optimizer.load_state_dict takes: state by position of the parameter over all groups."""
+    groups = checkpoint.optimizer_scalars["groups"]
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    current = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    if current != [group["params"] for group in groups]:
+        raise ValueError("the optimizer's parameter groups differ")
+    position = {name: number for number, name in enumerate(name for group in current for name in group)}
+    state: dict[int, dict[str, Any]] = {
+        position[name]: dict(rest) for name, rest in checkpoint.optimizer_scalars["state"].items()
+    }
+    param_groups: list[dict[str, Any]] = [
+        {**group, "params": [position[name] for name in group["params"]]} for group in groups
+    ]
+    for key, tensor in checkpoint.optimizer.items():
+        kind, owner, name = (
+            key.split("/", 2) if key.startswith("group/") else ("state", *key[len("state/") :].rsplit("/", 1))
+        )
+        if kind == "group":
+            param_groups[int(owner)][name] = tensor
+        else:
+            state.setdefault(position[owner], {})[name] = tensor
+    return {"state": state, "param_groups": param_groups}

@@ -1,0 +1,163 @@
+"""The schema of a run file: the only place for a run's defaults, ranges and help text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from data.loader import DataConfig, canonical_lanes
+from data.masking import MaskingConfig
+from flexbert import FlexBertConfig
+from schema import ConfigError, Count, Schema, did_you_mean, load_node, validate
+from training.optim import OPTIMIZERS
+from training.schedules import SCHEDULES
+
+PRESETS = Path(__file__).parent.parent / "configs" / "model"
+
+
+class RopeTheta(Schema):
+    """Base of the rotary angles. Absent: as the phase before; in the first phase as the model has it."""
+
+    global_layers: float | None = Field(None, gt=0, description="layers with global attention")
+    local_layers: float | None = Field(None, gt=0, description="layers with sliding-window attention")
+
+
+class PhaseConfig(Schema):
+    """One phase: a token budget, and what changes with it. What is absent stays as in the phase before."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="for logs and milestones")
+    tokens: Count = Field(
+        gt=0, description="budget in slots: global_batch_size x max_seq_len a step, rounded up to whole steps"
+    )
+    max_seq_len: int | None = Field(None, ge=8, description="slots per row")
+    global_batch_size: int | None = Field(None, ge=1, description="rows per step over all ranks")
+    lr: float | None = Field(None, gt=0, description="peak learning rate of the phase")
+    warmup: Count = Field(0, description="tokens over which lr rises linearly from 0 at the phase's start")
+    schedule: Annotated[Any, *SCHEDULES.slot()] = Field(
+        "constant", description="shape of lr over the phase after warmup"
+    )
+    rope_theta: RopeTheta = Field(RopeTheta(), description="raised when the context is extended")
+    masking: MaskingConfig | None = Field(None, description="which tokens the model restores")
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> "PhaseConfig":
+        if self.warmup > self.tokens:
+            raise ValueError(f"warmup of {self.warmup} tokens is longer than the phase of {self.tokens}: shorten it")
+        return self
+
+
+class TrainerConfig(Schema):
+    """How steps are computed; none of it changes what is trained on."""
+
+    precision: Literal["auto", "fp32", "amp_bf16"] = Field("auto", description="auto: amp_bf16 on CUDA, fp32 elsewhere")
+    microbatch_size: int | None = Field(
+        None, ge=1, description="rows per forward-backward on each rank; default: all of a step's"
+    )
+    gradient_clip_norm: float | None = Field(None, gt=0, description="clip the global gradient norm (ModernBERT: none)")
+    log_interval: int = Field(10, ge=1, description="steps between lines of metrics.jsonl and the loggers")
+
+
+class CheckpointConfig(Schema):
+    """When the state is saved. Milestones, one at the end of each phase, are kept for ever and exported."""
+
+    interval: Count = Field(1_000_000_000, gt=0, description="tokens between checkpoints (ModernBERT: every 1B to 4B)")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept besides milestones")
+
+
+class EvaluationConfig(Schema):
+    """Held-out loss and masked accuracy, per stream and over all, always on the same rows and masks."""
+
+    interval: Count | None = Field(None, gt=0, description="tokens between evaluations; absent: at milestones only")
+    max_seq_len: int | None = Field(None, ge=8, description="slots per row; default: the first phase's")
+    max_rows: int | None = Field(None, ge=1, description="rows per stream at most; default: all")
+    batch_size: int = Field(16, ge=1, description="rows per forward on each rank")
+    masking: MaskingConfig = Field(MaskingConfig(rate=0.15), description="BERT's rate, whatever training uses")
+
+
+class WandbConfig(Schema):
+    """Weights & Biases logging, on when the run file has this section."""
+
+    project: str = Field(description="project the run appears in")
+    entity: str | None = Field(None, description="team or user; default: the account's")
+    mode: Literal["online", "offline"] = Field("online", description="offline writes to the run folder, to sync later")
+
+
+class RunConfig(Schema):
+    """A pretraining run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="the run folder is RUNS/NAME")
+    runs: str = Field("runs", description="folder of all runs")
+    seed: int = Field(17, ge=0, description="key of every random draw")
+    model: FlexBertConfig = Field(description="a preset of configs/model, or `preset` with overrides, or all fields")
+    data: DataConfig
+    masking: MaskingConfig = Field(MaskingConfig(), description="for phases that do not say otherwise")
+    phases: list[PhaseConfig] = Field(min_length=1)
+    optimizer: Annotated[Any, *OPTIMIZERS.slot()] = "stableadamw"
+    trainer: TrainerConfig = TrainerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    wandb: WandbConfig | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where everything the run writes goes."""
+        return Path(self.runs) / self.name
+
+    @model_validator(mode="after")
+    def _check_phases(self) -> "RunConfig":
+        names = [phase.name for phase in self.phases]
+        for number, phase in enumerate(self.phases):
+            if names.index(phase.name) != number:
+                raise ValueError(f"phases[{number}].name: {phase.name!r} is taken: give each phase its own name")
+            if (phase.max_seq_len or 0) > self.model.max_position_embeddings:
+                raise ValueError(
+                    f"phases[{number}].max_seq_len: {phase.max_seq_len} is over model.max_position_embeddings "
+                    f"{self.model.max_position_embeddings}: raise that, or shorten the rows"
+                )
+        for key in ("max_seq_len", "global_batch_size", "lr"):
+            if getattr(self.phases[0], key) is None:
+                raise ValueError(f"phases[0].{key}: is required in the first phase")
+        if (self.evaluation.max_seq_len or 0) > self.model.max_position_embeddings:
+            raise ValueError(
+                f"evaluation.max_seq_len: is over model.max_position_embeddings {self.model.max_position_embeddings}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_batches(self) -> "RunConfig":
+        sizes = [phase.global_batch_size for phase in self.phases if phase.global_batch_size is not None]
+        lanes = self.data.lanes or canonical_lanes(sizes or [1])
+        for number, phase in enumerate(self.phases):
+            if phase.global_batch_size is not None and phase.global_batch_size % lanes:
+                raise ValueError(
+                    f"phases[{number}].global_batch_size: {phase.global_batch_size} is no multiple of data.lanes {lanes}"
+                )
+        return self
+
+
+def expand_preset(node: Any) -> Any:
+    """`model: NAME` or `model: {preset: NAME, ...}` -> the preset's fields with the overrides merged over them."""
+    from omegaconf import OmegaConf
+
+    model = node.get("model") if OmegaConf.is_dict(node) else None
+    name = model if isinstance(model, str) else model.get("preset") if OmegaConf.is_dict(model) else None
+    if name is None:
+        return node
+    presets = {file.stem: file for file in PRESETS.glob("*.yaml")}
+    if name not in presets:
+        raise ConfigError(f"model: unknown preset {name!r}, {did_you_mean(str(name), presets)}")
+    merged = OmegaConf.merge(OmegaConf.load(presets[name]), {} if isinstance(model, str) else model)
+    merged.pop("preset", None)
+    node["model"] = merged
+    return node
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, compose and check a run file. Raises ConfigError, one line per fault: `file: key.path: what is wrong`."""
+    try:
+        node = load_node(path, overrides, expand_preset)
+    except ConfigError as error:
+        line = str(error)
+        raise ConfigError(line if line.startswith(str(path)) else f"{path}: {line}") from None
+    return validate(RunConfig, node, path)

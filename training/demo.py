@@ -1,0 +1,54 @@
+"""`main.py demo`: the main job end to end on text that every install holds."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+SENTENCES = (
+    "Permission is hereby granted, free of charge, to any person obtaining a [MASK] of this software.",
+    "This program is distributed in the hope that it will be [MASK], but WITHOUT ANY WARRANTY.",
+    "Return a new [MASK] containing the items of the list.",
+    "import os\nimport [MASK]\n\nclass TestCase(unittest.TestCase):\n    def setUp(self):",
+    "for i in [MASK](len(names)):\n    print(names[i])",
+)
+
+
+def run_demo() -> None:
+    """Prepare, train, export and fill masks; every part resumes or is skipped when a run before has done it."""
+    console = Console()
+    root = Path(__file__).parent.parent
+    console.rule("1/3 prepare: text of this machine to token shards")
+    from data.preparation import load_prepare_config, prepare
+
+    prepare(load_prepare_config(root / "configs" / "data" / "demo.yaml", []))
+
+    console.rule("2/3 train: python main.py train configs/demo.yaml")
+    from training import report
+    from training.config import load_run_config
+    from training.trainer import train
+
+    config = load_run_config(root / "configs" / "demo.yaml")
+    summary = train(config, console)
+
+    console.rule("3/3 fill masks with the export, through transformers")
+    fill_masks(summary["export"], console)
+    report.closing_table(config, summary, console)
+    console.print(
+        "next: [bold].venv/bin/python main.py train configs/demo.yaml name=wider model.hidden_size=256 model.num_attention_heads=4[/bold]"
+        "\n      or [bold].venv/bin/python main.py inspect datasets/demo[/bold]",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def fill_masks(export: str, console: Console) -> None:
+    """Print the three likeliest fillings of five sentences, from `transformers.pipeline` alone."""
+    from transformers import pipeline
+
+    fill = pipeline("fill-mask", model=export, top_k=3, device="cpu")
+    table = Table("sentence", "filled with", show_lines=True)
+    for sentence in SENTENCES:
+        answers = [f"{answer['token_str']!r} {answer['score']:.0%}" for answer in fill(sentence)]
+        table.add_row(sentence, "\n".join(answers))
+    console.print(table, highlight=False)

@@ -1,0 +1,93 @@
+"""Held-out loss and masked accuracy, beside the best guess that looks at nothing: the most frequent token."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from composer.utils import dist
+
+from data.keyed import torch_seed
+from data.loader import DataConfig, open_streams, validation_batches
+from data.masking import IGNORE
+from data.shards import Stream
+from flexbert import FlexBertForMaskedLM
+from training.config import EvaluationConfig
+
+
+class Evaluator:
+    """Evaluates a model on the validation split of every stream, on the same rows and masks every time."""
+
+    def __init__(
+        self, config: EvaluationConfig, data: DataConfig, train_streams: list[Stream], max_seq_len: int, seed: int
+    ) -> None:
+        """max_seq_len: slots per row where the config leaves it open. Raises ConfigError for a missing split."""
+        self.config = config
+        self.max_seq_len = config.max_seq_len or max_seq_len
+        self.seed = torch_seed(seed, "validation")
+        self.streams = dict(zip(data.streams, open_streams(data, "validation"), strict=True))
+        counts = [np.load(stream.path / "token_counts.npy").astype(float) for stream in train_streams]
+        mixture = sum(count * repeat for count, repeat in zip(counts, data.repeats(train_streams), strict=True))
+        self.frequent = {name: int(np.argmax(count)) for name, count in zip(self.streams, counts, strict=True)}
+        self.frequent_overall = int(np.argmax(mixture))
+
+    @torch.no_grad()
+    def evaluate(self, model: FlexBertForMaskedLM) -> dict[str, Any]:
+        """{"loss": nats, "masked_accuracy", "unigram_accuracy", "masked_tokens", "streams": {name: the same four}}.
+
+        Means over masked tokens. unigram_accuracy: of always answering the training data's most frequent token (of the
+        stream, and of the mixture for the overall figure), on the same masked tokens. A collective over ranks.
+        """
+        device = next(model.parameters()).device
+        was_training = model.training
+        model.eval()
+        streams, total = {}, torch.zeros(4, dtype=torch.float64)
+        for name, stream in self.streams.items():
+            sums = torch.zeros(5, dtype=torch.float64)  # loss, correct, masked, unigram hits of stream and of mixture
+            for batch in validation_batches(
+                stream,
+                self.max_seq_len,
+                self.config.batch_size,
+                self.config.max_rows,
+                self.seed,
+                self.config.masking,
+                dist.get_global_rank(),
+                dist.get_world_size(),
+            ):
+                loss, correct, masked = model.evaluate(
+                    batch["input_ids"].to(device),
+                    batch["cu_seqlens"].to(device),
+                    batch["max_seqlen"],
+                    batch["labels"].to(device),
+                )
+                labels = batch["labels"][batch["labels"] != IGNORE]
+                hits = [(labels == token).sum() for token in (self.frequent[name], self.frequent_overall)]
+                sums += torch.tensor([float(value) for value in (loss, correct, masked, *hits)], dtype=torch.float64)
+            dist.all_reduce(sums, "SUM")
+            streams[name] = _means(sums[:4])
+            total += sums[[0, 1, 2, 4]]
+        model.train(was_training)
+        return {**_means(total), "streams": streams}
+
+
+def _means(sums: torch.Tensor) -> dict[str, Any]:
+    loss, correct, masked, hits = sums.tolist()
+    count = max(masked, 1.0)
+    return {
+        "loss": loss / count,
+        "masked_accuracy": correct / count,
+        "unigram_accuracy": hits / count,
+        "masked_tokens": int(masked),
+    }
+
+
+def flat(evaluation: Mapping[str, Any], prefix: str = "validation") -> dict[str, float]:
+    """Names for loggers: validation/loss, validation/STREAM/loss, ..."""
+    values: dict[str, float] = {}
+    for key, value in evaluation.items():
+        if isinstance(value, Mapping):
+            for name, inner in value.items():
+                values |= flat(inner, f"{prefix}/{name}")
+        else:
+            values[f"{prefix}/{key}"] = value
+    return values

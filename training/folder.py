@@ -1,0 +1,133 @@
+"""The run folder: who may write to it, what made it, and whether its run is finished."""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+from omegaconf import OmegaConf
+
+from schema import ConfigError, RunError, validate
+from training.config import RunConfig
+from training.files import remove_unfinished, write_file
+
+_PACKAGES = (
+    "torch",
+    "mosaicml",
+    "mosaicml-streaming",
+    "transformers",
+    "tokenizers",
+    "torch-optimi",
+    "numpy",
+    "safetensors",
+)
+# What may differ between the start of a run and its resumption: it changes speed and logs, not the weights' history.
+_FREE = (
+    "runs",
+    "trainer.microbatch_size",
+    "trainer.log_interval",
+    "checkpoint",
+    "wandb",
+    "data.num_workers",
+    "data.prefetch_batches",
+)
+
+
+class RunFolder:
+    """runs/NAME: config.yaml, environment.json, metrics.jsonl, checkpoints/, exports/, tensorboard/, summary.json."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.exports = path / "exports"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self._lock: TextIO | None = None
+
+    def finished(self) -> dict[str, Any] | None:
+        """The summary of a finished run, else None."""
+        return json.loads(self.summary.read_text()) if self.summary.exists() else None
+
+    def check_config(self, config: RunConfig) -> None:
+        """Raises ConfigError naming what differs when the folder was begun with a config that trains otherwise."""
+        file = self.path / "config.yaml"
+        if not file.exists():
+            return
+        before = _flatten(
+            validate(RunConfig, OmegaConf.to_container(OmegaConf.load(file)), file).model_dump(mode="json")
+        )
+        now = _flatten(config.model_dump(mode="json"))
+        changed = [
+            f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and not key.startswith(_FREE)
+        ]
+        if changed:
+            raise ConfigError(
+                f"{file}: this run was started otherwise: {'; '.join(changed)}: undo that, or give the run another name"
+            )
+
+    def open(self, config: RunConfig) -> None:
+        """Create or re-enter the folder (rank 0): lock it, clear torn leftovers, record config and environment.
+
+        Raises RunError when a live process trains here.
+        """
+        for folder in (self.path, self.checkpoints, self.exports):
+            folder.mkdir(parents=True, exist_ok=True)
+        # A POSIX record lock: gone with the process however it dies, and not inherited by loader workers.
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{self.path}: another process is training this run: wait for it, or stop it") from None
+        for folder in (self.path, self.checkpoints, self.exports):
+            remove_unfinished(folder)
+        write_file(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+        write_file(self.path / "environment.json", json.dumps(environment(), indent=1))
+
+    def close(self) -> None:
+        """Let others in."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and machine of this process."""
+    import torch
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    return {
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain")),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested dicts and lists by dotted key."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
+    if items is None:
+        return {prefix: node}
+    leaves: dict[str, Any] = {}
+    for key, value in items:
+        leaves |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return leaves

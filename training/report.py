@@ -1,0 +1,206 @@
+"""What a run tells people: the dry-run plan, the model card, the loss curve and the closing table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from data.loader import open_streams
+from data.order import MixtureOrder
+from flexbert.accounting import count_parameters, flops_per_token, memory_estimate
+from training.config import RunConfig
+from training.phases import PhasePlan
+
+
+def describe_model(config: RunConfig) -> str:
+    model = config.model
+    return f"{count_parameters(model):,} parameters ({model.num_hidden_layers} layers, width {model.hidden_size})"
+
+
+def dry_run(config: RunConfig, console: Console, world_size: int = 1) -> None:
+    """Print the resolved run: model, phases with steps, mixture with epochs, memory, checkpoints. Writes nothing.
+
+    Raises ConfigError like a real start would.
+    """
+    plan = PhasePlan(config)
+    loader = plan.loader_config(config)
+    streams = open_streams(config.data, "train")
+    repeats = config.data.repeats(streams)
+    order = MixtureOrder(
+        streams, repeats, config.seed, loader.lanes, config.data.part_documents, config.data.block_documents
+    )
+    microbatch = config.trainer.microbatch_size
+    console.print(f"[bold]{config.name}[/bold]: {describe_model(config)} -> {config.folder}")
+
+    phases = Table(
+        "phase",
+        "tokens",
+        "steps",
+        "rows x length",
+        "tokens/step",
+        "peak lr",
+        "schedule",
+        "theta global/local",
+        "GFLOP/token",
+        "memory",
+    )
+    for phase, given in zip(plan.phases, config.phases, strict=True):
+        rows = min(microbatch or phase.global_batch_size, phase.global_batch_size) // (1 if microbatch else world_size)
+        flops = flops_per_token(config.model, phase.max_seq_len, phase.masking.rate)
+        memory = memory_estimate(config.model, max(rows, 1) * phase.max_seq_len, phase.masking.rate)
+        phases.add_row(
+            phase.name,
+            f"{phase.steps * phase.tokens_per_step:,}",
+            f"{phase.steps:,}",
+            f"{phase.global_batch_size} x {phase.max_seq_len}",
+            f"{phase.tokens_per_step:,}",
+            f"{phase.peak_lr:g}",
+            given.schedule.name + (f", warmup {phase.warmup:,}" if phase.warmup else ""),
+            f"{phase.theta_global or 'model'} / {phase.theta_local or 'model'}",
+            f"{flops / 1e9:.3f}",
+            f"{memory / 2**30:.2f} GiB",
+        )
+    console.print(phases)
+
+    mixture = Table("stream", "documents", "tokens", "share", "epochs in this run")
+    epoch_tokens = [stream.manifest.tokens * repeat for stream, repeat in zip(streams, repeats, strict=True)]
+    for name, stream, repeat, tokens in zip(config.data.streams, streams, repeats, epoch_tokens, strict=True):
+        passes = plan.total_tokens / max(sum(epoch_tokens), 1) * repeat
+        share = tokens / max(sum(epoch_tokens), 1)
+        mixture.add_row(
+            name, f"{stream.manifest.documents:,}", f"{stream.manifest.tokens:,}", f"{share:.1%}", f"{passes:.2f}"
+        )
+    console.print(mixture)
+    milestones = ", ".join(f"{phase.end_token:,}" for phase in plan.phases)
+    console.print(
+        f"total: {plan.total_tokens:,} tokens (slots) in {plan.total_steps:,} steps; {loader.lanes} lanes, {order.num_blocks:,} blocks an epoch\n"
+        f"checkpoints every {config.checkpoint.interval:,} tokens, {config.checkpoint.keep} kept; milestones (kept, evaluated, exported) at {milestones}",
+        highlight=False,
+    )
+
+
+def model_card(config: RunConfig, plan: PhasePlan, tokens: int, evaluation: dict[str, Any] | None) -> str:
+    """README.md of an export: what it is, what it saw, how good it is, how to load it."""
+    model = config.model
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: fill-mask",
+        "---",
+        f"# {config.name}, {tokens:,} tokens",
+        "",
+        f"A ModernBERT-style masked language model pretrained with FlexBERT: {describe_model(config)}, "
+        f"{model.num_attention_heads} heads, up to {model.max_position_embeddings} positions.",
+        "",
+        f"Trained on {tokens:,} of {plan.total_tokens:,} planned tokens of the streams {', '.join(config.data.streams)}.",
+        "",
+        "| phase | tokens | row length | rows per step | peak learning rate | masking rate |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {phase.name} | {min(tokens, phase.end_token) - phase.first_token:,} | {phase.max_seq_len} | "
+        f"{phase.global_batch_size} | {phase.peak_lr:g} | {phase.masking.rate:g} |"
+        for phase in plan.phases
+        if phase.first_token < tokens
+    ]
+    if evaluation is not None:
+        lines += [
+            "",
+            f"Held-out text, {config.evaluation.masking.rate:.0%} masked: loss {evaluation['loss']:.4f} nats, masked accuracy "
+            f"{evaluation['masked_accuracy']:.4f} (always answering the most frequent token: {evaluation['unigram_accuracy']:.4f}).",
+        ]
+    lines += [
+        "",
+        "```python",
+        "from transformers import pipeline",
+        'print(pipeline("fill-mask", model="PATH/TO/THIS/FOLDER")("The quick brown [MASK] jumps."))',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def draw_curves(metrics: Path, picture: Path, plan: PhasePlan) -> None:
+    """Loss against tokens, with held-out points and the phases shaded, as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    train = [line for line in lines if "loss" in line]
+    held_out = [line for line in lines if "validation" in line]
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=110)
+    for number, phase in enumerate(plan.phases):
+        axes.axvspan(phase.first_token, phase.end_token, color="0.5", alpha=0.06 + 0.08 * (number % 2), lw=0)
+        axes.text(
+            (phase.first_token + phase.end_token) / 2,
+            0.985,
+            f"{phase.name}\n{phase.max_seq_len} x {phase.global_batch_size}",
+            transform=axes.get_xaxis_transform(),
+            ha="center",
+            va="top",
+            fontsize=8,
+        )
+    axes.plot([line["tokens"] for line in train], [line["loss"] for line in train], lw=1, label="training")
+    axes.plot(
+        [line["tokens"] for line in held_out],
+        [line["validation"]["loss"] for line in held_out],
+        "o-",
+        ms=4,
+        label="held-out, 15% masked" if held_out else None,
+    )
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss (nats per masked token)")
+    axes.legend(loc="lower left")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    beside = picture.with_suffix(".tmp.png")
+    figure.savefig(beside)
+    plt.close(figure)
+    beside.replace(picture)
+
+
+def closing_table(config: RunConfig, summary: dict[str, Any], console: Console) -> None:
+    """The figures of summary.json, where each artifact lies, and what to try next."""
+    validation = summary["validation"]
+    table = Table(
+        "stream",
+        "tokens seen",
+        "validation loss",
+        "masked accuracy",
+        "most frequent token",
+        title=f"{config.name}: done",
+    )
+    for name, result in validation["streams"].items():
+        seen = summary["stream_tokens"][name]
+        table.add_row(
+            name,
+            f"{seen:,}",
+            f"{result['loss']:.3f}",
+            f"{result['masked_accuracy']:.1%}",
+            f"{result['unigram_accuracy']:.1%}",
+        )
+    table.add_section()
+    table.add_row(
+        "all",
+        f"{summary['tokens']:,}",
+        f"{validation['loss']:.3f}",
+        f"{validation['masked_accuracy']:.1%}",
+        f"{validation['unigram_accuracy']:.1%}",
+        style="bold",
+    )
+    console.print(table)
+    ratio = validation["masked_accuracy"] / max(validation["unigram_accuracy"], 1e-9)
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("masked accuracy / baseline", f"{ratio:.2f}x")
+    facts.add_row("tokens/s", f"{summary['tokens_per_second']:,.0f}")
+    facts.add_row("packing efficiency", f"{summary['packing_efficiency']:.2%}")
+    facts.add_row("time", f"{summary['seconds']:.0f} s ({summary['train_seconds']:.0f} s of training steps)")
+    facts.add_row("export", summary["export"])
+    facts.add_row("checkpoints", str(config.folder / "checkpoints"))
+    facts.add_row("loss curve", str(config.folder / "loss.png"))
+    facts.add_row("metrics", f"{config.folder / 'metrics.jsonl'}, tensorboard --logdir {config.folder / 'tensorboard'}")
+    console.print(facts, highlight=False)

@@ -1,0 +1,378 @@
+"""One run from start to end. With callbacks/, the only module that knows Composer."""
+
+import json
+import logging
+import os
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import DataSpec, Precision, Timestamp
+from composer.models import ComposerModel
+from composer.trainer import Trainer
+from composer.utils import dist
+from rich.console import Console
+from torch import Tensor, nn
+
+from callbacks.metrics import MetricsLog
+from callbacks.milestones import BetweenSteps
+from callbacks.progress import ProgressLine
+from callbacks.schedule import StepSchedule
+from data.keyed import torch_seed
+from data.loader import Batch, Loader, build_loader
+from flexbert import FlexBertForMaskedLM, build, to_hf
+from schema import ConfigError, RunError
+from training import report
+from training.checkpoint import checkpoint_name, newest_checkpoint, remove_old_checkpoints, restore, save_checkpoint
+from training.config import RunConfig
+from training.evaluation import Evaluator, flat
+from training.files import write_file
+from training.folder import RunFolder
+from training.optim import OPTIMIZERS
+from training.phases import PhasePlan
+
+log = logging.getLogger(__name__)
+
+
+class MaskedLanguageModel(ComposerModel):
+    """The encoder as Composer sees it: one child, fed with the loader's batches."""
+
+    def __init__(self, model: FlexBertForMaskedLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Any:
+        return self.model(batch["input_ids"], batch["cu_seqlens"], batch["max_seqlen"], labels=batch["labels"])
+
+    def loss(self, outputs: Any, batch: Batch) -> Tensor:
+        """Mean over the microbatch's masked tokens; Composer weighs it by their count, so the step's loss and gradient
+        are exactly the mean over the global batch, however it is split."""
+        return outputs.loss
+
+
+def split_batch(batch: Batch, rows: int | float) -> list[Batch]:
+    """Cut a batch into microbatches of at most `rows` rows. Masking is final before, so nothing else changes."""
+    step, sequences = int(rows), batch["sequences"]
+    if len(sequences) <= step:
+        return [batch]
+    parts = []
+    ends = torch.cumsum(torch.tensor([0, *sequences]), 0).tolist()
+    slots_per_row = batch["slots"] // len(sequences)
+    bounds = batch["cu_seqlens"].cpu()
+    for first in range(0, len(sequences), step):
+        last = min(first + step, len(sequences))
+        begin, end = int(bounds[ends[first]]), int(bounds[ends[last]])
+        cu_seqlens = batch["cu_seqlens"][ends[first] : ends[last] + 1] - begin
+        labels = batch["labels"][begin:end]
+        parts.append(
+            {
+                **batch,
+                "input_ids": batch["input_ids"][begin:end],
+                "labels": labels,
+                "cu_seqlens": cu_seqlens,
+                "max_seqlen": int(bounds[ends[first] : ends[last] + 1].diff().max()),
+                "sequences": sequences[first:last],
+                "slots": (last - first) * slots_per_row,
+                "masked": int((labels != -100).sum()),
+            }
+        )
+    return parts
+
+
+def count_tokens(batch: Batch) -> dict[str, int]:
+    """Composer's two counts of a batch."""
+    return {"total": len(batch["input_ids"]), "loss_generating": batch["masked"]}
+
+
+class Run:
+    """A run in this process: built by `train`, torn down at its end."""
+
+    def __init__(self, config: RunConfig, console: Console) -> None:
+        self.config, self.console = config, console
+        self.plan = PhasePlan(config)
+        self.folder = RunFolder(config.folder)
+        self.rank, self.world_size = dist.get_global_rank(), dist.get_world_size()
+        self.loader: Loader = build_loader(self.plan.loader_config(config), self.rank, self.world_size)
+        train_streams = self.loader.dataset.streams
+        manifest = train_streams[0].manifest
+        if config.model.vocab_size != manifest.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size: {config.model.vocab_size} differs from the {manifest.vocab_size} of the tokenizer that "
+                f"made {config.data.tokenizer}: set model.vocab_size={manifest.vocab_size}"
+            )
+        self.fingerprints = {
+            name: stream.fingerprint for name, stream in zip(config.data.streams, train_streams, strict=True)
+        }
+        self.evaluator = Evaluator(
+            config.evaluation, config.data, train_streams, self.plan.phases[0].max_seq_len, config.seed
+        )
+        self.model = build(config.model, seed=torch_seed(config.seed, "init"))
+        if torch.cuda.is_available():
+            self.model = self.model.to(f"cuda:{dist.get_local_rank()}")
+        self.optimizer = OPTIMIZERS.build(config.optimizer, model=self.model, lr=self.plan.phases[0].peak_lr)
+        self.metrics = MetricsLog(
+            self.folder.metrics, config.trainer.log_interval, list(config.data.streams), self._describe
+        )
+        self.seconds_before = 0.0  # of earlier processes, up to their last checkpoint
+        self.started = time.monotonic()
+        self.evaluation: tuple[int, dict[str, Any]] | None = None
+        self._trainer: Trainer | None = None
+
+    @property
+    def trainer(self) -> Trainer:
+        """Composer's trainer, there after `open`."""
+        assert self._trainer is not None
+        return self._trainer
+
+    def open(self) -> None:
+        """Take the run folder and build Composer's trainer: nothing was written before this. A collective."""
+        if self.rank == 0:
+            self.folder.open(self.config)
+        dist.barrier()
+        self._trainer = self._build_trainer()
+
+    def close(self) -> None:
+        """Let loggers finish and others into the folder."""
+        if self._trainer is not None:
+            self._trainer.close()
+        self.folder.close()
+
+    def _describe(self, step: int) -> dict[str, Any]:
+        """Schedule facts after `step` steps."""
+        phase = self.plan.at(step - 1 if step else 0)
+        return {
+            "tokens": self.plan.tokens_before(step),
+            "phase": phase.name,
+            "max_seq_len": phase.max_seq_len,
+            "global_batch_size": phase.global_batch_size,
+        }
+
+    def _build_trainer(self) -> Trainer:
+        config = self.config
+        data = DataSpec(
+            self.loader,
+            split_batch=split_batch,
+            get_num_samples_in_batch=lambda batch: len(batch["sequences"]),
+            get_num_tokens_in_batch=count_tokens,  # pyright: ignore[reportArgumentType]
+        )
+        rows = max(phase.global_batch_size for phase in self.plan.phases) // self.world_size
+        precision = config.trainer.precision
+        if precision == "auto":
+            precision = "amp_bf16" if torch.cuda.is_available() else "fp32"
+        between = BetweenSteps(
+            [
+                (self._evaluation_due, self._evaluate),
+                (self._checkpoint_due, self._save),
+                (self.plan.is_milestone, self._export),
+            ],
+            on_resume=lambda step: self._export(step) if self.plan.is_milestone(step) else None,
+            after=self.metrics.start_clock,
+        )
+        schedule = StepSchedule(
+            self.plan.at,
+            self.model.set_rope_theta,
+            lambda step: torch_seed(config.seed, "dropout", step, self.rank),
+        )
+        callbacks = [schedule, self.metrics, between]
+        if self.rank == 0:
+            callbacks.insert(1, ProgressLine(self.console, self.plan.total_tokens, self._describe))
+        algorithms = []
+        if config.trainer.gradient_clip_norm is not None:
+            from composer.algorithms import GradientClipping
+
+            algorithms.append(GradientClipping("norm", config.trainer.gradient_clip_norm))
+        return Trainer(
+            model=MaskedLanguageModel(self.model),
+            train_dataloader=data,
+            max_duration=f"{self.plan.total_steps}ba",
+            optimizers=self.optimizer,
+            algorithms=algorithms,
+            callbacks=callbacks,
+            loggers=self._loggers(),
+            run_name=config.name,
+            seed=torch_seed(config.seed, "composer") % 2**32,
+            precision=Precision(precision),
+            device_train_microbatch_size=config.trainer.microbatch_size or rows,
+            accumulate_train_batch_on_tokens=True,
+            spin_dataloaders=False,
+            progress_bar=False,
+            log_to_console=False,
+            python_log_level=None,
+        )
+
+    def _loggers(self) -> list[Any]:
+        from composer.loggers import TensorboardLogger, WandBLogger
+
+        loggers: list[Any] = [TensorboardLogger(log_dir=str(self.folder.path / "tensorboard"), flush_interval=1000)]
+        wandb = self.config.wandb
+        if wandb is not None:
+            os.environ.setdefault("WANDB_DIR", str(self.folder.path))
+            os.environ.setdefault("WANDB_SILENT", "true")
+            loggers.append(
+                WandBLogger(
+                    project=wandb.project,
+                    entity=wandb.entity,
+                    name=self.config.name,
+                    rank_zero_only=True,
+                    init_kwargs={
+                        "mode": wandb.mode,
+                        "id": self.config.name,
+                        "resume": "allow",
+                        "config": self.config.model_dump(mode="json"),
+                    },
+                )
+            )
+        return loggers
+
+    def resume(self) -> int:
+        """Load the newest whole checkpoint, if any, into everything. Returns the number of finished steps."""
+        checkpoint = newest_checkpoint(self.folder.checkpoints)
+        if checkpoint is None:
+            if self.rank == 0:
+                self.metrics.trim(0)
+            return 0
+        state = checkpoint.state
+        if state["data"] != self.fingerprints:
+            changed = [name for name, value in self.fingerprints.items() if state["data"].get(name) != value]
+            raise ConfigError(
+                f"data.streams.{changed[0] if changed else next(iter(state['data']))}: its shards are not those that "
+                f"{checkpoint.path} was trained on: restore them, or give the run another name"
+            )
+        restore(checkpoint, self.model, self.optimizer)
+        self.loader.load_state_dict(state["loader"])
+        self.metrics.load_state_dict(state["metrics"])
+        self.seconds_before = state["seconds"]
+        step = int(state["step"])
+        if step:
+            phase = self.plan.at(step - 1)
+            self.model.set_rope_theta(phase.theta_global, phase.theta_local)
+        self.trainer.state.timestamp = Timestamp(batch=step, batch_in_epoch=step)
+        if self.rank == 0:
+            self.metrics.trim(step)
+        return step
+
+    def fit(self) -> None:
+        """Train to the end of the last phase."""
+        self.trainer.fit()
+
+    def _evaluation_due(self, step: int) -> bool:
+        return self.plan.is_milestone(step) or self.plan.crosses(step, self.config.evaluation.interval)
+
+    def _checkpoint_due(self, step: int) -> bool:
+        return self.plan.is_milestone(step) or self.plan.crosses(step, self.config.checkpoint.interval)
+
+    def _evaluate(self, step: int) -> None:
+        result = self.evaluator.evaluate(self.model)
+        self.evaluation = (step, result)
+        self.metrics.append({"step": step, "tokens": self.plan.tokens_before(step), "validation": result})
+        self.trainer.logger.log_metrics(flat(result))
+        self.console.print(
+            f"           validation after {self.plan.tokens_before(step):,} tokens: loss {result['loss']:.3f}, masked accuracy "
+            f"{result['masked_accuracy']:.1%} (most frequent token: {result['unigram_accuracy']:.1%})",
+            highlight=False,
+        )
+
+    def _save(self, step: int) -> None:
+        state = {
+            "step": step,
+            "loader": self.loader.state_dict(),
+            "metrics": self.metrics.state_dict(),
+            "data": self.fingerprints,
+            "seconds": self.seconds,
+        }
+        if self.rank == 0:
+            path = self.folder.checkpoints / checkpoint_name(self.plan.tokens_before(step))
+            save_checkpoint(path, self.model, self.optimizer, state)
+            milestones = {phase.end_token for phase in self.plan.phases}
+            remove_old_checkpoints(self.folder.checkpoints, self.config.checkpoint.keep, milestones)
+        dist.barrier()
+
+    def _export(self, step: int) -> None:
+        path = self.export_path(step)
+        if self.rank == 0 and not path.exists():
+            tokens = self.plan.tokens_before(step)
+            evaluation = self.evaluation[1] if self.evaluation and self.evaluation[0] == step else None
+            card = report.model_card(self.config, self.plan, tokens, evaluation)
+            to_hf(self.model, self.config.data.tokenizer, path, card=card)
+        dist.barrier()
+
+    def export_path(self, step: int) -> Path:
+        return self.folder.exports / checkpoint_name(self.plan.tokens_before(step))
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of this run's processes, less what a kill threw away."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def finish(self) -> dict[str, Any]:
+        """Last evaluation, export and summary of a run whose steps are done. Returns the summary."""
+        step = self.plan.total_steps
+        if self.evaluation is None or self.evaluation[0] != step:
+            self._evaluate(step)
+        self._export(step)
+        assert self.evaluation is not None
+        stream_tokens = self.metrics.stream_tokens()
+        tokens = sum(stream_tokens.values())
+        summary = {
+            "tokens": tokens,
+            "tokens_per_second": tokens / self.metrics.train_seconds,
+            "packing_efficiency": tokens / self.plan.total_tokens,
+            "validation": self.evaluation[1],
+            "stream_tokens": stream_tokens,
+            "steps": step,
+            "export": str(self.export_path(step)),
+            "seconds": self.seconds,
+            "train_seconds": self.metrics.train_seconds,
+        }
+        if self.rank == 0:
+            report.draw_curves(self.folder.metrics, self.folder.path / "loss.png", self.plan)
+            write_file(self.folder.summary, json.dumps(summary, indent=1))
+        return summary
+
+
+def quiet_libraries() -> None:
+    """Silence what says nothing to the user of a run."""
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for name in ("composer", "streaming", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def train(config: RunConfig, console: Console) -> dict[str, Any]:
+    """Run `config` to its end, from its newest whole checkpoint if it has one. Returns the summary.
+
+    Raises ConfigError before anything is written when config and data do not fit; RunError for damage met on the way.
+    """
+    folder = RunFolder(config.folder)
+    rank = dist.get_global_rank()
+    quiet_libraries()
+    folder.check_config(config)
+    summary = folder.finished()
+    if summary is not None:
+        if rank == 0:
+            console.print(f"{folder.path}: this run is finished ({summary['steps']} steps); nothing to do")
+        return summary
+    dist.initialize_dist("gpu" if torch.cuda.is_available() else "cpu")
+    run = Run(config, console)
+    try:
+        run.open()
+        step = run.resume()
+        if rank == 0:
+            where = f"resuming after step {step}" if step else "starting"
+            console.print(
+                f"{folder.path}: {where}, {run.plan.total_steps} steps, {report.describe_model(config)}",
+                highlight=False,
+            )
+        if step < run.plan.total_steps:
+            run.fit()
+        return run.finish()
+    except OSError as error:
+        raise RunError(
+            f"{folder.path}: {error.strerror or error}: {error.filename or ''} (checkpoints stay whole)"
+        ) from error
+    finally:
+        run.close()
