@@ -1,4 +1,7 @@
-"""FlexBERT's front door: `python main.py COMMAND ...`. Exit codes: 0 done, 1 failed while running, 2 wrong usage or config."""
+"""FlexBERT's front door: `python main.py COMMAND ...`.
+
+Exit codes: 0 done, 1 failed while running, 2 wrong usage or config.
+"""
 
 import os
 import sys

@@ -74,7 +74,7 @@ class Registry:
         self.entries: dict[str, Any] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator. The entry must carry a `Config` derived from Component (a class attribute; for a function, set it)."""
+        """Decorator. The entry must carry a `Config` derived from Component (for a function: set the attribute)."""
 
         def add(entry: T) -> T:
             if name in self.entries:

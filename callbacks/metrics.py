@@ -20,7 +20,7 @@ class MetricsLog(Callback):
     | loss | nats per masked token, mean over the steps since the last line | BATCH_END, every log_interval steps |
     | lr, phase, max_seq_len, global_batch_size | - , name, slots, rows | same |
     | tokens, real_tokens | slots; tokens that are no padding | same |
-    | tokens_per_second | real tokens / s over the steps since the last line, all ranks, without evaluation and saving | same |
+    | tokens_per_second | real tokens / s since the last line, all ranks, without evaluation and saving | same |
     | data_wait | share of that time spent waiting for the loader, rank 0 | same |
     | validation | see evaluation | when evaluated |
     """

@@ -50,7 +50,8 @@ class ProgressLine(Callback):
         tokens, now = facts["tokens"], time.monotonic()
         speed = (tokens - self._first_tokens) / (now - self._start)
         lr = state.optimizers[0].param_groups[0]["lr"]
-        text = f"{_short(tokens)}/{_short(self.total_tokens)} tokens  {_short(speed)} tokens/s  loss {self._loss:.3f}  lr {lr:.1e}"
+        done = f"{_short(tokens)}/{_short(self.total_tokens)} tokens"
+        text = f"{done}  {_short(speed)} tokens/s  loss {self._loss:.3f}  lr {lr:.1e}"
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=tokens, phase=facts["phase"], text=text)
         elif now - self._last_line >= _SECONDS_BETWEEN_LINES or tokens == self.total_tokens:

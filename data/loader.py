@@ -14,10 +14,10 @@ import torch.distributed
 from pydantic import Field, model_validator
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from data.keyed import keyed_generator
 from data.masking import IGNORE, Masker, MaskingConfig, RowKey
 from data.order import Lane, LaneCursor, MixtureOrder, Row
 from data.packing import pack
-from data.keyed import keyed_generator
 from data.shards import Stream, open_stream
 from schema import ConfigError, RunError, Schema
 
@@ -170,14 +170,11 @@ class MixtureDataset(IterableDataset):
     def __init__(self, config: LoaderConfig, rank: int, world_size: int) -> None:
         """Raises ConfigError when the batch sizes, lanes and world size do not fit each other."""
         for number, phase in enumerate(config.phases):
-            if phase.global_batch_size % config.lanes:
-                raise ConfigError(
-                    f"phases[{number}].global_batch_size: {phase.global_batch_size} is no multiple of data.lanes {config.lanes}"
-                )
-            if phase.global_batch_size % world_size:
-                raise ConfigError(
-                    f"phases[{number}].global_batch_size: {phase.global_batch_size} is no multiple of {world_size} ranks"
-                )
+            key, rows = f"phases[{number}].global_batch_size", phase.global_batch_size
+            if rows % config.lanes:
+                raise ConfigError(f"{key}: {rows} is no multiple of data.lanes {config.lanes}")
+            if rows % world_size:
+                raise ConfigError(f"{key}: {rows} is no multiple of {world_size} ranks")
         self.config, self.rank, self.world_size = config, rank, world_size
         self.streams = open_streams(config.data, "train")
         self.order = MixtureOrder(
@@ -234,7 +231,7 @@ class MixtureDataset(IterableDataset):
 
 
 class _GuardedDataset(IterableDataset):
-    """Hands an error of ours to the training process as a value: through a DataLoader it would lose its plain message."""
+    """Hands an error of ours to the training process as a value: a DataLoader would wrap its message in a traceback."""
 
     def __init__(self, dataset: MixtureDataset) -> None:
         self.dataset = dataset

@@ -51,9 +51,8 @@ class MixtureOrder:
         self.streams, self.repeats, self.seed, self.lanes = streams, repeats, seed, lanes
         documents = sum(stream.manifest.documents * repeat for stream, repeat in zip(streams, repeats, strict=True))
         if documents < lanes:
-            raise ConfigError(
-                f"data: an epoch of {documents:.0f} documents cannot fill {lanes} lanes: add data, or set data.lanes lower"
-            )
+            found = f"an epoch of {documents:.0f} documents cannot fill {lanes} lanes"
+            raise ConfigError(f"data: {found}: add data, or set data.lanes lower")
         self.num_blocks = lanes * max(1, round(documents / block_documents / lanes))
         self._parts = [self._cut_parts(stream, part_documents) for stream in streams]
         self._epochs: OrderedDict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = OrderedDict()

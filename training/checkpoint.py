@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -52,15 +53,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Write a checkpoint; it appears under `path` only when every byte is on disk. state: JSON values.
 
-    Raises OSError (a full disk, ...) with nothing left behind.
+    Raises RunError (a full disk, ...) with nothing left behind and older checkpoints untouched.
     """
     tensors, scalars = _flatten_optimizer(model, optimizer)
-    with new_folder(path) as folder:
-        save_file(_unshared(model.state_dict()), folder / "model.safetensors")
-        save_file(tensors, folder / "optimizer.safetensors")
-        write_file(folder / "state.json", json.dumps({"optimizer": scalars, "run": state}, indent=1))
-        files = {file.name: _digest(file) for file in sorted(folder.iterdir())}
-        write_file(folder / _MANIFEST, json.dumps({"schema_version": SCHEMA_VERSION, "files": files}, indent=1))
+    try:
+        with new_folder(path) as folder:
+            save_file(_unshared(model.state_dict()), folder / "model.safetensors")
+            save_file(tensors, folder / "optimizer.safetensors")
+            write_file(folder / "state.json", json.dumps({"optimizer": scalars, "run": state}, indent=1))
+            files = {file.name: _digest(file) for file in sorted(folder.iterdir())}
+            write_file(folder / _MANIFEST, json.dumps({"schema_version": SCHEMA_VERSION, "files": files}, indent=1))
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path}: checkpoint could not be written: {error}; older ones are whole") from error
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -107,21 +107,20 @@ class RunConfig(Schema):
     @model_validator(mode="after")
     def _check_phases(self) -> "RunConfig":
         names = [phase.name for phase in self.phases]
+        limit = self.model.max_position_embeddings
         for number, phase in enumerate(self.phases):
             if names.index(phase.name) != number:
                 raise ValueError(f"phases[{number}].name: {phase.name!r} is taken: give each phase its own name")
-            if (phase.max_seq_len or 0) > self.model.max_position_embeddings:
+            if (phase.max_seq_len or 0) > limit:
                 raise ValueError(
-                    f"phases[{number}].max_seq_len: {phase.max_seq_len} is over model.max_position_embeddings "
-                    f"{self.model.max_position_embeddings}: raise that, or shorten the rows"
+                    f"phases[{number}].max_seq_len: {phase.max_seq_len} is over model.max_position_embeddings {limit}: "
+                    "raise that, or shorten the rows"
                 )
         for key in ("max_seq_len", "global_batch_size", "lr"):
             if getattr(self.phases[0], key) is None:
                 raise ValueError(f"phases[0].{key}: is required in the first phase")
-        if (self.evaluation.max_seq_len or 0) > self.model.max_position_embeddings:
-            raise ValueError(
-                f"evaluation.max_seq_len: is over model.max_position_embeddings {self.model.max_position_embeddings}"
-            )
+        if (self.evaluation.max_seq_len or 0) > limit:
+            raise ValueError(f"evaluation.max_seq_len: over model.max_position_embeddings {limit}")
         return self
 
     @model_validator(mode="after")

@@ -35,8 +35,8 @@ def run_demo() -> None:
     fill_masks(summary["export"], console)
     report.closing_table(config, summary, console)
     console.print(
-        "next: [bold].venv/bin/python main.py train configs/demo.yaml name=wider model.hidden_size=256 model.num_attention_heads=4[/bold]"
-        "\n      or [bold].venv/bin/python main.py inspect datasets/demo[/bold]",
+        "next: [bold].venv/bin/python main.py train configs/demo.yaml name=wider model.hidden_size=256 "
+        "model.num_attention_heads=4[/bold]\n  or: [bold].venv/bin/python main.py inspect datasets/demo[/bold]",
         highlight=False,
         soft_wrap=True,
     )

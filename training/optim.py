@@ -31,7 +31,7 @@ class _AdamConfig(Component):
 
 @OPTIMIZERS.register("stableadamw")
 class StableAdamW:
-    """torch-optimi's StableAdamW (Wortsman et al. 2023, arXiv 2304.13013, algorithm 2): AdamW with Adafactor's update clipping."""
+    """torch-optimi's StableAdamW: AdamW with Adafactor's update clipping (arXiv 2304.13013, algorithm 2)."""
 
     class Config(_AdamConfig):
         weight_decay: float = Field(

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flexbert.accounting import count_parameters, flops_per_token, memory_estimate
 from rich.console import Console
 from rich.table import Table
 
 from data.loader import open_streams
 from data.order import MixtureOrder
-from flexbert.accounting import count_parameters, flops_per_token, memory_estimate
 from training.config import RunConfig
 from training.phases import PhasePlan
 
@@ -69,14 +69,15 @@ def dry_run(config: RunConfig, console: Console, world_size: int = 1) -> None:
     for name, stream, repeat, tokens in zip(config.data.streams, streams, repeats, epoch_tokens, strict=True):
         passes = plan.total_tokens / max(sum(epoch_tokens), 1) * repeat
         share = tokens / max(sum(epoch_tokens), 1)
-        mixture.add_row(
-            name, f"{stream.manifest.documents:,}", f"{stream.manifest.tokens:,}", f"{share:.1%}", f"{passes:.2f}"
-        )
+        manifest = stream.manifest
+        mixture.add_row(name, f"{manifest.documents:,}", f"{manifest.tokens:,}", f"{share:.1%}", f"{passes:.2f}")
     console.print(mixture)
     milestones = ", ".join(f"{phase.end_token:,}" for phase in plan.phases)
     console.print(
-        f"total: {plan.total_tokens:,} tokens (slots) in {plan.total_steps:,} steps; {loader.lanes} lanes, {order.num_blocks:,} blocks an epoch\n"
-        f"checkpoints every {config.checkpoint.interval:,} tokens, {config.checkpoint.keep} kept; milestones (kept, evaluated, exported) at {milestones}",
+        f"total: {plan.total_tokens:,} tokens (slots) in {plan.total_steps:,} steps; {loader.lanes} lanes, "
+        f"{order.num_blocks:,} blocks an epoch\n"
+        f"checkpoints every {config.checkpoint.interval:,} tokens, {config.checkpoint.keep} kept; "
+        f"milestones (kept, evaluated, exported) at {milestones}",
         highlight=False,
     )
 
@@ -94,7 +95,7 @@ def model_card(config: RunConfig, plan: PhasePlan, tokens: int, evaluation: dict
         f"A ModernBERT-style masked language model pretrained with FlexBERT: {describe_model(config)}, "
         f"{model.num_attention_heads} heads, up to {model.max_position_embeddings} positions.",
         "",
-        f"Trained on {tokens:,} of {plan.total_tokens:,} planned tokens of the streams {', '.join(config.data.streams)}.",
+        f"Trained on {tokens:,} of {plan.total_tokens:,} planned tokens of: {', '.join(config.data.streams)}.",
         "",
         "| phase | tokens | row length | rows per step | peak learning rate | masking rate |",
         "|---|---|---|---|---|---|",
@@ -108,8 +109,9 @@ def model_card(config: RunConfig, plan: PhasePlan, tokens: int, evaluation: dict
     if evaluation is not None:
         lines += [
             "",
-            f"Held-out text, {config.evaluation.masking.rate:.0%} masked: loss {evaluation['loss']:.4f} nats, masked accuracy "
-            f"{evaluation['masked_accuracy']:.4f} (always answering the most frequent token: {evaluation['unigram_accuracy']:.4f}).",
+            f"Held-out text, {config.evaluation.masking.rate:.0%} masked: loss {evaluation['loss']:.4f} nats, "
+            f"masked accuracy {evaluation['masked_accuracy']:.4f} "
+            f"(always answering the most frequent token: {evaluation['unigram_accuracy']:.4f}).",
         ]
     lines += [
         "",

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 import time
 import warnings
 from pathlib import Path
@@ -15,7 +14,7 @@ from composer.models import ComposerModel
 from composer.trainer import Trainer
 from composer.utils import dist
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from callbacks.metrics import MetricsLog
 from callbacks.milestones import BetweenSteps
@@ -100,8 +99,8 @@ class Run:
         manifest = train_streams[0].manifest
         if config.model.vocab_size != manifest.vocab_size:
             raise ConfigError(
-                f"model.vocab_size: {config.model.vocab_size} differs from the {manifest.vocab_size} of the tokenizer that "
-                f"made {config.data.tokenizer}: set model.vocab_size={manifest.vocab_size}"
+                f"model.vocab_size: is {config.model.vocab_size}, but the streams' tokenizer has {manifest.vocab_size} ids: "
+                f"set model.vocab_size={manifest.vocab_size}"
             )
         self.fingerprints = {
             name: stream.fingerprint for name, stream in zip(config.data.streams, train_streams, strict=True)
@@ -270,8 +269,8 @@ class Run:
         self.metrics.append({"step": step, "tokens": self.plan.tokens_before(step), "validation": result})
         self.trainer.logger.log_metrics(flat(result))
         self.console.print(
-            f"           validation after {self.plan.tokens_before(step):,} tokens: loss {result['loss']:.3f}, masked accuracy "
-            f"{result['masked_accuracy']:.1%} (most frequent token: {result['unigram_accuracy']:.1%})",
+            f"           validation after {self.plan.tokens_before(step):,} tokens: loss {result['loss']:.3f}, "
+            f"masked accuracy {result['masked_accuracy']:.1%} (most frequent token: {result['unigram_accuracy']:.1%})",
             highlight=False,
         )
 
