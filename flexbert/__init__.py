@@ -1,0 +1,32 @@
+"""BERT-family encoders on packed batches, in plain PyTorch. These names are the package's public face."""
+
+from typing import TYPE_CHECKING, Any
+
+from flexbert.config import FlexBertConfig
+from flexbert.encoder import FlexBertEncoder
+from flexbert.model import FlexBertForMaskedLM, MaskedLMOutput, build
+from flexbert.registry import register, registered
+
+if TYPE_CHECKING:
+    from flexbert.hf import from_hf, to_hf
+
+__all__ = [
+    "FlexBertConfig",
+    "FlexBertEncoder",
+    "FlexBertForMaskedLM",
+    "MaskedLMOutput",
+    "build",
+    "from_hf",
+    "register",
+    "registered",
+    "to_hf",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # On demand: safetensors and transformers are needed at the border only.
+    if name in ("from_hf", "to_hf"):
+        from flexbert import hf
+
+        return getattr(hf, name)
+    raise AttributeError(f"module 'flexbert' has no attribute {name!r}")

@@ -1,0 +1,108 @@
+"""The architecture of a model: one validated object, from YAML, from a dict, or from a Hugging Face config (hf.py)."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+# Imported for their side effect: each registers its entries, which the slots below name as defaults.
+from flexbert import attention, blocks, embeddings, heads, init, mlps, norms, positions  # noqa: F401
+from flexbert.registry import (
+    ATTENTIONS,
+    BLOCKS,
+    EMBEDDINGS,
+    HEADS,
+    INITS,
+    MLPS,
+    NORMS,
+    POSITIONS,
+    SLOTS,
+    ModelComponent,
+)
+from schema import ConfigError, Schema, did_you_mean, load_node, validate
+
+PRESETS = Path(__file__).resolve().parent.parent / "configs" / "model"
+
+TokenId = Annotated[int | None, Field(ge=0)]
+
+
+class FlexBertConfig(Schema):
+    """An encoder and its head. Sizes have Hugging Face names; a slot takes a name or a mapping with `name`."""
+
+    vocab_size: int = Field(ge=1, description="entries of the token table; a multiple of 64 is fastest on GPUs")
+    hidden_size: int = Field(768, ge=1, description="width of the residual stream")
+    num_hidden_layers: int = Field(12, ge=1, description="blocks")
+    num_attention_heads: int = Field(12, ge=1, description="heads per attention layer; must divide hidden_size")
+    intermediate_size: int = Field(3072, ge=1, description="width inside the mlp; of one half, in a gated one")
+    max_position_embeddings: int = Field(512, ge=1, description="longest sequence the model is meant for, in tokens")
+
+    pad_token_id: TokenId = Field(None, description="padding in exports; null: the tokenizer's")
+    bos_token_id: TokenId = Field(None, description="begin of text in exports; null: the tokenizer's, else [CLS]")
+    eos_token_id: TokenId = Field(None, description="end of text in exports; null: the tokenizer's, else [SEP]")
+    cls_token_id: TokenId = Field(None, description="[CLS] in exports; null: the tokenizer's")
+    sep_token_id: TokenId = Field(None, description="[SEP] in exports; null: the tokenizer's")
+    mask_token_id: TokenId = Field(None, description="[MASK] in exports; null: the tokenizer's")
+
+    embedding: Annotated[Any, *EMBEDDINGS.slot()] = Field("tokens", description="from token ids to the residual stream")
+    position: Annotated[Any, *POSITIONS.slot()] = Field("rope", description="how a token's place enters")
+    attention: Annotated[Any, *ATTENTIONS.slot()] = Field("multihead", description="attention half of a block")
+    norm: Annotated[Any, *NORMS.slot()] = Field("layernorm", description="every normalisation of the model")
+    mlp: Annotated[Any, *MLPS.slot()] = Field("glu", description="feed-forward half of a block")
+    block: Annotated[Any, *BLOCKS.slot()] = Field("prenorm", description="how the halves join the residual stream")
+    head: Annotated[Any, *HEADS.slot()] = Field("mlm", description="from the residual stream to vocabulary scores")
+    init: Annotated[Any, *INITS.slot()] = Field("full_megatron", description="starting weights")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @model_validator(mode="after")
+    def _check(self) -> "FlexBertConfig":
+        faults = []
+        if self.hidden_size % self.num_attention_heads:
+            low = self.hidden_size // self.num_attention_heads * self.num_attention_heads
+            near = [str(size) for size in (low, low + self.num_attention_heads) if size]
+            faults.append(
+                f"hidden_size: {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}: "
+                f"try {' or '.join(near)}"
+            )
+        for name in TOKEN_IDS:
+            value = getattr(self, name)
+            if value is not None and value >= self.vocab_size:
+                faults.append(
+                    f"{name}: {value} is outside the vocabulary of {self.vocab_size}: null takes the tokenizer's"
+                )
+        for slot in SLOTS:
+            component = getattr(self, slot)
+            if isinstance(component, ModelComponent) and not faults:
+                try:
+                    component.check(self)
+                except ValueError as error:
+                    faults.append(str(error))
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @classmethod
+    def from_yaml(cls, source: str | Path) -> "FlexBertConfig":
+        """From a preset's name (configs/model/NAME.yaml) or a file's path. Raises ConfigError, one line per fault."""
+        path = Path(source)
+        if path.suffix not in (".yaml", ".yml") and len(path.parts) == 1:
+            presets = {file.stem: file for file in PRESETS.glob("*.yaml")}
+            if str(source) not in presets:
+                raise ConfigError(f"unknown preset {str(source)!r}, {did_you_mean(str(source), presets)}")
+            path = presets[str(source)]
+        return validate(cls, load_node(path), path)
+
+    @classmethod
+    def from_dict(cls, node: dict[str, Any]) -> "FlexBertConfig":
+        """The inverse of `to_dict`; a slot may also be a bare name. Raises ConfigError, one line per fault."""
+        return validate(cls, node, "model")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, every default spelt out."""
+        return self.model_dump()
+
+
+TOKEN_IDS = tuple(name for name in FlexBertConfig.model_fields if name.endswith("_token_id"))

@@ -1,0 +1,66 @@
+"""The encoder: embedding, blocks, final norm.   B batch, S seq, T packed tokens, D hidden."""
+
+from torch import Tensor, nn
+
+from flexbert.config import FlexBertConfig
+from flexbert.layers import build_norm
+from flexbert.packed import check_packed, pad, unpad
+from flexbert.plan import AttentionPlan
+from flexbert.positions import RotaryPosition
+from flexbert.registry import BLOCKS, EMBEDDINGS, POSITIONS
+from schema import ConfigError
+
+
+class FlexBertEncoder(nn.Module):
+    """Packed token ids in, hidden states out. No token sees another sequence."""
+
+    def __init__(self, config: FlexBertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.position = POSITIONS.build(config.position, head_dim=config.head_dim)
+        self.embedding = EMBEDDINGS.build(config.embedding, model=config)
+        self.layers = nn.ModuleList(
+            BLOCKS.build(config.block, model=config, layer_index=index) for index in range(config.num_hidden_layers)
+        )
+        needs_norm = BLOCKS.entries[config.block.name].needs_final_norm
+        self.final_norm = build_norm(config.norm, config.hidden_size) if needs_norm else nn.Identity()
+
+    @property
+    def token_table(self) -> Tensor:
+        """(V, D) token embeddings, to which a head may tie its decoder."""
+        return self.embedding.tokens.weight
+
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """Hidden states (T, D) of a packed batch.
+
+        input_ids: (T,) int64. cu_seqlens: (num_seqs + 1,) int32, starts of the sequences, then T; empty sequences and
+        T = 0 are fine. max_seqlen: tokens of the longest sequence. Raises ValueError for other shapes and dtypes.
+        """
+        check_packed(input_ids, cu_seqlens)
+        plan = AttentionPlan(cu_seqlens, max_seqlen, len(input_ids))
+        hidden_states = self.position.embed(self.embedding(input_ids), plan.position_ids)
+        rotations = self.position.rotations(plan.position_ids, max_seqlen)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, plan, rotations)
+        return self.final_norm(hidden_states)
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Hidden states (B, S, D) of a padded batch (B, S), zero where attention_mask (bool or 0/1) is false."""
+        packed = unpad(input_ids, attention_mask)
+        hidden_states = self(packed.input_ids, packed.cu_seqlens, packed.max_seqlen)
+        return pad(hidden_states, packed.slots, *input_ids.shape)
+
+    def set_rope_theta(self, global_theta: float | None = None, local_theta: float | None = None) -> None:
+        """Change the base of the rotary angles from the next forward on, here and in `config`; None: as it is.
+
+        Raises ConfigError when the model has no rotary positions, or for a theta that is not positive.
+        """
+        given = {"global_theta": global_theta, "local_theta": local_theta}
+        changes = {name: theta for name, theta in given.items() if theta is not None}
+        if not changes:
+            return
+        if not isinstance(self.position, RotaryPosition):
+            raise ConfigError(f"position: {self.config.position.name} has no theta to set: use rope")
+        node = self.config.to_dict()
+        self.config = FlexBertConfig.from_dict({**node, "position": {**node["position"], **changes}})
+        self.position.set_theta(self.config.position)

@@ -1,0 +1,186 @@
+"""Attention over packed sequences: one function, several kernels, all equal to `eager`.
+
+T packed tokens, N heads, H head dim. Layout everywhere: (T, N, H). A kernel that is named and cannot run is an error;
+only `auto` chooses.
+"""
+
+import functools
+import importlib.util
+import logging
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexbert.packed import gather_rows, spread_rows
+from flexbert.plan import AttentionPlan
+from schema import ConfigError
+
+log = logging.getLogger(__name__)
+
+Backend = Literal["auto", "eager", "sdpa", "flash2"]
+Window = tuple[int, int]
+
+
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: AttentionPlan,
+    *,
+    window_size: Window,
+    dropout_p: float = 0.0,
+    backend: Backend = "auto",
+) -> Tensor:
+    """softmax(q k / sqrt(H)) v within each sequence: three (T, N, H) tensors -> (T, N, H) of the same dtype.
+
+    window_size: (left, right) tokens seen besides self, equal; (-1, -1): the whole sequence.
+    dropout_p: of the attention weights, drawn from torch's global generator.
+    Raises ConfigError when the named backend cannot run here.
+    """
+    if backend == "auto":
+        backend = choose_backend(queries.device.type, queries.dtype)
+    else:
+        require_backend(backend, queries.device.type, queries.dtype)
+    if not queries.numel():
+        # Kernels refuse empty batches. The result must still hang on all three, for gradients of zero.
+        return queries + keys + values
+    return _KERNELS[backend](queries, keys, values, plan, window_size, dropout_p)
+
+
+@functools.cache
+def choose_backend(device: str, dtype: torch.dtype) -> Backend:
+    """The kernel that `auto` stands for on a device type; logged once for each device and dtype."""
+    reason = _why_not_flash2(device, dtype)
+    backend: Backend = "sdpa" if reason else "flash2"
+    log.info("attention backend: %s (%s, %s%s)", backend, device, dtype, f"; {reason}" if reason else "")
+    return backend
+
+
+def require_backend(backend: Backend, device: str, dtype: torch.dtype | None = None) -> None:
+    """Raise ConfigError when a backend named in the config cannot run on a device type (with a dtype, if known)."""
+    if backend == "flash2" and (reason := _why_not_flash2(device, dtype)):
+        raise ConfigError(f"attention.backend: flash2 cannot run: {reason}: use auto, or sdpa")
+
+
+def _why_not_flash2(device: str, dtype: torch.dtype | None) -> str:
+    if device != "cuda":
+        return f"flash-attn needs a CUDA device, not {device}"
+    if not flash_attn_installed():
+        return "the package flash-attn is not installed (pip install -r requirements-gpu.txt)"
+    if dtype not in (None, torch.float16, torch.bfloat16):
+        return f"flash-attn computes in bfloat16 or float16, not {dtype}"
+    return ""
+
+
+@functools.cache
+def flash_attn_installed() -> bool:
+    """Whether the package can be imported; it is not imported here."""
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: Window, dropout_p: float) -> Tensor:
+    """The reference: one dense (T, T) mask, every step spelt out, softmax in float32."""
+    scores = torch.einsum("qnh,knh->nqk", q, k).float() / math.sqrt(q.shape[-1])
+    scores = scores.masked_fill(~plan.dense_visible(window), float("-inf"))
+    probs = F.dropout(scores.softmax(-1), dropout_p) if dropout_p else scores.softmax(-1)
+    return torch.einsum("nqk,knh->qnh", probs.to(v.dtype), v)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: Window, dropout_p: float) -> Tensor:
+    if window == (-1, -1):
+        return _sdpa_global(q, k, v, plan, dropout_p)
+    if window[0] != window[1]:
+        raise ConfigError(f"attention: backend sdpa needs a symmetric window, got {window}")
+    if plan.max_seqlen <= window[0] + 1:
+        return _sdpa_global(q, k, v, plan, dropout_p)  # no sequence is longer than one side of the window
+    return _sdpa_local(q, k, v, plan, window[0], dropout_p)
+
+
+def _sdpa_global(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout_p: float) -> Tensor:
+    """One call per bucket of sequences of similar length, padded to the bucket's longest."""
+    out = None
+    for bucket in plan.buckets:
+        shape = (bucket.batch, bucket.length)
+        if bucket.tokens is None or bucket.slots is None:
+            tables = [x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v)]
+            return _sdpa_call(*tables, mask=None, dropout_p=dropout_p).transpose(1, 2).flatten(0, 1)
+        tables = [
+            spread_rows(gather_rows(x, bucket.tokens), bucket.slots, bucket.batch * bucket.length)
+            .unflatten(0, shape)
+            .transpose(1, 2)
+            for x in (q, k, v)
+        ]
+        table = _sdpa_call(*tables, mask=bucket.key_is_real, dropout_p=dropout_p).transpose(1, 2).flatten(0, 1)
+        part = spread_rows(gather_rows(table, bucket.slots), bucket.tokens, plan.num_tokens)
+        out = part if out is None else out + part
+    assert out is not None
+    return out
+
+
+def _sdpa_local(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, per_side: int, dropout_p: float) -> Tensor:
+    """Blocks of queries against the keys that their windows reach: O(T * window), across borders of sequences."""
+    blocks = plan.blocks(per_side)
+    slots = blocks.count * blocks.block
+    padded = q if slots == len(q) else F.pad(q, (0, 0, 0, 0, 0, slots - len(q)))
+    query_blocks = padded.unflatten(0, (blocks.count, blocks.block)).transpose(1, 2)
+    key_blocks, value_blocks = (
+        _WindowBlocks.apply(x, blocks.count, blocks.block, per_side).transpose(1, 2)  # pyright: ignore
+        for x in (k, v)
+    )
+    mask = plan.additive_visible(per_side, q.dtype)
+    out = _sdpa_call(query_blocks, key_blocks, value_blocks, mask=mask, dropout_p=dropout_p)
+    return out.transpose(1, 2).flatten(0, 1)[: len(q)]
+
+
+def _sdpa_call(*tables: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
+    q, k, v = tables
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+
+
+class _WindowBlocks(torch.autograd.Function):
+    """(T, N, H) -> (count, block + 2 * per_side, N, H): each block with its neighbourhood, as overlapping views of one
+    padded copy. The generic gradient of such a view adds row by row; here it is three slices added in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, count: int, block: int, per_side: int) -> Tensor:
+        ctx.sizes = (len(rows), block, per_side)
+        padded = rows.new_zeros(count * block + 2 * per_side, *rows.shape[1:])
+        padded[per_side : per_side + len(rows)] = rows
+        row = padded.stride(0)
+        shape = (count, block + 2 * per_side, *rows.shape[1:])
+        return padded.as_strided(shape, (block * row, row, *padded.stride()[1:]))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        num_rows, block, per_side = ctx.sizes
+        gradient = gradients[0]
+        own = gradient[:, per_side : per_side + block].clone(memory_format=torch.contiguous_format)
+        own[:-1, block - per_side :] += gradient[1:, :per_side]
+        own[1:, :per_side] += gradient[:-1, per_side + block :]
+        return own.flatten(0, 1)[:num_rows], None, None, None
+
+
+def _flash2(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: Window, dropout_p: float) -> Tensor:
+    """FlashAttention-2 (arXiv 2307.08691), variable-length call: no padding, no host sync."""
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q=plan.cu_seqlens,
+        cu_seqlens_k=plan.cu_seqlens,
+        max_seqlen_q=plan.max_seqlen,
+        max_seqlen_k=plan.max_seqlen,
+        dropout_p=dropout_p,
+        causal=False,
+        window_size=window,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+_KERNELS: dict[str, Callable[..., Tensor]] = {"eager": _eager, "sdpa": _sdpa, "flash2": _flash2}

@@ -1,0 +1,115 @@
+"""Models for a task, and `build`, the way to make one.   T packed tokens, M masked ones, D hidden, V vocabulary."""
+
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+
+from flexbert.config import FlexBertConfig
+from flexbert.encoder import FlexBertEncoder
+from flexbert.kernels import require_backend
+from flexbert.losses import masked_cross_entropy, masked_evaluation
+from flexbert.packed import gather_rows
+from flexbert.registry import HEADS, INITS
+from schema import ConfigError, did_you_mean
+
+IGNORE = -100
+
+
+class MaskedLMOutput(NamedTuple):
+    """What a masked language model returns."""
+
+    loss: Tensor | None  # float32 scalar, nats per masked token; None without labels
+    logits: Tensor | None  # (T, V); None with labels
+    hidden_states: Tensor  # (T, D), after the final norm
+
+
+class FlexBertForMaskedLM(nn.Module):
+    """Encoder with a masked-token head."""
+
+    def __init__(self, config: FlexBertConfig) -> None:
+        super().__init__()
+        self.encoder = FlexBertEncoder(config)
+        self.head = HEADS.build(config.head, model=config)
+
+    @property
+    def config(self) -> FlexBertConfig:
+        """The architecture, with the RoPE thetas now in use."""
+        return self.encoder.config
+
+    def forward(
+        self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, labels: Tensor | None = None
+    ) -> MaskedLMOutput:
+        """Scores of every token, or, with labels, the mean loss over this batch's masked tokens.
+
+        input_ids: (T,) int64. cu_seqlens: (num_seqs + 1,) int32. max_seqlen: tokens of the longest sequence.
+        labels: (T,) int64, -100 = not masked. The head runs on masked tokens only and their logits never exist all at
+        once. Without masked tokens the loss is 0 and every parameter still gets a gradient, of zeros: DDP waits for it.
+        Raises ValueError for other shapes and dtypes.
+        """
+        hidden_states = self.encoder(input_ids, cu_seqlens, max_seqlen)
+        weight, bias = self.head.decoder(self.encoder.token_table)
+        if labels is None:
+            return MaskedLMOutput(None, nn.functional.linear(self.head(hidden_states), weight, bias), hidden_states)
+        masked, targets = _masked(hidden_states, labels)
+        loss = masked_cross_entropy(self.head(masked), weight, bias, targets) / max(len(targets), 1)
+        return MaskedLMOutput(loss, None, hidden_states)
+
+    @torch.no_grad()
+    def evaluate(
+        self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss sum in nats float64, masked tokens predicted right int64, masked tokens int64), scalars.
+
+        Arguments as in `forward`. Without gradients; whether dropout acts is the caller's `eval()`.
+        """
+        hidden_states = self.encoder(input_ids, cu_seqlens, max_seqlen)
+        weight, bias = self.head.decoder(self.encoder.token_table)
+        masked, targets = _masked(hidden_states, labels)
+        loss, correct = masked_evaluation(self.head(masked), weight, bias, targets)
+        return loss, correct, torch.tensor(len(targets), device=loss.device)
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Hidden states (batch, seq, D) of a padded batch (batch, seq), zero where attention_mask is false."""
+        return self.encoder.encode(input_ids, attention_mask)
+
+    def set_rope_theta(self, global_theta: float | None = None, local_theta: float | None = None) -> None:
+        """See FlexBertEncoder.set_rope_theta."""
+        self.encoder.set_rope_theta(global_theta, local_theta)
+
+
+def _masked(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states (M, D) and labels (M,) of the masked tokens."""
+    if labels.shape != hidden_states.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"expected labels {tuple(hidden_states.shape[:1])} int64, got {tuple(labels.shape)} {labels.dtype}"
+        )
+    index = (labels != IGNORE).nonzero().squeeze(1)
+    return gather_rows(hidden_states, index), labels.index_select(0, index)
+
+
+_TASKS = {"mlm": FlexBertForMaskedLM, "encoder": FlexBertEncoder}
+
+
+@overload
+def build(config: FlexBertConfig, task: Literal["mlm"] = "mlm", *, seed: int = 0) -> FlexBertForMaskedLM: ...
+@overload
+def build(config: FlexBertConfig, task: Literal["encoder"], *, seed: int = 0) -> FlexBertEncoder: ...
+def build(config: FlexBertConfig, task: str = "mlm", *, seed: int = 0) -> FlexBertForMaskedLM | FlexBertEncoder:
+    """A model with fresh weights, in training mode, float32, on the default device.
+
+    task: "mlm" or "encoder". seed: each parameter's start is a function of it and of the parameter's name; torch's
+    global generator is neither read nor moved. Under `torch.device("meta")` nothing is allocated or drawn.
+    Raises ConfigError for a task that does not exist and for an attention backend that cannot run here.
+    """
+    if task not in _TASKS:
+        raise ConfigError(f"task: {task!r} cannot be built, {did_you_mean(task, _TASKS)}")
+    if torch.get_default_device().type != "meta" and getattr(config.attention, "backend", "auto") == "flash2":
+        require_backend("flash2", "cuda" if torch.cuda.is_available() else "cpu")
+    # Modules draw their own starting weights when constructed; those not overwritten by `init` depend on the seed too.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = _TASKS[task](config)
+    init = INITS.build(config.init, num_hidden_layers=config.num_hidden_layers)
+    init(model, seed, "encoder" if task == "encoder" else "")
+    return model

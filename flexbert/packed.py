@@ -1,0 +1,91 @@
+"""Packed and padded layouts: the only place that knows about padding.   B batch, S seq, T packed tokens.
+
+Also the pair of row moves that the package uses in place of advanced indexing: their gradients write each row once,
+so they are deterministic on every device, and need no atomic additions.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Packed(NamedTuple):
+    """Sequences laid end to end."""
+
+    input_ids: Tensor  # (T,) int64
+    cu_seqlens: Tensor  # (num_seqs + 1,) int32: starts of the sequences, then T
+    max_seqlen: int  # tokens of the longest sequence
+    slots: Tensor  # (T,) int64: where each token was in the flattened padded batch
+
+
+def unpad(input_ids: Tensor, attention_mask: Tensor) -> Packed:
+    """Lay the real tokens of a padded batch (B, S) end to end, row by row; an empty row gives a sequence of length 0.
+
+    attention_mask: bool or 0/1 integers, true where the token is real; need not be a prefix of the row.
+    Raises ValueError when the shapes differ. Cost: host syncs, so once per batch, never in a layer.
+    """
+    if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape:
+        raise ValueError(
+            f"expected input_ids and attention_mask of one shape (batch, seq), got {tuple(input_ids.shape)} and "
+            f"{tuple(attention_mask.shape)}"
+        )
+    real = attention_mask.bool()
+    lengths = real.sum(1)
+    slots = real.flatten().nonzero().squeeze(1)
+    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=input_ids.device)
+    cu_seqlens[1:] = lengths.cumsum(0)
+    max_seqlen = int(lengths.max()) if len(lengths) else 0
+    return Packed(input_ids.flatten().index_select(0, slots), cu_seqlens, max_seqlen, slots)
+
+
+def pad(hidden_states: Tensor, slots: Tensor, batch: int, seq: int) -> Tensor:
+    """Undo `unpad` for (T, ...) states: (batch, seq, ...), zero where there was no token."""
+    return spread_rows(hidden_states, slots, batch * seq).unflatten(0, (batch, seq))
+
+
+def check_packed(input_ids: Tensor, cu_seqlens: Tensor) -> None:
+    """Raise ValueError for inputs that are not a packed batch. Values are looked at on the CPU only (no sync)."""
+    if input_ids.ndim != 1 or input_ids.dtype != torch.int64:
+        raise ValueError(f"expected input_ids (total_tokens,) int64, got {tuple(input_ids.shape)} {input_ids.dtype}")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"expected cu_seqlens (num_seqs + 1,) int32, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
+    if cu_seqlens.device.type == "cpu":
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        if first != 0 or last != len(input_ids) or bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(f"expected cu_seqlens to rise from 0 to {len(input_ids)} tokens, got {first} to {last}")
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.num_rows = rows.shape[0]
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return spread_rows(gradients[0], index, ctx.num_rows), None
+
+
+class _SpreadRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(index)
+        return rows.new_zeros(num_rows, *rows.shape[1:]).index_copy_(0, index, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        return gather_rows(gradients[0], index), None, None
+
+
+def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """rows[index] along the first axis; `index` (int64) must not repeat an entry."""
+    return _GatherRows.apply(rows, index)  # pyright: ignore[reportReturnType]
+
+
+def spread_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
+    """`num_rows` rows, zero but for out[index] = rows; `index` (int64) must not repeat an entry."""
+    return _SpreadRows.apply(rows, index, num_rows)  # pyright: ignore[reportReturnType]

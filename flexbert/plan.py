@@ -1,0 +1,142 @@
+"""What follows from the sequence lengths of a packed batch alone: made once per forward, used by all layers.
+
+T packed tokens, B sequences in a bucket, L slots per sequence of a bucket.
+"""
+
+import itertools
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A sequence joins a bucket while it fills this share of its slots, or while the bucket is this short anyway:
+# attention wastes at most 1/0.75^2, and a batch of any lengths up to 8192 makes about 20 buckets. On two CPU cores
+# 0.6 to 0.85 cost the same within noise (512-token rows of mixed documents).
+_BUCKET_FILL = 0.75
+_SHORT = 32
+
+# Fewest queries per block of a sliding window: narrower blocks leave the matrix products too small.
+_MIN_BLOCK = 64
+
+
+class Bucket(NamedTuple):
+    """Sequences of similar length, one per line of a (B, L) table. None for both indexes: the batch is the table."""
+
+    batch: int
+    length: int
+    tokens: Tensor | None  # int64: packed index of each of the bucket's tokens
+    slots: Tensor | None  # int64: index of each in the flattened table
+    key_is_real: Tensor | None  # (B, 1, 1, L) bool, None when no slot is empty
+
+
+class Blocks(NamedTuple):
+    """The batch cut into blocks of queries, each beside the keys its window can reach."""
+
+    count: int
+    block: int  # queries per block
+    per_side: int  # keys left and right of the block
+    visible: Tensor  # (count, 1, block, block + 2 * per_side) bool
+
+
+class AttentionPlan:
+    """Index plans of one packed batch. Each is made when a kernel first asks for it."""
+
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> None:
+        """cu_seqlens: (num_seqs + 1,) int32. num_tokens: its last entry, known to the caller without a sync."""
+        self.cu_seqlens, self.max_seqlen, self.num_tokens = cu_seqlens, max_seqlen, num_tokens
+        self._blocks: dict[int, Blocks] = {}
+        self._additive: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    @cached_property
+    def sequence_ids(self) -> Tensor:
+        """(T,) int64: which sequence each token belongs to."""
+        lengths = self.cu_seqlens.diff()
+        numbers = torch.arange(len(lengths), device=lengths.device)
+        return numbers.repeat_interleave(lengths, output_size=self.num_tokens)
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """(T,) int64, restarting at 0 in each sequence."""
+        starts = self.cu_seqlens[:-1].long().index_select(0, self.sequence_ids)
+        return torch.arange(self.num_tokens, device=self.cu_seqlens.device) - starts
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """The sequences by length; empty ones are in no bucket. Cost: one host sync."""
+        device = self.cu_seqlens.device
+        bounds = self.cu_seqlens.cpu().long()
+        lengths, order = bounds.diff().sort(descending=True, stable=True)
+        starts = bounds[:-1][order]
+        # Slices of the sorted lengths: 0 .. first cut, first cut .. second cut, ...
+        cuts: list[int] = [0]
+        values = lengths.tolist()
+        count = sum(value > 0 for value in values)
+        for number in range(1, count):
+            longest = values[cuts[-1]]
+            if longest > _SHORT and values[number] < _BUCKET_FILL * longest:
+                cuts.append(number)
+        cuts.append(count)
+        buckets = []
+        for first, last in itertools.pairwise(cuts):
+            if last > first:
+                buckets.append(_bucket(starts[first:last], lengths[first:last], self.num_tokens, device))
+        return buckets
+
+    def blocks(self, per_side: int) -> Blocks:
+        """Sliding-window blocks for `per_side` tokens to each side of self."""
+        if per_side not in self._blocks:
+            self._blocks[per_side] = self._make_blocks(per_side)
+        return self._blocks[per_side]
+
+    def additive_visible(self, per_side: int, dtype: torch.dtype) -> Tensor:
+        """`blocks(per_side).visible` as 0 and -inf: SDPA would convert a bool mask anew in every layer."""
+        key = (per_side, dtype)
+        if key not in self._additive:
+            visible = self.blocks(per_side).visible
+            mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+            self._additive[key] = mask.masked_fill_(~visible, float("-inf"))
+        return self._additive[key]
+
+    def dense_visible(self, window_size: tuple[int, int]) -> Tensor:
+        """(T, T) bool: query (row) sees key (column). Quadratic: for the eager reference only."""
+        ids = self.sequence_ids
+        visible = ids[:, None] == ids[None, :]
+        if window_size != (-1, -1):
+            offset = torch.arange(self.num_tokens, device=ids.device)
+            offset = offset[None, :] - offset[:, None]
+            visible = visible & (offset >= -window_size[0]) & (offset <= window_size[1])
+        return visible
+
+    def _make_blocks(self, per_side: int) -> Blocks:
+        device = self.cu_seqlens.device
+        block = max(per_side, _MIN_BLOCK)
+        count = -(-self.num_tokens // block)
+        # Slots past the last token share the id -2: they see one another, so no query is left without any key.
+        query_ids = torch.full((count * block,), -2, device=device)
+        query_ids[: self.num_tokens] = self.sequence_ids
+        key_ids = torch.full((count * block + 2 * per_side,), -1, device=device)
+        key_ids[per_side : per_side + count * block] = query_ids
+        width = block + 2 * per_side
+        distance = torch.arange(width, device=device)[None, :] - torch.arange(block, device=device)[:, None]
+        near = (distance >= 0) & (distance <= 2 * per_side)
+        visible = query_ids.view(count, block, 1) == key_ids.unfold(0, width, block)[:count, None, :]
+        return Blocks(count, block, per_side, (visible & near).unsqueeze(1))
+
+
+def _bucket(starts: Tensor, lengths: Tensor, num_tokens: int, device: torch.device) -> Bucket:
+    """Bucket of the sequences with these (non-zero) lengths, longest first; CPU tensors in, `device` tensors out."""
+    batch, length, total = len(lengths), int(lengths[0]), int(lengths.sum())
+    ragged = int(lengths[-1]) != length
+    if not ragged and total == num_tokens:
+        return Bucket(batch, length, None, None, None)
+    if ragged:
+        length = -(-length // 8) * 8  # CUDA's memory-efficient kernel wants masks aligned to 8
+    firsts = lengths.cumsum(0) - lengths
+    within = torch.arange(total) - firsts.repeat_interleave(lengths)
+    tokens = within + starts.repeat_interleave(lengths)
+    slots = within + (torch.arange(batch) * length).repeat_interleave(lengths)
+    key_is_real = (
+        (torch.arange(length)[None, :] < lengths[:, None]).view(batch, 1, 1, length).to(device) if ragged else None
+    )
+    return Bucket(batch, length, tokens.to(device), slots.to(device), key_is_real)
