@@ -1,0 +1,290 @@
+"""The parallel part of preparing: datatrove pipelines that scan the documents and turn them into token shards.
+
+Both pipelines run over the same fixed tasks (runs of units of one stream), listed in WORK/tasks/NNNNN.json:
+
+    scan       ReadUnits -> Scan                         digest and size of every document -> WORK/scan/NNNNN.npz
+    tokenise   ReadUnits -> Select -> WriteShards        the documents that the plan keeps (WORK/plan/NNNNN.npz)
+                                                         -> OUTPUT/STREAM/SPLIT/part-NNNNN, WORK/done/NNNNN.{json,npz}
+
+A task's results are a function of its inputs; it is done when datatrove has marked it, and else redone from its start.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+from numpy.typing import NDArray
+
+from data.durable import sync_folder, write_whole
+from data.sources import SOURCES, Unit
+from data.tokenizer import corpus_tokenizer, tokenizer_facts
+from schema import RunError
+
+SPLITS = ("train", "validation")
+DROPPED = 255
+"""In a plan: the document is in no split. Else the value is an index into SPLITS."""
+
+# Text given to the tokenizer at once. Its result takes some 100 times as much memory, so a longer document is cut.
+_BATCH_CHARACTERS = 2**20
+_CUT_CHARACTERS = 2**22
+
+
+def numbered(folder: Path, rank: int, suffix: str) -> Path:
+    """The file of one task in one of the working folders."""
+    return folder / f"{rank:05d}{suffix}"
+
+
+def digest(text: str) -> bytes:
+    """128-bit content hash of a document. Two documents with the same are taken to be the same."""
+    return xxhash.xxh3_128_digest(text.encode("utf-8", "surrogatepass"))
+
+
+def digests_to_numbers(digests: bytes) -> NDArray[np.uint64]:
+    """Concatenated digests as (documents, 2) uint64."""
+    return np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 2)
+
+
+def save_arrays(path: Path, **arrays: NDArray[Any]) -> None:
+    """An .npz file, whole or not there."""
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    np.savez(partial, allow_pickle=False, **arrays)
+    partial.rename(path)
+
+
+class ReadUnits(PipelineStep):
+    """The documents of a task's units, in order."""
+
+    type, name = "READER", "units of a source"
+
+    def __init__(self, work: Path) -> None:
+        super().__init__()
+        self.work = work
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        task = json.loads(numbered(self.work / "tasks", rank, ".json").read_text(encoding="utf-8"))
+        source = SOURCES.build(SOURCES.parse(task["source"]))
+        for number, unit in enumerate(Unit(*fields) for fields in task["units"]):
+            for index, text in enumerate(source.read(unit)):
+                yield Document(text=text, id=f"{number}/{index}", metadata={"place": unit.path, "unit": number})
+
+
+class Scan(PipelineStep):
+    """Digest and size in UTF-8 bytes of every document."""
+
+    type, name = "STATS", "scan"
+
+    def __init__(self, work: Path) -> None:
+        super().__init__()
+        self.work = work
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        task = json.loads(numbered(self.work / "tasks", rank, ".json").read_text(encoding="utf-8"))
+        edges = np.cumsum([0] + [unit[3] for unit in task["units"]])
+        digests, sizes = bytearray(), []
+        progress = Meter(self.work, rank)
+        for document in data:
+            digests += digest(document.text)
+            sizes.append(len(document.text.encode("utf-8", "surrogatepass")))
+            progress.set(int(edges[document.metadata["unit"]]))
+        save_arrays(
+            numbered(self.work / "scan", rank, ".npz"),
+            digests=digests_to_numbers(bytes(digests)),
+            sizes=np.array(sizes, np.int64),
+        )
+        progress.set(int(edges[-1]))
+        progress.close()
+        yield from ()
+
+
+class Select(PipelineStep):
+    """The documents that the plan keeps, with their split in metadata. Raises RunError when the source has changed."""
+
+    type, name = "FILTER", "plan"
+
+    def __init__(self, work: Path) -> None:
+        super().__init__()
+        self.work = work
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        scan = np.load(numbered(self.work / "scan", rank, ".npz"))
+        splits = np.load(numbered(self.work / "plan", rank, ".npz"))["splits"]
+        expected = scan["digests"].astype(">u8").tobytes()
+        count = 0
+        for document in data:
+            if digest(document.text) != expected[16 * count : 16 * count + 16]:
+                raise self._changed(document.metadata["place"])
+            if splits[count] != DROPPED:
+                document.metadata["split"] = int(splits[count])
+                yield document
+            count += 1
+        if count != len(splits):
+            raise self._changed("a source")
+
+    def _changed(self, place: str) -> RunError:
+        return RunError(f"{place}: changed while it was being prepared: delete {self.work.parent} and prepare again")
+
+
+class WriteShards(PipelineStep):
+    """Tokenise, and write one folder of MDS shards per split of the task."""
+
+    type, name = "WRITER", "token shards"
+
+    def __init__(self, work: Path, shard_bytes: int) -> None:
+        super().__init__()
+        self.work, self.shard_bytes = work, shard_bytes
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        output = self.work.parent
+        task = json.loads(numbered(self.work / "tasks", rank, ".json").read_text(encoding="utf-8"))
+        tokenizer = corpus_tokenizer(output / "tokenizer")
+        facts = tokenizer_facts(output / "tokenizer")
+        barred = np.array([index for index in facts.special_ids if index != facts.unk_token_id], np.int64)
+        parts = [
+            Part(output / task["stream"] / split / f"part-{task['part']:05d}", facts.vocab_size, self.shard_bytes)
+            for split in SPLITS
+        ]
+        progress = Meter(self.work, rank)
+        done = 0
+        for batch in _batches(data):
+            pieces = [piece for document in batch for piece in _cut(document.text)]
+            encodings = iter(tokenizer.encode_batch_fast(pieces, add_special_tokens=False))
+            for document in batch:
+                ids = [next(encodings).ids for _ in _cut(document.text)]
+                tokens = np.array(ids[0] if len(ids) == 1 else [token for piece in ids for token in piece], np.int64)
+                # No piece of raw text may become a special token. Only a vocabulary of whole words can still do that.
+                special = np.isin(tokens, barred) if len(barred) < 64 else _in_table(tokens, barred, facts.vocab_size)
+                if special.any():
+                    tokens[special] = facts.unk_token_id
+                size = len(document.text.encode("utf-8", "surrogatepass"))
+                parts[document.metadata["split"]].add(tokens, size)
+                done += size
+            progress.set(done)
+        for part in parts:
+            part.finish()
+        report = {split: part.report() for split, part in zip(SPLITS, parts, strict=True)}
+        write_whole(numbered(self.work / "done", rank, ".json"), json.dumps(report).encode())
+        counts = {split: part.token_counts for split, part in zip(SPLITS, parts, strict=True)}
+        save_arrays(numbered(self.work / "done", rank, ".npz"), **counts)
+        progress.close()
+        yield from ()
+
+
+class Part:
+    """What one task writes of one split: a folder of MDS shards, which appears under its name when it is whole."""
+
+    def __init__(self, folder: Path, vocab_size: int, shard_bytes: int) -> None:
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.dtype = token_dtype(vocab_size)
+        self.token_counts = np.zeros(vocab_size, np.uint64)
+        self.lengths: list[int] = []
+        self.bytes = self.empty_documents = 0
+        self.shards: list[dict[str, Any]] = []
+        self._partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        self._writer: Any = None
+
+    def add(self, tokens: NDArray[np.int64], size: int) -> None:
+        """Append a document of `size` UTF-8 bytes; one without tokens is only counted."""
+        if len(tokens) == 0:
+            self.empty_documents += 1
+            return
+        if self._writer is None:
+            from streaming import MDSWriter
+
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._writer = MDSWriter(
+                out=str(self._partial),
+                columns={"tokens": f"ndarray:{self.dtype}"},
+                hashes=["xxh3_64"],
+                size_limit=self.shard_bytes,
+            )
+        self._writer.write({"tokens": tokens.astype(self.dtype)})
+        self.token_counts += np.bincount(tokens, minlength=len(self.token_counts)).astype(np.uint64)
+        self.lengths.append(len(tokens))
+        self.bytes += size
+
+    def finish(self) -> None:
+        """Close the shards and give the folder its name."""
+        shutil.rmtree(self.folder, ignore_errors=True)  # of a task that was killed before it was marked as done
+        if self._writer is None:
+            return
+        self._writer.finish()
+        index = self._partial / "index.json"
+        self.shards = json.loads(index.read_text(encoding="utf-8"))["shards"]
+        index.unlink()  # the stream has one index; this one would be stale the moment the folder moves
+        start = 0
+        for shard in self.shards:
+            shard["raw_data"]["basename"] = f"{self.folder.name}/{shard['raw_data']['basename']}"
+            shard["tokens"] = sum(self.lengths[start : start + shard["samples"]])
+            start += shard["samples"]
+        sync_folder(self._partial)
+        self._partial.rename(self.folder)
+
+    def report(self) -> dict[str, Any]:
+        """What the merge needs to know. `shards` are entries of index.json with their number of `tokens`."""
+        return {
+            "documents": len(self.lengths),
+            "tokens": sum(self.lengths),
+            "bytes": self.bytes,
+            "empty_documents": self.empty_documents,
+            "length_histogram": np.bincount([length.bit_length() - 1 for length in self.lengths], minlength=1).tolist(),
+            "shards": self.shards,
+        }
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The smallest type that holds every id."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+class Meter:
+    """A task's line in WORK/progress.npy, (tasks, 2) int64: bytes done, and the process at work (0: none)."""
+
+    def __init__(self, work: Path, rank: int) -> None:
+        self._line = np.load(work / "progress.npy", mmap_mode="r+")[rank]
+        self._line[:] = 0, os.getpid()
+
+    def set(self, done_bytes: int) -> None:
+        self._line[0] = done_bytes
+
+    def close(self) -> None:
+        self._line[1] = 0
+
+
+def _in_table(tokens: NDArray[np.int64], ids: NDArray[np.int64], vocab_size: int) -> NDArray[np.bool_]:
+    table = np.zeros(vocab_size, bool)
+    table[ids] = True
+    return table[tokens]
+
+
+def _batches(documents: Any) -> Iterator[list[Document]]:
+    batch, characters = [], 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _cut(text: str) -> list[str]:
+    """A text as pieces that the tokenizer can take at once: whole, unless it is very long; then cut at line ends."""
+    pieces = []
+    start = 0
+    while len(text) - start > _CUT_CHARACTERS:
+        stop = text.rfind("\n", start, start + _CUT_CHARACTERS) + 1
+        # A line end inside a run of blank characters would change how the run is tokenised.
+        while stop > start and stop < len(text) and text[stop].isspace():
+            stop = text.rfind("\n", start, stop - 1) + 1
+        stop = stop if stop > start else start + _CUT_CHARACTERS
+        pieces.append(text[start:stop])
+        start = stop
+    return [*pieces, text[start:]]

@@ -1,0 +1,275 @@
+"""Documents -> token shards: plan what is kept, train or load the tokenizer, tokenise in parallel, write the manifests.
+
+    list units -> scan (digest and size of each document) -> plan (duplicates, max_bytes, split) -> tokenizer
+               -> tokenise the kept documents -> index.json, token_counts.npy, stream.json per stream and split
+
+Every choice is a pure function of the texts, their order and the config, so neither the number of workers nor a kill
+shows in the result. OUTPUT/.work holds what a resumed run needs; it is emptied at the end.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from data.durable import write_whole
+from data.keyed import keyed_generator
+from data.local import run_pipeline, warm_up
+from data.pipeline import SPLITS, ReadUnits, Scan, Select, WriteShards, numbered, token_dtype
+from data.plan import CONFIG_FILE, PrepareConfig, load_prepare_config, plan_documents
+from data.shards import MANIFEST, StreamManifest
+from data.sources import SOURCES, Unit
+from data.tokenizer import TOKENIZERS, save_tokenizer, tokenizer_facts
+from schema import ConfigError, RunError
+
+__all__ = ["PrepareConfig", "load_prepare_config", "prepare"]
+
+_WORK = ".work"
+# A task is about this much of its source: enough tasks for many workers, and little lost when one is killed.
+_TASK_BYTES, _TASKS_PER_STREAM = 4 * 2**20, 64
+
+
+def prepare(config: PrepareConfig, workers: int | None = None) -> None:
+    """Make the dataset, or go on where an interrupted run of the same config stopped.
+
+    Must be reached from under `if __name__ == "__main__"`: workers are started by forkserver.
+
+    Args:
+        workers: processes; default: the cores this process may use. The result does not depend on it.
+    Raises:
+        ConfigError: a path matches nothing, the output holds something else, a stream ends up empty.
+        RunError: a source cannot be read, a worker died, or another run is preparing the same output.
+    """
+    start = time.monotonic()
+    workers = workers or len(os.sched_getaffinity(0))
+    output, console = Path(config.output), Console(stderr=True, highlight=False, soft_wrap=True)
+    _claim(config, output)
+    with _lock(output):
+        work = output / _WORK
+        if _finished(config, output):
+            _clean(work)
+            console.print(f"{output}: already prepared")
+            return
+        if workers > 1:
+            warm_up()
+        tasks = _tasks(config, work)
+        # Needed later. Imported here because the parent of the workers is busy with its own imports: both cores work.
+        import transformers  # noqa: F401
+
+        for name in ("scan", "done"):
+            (work / name).mkdir(exist_ok=True)
+        sizes = [sum(unit[3] for unit in task["units"]) for task in tasks]
+        run_pipeline("reading", [ReadUnits(work), Scan(work)], work, "scan", sizes, workers)
+        plans = plan_documents(config, work, tasks)
+        _make_tokenizer(config, output, tasks)
+        sizes = [int(plan["kept_bytes"]) for plan in plans]
+        steps = [ReadUnits(work), Select(work), WriteShards(work, config.shard_bytes)]
+        run_pipeline("tokenising", steps, work, "tokenise", sizes, workers)
+        for name in config.streams:
+            for split in config.splits(name):
+                manifest = _merge(config, output, tasks, plans, name, split)
+                console.print(
+                    f"{name}/{split}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
+                    f"{manifest.bytes / 1e6:.1f} MB, {manifest.duplicate_documents:,} duplicates dropped"
+                )
+        _clean(work)
+    console.print(f"{output}: prepared in {time.monotonic() - start:.0f} s")
+
+
+def _claim(config: PrepareConfig, output: Path) -> None:
+    """Write the config into the output folder, or see that the same one is there."""
+    wanted = config.model_dump(mode="json", exclude={"output"})
+    file = output / CONFIG_FILE
+    if file.exists():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        differences = _differences(found, wanted)
+        if differences:
+            raise ConfigError(
+                f"{config._file}: output: {output} was prepared with another config ({'; '.join(differences)}): "
+                "choose another output, or delete that folder"
+            )
+        return
+    if output.exists() and (not output.is_dir() or any(path.name != _WORK for path in output.iterdir())):
+        raise ConfigError(f"{config._file}: output: {output} exists and is no dataset of ours: choose another folder")
+    (output / _WORK).mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps(wanted, indent=1).encode())
+
+
+def _differences(found: Any, wanted: Any, key: str = "") -> list[str]:
+    if key == "streams" and set(found) == set(wanted) and list(found) != list(wanted):
+        # the order of the streams decides which copy of a document is the first
+        return [f"{key}: the order was {', '.join(found)}, is {', '.join(wanted)}"]
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = [
+            name
+            for name in {**found, **wanted}
+            if found.get(name) != wanted.get(name) or isinstance(found.get(name), dict)
+        ]
+        return [
+            line
+            for name in keys
+            for line in _differences(found.get(name), wanted.get(name), f"{key}.{name}".lstrip("."))
+        ]
+    return [] if found == wanted else [f"{key} was {found!r}, is {wanted!r}"]
+
+
+@contextmanager
+def _lock(output: Path) -> Iterator[None]:
+    work = output / _WORK
+    work.mkdir(exist_ok=True)
+    with (work / "lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise RunError(
+                f"{output}: process {file.read().strip()} is preparing this folder: wait for it to end"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _finished(config: PrepareConfig, output: Path) -> bool:
+    return all((output / name / split / MANIFEST).exists() for name in config.streams for split in config.splits(name))
+
+
+def _clean(work: Path) -> None:
+    """Remove what only an unfinished run needs; the log stays."""
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in ("lock", "prepare.log"):
+            path.unlink()
+
+
+def _tasks(config: PrepareConfig, work: Path) -> list[dict[str, Any]]:
+    """The fixed list of tasks: made by the first run, found by a resumed one."""
+    folder = work / "tasks"
+    if not folder.exists():
+        partial = work / "tasks.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for rank, task in enumerate(_split_into_tasks(config)):
+            numbered(partial, rank, ".json").write_text(json.dumps(task), encoding="utf-8")
+        partial.rename(folder)
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+
+
+def _split_into_tasks(config: PrepareConfig) -> Iterator[dict[str, Any]]:
+    for name, stream in config.streams.items():
+        try:
+            units = SOURCES.build(stream.source).units()
+        except ConfigError as error:
+            raise ConfigError(f"{config._file}: streams.{name}.source.{error}") from None
+        total = sum(unit.bytes for unit in units)
+        task_bytes = min(max(total / _TASKS_PER_STREAM, _TASK_BYTES), 4 * config.shard_bytes)
+        # A unit belongs to the task in which its first byte lies.
+        starts = np.cumsum([0] + [unit.bytes for unit in units])[:-1]
+        edges = [*np.flatnonzero(np.diff(starts // task_bytes, prepend=-1)).tolist(), len(units)]
+        for part, (first, last) in enumerate(pairwise(edges)):
+            yield {
+                "stream": name,
+                "part": part,
+                "source": stream.source.model_dump(mode="json"),
+                "units": units[first:last],
+            }
+
+
+def _make_tokenizer(config: PrepareConfig, output: Path, tasks: list[dict[str, Any]]) -> None:
+    folder = output / "tokenizer"
+    if folder.exists():
+        return
+    builder = TOKENIZERS.build(config.tokenizer)
+    try:
+        tokenizer, names = builder.build(_sample(config, output / _WORK, tasks))
+    except ConfigError as error:
+        raise ConfigError(f"{config._file}: {error}") from None
+    save_tokenizer(tokenizer, names, folder)
+
+
+def _sample(config: PrepareConfig, work: Path, tasks: list[dict[str, Any]]) -> Iterator[str]:
+    """Training documents for the tokenizer, from every stream by its share: tasks in keyed order, up to the budget."""
+    plans = [np.load(numbered(work / "plan", rank, ".npz")) for rank in range(len(tasks))]
+    total = sum(int(plan["kept_bytes"]) for plan in plans)
+    for number, name in enumerate(config.streams):
+        ranks = [rank for rank, task in enumerate(tasks) if task["stream"] == name]
+        budget = config.tokenizer.sample_bytes * sum(int(plans[rank]["kept_bytes"]) for rank in ranks) / max(total, 1)
+        for rank in keyed_generator(config.seed, "tokenizer", number).permutation(ranks).tolist():
+            source = SOURCES.build(config.streams[name].source)
+            documents = (text for unit in tasks[rank]["units"] for text in source.read(Unit(*unit)))
+            for text, split in zip(documents, plans[rank]["splits"], strict=False):
+                if split == 0 and budget > 0:
+                    budget -= len(text.encode("utf-8", "surrogatepass"))
+                    yield text
+                if budget <= 0:
+                    break
+            if budget <= 0:
+                break
+
+
+def _merge(
+    config: PrepareConfig,
+    output: Path,
+    tasks: list[dict[str, Any]],
+    plans: list[dict[str, NDArray[Any]]],
+    name: str,
+    split: str,
+) -> StreamManifest:
+    """Write index.json, token_counts.npy and, last, stream.json of one split of one stream."""
+    folder, work = output / name / split, output / _WORK
+    facts = tokenizer_facts(output / "tokenizer")
+    ranks = [rank for rank, task in enumerate(tasks) if task["stream"] == name]
+    reports = [json.loads(numbered(work / "done", rank, ".json").read_text(encoding="utf-8"))[split] for rank in ranks]
+    shards = [shard for report in reports for shard in report["shards"]]
+    counts = np.zeros(facts.vocab_size, np.uint64)
+    for rank in ranks:
+        counts += np.load(numbered(work / "done", rank, ".npz"))[split]
+    histogram = np.zeros(64, np.int64)
+    for report in reports:
+        histogram[: len(report["length_histogram"])] += report["length_histogram"]
+    manifest = StreamManifest(
+        schema_version=1,
+        name=name,
+        split=split,
+        dtype=token_dtype(facts.vocab_size),  # pyright: ignore[reportArgumentType]
+        tokenizer_fingerprint=facts.fingerprint,
+        **facts.model_dump(exclude={"fingerprint"}),
+        documents=sum(report["documents"] for report in reports),
+        tokens=sum(report["tokens"] for report in reports),
+        bytes=sum(report["bytes"] for report in reports),
+        empty_documents=sum(report["empty_documents"] for report in reports),
+        duplicate_documents=sum(int(plans[rank]["duplicates"][SPLITS.index(split)]) for rank in ranks),
+        length_histogram={str(2**power): int(count) for power, count in enumerate(histogram) if count},
+        source=config.streams[name].source.model_dump(mode="json"),
+        shards=[
+            {  # pyright: ignore[reportArgumentType]
+                "file": shard["raw_data"]["basename"],
+                "documents": shard["samples"],
+                "tokens": shard.pop("tokens"),
+                "bytes": shard["raw_data"]["bytes"],
+                "xxh3_64": shard["raw_data"]["hashes"]["xxh3_64"],
+            }
+            for shard in shards
+        ],
+    )
+    for leftover in folder.glob(".*.partial"):
+        shutil.rmtree(leftover)
+    write_whole(folder / "index.json", json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
+    array = BytesIO()
+    np.save(array, counts)
+    write_whole(folder / "token_counts.npy", array.getvalue())
+    write_whole(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
+    return manifest

@@ -1,0 +1,205 @@
+"""The tokenizer of a dataset: trained here or taken from elsewhere, always saved as a folder that AutoTokenizer loads.
+
+Raw text may hold the strings of special tokens (this file does: "[MASK]"). In `corpus_tokenizer`, which prepares the
+training data, they are ordinary characters; in the saved tokenizer, which people use, they are the special tokens.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from data.durable import sync_folder
+from schema import Component, ConfigError, Count, Registry, RunError, Schema
+
+TOKENIZERS = Registry("tokenizer")
+
+VOCAB_MULTIPLE = 64
+"""The vocabulary is padded to a multiple of this: matrix kernels are fastest so (Karpathy, nanoGPT, 2023)."""
+
+ROLES = ("unk", "cls", "sep", "pad", "mask")
+_TRAINED_NAMES = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
+# What other vocabularies call them, tried in this order.
+_KNOWN_NAMES = {"unk": ["<unk>"], "cls": ["<s>"], "sep": ["</s>"], "pad": ["<pad>", "<|padding|>"], "mask": ["<mask>"]}
+
+
+class TokenizerFacts(Schema):
+    """What a stream's manifest says about its tokenizer."""
+
+    fingerprint: str = Field(description="sha256 of tokenizer.json")
+    vocab_size: int = Field(description="padded to a multiple of 64; every id is below it")
+    cls_token_id: int
+    sep_token_id: int
+    pad_token_id: int
+    mask_token_id: int
+    unk_token_id: int
+    special_ids: list[int] = Field(description="special tokens and ids that name no token, sorted")
+
+
+@TOKENIZERS.register("train")
+class TrainedTokenizer:
+    """Byte-level BPE (Radford et al. 2019) trained on a sample of the training documents; any text round-trips."""
+
+    class Config(Component):
+        name: Literal["train"] = "train"
+        vocab_size: Annotated[int, Field(ge=320, multiple_of=VOCAB_MULTIPLE)] = 8192
+        """Special tokens included; less comes out when the text does not hold enough pairs."""
+        sample_bytes: Count = 20_000_000
+        """UTF-8 bytes of text to train on."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def build(self, texts: Iterator[str]) -> tuple[Any, dict[str, str]]:
+        """A `tokenizers.Tokenizer` and the special token of each role: [UNK] [CLS] [SEP] [PAD] [MASK], ids 0 to 4.
+
+        A pure function of the texts.
+        """
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        specials = [AddedToken(name, special=True, lstrip=role == "mask") for role, name in _TRAINED_NAMES.items()]
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.config.vocab_size,
+            special_tokens=specials,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return tokenizer, _TRAINED_NAMES
+
+
+@TOKENIZERS.register("load")
+class LoadedTokenizer:
+    """A tokenizer.json, a folder that AutoTokenizer loads, or (only then the network is used) a name on the hub.
+
+    Special tokens that it lacks are added behind its vocabulary; truncation and padding are switched off; its
+    normalizer and the rest stay as they are.
+    """
+
+    class Config(Component):
+        name: Literal["load"] = "load"
+        path: str | None = None
+        """tokenizer.json or a folder. Give this or `hub`."""
+        hub: str | None = None
+        """Name of a hub model whose tokenizer to take."""
+
+        def model_post_init(self, context: Any) -> None:
+            if (self.path is None) == (self.hub is None):
+                raise ValueError("give either path (tokenizer.json or a folder) or hub (a name on the hub)")
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def build(self, texts: Iterator[str]) -> tuple[Any, dict[str, str]]:
+        """A `tokenizers.Tokenizer` and the special token of each role; the texts are not used.
+
+        Raises ConfigError when there is no fast tokenizer there.
+        """
+        from tokenizers import Tokenizer
+        from transformers import AutoTokenizer
+
+        where = str(self.config.path or self.config.hub)
+        names: dict[str, str | None] = {}
+        path = Path(where).expanduser()
+        if self.config.path is not None and not path.exists():
+            raise ConfigError(f"tokenizer.path: no such file or folder: {where!r} (for a name on the hub use `hub`)")
+        try:
+            if self.config.path is not None and path.is_file():
+                tokenizer = Tokenizer.from_file(str(path))
+            elif self.config.path is not None and not (path / "tokenizer_config.json").exists():
+                tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+            else:
+                loaded = AutoTokenizer.from_pretrained(str(path) if self.config.path is not None else where)
+                if not loaded.is_fast:
+                    raise ConfigError(f"tokenizer: {where!r} has no fast (tokenizer.json) form")
+                tokenizer = loaded.backend_tokenizer
+                names = {role: getattr(loaded, f"{role}_token") for role in ROLES}
+        except ConfigError:
+            raise
+        except Exception as error:  # the loaders raise bare Exception among others
+            raise ConfigError(f"tokenizer: cannot load {where!r}: {str(error).splitlines()[0]}") from None
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer, {role: names.get(role) or _find_or_add(tokenizer, role) for role in ROLES}
+
+
+def _find_or_add(tokenizer: Any, role: str) -> str:
+    """The token of the vocabulary that serves as `role` by its name, else a new one behind the vocabulary."""
+    from tokenizers import AddedToken
+
+    own = _TRAINED_NAMES[role]
+    for name in (own, *_KNOWN_NAMES[role]):
+        if tokenizer.token_to_id(name) is not None:
+            return name
+    tokenizer.add_special_tokens([AddedToken(own, special=True, lstrip=role == "mask", normalized=False)])
+    return own
+
+
+def save_tokenizer(tokenizer: Any, names: dict[str, str], folder: Path) -> None:
+    """Write the folder, whole or not at all. The post-processor then puts [CLS] before and [SEP] behind a text.
+
+    names: the special token of each of ROLES.
+    """
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    cls_id, sep_id = (tokenizer.token_to_id(names[role]) for role in ("cls", "sep"))
+    ids = tokenizer.encode("a").ids
+    if ids[:1] != [cls_id] or ids[-1:] != [sep_id]:
+        # Plain type ids for a pair: nobody here uses them, but a template must say something.
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{names['cls']} $A {names['sep']}",
+            pair=f"{names['cls']} $A {names['sep']} $B:1 {names['sep']}:1",
+            special_tokens=[(names["cls"], cls_id), (names["sep"], sep_id)],
+        )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        **{f"{role}_token": names[role] for role in ROLES},
+    )
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    fast.save_pretrained(str(partial))
+    sync_folder(partial)
+    partial.rename(folder)
+
+
+def corpus_tokenizer(folder: Path) -> Any:
+    """The saved `tokenizers.Tokenizer`, set up for raw text: the strings of special tokens in it are ordinary text.
+
+    Added tokens that are not special (runs of blanks, say) are still recognised. Raises RunError when unreadable.
+    """
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise RunError(f"{file}: cannot be read: {error}") from None
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def tokenizer_facts(folder: Path) -> TokenizerFacts:
+    """Ids and fingerprint of a saved tokenizer."""
+    tokenizer = corpus_tokenizer(folder)
+    names = json.loads((folder / "special_tokens_map.json").read_text(encoding="utf-8"))
+    names = {role: token["content"] if isinstance(token, dict) else token for role, token in names.items()}
+    roles = {f"{role}_token_id": tokenizer.token_to_id(names[f"{role}_token"]) for role in ROLES}
+    ids = set(tokenizer.get_vocab().values())
+    vocab_size = -(-(max(ids) + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    added = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    special = added | set(roles.values()) | (set(range(vocab_size)) - ids)
+    digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    return TokenizerFacts(fingerprint=digest, vocab_size=vocab_size, special_ids=sorted(special), **roles)
