@@ -1,23 +1,17 @@
 """To and from Hugging Face transformers. The only module that imports it, and only when called.
 
-| model_type | class |
-|---|---|
-| modernbert | ModernBertForMaskedLM |
-
-Dropout acts in training only, so an export that cannot express a site says 0 there: Hugging Face's ModernBERT has one
-`attention_dropout` for two sites and none after the mlp.
+hf_mappings.py says which architectures there are.
 """
 
 import logging
-import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from flexbert.config import TOKEN_IDS, FlexBertConfig
 from flexbert.export import publish
+from flexbert.hf_mappings import MAPPINGS, hf_name
 from flexbert.model import FlexBertForMaskedLM, build
 from schema import ConfigError, RunError, did_you_mean
 
@@ -25,151 +19,6 @@ log = logging.getLogger(__name__)
 
 # Largest difference between our logits and the export's: float32, other kernels; measured below 1e-5 on every preset.
 LOGIT_TOLERANCE = 1e-4
-
-
-class Mapping(NamedTuple):
-    """One architecture of transformers."""
-
-    architecture: str
-    config_from: Callable[[Any], dict[str, Any]]  # transformers config -> our config's fields
-    config_to: Callable[[FlexBertConfig], dict[str, Any]]  # the inverse
-    names: list[tuple[str, str]]  # ours, theirs: regular expressions of prefixes, with \1 for the layer
-
-
-def _modernbert_from(hf: Any) -> dict[str, Any]:
-    refused = {
-        "tie_word_embeddings": (hf.tie_word_embeddings, True),
-        "rope_scaling": (getattr(hf, "rope_scaling", None), None),
-    }
-    for field, (value, wanted) in refused.items():
-        if value != wanted:
-            raise ConfigError(f"{field}: {value!r} of the Hugging Face config has no counterpart here, only {wanted!r}")
-    for field in ("hidden_activation", "classifier_activation"):
-        if getattr(hf, field) not in ("gelu", "silu"):
-            raise ConfigError(f"{field}: {getattr(hf, field)!r} has no counterpart here, only 'gelu' and 'silu'")
-    if hf.hidden_size % hf.num_attention_heads:
-        raise ConfigError(
-            f"hidden_size: {hf.hidden_size} is no multiple of num_attention_heads {hf.num_attention_heads}"
-        )
-    local_theta = hf.global_rope_theta if hf.local_rope_theta is None else hf.local_rope_theta
-    return {
-        "vocab_size": hf.vocab_size,
-        "hidden_size": hf.hidden_size,
-        "num_hidden_layers": hf.num_hidden_layers,
-        "num_attention_heads": hf.num_attention_heads,
-        "intermediate_size": hf.intermediate_size,
-        "max_position_embeddings": hf.max_position_embeddings,
-        **{name: getattr(hf, name, None) for name in TOKEN_IDS},
-        "embedding": {"name": "tokens", "norm": True, "dropout": float(hf.embedding_dropout)},
-        "position": {"name": "rope", "global_theta": float(hf.global_rope_theta), "local_theta": float(local_theta)},
-        "attention": {
-            "name": "multihead",
-            "global_attn_every_n_layers": hf.global_attn_every_n_layers,
-            "window_per_side": hf.local_attention // 2,
-            "qkv_bias": hf.attention_bias,
-            "out_bias": hf.attention_bias,
-            "probs_dropout": float(hf.attention_dropout),
-            "out_dropout": float(hf.attention_dropout),
-        },
-        "norm": {"name": "layernorm", "eps": hf.norm_eps, "bias": hf.norm_bias},
-        "mlp": {
-            "name": "glu",
-            "activation": hf.hidden_activation,
-            "in_bias": hf.mlp_bias,
-            "out_bias": hf.mlp_bias,
-            "inner_dropout": float(hf.mlp_dropout),
-        },
-        "block": {"name": "prenorm", "skip_first_attention_norm": True},
-        "head": {
-            "name": "mlm",
-            "activation": hf.classifier_activation,
-            "dense_bias": hf.classifier_bias,
-            "decoder_bias": hf.decoder_bias,
-        },
-        "init": {
-            "name": "full_megatron",
-            "std": hf.initializer_range,
-            "cutoff_factor": float(hf.initializer_cutoff_factor or 3.0),
-        },
-    }
-
-
-def _modernbert_to(config: FlexBertConfig) -> dict[str, Any]:
-    slots = {
-        "embedding": "tokens",
-        "position": "rope",
-        "attention": "multihead",
-        "norm": "layernorm",
-        "mlp": "glu",
-        "block": "prenorm",
-        "head": "mlm",
-    }
-    for slot, wanted in slots.items():
-        if (name := getattr(config, slot).name) != wanted:
-            raise ConfigError(f"{slot}: {name!r} has no counterpart in Hugging Face's ModernBERT, only {wanted!r}")
-    attention, mlp = config.attention, config.mlp
-    needed = [
-        ("embedding.norm", config.embedding.norm, True),
-        ("block.skip_first_attention_norm", config.block.skip_first_attention_norm, True),
-        ("attention.out_bias", attention.out_bias, attention.qkv_bias),
-        ("mlp.out_bias", mlp.out_bias, mlp.in_bias),
-    ]
-    for field, value, wanted in needed:
-        if value != wanted:
-            raise ConfigError(
-                f"{field}: {value!r} has no counterpart in Hugging Face's ModernBERT, only {wanted!r} here"
-            )
-    one_dropout = attention.probs_dropout == attention.out_dropout
-    init = config.init.model_dump()
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "embedding_dropout": config.embedding.dropout,
-        "global_rope_theta": config.position.global_theta,
-        "local_rope_theta": config.position.local_theta,
-        "global_attn_every_n_layers": attention.global_attn_every_n_layers,
-        "local_attention": 2 * attention.window_per_side,
-        "attention_bias": attention.qkv_bias,
-        "attention_dropout": attention.probs_dropout if one_dropout else 0.0,
-        "norm_eps": config.norm.eps,
-        "norm_bias": config.norm.bias,
-        "hidden_activation": mlp.activation,
-        "mlp_bias": mlp.in_bias,
-        "mlp_dropout": mlp.inner_dropout,
-        "classifier_activation": config.head.activation,
-        "classifier_bias": config.head.dense_bias,
-        "decoder_bias": config.head.decoder_bias,
-        "initializer_range": init.get("std", 0.02),
-        "initializer_cutoff_factor": init.get("cutoff_factor", 2.0),
-    }
-
-
-MAPPINGS = {
-    "modernbert": Mapping(
-        "ModernBertForMaskedLM",
-        _modernbert_from,
-        _modernbert_to,
-        [
-            (r"encoder\.embedding\.tokens\.", "model.embeddings.tok_embeddings."),
-            (r"encoder\.embedding\.", "model.embeddings."),
-            (r"encoder\.layers\.", "model.layers."),
-            (r"encoder\.final_norm\.", "model.final_norm."),
-            (r"head\.decoder_bias$", "decoder.bias"),
-            (r"head\.", "head."),
-        ],
-    )
-}
-
-
-def _theirs(mapping: Mapping, name: str) -> str:
-    for ours, theirs in mapping.names:
-        if re.match(ours, name):
-            return re.sub(rf"^{ours}", theirs, name)
-    raise AssertionError(f"no Hugging Face name for {name}")
 
 
 def from_hf(source: str | Path | Any) -> FlexBertForMaskedLM:
@@ -187,7 +36,7 @@ def from_hf(source: str | Path | Any) -> FlexBertForMaskedLM:
     given = theirs_model.state_dict()
     state = {}
     for name in model.state_dict():
-        theirs = _theirs(mapping, name)
+        theirs = hf_name(mapping, name)
         if theirs not in given:
             raise ConfigError(f"{theirs}: missing in the Hugging Face weights of {type(theirs_model).__name__}")
         state[name] = given.pop(theirs).to("cpu", torch.float32, copy=True)
@@ -237,7 +86,7 @@ def to_hf(model: FlexBertForMaskedLM, tokenizer: Any, out_dir: str | Path, card:
     fields |= _token_ids(config, tokenizer)
     hf_config = AutoConfig.for_model(mapping_name, **fields, architectures=[mapping.architecture], dtype="float32")
     state = {
-        _theirs(mapping, name): tensor.detach().to("cpu", torch.float32).contiguous()
+        hf_name(mapping, name): tensor.detach().to("cpu", torch.float32).contiguous()
         for name, tensor in model.state_dict().items()
     }
 
@@ -277,9 +126,7 @@ def _token_ids(config: FlexBertConfig, tokenizer: Any) -> dict[str, int | None]:
         ours, theirs = getattr(config, name), getattr(tokenizer, name, None)
         if ours is not None and theirs is not None and ours != theirs:
             # The model itself uses none of these ids, so a finished run need not fail over them.
-            log.warning(
-                "%s: %d in the model's config, %d in the tokenizer: exported as the tokenizer's", name, ours, theirs
-            )
+            log.warning("%s: %d in the model, %d in the tokenizer: exported as the tokenizer's", name, ours, theirs)
         ids[name] = ours if theirs is None else theirs
     for name, stand_in in (("bos_token_id", "cls_token_id"), ("eos_token_id", "sep_token_id")):
         if ids[name] is None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Rotation(NamedTuple):
-    """cos and sin of each token's angles, (T, 1, H/2) float32."""
+    """Each token's angles, (T, 1, H) float32: cos | cos and -sin | sin over the two halves of a head."""
 
     cos: Tensor
     sin: Tensor
@@ -88,10 +88,11 @@ class RotaryPosition(Position):
 
 
 def _angle_table(theta: float, head_dim: int, positions: int, device: torch.device) -> Tensor:
-    """(2, positions, H/2) float32: cos, sin."""
+    """(2, positions, H) float32: cos | cos, then -sin | sin, so that a rotation is two products over whole heads."""
     exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
     angles = torch.arange(positions, device=device, dtype=torch.float32)[:, None] * (1.0 / theta**exponents)
-    return torch.stack((angles.cos(), angles.sin()))
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)))
 
 
 class _Rotate(torch.autograd.Function):
@@ -100,21 +101,18 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(states, cos, sin)
+        return _turn(states, cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(gradients[0], cos, -sin), None, None
+        return _turn(gradients[0], cos, sin, -1), None, None
 
 
-def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = states.shape[-1] // 2
-    first, second = states[..., :half], states[..., half:]
-    turned = torch.empty(states.shape, dtype=states.dtype, device=states.device)
-    turned[..., :half] = first * cos - second * sin
-    turned[..., half:] = second * cos + first * sin
-    return turned
+def _turn(states: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    first, second = states.float().chunk(2, -1)
+    swapped = torch.cat((second, first), -1)
+    return torch.addcmul(states * cos, swapped, sin, value=direction).to(states.dtype)
 
 
 def rotate(states: Tensor, rotation: Rotation | None) -> Tensor:

@@ -1,0 +1,207 @@
+"""Every kernel equals the eager reference, and the reference equals a loop."""
+
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flexbert import build
+from flexbert.kernels import _KERNELS, attend, choose_backend, require_backend
+from flexbert.plan import AttentionPlan
+from schema import ConfigError
+from tests.flexbert.conftest import ODD_LENGTHS, batch_of, gradients, tiny
+
+# Measured worst case over all cases here: 9e-7 forward, 2.4e-6 backward.
+TOLERANCE = 1e-5
+
+LENGTHS = [
+    ODD_LENGTHS,
+    (1,),
+    (64,),
+    (65,),
+    (127, 128, 129),
+    (128, 128, 128),
+    (0, 5, 0, 0, 100, 0),
+    (300,),
+    (3,) * 50,
+    (500, 20, 480, 20, 20, 31, 33, 370),
+    (),
+    (0,),
+    (0, 0),
+]
+
+
+def qkv_of(total: int, heads: int = 2, dim: int = 16, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(total, heads, dim, generator=generator).requires_grad_() for _ in range(3)]
+
+
+def run(backend: Any, lengths: tuple[int, ...], window: tuple[int, int]) -> list[Tensor]:
+    """Output and gradients of queries, keys, values."""
+    tensors = qkv_of(sum(lengths))
+    plan = AttentionPlan(torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths, default=0), sum(lengths))
+    out = attend(*tensors, plan, window_size=window, backend=backend)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (out * weights).sum().backward()
+    return [out, *(tensor.grad for tensor in tensors)]  # pyright: ignore[reportReturnType]
+
+
+def test_reference_equals_a_loop() -> None:
+    lengths, (left, right) = (1, 5, 0, 9), (2, 2)
+    queries, keys, values = (tensor.detach() for tensor in qkv_of(15))
+    expected = torch.zeros_like(queries)
+    for first, length in ((0, 1), (1, 5), (6, 9)):
+        for head in range(2):
+            for place in range(length):
+                seen = range(max(0, place - left), min(length, place + right + 1))
+                scores = torch.stack([queries[first + place, head] @ keys[first + key, head] / 4 for key in seen])
+                seen_values = torch.stack([values[first + key, head] for key in seen])
+                expected[first + place, head] = scores.softmax(0) @ seen_values
+    torch.testing.assert_close(run("eager", lengths, (2, 2))[0], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (1, 1), (7, 7), (64, 64), (100, 100)], ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_sdpa_equals_eager(lengths: tuple[int, ...], window: tuple[int, int]) -> None:
+    for ours, expected in zip(run("sdpa", lengths, window), run("eager", lengths, window), strict=True):
+        torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_whole_model_agrees_between_backends(backend: Any) -> None:
+    batch = batch_of(ODD_LENGTHS)
+    models = [build(tiny(attention={"backend": name})) for name in ("eager", backend)]
+    losses = [model(*batch).loss for model in models]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(losses[1], losses[0], atol=TOLERANCE, rtol=0)
+    expected = gradients(models[0])
+    for name, gradient in gradients(models[1]).items():
+        torch.testing.assert_close(gradient, expected[name], atol=TOLERANCE, rtol=0)
+
+
+def test_one_document_of_8192_tokens() -> None:
+    # 19 heads' worth of dense scores would not fit; one head of 8 does
+    tensors = qkv_of(8192, heads=1, dim=8)
+    plan = AttentionPlan(torch.tensor([0, 8192], dtype=torch.int32), 8192, 8192)
+    with torch.no_grad():
+        for window in ((-1, -1), (64, 64)):
+            ours = attend(*tensors, plan, window_size=window, backend="sdpa")
+            expected = attend(*tensors, plan, window_size=window, backend="eager")
+            torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("per_side", [1, 30, 64, 90])
+def test_window_edge_is_exact_to_one_token(backend: Any, per_side: int) -> None:
+    plan = AttentionPlan(torch.tensor([0, 300, 400], dtype=torch.int32), 300, 400)
+    queries, keys, values = (tensor.detach() for tensor in qkv_of(400))
+    place = 150
+
+    def seen(key: int) -> bool:
+        changed = values.clone()
+        changed[key] += 1
+        before = attend(queries, keys, values, plan, window_size=(per_side, per_side), backend=backend)
+        after = attend(queries, keys, changed, plan, window_size=(per_side, per_side), backend=backend)
+        return not torch.equal(before[place], after[place])
+
+    edges = {place - per_side - 1: False, place - per_side: True, place + per_side: True, place + per_side + 1: False}
+    assert {key: seen(key) for key in edges} == edges
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (64, 64)], ids=str)
+def test_two_runs_give_the_same_bits(window: tuple[int, int]) -> None:
+    lengths = (500, 20, 480, 20, 20, 31, 33, 370)
+    for first, second in zip(run("sdpa", lengths, window), run("sdpa", lengths, window), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_bfloat16_stays_bfloat16_and_close() -> None:
+    plan = AttentionPlan(torch.tensor([0, 70, 200], dtype=torch.int32), 130, 200)
+    tensors = [tensor.detach() for tensor in qkv_of(200)]
+    low = [tensor.bfloat16() for tensor in tensors]
+    for window in ((-1, -1), (64, 64)):
+        expected = attend(*tensors, plan, window_size=window, backend="eager")
+        for backend in ("eager", "sdpa"):
+            out = attend(*low, plan, window_size=window, backend=backend)
+            assert out.dtype == torch.bfloat16
+            # bfloat16 has 8 bits: inputs are rounded by 0.4 %; measured 0.011
+            torch.testing.assert_close(out.float(), expected, atol=0.03, rtol=0)
+
+
+def test_auto_is_sdpa_on_cpu_and_a_named_kernel_is_never_swapped() -> None:
+    assert choose_backend("cpu", torch.float32) == "sdpa"
+    with pytest.raises(ConfigError, match=r"attention\.backend: flash2 cannot run: flash-attn needs a CUDA device, not cpu"):
+        run("flash2", (4,), (-1, -1))
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r"attention\.backend: flash2 cannot run"):
+            build(tiny(attention={"backend": "flash2"}))
+    if "flash_attn" not in sys.modules:
+        with pytest.raises(ConfigError, match="not installed"):
+            require_backend("flash2", "cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (64, 64)], ids=str)
+def test_flash_attn_is_called_by_its_signature(window: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attn needs CUDA: here stands in a function with flash_attn 2.8.3's signature and meaning, in plain steps."""
+
+    def flash_attn_varlen_func(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None,
+        deterministic: bool = False,
+        return_attn_probs: bool = False,
+        block_table: Tensor | None = None,
+    ) -> Tensor:
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        assert isinstance(max_seqlen_q, int)
+        assert max_seqlen_q >= cu_seqlens_q.diff().max()
+        assert max_seqlen_k >= cu_seqlens_k.diff().max()
+        assert not causal
+        assert not return_attn_probs
+        assert dropout_p == softcap == 0.0
+        assert alibi_slopes is block_table is None
+        out = torch.zeros_like(q)
+        scale = softmax_scale or q.shape[-1] ** -0.5
+        bounds = cu_seqlens_q.tolist()
+        for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+            scores = torch.einsum("qnh,knh->nqk", q[first:last], k[first:last]) * scale
+            places = torch.arange(last - first)
+            offset = places[None, :] - places[:, None]  # key minus query
+            if window_size != (-1, -1):
+                scores = scores.masked_fill((offset < -window_size[0]) | (offset > window_size[1]), float("-inf"))
+            out[first:last] = torch.einsum("nqk,knh->qnh", scores.softmax(-1), v[first:last])
+        return out
+
+    module: Any = types.ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    plan = AttentionPlan(torch.tensor([0, *ODD_LENGTHS]).cumsum(0).int(), max(ODD_LENGTHS), sum(ODD_LENGTHS))
+    tensors = [tensor.detach() for tensor in qkv_of(sum(ODD_LENGTHS))]
+    ours = _KERNELS["flash2"](*tensors, plan, window, 0.0)
+    torch.testing.assert_close(ours, run("eager", ODD_LENGTHS, window)[0], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [(-1, -1), (64, 64)], ids=str)
+def test_flash_attn_itself_agrees(window: tuple[int, int]) -> None:
+    pytest.importorskip("flash_attn", reason="flash-attn is not installed")
+    plan = AttentionPlan(torch.tensor([0, *ODD_LENGTHS]).cumsum(0).int().cuda(), max(ODD_LENGTHS), sum(ODD_LENGTHS))
+    low = [tensor.detach().cuda().bfloat16() for tensor in qkv_of(sum(ODD_LENGTHS))]
+    ours = attend(*low, plan, window_size=window, backend="flash2")
+    expected = attend(*(tensor.float() for tensor in low), plan, window_size=window, backend="eager")
+    torch.testing.assert_close(ours.float(), expected, atol=0.03, rtol=0)
