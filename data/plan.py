@@ -110,6 +110,7 @@ def plan_documents(config: PrepareConfig, work: Path, tasks: list[dict[str, Any]
             plans[rank] = {
                 "splits": np.where(kept[part], splits[part], DROPPED).astype(np.uint8),
                 "duplicates": np.bincount(splits[part][duplicate[part]], minlength=len(SPLITS)),
+                "stream": np.array(name),
                 "kept_bytes": sizes[part][kept[part]].sum(),
             }
             save_arrays(numbered(work / "plan", rank, ".npz"), **plans[rank])

@@ -61,30 +61,43 @@ def prepare(config: PrepareConfig, workers: int | None = None) -> None:
             _clean(work)
             console.print(f"{output}: already prepared")
             return
-        if workers > 1:
-            warm_up()
-        tasks = _tasks(config, work)
-        # Needed later. Imported here because the parent of the workers is busy with its own imports: both cores work.
-        import transformers  # noqa: F401
-
-        for name in ("scan", "done"):
-            (work / name).mkdir(exist_ok=True)
-        sizes = [sum(unit[3] for unit in task["units"]) for task in tasks]
-        run_pipeline("reading", [ReadUnits(work), Scan(work)], work, "scan", sizes, workers)
-        plans = plan_documents(config, work, tasks)
-        _make_tokenizer(config, output, tasks)
+        try:
+            plans = _read(config, output, workers)
+        except ConfigError:  # nothing is tokenised yet: leave no claim that would be in the way of a corrected config
+            shutil.rmtree(output / "tokenizer", ignore_errors=True)
+            (output / CONFIG_FILE).unlink()
+            shutil.rmtree(work)
+            raise
         sizes = [int(plan["kept_bytes"]) for plan in plans]
         steps = [ReadUnits(work), Select(work), WriteShards(work, config.shard_bytes)]
         run_pipeline("tokenising", steps, work, "tokenise", sizes, workers)
         for name in config.streams:
             for split in config.splits(name):
-                manifest = _merge(config, output, tasks, plans, name, split)
+                manifest = _merge(config, output, plans, name, split)
                 console.print(
                     f"{name}/{split}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
                     f"{manifest.bytes / 1e6:.1f} MB, {manifest.duplicate_documents:,} duplicates dropped"
                 )
         _clean(work)
     console.print(f"{output}: prepared in {time.monotonic() - start:.0f} s")
+
+
+def _read(config: PrepareConfig, output: Path, workers: int) -> list[dict[str, NDArray[Any]]]:
+    """Everything before tokenising: tasks, scan, plan (returned, one per task) and tokenizer."""
+    work = output / _WORK
+    tasks = _tasks(config, work)
+    if workers > 1:
+        warm_up()
+    # Needed later. Imported here because the parent of the workers is busy with its own imports: both cores work.
+    import transformers  # noqa: F401
+
+    for name in ("scan", "done"):
+        (work / name).mkdir(exist_ok=True)
+    sizes = [sum(unit[3] for unit in task["units"]) for task in tasks]
+    run_pipeline("reading", [ReadUnits(work), Scan(work)], work, "scan", sizes, workers)
+    plans = plan_documents(config, work, tasks)
+    _make_tokenizer(config, output, tasks)
+    return plans
 
 
 def _claim(config: PrepareConfig, output: Path) -> None:
@@ -156,16 +169,23 @@ def _clean(work: Path) -> None:
 
 
 def _tasks(config: PrepareConfig, work: Path) -> list[dict[str, Any]]:
-    """The fixed list of tasks: made by the first run, found by a resumed one."""
+    """The fixed list of tasks. Raises RunError when an interrupted run had already begun with other source files."""
     folder = work / "tasks"
-    if not folder.exists():
-        partial = work / "tasks.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        for rank, task in enumerate(_split_into_tasks(config)):
-            numbered(partial, rank, ".json").write_text(json.dumps(task), encoding="utf-8")
-        partial.rename(folder)
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    # Through JSON, so that they compare equal to what a resumed run finds.
+    tasks = json.loads(json.dumps(list(_split_into_tasks(config))))
+    if folder.exists():
+        if tasks == [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]:
+            return tasks
+        if (work / "plan").exists():
+            raise RunError(f"{work.parent}: the sources have changed since this was begun: delete it and prepare again")
+        _clean(work)  # only some reading is lost
+    partial = work / "tasks.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for rank, task in enumerate(tasks):
+        numbered(partial, rank, ".json").write_text(json.dumps(task), encoding="utf-8")
+    partial.rename(folder)
+    return tasks
 
 
 def _split_into_tasks(config: PrepareConfig) -> Iterator[dict[str, Any]]:
@@ -223,7 +243,6 @@ def _sample(config: PrepareConfig, work: Path, tasks: list[dict[str, Any]]) -> I
 def _merge(
     config: PrepareConfig,
     output: Path,
-    tasks: list[dict[str, Any]],
     plans: list[dict[str, NDArray[Any]]],
     name: str,
     split: str,
@@ -231,7 +250,7 @@ def _merge(
     """Write index.json, token_counts.npy and, last, stream.json of one split of one stream."""
     folder, work = output / name / split, output / _WORK
     facts = tokenizer_facts(output / "tokenizer")
-    ranks = [rank for rank, task in enumerate(tasks) if task["stream"] == name]
+    ranks = [rank for rank, plan in enumerate(plans) if plan["stream"] == name]
     reports = [json.loads(numbered(work / "done", rank, ".json").read_text(encoding="utf-8"))[split] for rank in ranks]
     shards = [shard for report in reports for shard in report["shards"]]
     counts = np.zeros(facts.vocab_size, np.uint64)

@@ -152,7 +152,7 @@ def save_tokenizer(tokenizer: Any, names: dict[str, str], folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     cls_id, sep_id = (tokenizer.token_to_id(names[role]) for role in ("cls", "sep"))
-    ids = tokenizer.encode("a").ids
+    ids = tokenizer.encode("").ids
     if ids[:1] != [cls_id] or ids[-1:] != [sep_id]:
         # Plain type ids for a pair: nobody here uses them, but a template must say something.
         tokenizer.post_processor = TemplateProcessing(

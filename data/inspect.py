@@ -1,0 +1,125 @@
+"""Show what a prepared dataset holds: counts, lengths, integrity, and a few documents in plain text."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from data.keyed import keyed_generator
+from data.shards import MANIFEST, Stream, open_stream
+from data.tokenizer import corpus_tokenizer, tokenizer_facts
+from schema import ConfigError
+
+_BAR_COLUMNS = 40
+_SHOWN_TOKENS = 200
+
+
+def inspect(path: str | Path, samples: int = 3, console: Console | None = None) -> None:
+    """Print a summary of every stream below `path`: one split, a stream, or a whole dataset.
+
+    Args:
+        samples: documents shown of each split; the same ones at every call.
+    Raises:
+        ConfigError: there is no stream, or an unfinished one.
+        RunError: a shard whose tokens are to be shown is damaged.
+    """
+    console = console or Console(highlight=False)
+    streams = [open_stream(folder) for folder in _find_streams(Path(path))]
+    console.print(_overview(streams))
+    for stream in streams:
+        _show(stream, samples, console)
+
+
+def _find_streams(path: Path) -> list[Path]:
+    """Folders with a manifest at most two levels down. Raises ConfigError when there is none, or one is unfinished."""
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such folder: give a dataset that `python main.py prepare` made")
+    levels = ("", "*/", "*/*/")
+    found = sorted(file.parent for level in levels for file in path.glob(f"{level}{MANIFEST}"))
+    if not found:
+        raise ConfigError(
+            f"{path}: holds no {MANIFEST}: run `python main.py prepare CONFIG` to make or complete a dataset"
+        )
+    for part in sorted(folder for level in levels for folder in path.glob(f"{level}part-*")):
+        if part.parent not in found:
+            raise ConfigError(f"{part.parent}: not finished: run `python main.py prepare CONFIG` again to complete it")
+    return found
+
+
+def _overview(streams: list[Stream]) -> Table:
+    table = Table("stream", "split", title=None)
+    for column in ("documents", "tokens", "MB of text", "bytes per token", "duplicates", "empty", "shards", "hashes"):
+        table.add_column(column, justify="right")
+    for stream in streams:
+        manifest = stream.manifest
+        damaged = _damaged(stream)
+        table.add_row(
+            manifest.name,
+            manifest.split,
+            f"{manifest.documents:,}",
+            f"{manifest.tokens:,}",
+            f"{manifest.bytes / 1e6:,.1f}",
+            f"{manifest.bytes / max(manifest.tokens, 1):.2f}",
+            f"{manifest.duplicate_documents:,}",
+            f"{manifest.empty_documents:,}",
+            f"{len(manifest.shards):,}",
+            Text(f"damaged: {', '.join(damaged)}", "red") if damaged else Text("good", "green"),
+        )
+    return table
+
+
+def _damaged(stream: Stream) -> list[str]:
+    """Shards that are missing or whose content is not what was written."""
+    damaged = []
+    for shard in stream.manifest.shards:
+        file = stream.path / shard.file
+        if not file.exists() or xxhash.xxh3_64_hexdigest(file.read_bytes()) != shard.xxh3_64:
+            damaged.append(shard.file)
+    return damaged
+
+
+def _show(stream: Stream, samples: int, console: Console) -> None:
+    manifest = stream.manifest
+    console.rule(f"{manifest.name}/{manifest.split}")
+    console.print(f"source     {_one_line(manifest.source)}")
+    console.print(f"tokenizer  {manifest.vocab_size:,} ids ({manifest.dtype}), {_tokenizer_state(stream)}")
+    console.print("\ndocuments by length in tokens")
+    most = max(manifest.length_histogram.values(), default=1)
+    for edge, count in sorted(manifest.length_histogram.items(), key=lambda item: int(item[0])):
+        bar = "#" * max(1, round(_BAR_COLUMNS * count / most))
+        console.print(f"  {int(edge):>9,}+ {bar:<{_BAR_COLUMNS}} {count:,}")
+    folder = _tokenizer_folder(stream)
+    if not samples or not folder.exists():
+        return
+    tokenizer = corpus_tokenizer(folder)
+    edges = np.cumsum([0] + [shard.documents for shard in manifest.shards])
+    chosen = keyed_generator(0, "inspect").permutation(manifest.documents)[:samples]
+    for number in sorted(chosen.tolist()):
+        shard = int(np.searchsorted(edges, number, side="right")) - 1
+        tokens = stream.document(shard, number - int(edges[shard]))
+        text = tokenizer.decode(tokens[:_SHOWN_TOKENS].tolist(), skip_special_tokens=False)
+        more = f" ... ({len(tokens) - _SHOWN_TOKENS:,} more tokens)" if len(tokens) > _SHOWN_TOKENS else ""
+        console.print(
+            Panel(Text(text + more), title=f"document {number:,}: {len(tokens):,} tokens", title_align="left")
+        )
+
+
+def _one_line(source: dict[str, Any]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in source.items() if value is not None)
+
+
+def _tokenizer_folder(stream: Stream) -> Path:
+    return stream.path.resolve().parent.parent / "tokenizer"
+
+
+def _tokenizer_state(stream: Stream) -> str:
+    folder = _tokenizer_folder(stream)
+    if not folder.exists():
+        return f"not found beside the stream ({folder})"
+    matches = tokenizer_facts(folder).fingerprint == stream.manifest.tokenizer_fingerprint
+    return str(folder) if matches else f"{folder} is not the one that made this stream"
