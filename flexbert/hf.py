@@ -3,12 +3,15 @@
 hf_mappings.py says which architectures there are.
 """
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from flexbert.attention import MultiHeadAttention
 from flexbert.config import TOKEN_IDS, FlexBertConfig
 from flexbert.export import publish
 from flexbert.hf_mappings import MAPPINGS, hf_name
@@ -140,11 +143,12 @@ def _verify(model: FlexBertForMaskedLM, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     config = model.config
-    # In float32 on the CPU like the export, whatever the model was trained with
-    attention = {**config.attention.model_dump(), "backend": "sdpa"}
-    reference = _on_meta(FlexBertConfig.from_dict({**config.to_dict(), "attention": attention})).eval()
-    state = {name: tensor.to("cpu", torch.float32) for name, tensor in model.state_dict().items()}
-    reference.load_state_dict(state, assign=True)
+    # The model as it is, not as its config says, but in float32 on the CPU like the export
+    weights = {id(weight): nn.Parameter(weight.detach().to("cpu", torch.float32)) for weight in model.parameters()}
+    reference = copy.deepcopy(model, weights).eval()
+    for module in reference.modules():
+        if isinstance(module, MultiHeadAttention):
+            module.config = module.config.model_copy(update={"backend": "sdpa"})
     exported = _load_folder(folder).eval()
     window = config.attention.window_per_side
     lengths = [min(length, config.max_position_embeddings) for length in (1, 7, 33, 2 * window + 9)]

@@ -12,8 +12,9 @@ from flexbert import FlexBertConfig, FlexBertForMaskedLM, build, from_hf
 from flexbert.hf_mappings import MAPPINGS, hf_name
 from tests.flexbert.conftest import ODD_LENGTHS, Batch, batch_of, gradients
 
-# Measured worst case over all cases here: 2.1e-6 on logits up to 10, 1.1e-6 on gradients up to 0.5.
+# Measured worst case over all cases here: 3.1e-6 on logits up to 6.2, 1.2e-7 on gradients up to 0.15.
 TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-6
 
 
 def reference_model(attn_implementation: str, **changes: Any) -> ModernBertForMaskedLM:
@@ -38,10 +39,9 @@ def reference_model(attn_implementation: str, **changes: Any) -> ModernBertForMa
     torch.manual_seed(0)
     model = ModernBertForMaskedLM._from_config(ModernBertConfig(**fields), attn_implementation=attn_implementation)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:  # ones and zeros would hide a norm or bias that is left out
                 parameter.add_(torch.randn(parameter.shape) * 0.1)
-        assert name
     return model.eval()
 
 
@@ -68,7 +68,9 @@ def check(reference: ModernBertForMaskedLM, model: FlexBertForMaskedLM, batch: B
     theirs = gradients(reference)
     for name, gradient in gradients(model).items():
         other = theirs.pop(hf_name(MAPPINGS["modernbert"], name))
-        torch.testing.assert_close(gradient, other, atol=TOLERANCE, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            gradient, other, atol=GRADIENT_TOLERANCE, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
+        )
     assert not theirs
 
 
@@ -110,7 +112,10 @@ def test_encode_equals_transformers_hidden_states() -> None:
     assert not ours[~mask].any()
 
 
-@pytest.mark.parametrize(("preset", "parameters"), [("modernbert-base", 149_655_232), ("modernbert-large", 395_881_664)])
+SIZES = [("modernbert-base", 149_655_232), ("modernbert-large", 395_881_664)]
+
+
+@pytest.mark.parametrize(("preset", "parameters"), SIZES)
 def test_presets_have_the_released_sizes(preset: str, parameters: int) -> None:
     config = FlexBertConfig.from_yaml(preset)
     fields = MAPPINGS["modernbert"].config_to(config)

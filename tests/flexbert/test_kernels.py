@@ -1,5 +1,6 @@
 """Every kernel equals the eager reference, and the reference equals a loop."""
 
+import itertools
 import sys
 import types
 from typing import Any
@@ -9,12 +10,12 @@ import torch
 from torch import Tensor
 
 from flexbert import build
-from flexbert.kernels import _KERNELS, attend, choose_backend, require_backend
+from flexbert.kernels import _KERNELS, attend, choose_backend, flash_attn_installed, require_backend
 from flexbert.plan import AttentionPlan
 from schema import ConfigError
 from tests.flexbert.conftest import ODD_LENGTHS, batch_of, gradients, tiny
 
-# Measured worst case over all cases here: 9e-7 forward, 2.4e-6 backward.
+# Measured worst case over all cases here: 3.0e-6 (8192 keys), else 1.2e-6, on values up to 6.5.
 TOLERANCE = 1e-5
 
 LENGTHS = [
@@ -34,9 +35,18 @@ LENGTHS = [
 ]
 
 
-def qkv_of(total: int, heads: int = 2, dim: int = 16, seed: int = 0) -> list[Tensor]:
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+def qkv_of(total: int, heads: int = 2, dim: int = 16, seed: int = 0) -> QKV:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(total, heads, dim, generator=generator).requires_grad_() for _ in range(3)]
+    queries, keys, values = torch.randn(3, total, heads, dim, generator=generator).unbind()
+    return queries.clone().requires_grad_(), keys.clone().requires_grad_(), values.clone().requires_grad_()
+
+
+def detached(tensors: QKV, dtype: torch.dtype = torch.float32, device: str = "cpu") -> QKV:
+    queries, keys, values = (tensor.detach().to(device, dtype) for tensor in tensors)
+    return queries, keys, values
 
 
 def run(backend: Any, lengths: tuple[int, ...], window: tuple[int, int]) -> list[Tensor]:
@@ -51,7 +61,7 @@ def run(backend: Any, lengths: tuple[int, ...], window: tuple[int, int]) -> list
 
 def test_reference_equals_a_loop() -> None:
     lengths, (left, right) = (1, 5, 0, 9), (2, 2)
-    queries, keys, values = (tensor.detach() for tensor in qkv_of(15))
+    queries, keys, values = detached(qkv_of(15))
     expected = torch.zeros_like(queries)
     for first, length in ((0, 1), (1, 5), (6, 9)):
         for head in range(2):
@@ -70,21 +80,20 @@ def test_sdpa_equals_eager(lengths: tuple[int, ...], window: tuple[int, int]) ->
         torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
-def test_whole_model_agrees_between_backends(backend: Any) -> None:
+def test_whole_model_agrees_between_backends() -> None:
     batch = batch_of(ODD_LENGTHS)
-    models = [build(tiny(attention={"backend": name})) for name in ("eager", backend)]
+    models = [build(tiny(attention={"backend": name})) for name in ("eager", "sdpa")]
     losses = [model(*batch).loss for model in models]
     for loss in losses:
         loss.backward()
     torch.testing.assert_close(losses[1], losses[0], atol=TOLERANCE, rtol=0)
     expected = gradients(models[0])
     for name, gradient in gradients(models[1]).items():
-        torch.testing.assert_close(gradient, expected[name], atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=0)  # measured 6e-8 of up to 0.1
 
 
 def test_one_document_of_8192_tokens() -> None:
-    # 19 heads' worth of dense scores would not fit; one head of 8 does
+    # One narrow head: the reference's scores alone are 256 MiB
     tensors = qkv_of(8192, heads=1, dim=8)
     plan = AttentionPlan(torch.tensor([0, 8192], dtype=torch.int32), 8192, 8192)
     with torch.no_grad():
@@ -98,7 +107,7 @@ def test_one_document_of_8192_tokens() -> None:
 @pytest.mark.parametrize("per_side", [1, 30, 64, 90])
 def test_window_edge_is_exact_to_one_token(backend: Any, per_side: int) -> None:
     plan = AttentionPlan(torch.tensor([0, 300, 400], dtype=torch.int32), 300, 400)
-    queries, keys, values = (tensor.detach() for tensor in qkv_of(400))
+    queries, keys, values = detached(qkv_of(400))
     place = 150
 
     def seen(key: int) -> bool:
@@ -121,32 +130,32 @@ def test_two_runs_give_the_same_bits(window: tuple[int, int]) -> None:
 
 def test_bfloat16_stays_bfloat16_and_close() -> None:
     plan = AttentionPlan(torch.tensor([0, 70, 200], dtype=torch.int32), 130, 200)
-    tensors = [tensor.detach() for tensor in qkv_of(200)]
-    low = [tensor.bfloat16() for tensor in tensors]
+    tensors = detached(qkv_of(200))
+    low = detached(tensors, torch.bfloat16)
     for window in ((-1, -1), (64, 64)):
         expected = attend(*tensors, plan, window_size=window, backend="eager")
         for backend in ("eager", "sdpa"):
             out = attend(*low, plan, window_size=window, backend=backend)
             assert out.dtype == torch.bfloat16
-            # bfloat16 has 8 bits: inputs are rounded by 0.4 %; measured 0.011
+            # bfloat16 has 8 bits: inputs are rounded by 0.4 %; measured 0.008
             torch.testing.assert_close(out.float(), expected, atol=0.03, rtol=0)
 
 
 def test_auto_is_sdpa_on_cpu_and_a_named_kernel_is_never_swapped() -> None:
     assert choose_backend("cpu", torch.float32) == "sdpa"
-    with pytest.raises(ConfigError, match=r"attention\.backend: flash2 cannot run: flash-attn needs a CUDA device, not cpu"):
+    with pytest.raises(ConfigError, match=r"attention\.backend: flash2 cannot run: .* needs a CUDA device, not cpu"):
         run("flash2", (4,), (-1, -1))
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match=r"attention\.backend: flash2 cannot run"):
             build(tiny(attention={"backend": "flash2"}))
-    if "flash_attn" not in sys.modules:
+    if not flash_attn_installed():
         with pytest.raises(ConfigError, match="not installed"):
             require_backend("flash2", "cuda", torch.bfloat16)
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (64, 64)], ids=str)
 def test_flash_attn_is_called_by_its_signature(window: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """flash-attn needs CUDA: here stands in a function with flash_attn 2.8.3's signature and meaning, in plain steps."""
+    """flash-attn needs CUDA: in its place a function of flash_attn 2.8.3's signature and meaning, in plain steps."""
 
     def flash_attn_varlen_func(
         q: Tensor,
@@ -177,7 +186,7 @@ def test_flash_attn_is_called_by_its_signature(window: tuple[int, int], monkeypa
         out = torch.zeros_like(q)
         scale = softmax_scale or q.shape[-1] ** -0.5
         bounds = cu_seqlens_q.tolist()
-        for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+        for first, last in itertools.pairwise(bounds):
             scores = torch.einsum("qnh,knh->nqk", q[first:last], k[first:last]) * scale
             places = torch.arange(last - first)
             offset = places[None, :] - places[:, None]  # key minus query
@@ -190,7 +199,7 @@ def test_flash_attn_is_called_by_its_signature(window: tuple[int, int], monkeypa
     module.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     plan = AttentionPlan(torch.tensor([0, *ODD_LENGTHS]).cumsum(0).int(), max(ODD_LENGTHS), sum(ODD_LENGTHS))
-    tensors = [tensor.detach() for tensor in qkv_of(sum(ODD_LENGTHS))]
+    tensors = detached(qkv_of(sum(ODD_LENGTHS)))
     ours = _KERNELS["flash2"](*tensors, plan, window, 0.0)
     torch.testing.assert_close(ours, run("eager", ODD_LENGTHS, window)[0], atol=TOLERANCE, rtol=0)
 
@@ -201,7 +210,7 @@ def test_flash_attn_is_called_by_its_signature(window: tuple[int, int], monkeypa
 def test_flash_attn_itself_agrees(window: tuple[int, int]) -> None:
     pytest.importorskip("flash_attn", reason="flash-attn is not installed")
     plan = AttentionPlan(torch.tensor([0, *ODD_LENGTHS]).cumsum(0).int().cuda(), max(ODD_LENGTHS), sum(ODD_LENGTHS))
-    low = [tensor.detach().cuda().bfloat16() for tensor in qkv_of(sum(ODD_LENGTHS))]
+    low = detached(qkv_of(sum(ODD_LENGTHS)), torch.bfloat16, "cuda")
     ours = attend(*low, plan, window_size=window, backend="flash2")
-    expected = attend(*(tensor.float() for tensor in low), plan, window_size=window, backend="eager")
+    expected = attend(*detached(low, device="cuda"), plan, window_size=window, backend="eager")
     torch.testing.assert_close(ours.float(), expected, atol=0.03, rtol=0)

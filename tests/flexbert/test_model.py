@@ -1,0 +1,192 @@
+"""Loss, dropout, rotary angles, starting weights."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flexbert import FlexBertConfig, build, losses
+from flexbert.losses import masked_cross_entropy
+from flexbert.positions import Rotation, rotate
+from schema import ConfigError
+from tests.flexbert.conftest import ODD_LENGTHS, batch_of, gradients, tiny
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_chunked_loss_is_plain_cross_entropy(chunk: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS_DEFAULT", chunk * 50)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(65, 8, generator=generator).requires_grad_()
+    weight = torch.randn(50, 8, generator=generator).requires_grad_()
+    bias = torch.randn(50, generator=generator).requires_grad_() if with_bias else None
+    targets = torch.randint(0, 50, (65,), generator=generator)
+    inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
+    expected = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="sum")
+    loss = masked_cross_entropy(hidden, weight, bias, targets)
+    assert loss.dtype == torch.float32
+    # Measured: 1.2e-7 of the loss; 6.7e-6 on gradients up to 22
+    torch.testing.assert_close(loss, expected, atol=0, rtol=1e-6)
+    pairs = zip(torch.autograd.grad(loss * 3, inputs), torch.autograd.grad(expected * 3, inputs), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(masked_cross_entropy(hidden, weight, bias, targets), expected, atol=0, rtol=1e-6)
+
+
+def test_loss_logits_and_evaluation_agree() -> None:
+    model = build(tiny())
+    batch = batch_of(ODD_LENGTHS)
+    logits = model(*batch[:3]).logits
+    assert logits is not None
+    assert logits.shape == (sum(ODD_LENGTHS), 97)
+    output = model(*batch)
+    assert output.logits is None
+    assert output.loss is not None
+    expected = F.cross_entropy(logits, batch.labels)
+    torch.testing.assert_close(output.loss, expected)
+    masked = batch.labels != -100
+    loss, correct, count = model.evaluate(*batch)
+    assert (loss.dtype, int(count)) == (torch.float64, int(masked.sum()))
+    torch.testing.assert_close(loss.float() / count, expected)
+    assert int(correct) == int((logits.argmax(1) == batch.labels)[masked].sum())
+    best = torch.where(masked, logits.argmax(1), -100)
+    assert int(model.evaluate(*batch[:3], best)[1]) == int(count)
+
+
+@pytest.mark.parametrize("lengths", [(5, 70), (), (0, 0)], ids=str)
+def test_without_masked_tokens_the_loss_and_all_gradients_are_zero(lengths: tuple[int, ...]) -> None:
+    model = build(tiny())
+    batch = batch_of(lengths, masked=0.0)
+    output = model(*batch)
+    assert output.loss is not None
+    assert output.loss.item() == 0.0
+    output.loss.backward()
+    assert not any(gradient.any() for gradient in gradients(model).values())
+    assert [float(value) for value in model.evaluate(*batch)] == [0.0, 0.0, 0.0]
+
+
+def test_labels_of_another_shape_are_refused() -> None:
+    batch = batch_of((5, 7))
+    with pytest.raises(ValueError, match=r"expected labels \(12,\) int64, got \(5,\) torch.int64"):
+        build(tiny())(*batch[:3], batch.labels[:5])
+
+
+def test_bfloat16_autocast_trains_and_is_close() -> None:
+    model = build(tiny(init={"name": "full_megatron"}))
+    batch = batch_of(ODD_LENGTHS)
+    exact = model(*batch).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(*batch).loss
+    assert loss is not None
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(gradient.dtype == torch.float32 for gradient in gradients(model).values())
+    torch.testing.assert_close(loss, exact, atol=2e-3, rtol=0)  # measured 4e-5 at a loss of 4.6
+
+
+DROPOUTS: list[dict[str, Any]] = [
+    {"embedding": {"name": "tokens", "dropout": 0.5}},
+    {"attention": {"probs_dropout": 0.5}},
+    {"attention": {"out_dropout": 0.5}},
+    {"mlp": {"name": "glu", "inner_dropout": 0.5}},
+    {"mlp": {"name": "glu", "out_dropout": 0.5}},
+]
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("site", DROPOUTS, ids=str)
+def test_dropout_acts_in_training_only(site: dict[str, Any], backend: Any) -> None:
+    merged = {**site, "attention": {**site.get("attention", {}), "backend": backend}}
+    plain, model = build(tiny(attention={"backend": backend})), build(tiny(**merged))
+    batch = batch_of((5, 130))
+    torch.manual_seed(0)
+    assert not torch.equal(model(*batch).loss, model(*batch).loss)
+    torch.manual_seed(0)
+    first = model(*batch).loss
+    torch.manual_seed(0)
+    assert torch.equal(first, model(*batch).loss)
+    assert torch.equal(model.eval()(*batch).loss, plain.eval()(*batch).loss)
+
+
+def test_rope_theta_can_be_changed_and_is_carried_by_the_config() -> None:
+    batch = batch_of((5, 130))
+    model, other = build(tiny()), build(tiny(position={"global_theta": 1e6, "local_theta": 20.0}))
+    before = model(*batch).loss
+    model.set_rope_theta()
+    assert torch.equal(model(*batch).loss, before)
+    model.set_rope_theta(1e6)
+    assert (model.config.position.global_theta, model.config.position.local_theta) == (1e6, 100.0)
+    between = model(*batch).loss
+    model.set_rope_theta(local_theta=20.0)
+    assert torch.equal(model(*batch).loss, other(*batch).loss)
+    assert len({float(loss) for loss in (before, between, other(*batch).loss)}) == 3
+    assert model.config == other.config
+    assert model.state_dict().keys() == build(tiny()).state_dict().keys()
+    with pytest.raises(ConfigError, match=r"position\.local_theta: should be greater than 0, got -1"):
+        model.set_rope_theta(local_theta=-1.0)
+
+
+def test_rope_tables_grow_beyond_what_was_seen() -> None:
+    model = build(tiny(num_hidden_layers=1)).eval()
+    short, long = batch_of((3,)), batch_of((700,))
+    fresh = build(tiny(num_hidden_layers=1)).eval()
+    model(*short)
+    assert torch.equal(model(*long).loss, fresh(*long).loss)
+
+
+def test_scores_depend_on_distance_only() -> None:
+    """The defining property of rotary positions: moving a whole document moves nothing."""
+    model = build(tiny(attention={"global_attn_every_n_layers": 1}, num_hidden_layers=1)).eval()
+    position = model.encoder.position
+    states = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(0))
+    rotations = position.rotations(torch.arange(500), 500).global_layers
+    at = [Rotation(rotations.cos[places], rotations.sin[places]) for places in ([3, 5, 9, 10], [403, 405, 409, 410])]
+    products = [torch.einsum("qnh,knh->nqk", rotate(states, r), rotate(states, r)) for r in at]
+    torch.testing.assert_close(products[0], products[1], atol=5e-5, rtol=0)  # measured 7e-6 of up to 25
+    assert not torch.allclose(rotate(states, at[0]), rotate(states, at[1]), atol=0.1)
+
+
+def test_starting_weights_have_the_stated_statistics() -> None:
+    config = FlexBertConfig.from_yaml("modernbert-tiny")
+    model = build(config)
+    shrink = 0.8796  # standard deviation of a unit normal truncated at 2
+    output_std = 0.02 / math.sqrt(2 * 6)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            expected = 0.0 if name == "head.decoder_bias" else 1.0
+            assert (parameter == expected).all(), name
+            continue
+        std = output_std if name.endswith("Wo.weight") else 0.02
+        assert parameter.abs().max() <= 2 * std, name
+        assert parameter.abs().max() > 1.95 * std, name
+        error = 4 / math.sqrt(2 * parameter.numel())
+        assert abs(parameter.std().item() / (shrink * std) - 1) < error, name
+        assert abs(parameter.mean().item()) < 4 * std / math.sqrt(parameter.numel()), name
+
+
+def test_starting_weights_are_a_function_of_seed_and_name() -> None:
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    first = build(tiny(), seed=5).state_dict()
+    assert torch.equal(torch.get_rng_state(), before), "build moved the global generator"
+    torch.manual_seed(7)
+    second = build(tiny(), seed=5).state_dict()
+    other = build(tiny(), seed=6).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    drawn = [name for name in first if first[name].ndim > 1]
+    assert not any(torch.equal(first[name], other[name]) for name in drawn)
+    assert not torch.equal(first["encoder.layers.0.attn.Wo.weight"], first["encoder.layers.1.attn.Wo.weight"])
+    # Without the last layers, with other sizes elsewhere: what has the same name, shape and std is the same
+    fewer = build(tiny(num_hidden_layers=2, intermediate_size=8), seed=5).state_dict()
+    assert torch.equal(first["encoder.layers.1.attn.Wqkv.weight"], fewer["encoder.layers.1.attn.Wqkv.weight"])
+    assert torch.equal(first["head.dense.weight"], fewer["head.dense.weight"])
+    encoder = build(tiny(), "encoder", seed=5).state_dict()
+    assert all(torch.equal(first[f"encoder.{name}"], encoder[name]) for name in encoder)
+
+
+def test_tasks_not_built_yet_are_named() -> None:
+    with pytest.raises(ConfigError, match="task: 'classification' cannot be built, valid names: encoder, mlm"):
+        build(tiny(), "classification")  # pyright: ignore[reportCallIssue, reportArgumentType]
