@@ -58,6 +58,12 @@ def save_arrays(path: Path, **arrays: NDArray[Any]) -> None:
     partial.rename(path)
 
 
+def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """What save_arrays wrote."""
+    with np.load(path) as file:
+        return dict(file)
+
+
 class ReadUnits(PipelineStep):
     """The documents of a task's units, in order."""
 
@@ -113,8 +119,8 @@ class Select(PipelineStep):
         self.work = work
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        scan = np.load(numbered(self.work / "scan", rank, ".npz"))
-        splits = np.load(numbered(self.work / "plan", rank, ".npz"))["splits"]
+        scan = load_arrays(numbered(self.work / "scan", rank, ".npz"))
+        splits = load_arrays(numbered(self.work / "plan", rank, ".npz"))["splits"]
         expected = scan["digests"].astype(">u8").tobytes()
         count = 0
         for document in data:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PrivateAttr, model_validator
 
 from data.keyed import philox_key
-from data.pipeline import DROPPED, SPLITS, numbered, save_arrays
+from data.pipeline import DROPPED, SPLITS, load_arrays, numbered, save_arrays
 from data.sources import SOURCES
 from data.tokenizer import TOKENIZERS
 from schema import ConfigError, Count, Schema, load_node, validate
@@ -85,7 +85,7 @@ def load_prepare_config(path: str | Path, overrides: Sequence[str] = ()) -> Prep
 
 def plan_documents(config: PrepareConfig, work: Path, tasks: list[dict[str, Any]]) -> list[dict[str, NDArray[Any]]]:
     """The split of every document, or DROPPED, per task; with numbers for the manifest. Raises ConfigError."""
-    scans = [dict(np.load(numbered(work / "scan", rank, ".npz"))) for rank in range(len(tasks))]
+    scans = [load_arrays(numbered(work / "scan", rank, ".npz")) for rank in range(len(tasks))]
     plans: list[dict[str, NDArray[Any]]] = [{}] * len(tasks)
     kept_before = np.zeros((0, 2), np.uint64)
     (work / "plan").mkdir(exist_ok=True)

@@ -26,7 +26,7 @@ from rich.console import Console
 from data.durable import write_whole
 from data.keyed import keyed_generator
 from data.local import run_pipeline, warm_up
-from data.pipeline import SPLITS, ReadUnits, Scan, Select, WriteShards, numbered, token_dtype
+from data.pipeline import SPLITS, ReadUnits, Scan, Select, WriteShards, load_arrays, numbered, token_dtype
 from data.plan import CONFIG_FILE, PrepareConfig, load_prepare_config, plan_documents
 from data.shards import MANIFEST, StreamManifest
 from data.sources import SOURCES, Unit
@@ -222,7 +222,7 @@ def _make_tokenizer(config: PrepareConfig, output: Path, tasks: list[dict[str, A
 
 def _sample(config: PrepareConfig, work: Path, tasks: list[dict[str, Any]]) -> Iterator[str]:
     """Training documents for the tokenizer, from every stream by its share: tasks in keyed order, up to the budget."""
-    plans = [np.load(numbered(work / "plan", rank, ".npz")) for rank in range(len(tasks))]
+    plans = [load_arrays(numbered(work / "plan", rank, ".npz")) for rank in range(len(tasks))]
     total = sum(int(plan["kept_bytes"]) for plan in plans)
     for number, name in enumerate(config.streams):
         ranks = [rank for rank, task in enumerate(tasks) if task["stream"] == name]
@@ -255,7 +255,7 @@ def _merge(
     shards = [shard for report in reports for shard in report["shards"]]
     counts = np.zeros(facts.vocab_size, np.uint64)
     for rank in ranks:
-        counts += np.load(numbered(work / "done", rank, ".npz"))[split]
+        counts += load_arrays(numbered(work / "done", rank, ".npz"))[split]
     histogram = np.zeros(64, np.int64)
     for report in reports:
         histogram[: len(report["length_histogram"])] += report["length_histogram"]

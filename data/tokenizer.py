@@ -191,6 +191,11 @@ def corpus_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def fingerprint(folder: Path) -> str:
+    """sha256 of a saved tokenizer's tokenizer.json, in hex: what a stream's manifest calls tokenizer_fingerprint."""
+    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+
+
 def tokenizer_facts(folder: Path) -> TokenizerFacts:
     """Ids and fingerprint of a saved tokenizer."""
     tokenizer = corpus_tokenizer(folder)
@@ -201,5 +206,4 @@ def tokenizer_facts(folder: Path) -> TokenizerFacts:
     vocab_size = -(-(max(ids) + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     added = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     special = added | set(roles.values()) | (set(range(vocab_size)) - ids)
-    digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
-    return TokenizerFacts(fingerprint=digest, vocab_size=vocab_size, special_ids=sorted(special), **roles)
+    return TokenizerFacts(fingerprint=fingerprint(folder), vocab_size=vocab_size, special_ids=sorted(special), **roles)

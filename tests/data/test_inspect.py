@@ -1,0 +1,76 @@
+"""What inspect prints is what is there; what is no dataset is said in one line."""
+
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from data.inspect import inspect
+from data.shards import open_stream
+from schema import ConfigError
+from tests.data.test_prepare import config_file, documents, run, write_jsonl
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    write_jsonl(tmp_path / "a" / "1.jsonl", [*documents(60), documents(1)[0]])
+    write_jsonl(tmp_path / "b" / "1.jsonl", documents(60, first=60))
+    return run(config_file(tmp_path))
+
+
+def shown(path: Path, samples: int = 3) -> str:
+    console = Console(width=200, record=True, file=StringIO())
+    inspect(path, samples, console)
+    return console.export_text()
+
+
+def test_whole_dataset(dataset: Path) -> None:
+    text = shown(dataset)
+    for name in ("a", "b"):
+        for split in ("train", "validation"):
+            manifest = open_stream(dataset / name / split).manifest
+            assert f"{name}/{split}" in text
+            assert f"{manifest.tokens:,}" in text
+            for edge, count in manifest.length_histogram.items():
+                assert any(
+                    line.split()[:1] == [f"{int(edge):,}+"] and line.endswith(f" {count:,}")
+                    for line in text.splitlines()
+                )
+    assert text.count("good") == 4
+    assert f"384 ids (uint16), {dataset / 'tokenizer'}" in text
+    assert shown(dataset) == text
+
+
+def test_samples_are_decoded_documents(dataset: Path) -> None:
+    text = shown(dataset / "a" / "train", samples=1)
+    assert text.count("document ") == 1
+    body = text.partition("document ")[2].splitlines()[1].strip("\u2502 ")
+    assert any(document.startswith(body) for document in documents(60))
+    assert "document " not in shown(dataset / "a" / "train", samples=0)
+
+
+def test_one_stream(dataset: Path) -> None:
+    text = shown(dataset / "a")
+    assert "a/train" in text
+    assert "a/validation" in text
+    assert "b/train" not in text
+
+
+def test_damage_is_found(dataset: Path) -> None:
+    stream = open_stream(dataset / "a" / "train")
+    file = stream.path / stream.manifest.shards[0].file
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert f"damaged: {stream.manifest.shards[0].file}" in shown(dataset, samples=0)
+
+
+def test_what_is_no_dataset(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere: no such folder: give a dataset that"):
+        inspect(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"a: holds no stream\.json: run `python main\.py prepare CONFIG`"):
+        inspect(tmp_path / "a")
+    (dataset / "b" / "train" / "stream.json").unlink()
+    with pytest.raises(ConfigError, match=r"b/train: not finished: run `python main\.py prepare CONFIG` again"):
+        inspect(dataset)
