@@ -17,6 +17,7 @@ Both `norm: rmsnorm` and `norm: {name: rmsnorm, eps: 1e-5}` then validate, to `R
 """
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -118,7 +119,7 @@ def parse_count(value: Any) -> int:
         number = float(match[1]) * _UNITS[match[2].upper()]
     else:
         number = value
-    if number != round(number) or number < 0:
+    if not math.isfinite(number) or number != round(number) or number < 0:
         raise ValueError(f"expected a whole count, 0 or more, got {value!r}")
     return round(number)
 

@@ -6,6 +6,7 @@ moving. So neither world size, workers nor restarts change what a step trains on
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from data.masking import IGNORE, Masker, MaskingConfig, RowKey
 from data.order import Lane, LaneCursor, MixtureOrder, Row
 from data.packing import pack
 from data.shards import Stream, open_stream
+from data.tokenizer import fingerprint
 from schema import ConfigError, RunError, Schema
 
 MAX_LANES = 64
@@ -121,6 +123,21 @@ def open_streams(config: DataConfig, split: str) -> list[Stream]:
                 f"data.streams.{name}: made with another tokenizer than stream {first}: prepare both with one"
             )
     return streams
+
+
+def check_tokenizer(config: DataConfig, streams: Sequence[Stream]) -> None:
+    """Raises ConfigError when data.tokenizer is no tokenizer folder, or not the one that made the streams."""
+    folder = Path(config.tokenizer)
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        state = "no such folder" if not folder.is_dir() else "holds no tokenizer.json"
+        raise ConfigError(f"data.tokenizer: {folder}: {state}: give the `tokenizer` folder that prepare wrote")
+    found, expected = fingerprint(folder), streams[0].manifest.tokenizer_fingerprint
+    if found != expected:
+        raise ConfigError(
+            f"data.tokenizer: {folder}: its fingerprint {found[:12]} is not the {expected[:12]} of the streams: "
+            "give the `tokenizer` folder that was prepared with them"
+        )
 
 
 class _Assembler:

@@ -8,7 +8,7 @@ from flexbert.accounting import count_parameters, flops_per_token, memory_estima
 from rich.console import Console
 from rich.table import Table
 
-from data.loader import open_streams
+from data.loader import check_tokenizer, open_streams
 from data.order import MixtureOrder
 from training.config import RunConfig
 from training.phases import PhasePlan
@@ -27,6 +27,7 @@ def dry_run(config: RunConfig, console: Console, world_size: int = 1) -> None:
     plan = PhasePlan(config)
     loader = plan.loader_config(config)
     streams = open_streams(config.data, "train")
+    check_tokenizer(config.data, streams)
     repeats = config.data.repeats(streams)
     order = MixtureOrder(
         streams, repeats, config.seed, loader.lanes, config.data.part_documents, config.data.block_documents
@@ -34,34 +35,30 @@ def dry_run(config: RunConfig, console: Console, world_size: int = 1) -> None:
     microbatch = config.trainer.microbatch_size
     console.print(f"[bold]{config.name}[/bold]: {describe_model(config)} -> {config.folder}")
 
-    phases = Table(
-        "phase",
-        "tokens",
-        "steps",
-        "rows x length",
-        "tokens/step",
-        "peak lr",
-        "schedule",
-        "theta global/local",
-        "GFLOP/token",
-        "memory",
-    )
+    phases = Table("phase", *(phase.name for phase in plan.phases))
+    facts: dict[str, list[str]] = {}
     for phase, given in zip(plan.phases, config.phases, strict=True):
-        rows = min(microbatch or phase.global_batch_size, phase.global_batch_size) // (1 if microbatch else world_size)
+        rows = phase.global_batch_size // world_size
+        rows = min(config.trainer.microbatch_size or rows, rows)
         flops = flops_per_token(config.model, phase.max_seq_len, phase.masking.rate)
-        memory = memory_estimate(config.model, max(rows, 1) * phase.max_seq_len, phase.masking.rate)
-        phases.add_row(
-            phase.name,
-            f"{phase.steps * phase.tokens_per_step:,}",
-            f"{phase.steps:,}",
-            f"{phase.global_batch_size} x {phase.max_seq_len}",
-            f"{phase.tokens_per_step:,}",
-            f"{phase.peak_lr:g}",
-            given.schedule.name + (f", warmup {phase.warmup:,}" if phase.warmup else ""),
-            f"{phase.theta_global or 'model'} / {phase.theta_local or 'model'}",
-            f"{flops / 1e9:.3f}",
-            f"{memory / 2**30:.2f} GiB",
-        )
+        memory = memory_estimate(config.model, rows * phase.max_seq_len, phase.masking.rate)
+        column = {
+            "tokens": f"{phase.steps * phase.tokens_per_step:,}",
+            "steps": f"{phase.steps:,}",
+            "rows x length": f"{phase.global_batch_size} x {phase.max_seq_len}",
+            "tokens per step": f"{phase.tokens_per_step:,}",
+            "learning rate": f"{phase.peak_lr:g} {given.schedule.name}",
+            "warmup tokens": f"{phase.warmup:,}",
+            "RoPE theta, global": f"{phase.theta_global or 'as the model'}",
+            "RoPE theta, local": f"{phase.theta_local or 'as the model'}",
+            "masking rate": f"{phase.masking.rate:g}",
+            "FLOPs per token": f"{flops / 1e9:.3f} G",
+            "memory per rank": f"{memory / 2**30:.2f} GiB in microbatches of {rows}",
+        }
+        for fact, value in column.items():
+            facts.setdefault(fact, []).append(value)
+    for fact, values in facts.items():
+        phases.add_row(fact, *values)
     console.print(phases)
 
     mixture = Table("stream", "documents", "tokens", "share", "epochs in this run")

@@ -21,8 +21,9 @@ from callbacks.milestones import BetweenSteps
 from callbacks.progress import ProgressLine
 from callbacks.schedule import StepSchedule
 from data.keyed import torch_seed
-from data.loader import Batch, Loader, build_loader
-from flexbert import FlexBertForMaskedLM, build, to_hf
+from data.loader import Batch, Loader, build_loader, check_tokenizer
+import flexbert
+from flexbert import FlexBertForMaskedLM, build
 from schema import ConfigError, RunError
 from training import report
 from training.checkpoint import checkpoint_name, newest_checkpoint, remove_old_checkpoints, restore, save_checkpoint
@@ -96,6 +97,7 @@ class Run:
         self.rank, self.world_size = dist.get_global_rank(), dist.get_world_size()
         self.loader: Loader = build_loader(self.plan.loader_config(config), self.rank, self.world_size)
         train_streams = self.loader.dataset.streams
+        check_tokenizer(config.data, train_streams)
         manifest = train_streams[0].manifest
         if config.model.vocab_size != manifest.vocab_size:
             raise ConfigError(
@@ -295,7 +297,7 @@ class Run:
             tokens = self.plan.tokens_before(step)
             evaluation = self.evaluation[1] if self.evaluation and self.evaluation[0] == step else None
             card = report.model_card(self.config, self.plan, tokens, evaluation)
-            to_hf(self.model, self.config.data.tokenizer, path, card=card)
+            flexbert.to_hf(self.model, self.config.data.tokenizer, path, card=card)
         dist.barrier()
 
     def export_path(self, step: int) -> Path:

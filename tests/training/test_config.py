@@ -142,8 +142,8 @@ def test_phases_are_steps() -> None:
     assert plan.at(10_000) is third
     assert [step for step in range(613) if plan.is_milestone(step)] == [489, 538, 612]
     assert (third.max_seq_len, third.global_batch_size, third.theta_global) == (2048, 4, 160000)
-    # 1M: step 245 ends at 1,003,520; 2M: 489 at 2,002,944; 3M: not reached (3,010,560 with 612 steps: reached by the last)
-    assert [step for step in range(1, 613) if plan.crosses(step, 1_000_000)] == [245, 489, 612]
+    # Steps end at 1,003,520, 2,002,944 and 3,002,368 tokens.
+    assert [step for step in range(1, 613) if plan.crosses(step, 1_000_000)] == [245, 489, 611]
 
 
 def test_learning_rates() -> None:

@@ -1,0 +1,76 @@
+"""The front door as a user meets it: real processes, exit codes, one line per mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.data.synthetic import documents, write_stream
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_help_lists_the_commands_without_heavy_imports() -> None:
+    code = (
+        "import sys, json; sys.argv = ['main.py', '--help']\n"
+        "import main\n"
+        "try: main.app()\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "heavy = {'torch', 'composer', 'transformers', 'numpy', 'pydantic', 'omegaconf', 'datasets', 'streaming', 'numba'}\n"
+        "print(json.dumps(sorted(heavy & set(sys.modules))))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    *text, imported = done.stdout.splitlines()
+    assert json.loads(imported) == []
+    for command in ("prepare", "inspect", "train", "demo"):
+        assert any(command in line for line in text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "configs/demo.yaml", "optimiser=adamw"], ["configs/demo.yaml: ", "'optimiser'", "did you mean 'optimizer'?"]),
+        (["train", "configs/demo.yaml", "model.norm=layernrm"], ["configs/demo.yaml: model.norm: ", "did you mean 'layernorm'?"]),
+        (["train", "configs/demo.yaml", "seed=abc"], ["configs/demo.yaml: seed: ", "valid integer", "'abc'"]),
+        (["train", "configs/demo.yaml", "phases.0.tokens=-1M"], ["configs/demo.yaml: phases[0].tokens: ", "0 or more"]),
+        (["train", "configs/demmo.yaml"], ["configs/demmo.yaml: no such file", "did you mean 'configs/demo.yaml'?"]),
+        (["train", "configs/demo.yaml", "data.streams.python-docs.path=datasets/nope"], ["data.streams.python-docs.path: ", "datasets/nope", "prepare"]),
+        (["train", "configs/demo.yaml", "--dry-run", "data.streams.python-docs.path=datasets/nope"], ["data.streams.python-docs.path: "]),
+        (["prepare", "configs/nothing.yaml"], ["configs/nothing.yaml: no such file"]),
+        (["inspect", "configs"], ["configs"]),
+    ],
+)  # fmt: skip
+def test_wrong_input_exits_2_with_one_line(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+    done = run(*arguments, *([f"runs={tmp_path}"] if arguments[0] == "train" else []))
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+    assert list(tmp_path.iterdir()) == []  # a wrong config never starts
+
+
+def test_unknown_command_and_option_exit_2() -> None:
+    assert run("trian").returncode == 2
+    assert run("train", "configs/demo.yaml", "--dryrun").returncode == 2
+
+
+def test_missing_stream_names_the_key(tmp_path: Path) -> None:
+    """With streams that exist but one: the line names that one."""
+    for name in ("stdlib-code", "packages-docs"):
+        for split in ("train", "validation"):
+            write_stream(tmp_path / name, split, documents(0, 50, 50))
+    overrides = [f"data.streams.{name}.path={tmp_path / name}" for name in ("stdlib-code", "packages-docs", "python-docs")]
+    done = run("train", "configs/demo.yaml", "--dry-run", *overrides)
+    assert done.returncode == 2
+    assert "data.streams.python-docs.path: " in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

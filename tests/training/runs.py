@@ -1,0 +1,99 @@
+"""Real runs in real processes for the tests: a small dataset of this Python's own text, and the command line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+PYTHON_LIBRARY = Path(os.__file__).parent
+
+PREPARE = """
+output: {output}
+tokenizer: {{name: train, vocab_size: 512, sample_bytes: 200K}}
+validation_fraction: 0.2
+shard_bytes: 64K
+streams:
+  async-code:
+    source: {{name: code, paths: ["{library}/asyncio", "{library}/multiprocessing", "{library}/json"]}}
+  email-code:
+    source: {{name: code, paths: ["{library}/email", "{library}/xml", "{library}/unittest"]}}
+"""
+
+TRAIN = """
+name: small
+runs: {runs}
+model:
+  preset: modernbert-tiny
+  vocab_size: 512
+  hidden_size: 64
+  num_attention_heads: 2
+  num_hidden_layers: 3
+  intermediate_size: 64
+  init: {{name: full_megatron, std: 0.06}}
+  attention: {{name: multihead, global_attn_every_n_layers: 3, window_per_side: 16, out_dropout: 0.1}}
+data:
+  tokenizer: {dataset}/tokenizer
+  streams:
+    async-code: {{path: {dataset}/async-code}}
+    email-code: {{path: {dataset}/email-code}}
+  block_documents: 10
+phases:
+  - {{name: stable, tokens: 40K, max_seq_len: 128, global_batch_size: 8, lr: 2e-3, warmup: 5K}}
+  - {{name: extension, tokens: 24K, max_seq_len: 512, global_batch_size: 4, rope_theta: {{global_layers: 160000}}}}
+  - {{name: decay, tokens: 24K, schedule: one_minus_sqrt}}
+checkpoint: {{interval: 6K, keep: 2}}
+evaluation: {{interval: 20K, max_rows: 8}}
+trainer: {{log_interval: 1}}
+"""
+STEPS = 40 + 12 + 12
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "main.py"), *arguments]
+
+
+def environment() -> dict[str, str]:
+    """One thread per process, so that sums have one order; no launcher's variables."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "WORLD_SIZE", "LOCAL_"))}
+    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+
+
+def run(arguments: list[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def prepare_dataset(folder: Path) -> Path:
+    file = folder / "prepare.yaml"
+    file.write_text(PREPARE.format(output=folder / "dataset", library=PYTHON_LIBRARY))
+    done = run(command("prepare", str(file)))
+    assert done.returncode == 0, done.stderr
+    return folder / "dataset"
+
+
+def write_config(folder: Path, dataset: Path) -> Path:
+    """A run file whose runs folder is inside `folder`."""
+    folder.mkdir(exist_ok=True)
+    file = folder / "train.yaml"
+    file.write_text(TRAIN.format(runs=folder / "runs", dataset=dataset))
+    return file
+
+
+def metrics(folder: Path, key: str = "loss") -> dict[int, Any]:
+    """By step."""
+    file = folder / "runs" / "small" / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def final_weights(folder: Path) -> dict[str, bytes]:
+    """The weight files at the end: of the last checkpoint and of every export."""
+    run_folder = folder / "runs" / "small"
+    last = max((run_folder / "checkpoints").glob("tokens-*"), key=lambda path: int(path.name.split("-")[1]))
+    files = [last / "model.safetensors", last / "optimizer.safetensors"]
+    files += sorted((run_folder / "exports").glob("*/model.safetensors"))
+    return {str(file.relative_to(run_folder)): file.read_bytes() for file in files}

@@ -1,0 +1,267 @@
+"""Whole runs: start, kill, resume, many processes, damage, export. Real Composer, real shards, real processes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+
+from flexbert import from_hf
+from tests.training.runs import (
+    ROOT,
+    STEPS,
+    command,
+    environment,
+    final_weights,
+    metrics,
+    prepare_dataset,
+    run,
+    write_config,
+)
+from training.checkpoint import list_checkpoints, newest_checkpoint
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_dataset(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
+    """A folder with an uninterrupted run in runs/small."""
+    folder = tmp_path_factory.mktemp("straight")
+    done = run(command("train", str(write_config(folder, dataset))))
+    assert done.returncode == 0, done.stderr
+    assert "masked accuracy" in done.stdout
+    return folder
+
+
+def test_the_run_folder_holds_everything(straight: Path) -> None:
+    folder = straight / "runs" / "small"
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "exports", "tensorboard", "summary.json"} <= names
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert any((folder / "tensorboard").rglob("events.out.tfevents.*"))
+    assert not list(folder.rglob(".unfinished-*"))
+    assert json.loads((folder / "environment.json").read_text())["packages"]["torch"].startswith("2.7.0")
+    # the steps' tokens by hand: 40 of 8 x 128, then 24 of 4 x 512
+    ends = [40 * 1024, 40 * 1024 + 12 * 2048, 40 * 1024 + 24 * 2048]
+    assert sorted(path.name for path in (folder / "exports").iterdir()) == sorted(f"tokens-{end}" for end in ends)
+    kept = {path.name for path in list_checkpoints(folder / "checkpoints")}
+    assert {f"tokens-{end}" for end in ends} <= kept
+    assert len(kept) == 3 + 2
+
+
+def test_the_summary_agrees_with_the_metrics(straight: Path) -> None:
+    folder = straight / "runs" / "small"
+    summary = json.loads((folder / "summary.json").read_text())
+    losses = metrics(straight)
+    assert sorted(losses) == list(range(1, STEPS + 1))
+    assert sum(list(losses.values())[-5:]) < sum(list(losses.values())[:5]) - 2.5  # it learns
+    assert summary["tokens"] == metrics(straight, "real_tokens")[STEPS] == sum(summary["stream_tokens"].values())
+    assert summary["packing_efficiency"] == summary["tokens"] / (40 * 1024 + 24 * 2048)
+    assert summary["tokens_per_second"] > 0
+    assert summary["seconds"] > 0
+    assert Path(summary["export"]).is_dir()
+    validation = summary["validation"]
+    assert validation == metrics(straight, "validation")[STEPS]
+    assert validation["masked_accuracy"] > validation["unigram_accuracy"] > 0
+    streams = validation["streams"].values()
+    masked = sum(stream["masked_tokens"] for stream in streams)
+    assert validation["loss"] == pytest.approx(sum(s["loss"] * s["masked_tokens"] for s in streams) / masked)
+    assert validation["masked_tokens"] == masked
+    phases = metrics(straight, "phase")
+    assert [phases[step] for step in (1, 40, 41, 52, 53, STEPS)] == ["stable"] * 2 + ["extension"] * 2 + ["decay"] * 2
+    rates = metrics(straight, "lr")
+    assert rates[1] == pytest.approx(2e-3 * 1024 / 5000)
+    assert rates[40] == rates[52] == rates[53] == 2e-3
+    assert rates[STEPS] == pytest.approx(2e-3 * (0.001 + 0.999 * (1 - (11 / 12) ** 0.5)))
+
+
+def test_every_export_is_what_transformers_loads(straight: Path, dataset: Path) -> None:
+    thetas = []
+    for export in sorted((straight / "runs" / "small" / "exports").iterdir(), key=lambda path: int(path.name[7:])):
+        model = AutoModelForMaskedLM.from_pretrained(export).eval()
+        thetas.append(model.config.global_rope_theta)
+        tokenizer = AutoTokenizer.from_pretrained(export)
+        ids = tokenizer("def encode(self, value):\n    return value", return_tensors="pt")
+        with torch.no_grad():
+            theirs = model(**ids).logits[0]
+            ours = from_hf(export).eval()(
+                ids["input_ids"][0], torch.tensor([0, theirs.shape[0]], dtype=torch.int32), theirs.shape[0]
+            ).logits
+        assert ours is not None
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+        assert "masked accuracy" in (export / "README.md").read_text()
+    assert thetas == [10000, 160000, 160000]
+    fill = pipeline("fill-mask", model=str(export), device="cpu")
+    assert len(fill("import [MASK]")) == 5  # pyright: ignore[reportArgumentType]
+
+
+def test_a_finished_run_says_so(straight: Path) -> None:
+    before = final_weights(straight)
+    done = run(command("train", str(straight / "train.yaml")))
+    assert done.returncode == 0
+    assert "this run is finished" in done.stdout
+    assert final_weights(straight) == before
+
+
+def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[bytes]", timeout: float = 120) -> None:
+    start = time.monotonic()
+    while process.poll() is None and max(metrics(folder), default=0) < step:
+        assert time.monotonic() - start < timeout, "the run does not move"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kill_9_at_random_moments_changes_nothing(
+    straight: Path, dataset: Path, tmp_path: Path, seed: int
+) -> None:
+    """Kills after random steps plus a random moment, so also while a checkpoint, an evaluation or an export is written;
+    once the newest checkpoint is truncated besides."""
+    config = write_config(tmp_path / "killed", dataset)
+    folder, rng = tmp_path / "killed", random.Random(seed)
+    for kill in range(4):
+        process = subprocess.Popen(
+            command("train", str(config)), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        wait_for_step(folder, max(metrics(folder), default=0) + rng.randrange(1, 16), process)
+        time.sleep(rng.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if kill == 2:
+            newest = list_checkpoints(folder / "runs" / "small" / "checkpoints")[-1] / "model.safetensors"
+            os.truncate(newest, newest.stat().st_size // 2)
+    done = run(command("train", str(config)))
+    assert done.returncode == 0, done.stderr
+    assert final_weights(folder) == final_weights(straight)
+    assert metrics(folder) == metrics(straight)
+    ours, theirs = (json.loads((path / "runs/small/summary.json").read_text()) for path in (folder, straight))
+    for key in ("tokens", "packing_efficiency", "validation", "stream_tokens", "steps"):
+        assert ours[key] == theirs[key]
+
+
+def test_two_processes_train_the_same(straight: Path, dataset: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "two", dataset)
+    # Dropout masks differ between world sizes; both runs go without.
+    (tmp_path / "one").mkdir()
+    text = config.read_text().replace(", out_dropout: 0.1", "")
+    config.write_text(text)
+    one = tmp_path / "one" / "train.yaml"
+    one.write_text(text.replace(str(tmp_path / "two"), str(tmp_path / "one")))
+    done = run(command("train", str(one)))
+    assert done.returncode == 0, done.stderr
+    launcher = str(Path(command()[0]).parent / "composer")
+    done = run([launcher, "-n", "2", *command("train", str(config))[1:]])
+    assert done.returncode == 0, done.stderr + done.stdout
+    ours, theirs = metrics(tmp_path / "two"), metrics(tmp_path / "one")
+    assert sorted(ours) == list(range(1, STEPS + 1))
+    assert [ours[step] for step in ours] == pytest.approx([theirs[step] for step in ours], rel=2e-4)
+    assert [ours[step] for step in range(1, 11)] == pytest.approx([theirs[step] for step in range(1, 11)], rel=1e-5)
+    assert metrics(tmp_path / "two", "real_tokens") == metrics(tmp_path / "one", "real_tokens")
+    left, right = (json.loads((tmp_path / name / "runs/small/summary.json").read_text()) for name in ("two", "one"))
+    assert left["validation"]["loss"] == pytest.approx(right["validation"]["loss"], rel=1e-3)
+    assert left["validation"]["masked_tokens"] == right["validation"]["masked_tokens"]
+
+
+def test_microbatches_change_only_rounding(dataset: Path, tmp_path: Path) -> None:
+    losses = []
+    for rows in (8, 3, 1):
+        config = write_config(tmp_path / str(rows), dataset)
+        config.write_text(config.read_text().replace(", out_dropout: 0.1", ""))
+        done = run(command("train", str(config), f"trainer.microbatch_size={rows}", "phases.0.tokens=10K", "phases.0.warmup=1K"))
+        assert done.returncode == 0, done.stderr
+        losses.append(list(metrics(tmp_path / str(rows)).values()))
+    assert len(losses[0]) == 10 + 24
+    assert losses[1] == pytest.approx(losses[0], rel=2e-4)
+    assert losses[2] == pytest.approx(losses[0], rel=2e-4)
+
+
+def test_another_config_is_refused_on_resume(straight: Path) -> None:
+    done = run(command("train", str(straight / "train.yaml"), "phases.2.lr=1e-4", "trainer.log_interval=5"))
+    assert done.returncode == 2
+    assert "phases.2.lr was None, now 0.0001" in done.stderr
+    assert "log_interval" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_dry_run_says_what_the_run_will_be(straight: Path) -> None:
+    done = run(command("train", str(straight / "train.yaml"), "--dry-run", "name=other"))
+    assert done.returncode == 0, done.stderr
+    for word in ("40,960", "24,576", "64 steps", "async-code", "160000", "one_minus_sqrt", "6,000 tokens"):
+        assert word in done.stdout, word
+    assert not (straight / "runs" / "other").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_shard_stops_the_run_and_harms_no_checkpoint(dataset: Path, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(dataset, tmp_path / "copy")
+    config = write_config(tmp_path / "run", tmp_path / "copy")
+    process = subprocess.Popen(
+        command("train", str(config)), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait_for_step(tmp_path / "run", 20, process)
+    process.kill()
+    process.wait()
+    before = newest_checkpoint(tmp_path / "run/runs/small/checkpoints")
+    assert before is not None
+    shards = sorted((tmp_path / "copy" / "email-code" / "train").glob("*.mds"))
+    for shard in shards:
+        data = bytearray(shard.read_bytes())
+        if damage == "truncated":
+            del data[-200:]
+        else:
+            data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+    done = run(command("train", str(config)))
+    assert done.returncode == 1, done.stdout
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert any(str(shard) in line for shard in shards)
+    assert "stream 'email-code'" in line
+    assert "Traceback" not in done.stderr
+    after = newest_checkpoint(tmp_path / "run/runs/small/checkpoints")
+    assert after is not None
+    assert after.state["step"] >= before.state["step"]
+
+
+def test_two_processes_cannot_share_a_run_folder(dataset: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run", dataset)
+    process = subprocess.Popen(
+        command("train", str(config)), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait_for_step(tmp_path / "run", 1, process)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        done = run(command("train", str(config)))
+    finally:
+        process.kill()
+        process.wait()
+    assert done.returncode == 1
+    assert "another process is training this run" in done.stderr
+
+
+def test_a_tokenizer_that_did_not_make_the_shards_is_refused(dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset / "tokenizer", tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text() + "\n")
+    config = write_config(tmp_path / "run", dataset)
+    done = run(command("train", str(config), f"data.tokenizer={tmp_path / 'tokenizer'}"))
+    assert done.returncode == 2
+    assert "data.tokenizer: " in done.stderr
+    done = run(command("train", str(config), "data.tokenizer=nowhere"))
+    assert done.returncode == 2
+    assert "data.tokenizer: nowhere: no such folder" in done.stderr
+    done = run(command("train", str(config), "model.vocab_size=576"))
+    assert done.returncode == 2
+    assert "set model.vocab_size=512" in done.stderr
+    assert not (tmp_path / "run" / "runs").exists()
