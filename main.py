@@ -12,6 +12,10 @@ from typing import Annotated
 
 import typer
 
+# OpenMP threads that wait by spinning take the cores from the loader and from other jobs: on two busy cores a demo step
+# took 2.6 times as long (2026-11-23). Read once, when torch loads OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 app = typer.Typer(
     help="Pretrain BERT-family encoders from YAML.",
     no_args_is_help=True,

@@ -10,15 +10,43 @@ from training.config import load_run_config
 from training.phases import PhasePlan
 
 ROOT = Path(__file__).parent.parent.parent
-DEMO = ROOT / "configs" / "demo.yaml"
+RUN = """
+name: demo
+seed: 17
+model: modernbert-tiny
+data:
+  tokenizer: datasets/demo/tokenizer
+  streams: {prose: {path: datasets/demo/prose}}
+phases:
+  - name: stable
+    tokens: 2M
+    max_seq_len: 512
+    global_batch_size: 8
+    lr: 3e-3
+    warmup: 100K
+  - name: extension
+    tokens: 400K
+    max_seq_len: 2048
+    global_batch_size: 4
+    lr: 2e-3
+    rope_theta: {global_layers: 160000}
+  - name: decay
+    tokens: 600K
+    schedule: one_minus_sqrt
+optimizer: stableadamw
+"""
 
 
 def edited(tmp_path: Path, old: str, new: str) -> Path:
-    text = DEMO.read_text()
-    assert old in text
+    assert old in RUN
     file = tmp_path / "run.yaml"
-    file.write_text(text.replace(old, new, 1))
+    file.write_text(RUN.replace(old, new, 1))
     return file
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    return edited(tmp_path, "", "")
 
 
 @pytest.mark.parametrize(
@@ -88,18 +116,18 @@ def test_several_mistakes_are_several_lines(tmp_path: Path) -> None:
     assert all(line.startswith(f"{file}: ") for line in lines)
 
 
-def test_overrides(tmp_path: Path) -> None:
-    config = load_run_config(DEMO, ["phases.0.tokens=1M", "model.hidden_size=128", "model.num_attention_heads=2", "seed=3"])
+def test_overrides(plain: Path) -> None:
+    config = load_run_config(plain, ["phases.0.tokens=1M", "model.hidden_size=128", "model.num_attention_heads=2", "seed=3"])
     assert (config.phases[0].tokens, config.model.hidden_size, config.seed) == (1_000_000, 128, 3)
-    config = load_run_config(DEMO, ["model.num_hidden_layers=4", "model=modernbert-base"])
+    config = load_run_config(plain, ["model.num_hidden_layers=4", "model=modernbert-base"])
     assert (config.model.hidden_size, config.model.num_hidden_layers) == (768, 4)
     for wrong in ("seed", "=3", "phases.7.tokens=1M", "seed.x=1"):
         with pytest.raises(ConfigError):
-            load_run_config(DEMO, [wrong])
+            load_run_config(plain, [wrong])
 
 
 def test_defaults_compose(tmp_path: Path) -> None:
-    (tmp_path / "base.yaml").write_text(DEMO.read_text())
+    (tmp_path / "base.yaml").write_text(RUN)
     (tmp_path / "child.yaml").write_text("defaults: base.yaml\nname: child\nmodel: {preset: modernbert-tiny, num_hidden_layers: 3}\n")
     config = load_run_config(tmp_path / "child.yaml")
     assert (config.name, config.model.num_hidden_layers, config.seed) == ("child", 3, 17)
@@ -128,9 +156,9 @@ def test_wrong_counts(text: object) -> None:
         parse_count(text)
 
 
-def test_phases_are_steps() -> None:
-    """The demo's plan by hand: 2M / (8 x 512) = 488.3, 400K / (4 x 2048) = 48.8, 600K / (4 x 2048) = 73.2 steps."""
-    plan = PhasePlan(load_run_config(DEMO, ["phases.0.tokens=2M", "phases.1.tokens=400K", "phases.2.tokens=600K"]))
+def test_phases_are_steps(plain: Path) -> None:
+    """The plan by hand: 2M / (8 x 512) = 488.3, 400K / (4 x 2048) = 48.8, 600K / (4 x 2048) = 73.2 steps."""
+    plan = PhasePlan(load_run_config(plain))
     first, second, third = plan.phases
     assert [phase.steps for phase in plan.phases] == [489, 49, 74]
     assert [phase.first_step for phase in plan.phases] == [0, 489, 538]
@@ -146,8 +174,8 @@ def test_phases_are_steps() -> None:
     assert [step for step in range(1, 613) if plan.crosses(step, 1_000_000)] == [245, 489, 611]
 
 
-def test_learning_rates() -> None:
-    plan = PhasePlan(load_run_config(DEMO, ["phases.0.warmup=40960", "phases.2.lr=1e-3"]))
+def test_learning_rates(plain: Path) -> None:
+    plan = PhasePlan(load_run_config(plain, ["phases.0.warmup=40960", "phases.2.lr=1e-3"]))
     first, second, third = plan.phases
     assert [first.lr(step) for step in (0, 4, 9, 10, 400)] == pytest.approx([3e-4, 1.5e-3, 3e-3, 3e-3, 3e-3])
     assert second.lr(second.first_step) == 2e-3
