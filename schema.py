@@ -183,7 +183,7 @@ def explain(error: ValidationError) -> list[str]:
 
 def _read_yaml(path: Path, parents: tuple[Path, ...]) -> Any:
     """The file merged over its `defaults`. Raises ConfigError for a missing file, a syntax error or a circle."""
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
     from yaml import MarkedYAMLError, YAMLError
 
     if path.resolve() in parents:
@@ -203,7 +203,7 @@ def _read_yaml(path: Path, parents: tuple[Path, ...]) -> Any:
     except OSError as error:
         # OmegaConf raises a bare OSError for a file that holds a plain value
         raise ConfigError(f"{path}: expected a mapping of keys to values ({error})") from None
-    if not OmegaConf.is_dict(node):
+    if not isinstance(node, DictConfig):
         raise ConfigError(f"{path}: expected a mapping of keys to values")
     defaults = node.pop("defaults", [])
     if isinstance(defaults, str):

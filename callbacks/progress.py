@@ -58,7 +58,9 @@ class ProgressLine(Callback):
             self._last_line = now
             eta = (self.total_tokens - tokens) / speed
             self.console.print(
-                f"{facts['phase']:<10} step {step}  {text}  ETA {eta // 60:.0f}:{eta % 60:02.0f}", highlight=False
+                f"{facts['phase']:<10} step {step}  {text}  ETA {eta // 60:.0f}:{eta % 60:02.0f}",
+                highlight=False,
+                soft_wrap=True,
             )
 
     def fit_end(self, state: State, logger: Logger) -> None:

@@ -35,9 +35,9 @@ class StreamConfig(Schema):
     """One stream of the mixture."""
 
     path: str = Field(description="folder with train/ and validation/, as `prepare` writes it")
-    repeat: float | None = Field(None, gt=0, description="times an epoch shows the stream; default 1")
+    repeat: float | None = Field(default=None, gt=0, description="times an epoch shows the stream; default 1")
     weight: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="share of the epoch's tokens, relative to the other streams' weights; the epoch keeps its size",
     )
@@ -49,14 +49,16 @@ class DataConfig(Schema):
     tokenizer: str = Field(description="folder that AutoTokenizer loads; its ids must be the shards' ids")
     streams: dict[str, StreamConfig] = Field(min_length=1, description="streams by name")
     lanes: int | None = Field(
-        None, ge=1, description="canonical lanes; default: largest power of two <= 64 that divides every batch"
+        default=None, ge=1, description="canonical lanes; default: largest power of two <= 64 that divides every batch"
     )
-    part_documents: int = Field(2048, ge=1, description="documents per part at most; fewer when the data is small")
+    part_documents: int = Field(
+        default=2048, ge=1, description="documents per part at most; fewer when the data is small"
+    )
     block_documents: int = Field(
-        16384, ge=1, description="documents per block, about: what is shuffled and packed together"
+        default=16384, ge=1, description="documents per block, about: what is shuffled and packed together"
     )
-    num_workers: int = Field(1, ge=0, description="loader processes per rank; 0 reads in the training process")
-    prefetch_batches: int = Field(4, ge=1, description="batches each worker keeps ahead")
+    num_workers: int = Field(default=1, ge=0, description="loader processes per rank; 0 reads in the training process")
+    prefetch_batches: int = Field(default=4, ge=1, description="batches each worker keeps ahead")
 
     @model_validator(mode="after")
     def _check_one_rule(self) -> "DataConfig":

@@ -15,10 +15,12 @@ IGNORE = -100
 class MaskingConfig(Schema):
     """Which tokens the model must restore. Fractions in [0, 1]. Sources: BERT (80/10/10), ModernBERT (rate 0.3)."""
 
-    rate: float = Field(0.3, gt=0, le=1, description="probability that a token is selected")
-    mask_fraction: float = Field(0.8, ge=0, le=1, description="of the selected tokens, the share that becomes [MASK]")
+    rate: float = Field(default=0.3, gt=0, le=1, description="probability that a token is selected")
+    mask_fraction: float = Field(
+        default=0.8, ge=0, le=1, description="of the selected tokens, the share that becomes [MASK]"
+    )
     random_fraction: float = Field(
-        0.1, ge=0, le=1, description="of the selected tokens, the share that becomes a random token"
+        default=0.1, ge=0, le=1, description="of the selected tokens, the share that becomes a random token"
     )
 
     @model_validator(mode="after")

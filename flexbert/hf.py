@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from durable import new_folder
 from flexbert.attention import MultiHeadAttention
 from flexbert.config import TOKEN_IDS, FlexBertConfig
-from flexbert.export import publish
 from flexbert.hf_mappings import MAPPINGS, hf_name
 from flexbert.model import FlexBertForMaskedLM, build
 from schema import ConfigError, RunError, did_you_mean
@@ -82,6 +82,9 @@ def to_hf(model: FlexBertForMaskedLM, tokenizer: Any, out_dir: str | Path, card:
     """
     from transformers import AutoConfig
 
+    out_dir = Path(out_dir)
+    if out_dir.exists() and not all((out_dir / name).is_file() for name in ("config.json", "model.safetensors")):
+        raise ConfigError(f"{out_dir}: exists and is not an export: choose another folder, or remove it")
     mapping_name, mapping = next(iter(MAPPINGS.items()))
     config = model.config
     fields = mapping.config_to(config)
@@ -93,16 +96,14 @@ def to_hf(model: FlexBertForMaskedLM, tokenizer: Any, out_dir: str | Path, card:
         for name, tensor in model.state_dict().items()
     }
 
-    def write(folder: Path) -> None:
-        from safetensors.torch import save_file
+    from safetensors.torch import save_file
 
+    with new_folder(out_dir) as folder:
         hf_config.save_pretrained(folder)
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(card if card is not None else default_card(model, Path(out_dir).name))
+        (folder / "README.md").write_text(card if card is not None else default_card(model, out_dir.name))
         _verify(model, folder)
-
-    publish(Path(out_dir), write)
 
 
 def _load_tokenizer(tokenizer: Any) -> Any:

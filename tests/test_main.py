@@ -14,7 +14,12 @@ ROOT = Path(__file__).parent.parent
 
 def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, str(ROOT / "main.py"), *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -27,7 +32,9 @@ def test_help_lists_the_commands_without_heavy_imports() -> None:
         "heavy = {'torch', 'composer', 'transformers', 'numpy', 'pydantic', 'omegaconf', 'datasets', 'streaming', 'numba'}\n"
         "print(json.dumps(sorted(heavy & set(sys.modules))))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
     *text, imported = done.stdout.splitlines()
     assert json.loads(imported) == []
     for command in ("prepare", "inspect", "train", "demo"):
@@ -69,7 +76,9 @@ def test_missing_stream_names_the_key(tmp_path: Path) -> None:
     for name in ("stdlib-code", "packages-docs"):
         for split in ("train", "validation"):
             write_stream(tmp_path / name, split, documents(0, 50, 50))
-    overrides = [f"data.streams.{name}.path={tmp_path / name}" for name in ("stdlib-code", "packages-docs", "python-docs")]
+    overrides = [
+        f"data.streams.{name}.path={tmp_path / name}" for name in ("stdlib-code", "packages-docs", "python-docs")
+    ]
     done = run("train", "configs/demo.yaml", "--dry-run", *overrides)
     assert done.returncode == 2
     assert "data.streams.python-docs.path: " in done.stderr

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from durable import new_folder, remove_folder, write_file
 from schema import RunError
-from training.files import new_folder, remove_folder, write_file
 
 log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
@@ -146,7 +146,7 @@ def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _flatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Optimizer state keyed by parameter name: tensors for safetensors, the rest for JSON."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {"state": {}, "groups": []}
     for parameter, state in optimizer.state.items():

@@ -19,8 +19,8 @@ PRESETS = Path(__file__).parent.parent / "configs" / "model"
 class RopeTheta(Schema):
     """Base of the rotary angles. Absent: as the phase before; in the first phase as the model has it."""
 
-    global_layers: float | None = Field(None, gt=0, description="layers with global attention")
-    local_layers: float | None = Field(None, gt=0, description="layers with sliding-window attention")
+    global_layers: float | None = Field(default=None, gt=0, description="layers with global attention")
+    local_layers: float | None = Field(default=None, gt=0, description="layers with sliding-window attention")
 
 
 class PhaseConfig(Schema):
@@ -30,15 +30,15 @@ class PhaseConfig(Schema):
     tokens: Count = Field(
         gt=0, description="budget in slots: global_batch_size x max_seq_len a step, rounded up to whole steps"
     )
-    max_seq_len: int | None = Field(None, ge=8, description="slots per row")
-    global_batch_size: int | None = Field(None, ge=1, description="rows per step over all ranks")
-    lr: float | None = Field(None, gt=0, description="peak learning rate of the phase")
-    warmup: Count = Field(0, description="tokens over which lr rises linearly from 0 at the phase's start")
+    max_seq_len: int | None = Field(default=None, ge=8, description="slots per row")
+    global_batch_size: int | None = Field(default=None, ge=1, description="rows per step over all ranks")
+    lr: float | None = Field(default=None, gt=0, description="peak learning rate of the phase")
+    warmup: Count = Field(default=0, description="tokens over which lr rises linearly from 0 at the phase's start")
     schedule: Annotated[Any, *SCHEDULES.slot()] = Field(
-        "constant", description="shape of lr over the phase after warmup"
+        default="constant", description="shape of lr over the phase after warmup"
     )
-    rope_theta: RopeTheta = Field(RopeTheta(), description="raised when the context is extended")
-    masking: MaskingConfig | None = Field(None, description="which tokens the model restores")
+    rope_theta: RopeTheta = Field(default=RopeTheta(), description="raised when the context is extended")
+    masking: MaskingConfig | None = Field(default=None, description="which tokens the model restores")
 
     @model_validator(mode="after")
     def _check_warmup(self) -> "PhaseConfig":
@@ -50,48 +50,48 @@ class PhaseConfig(Schema):
 class TrainerConfig(Schema):
     """How steps are computed; none of it changes what is trained on."""
 
-    precision: Literal["auto", "fp32", "amp_bf16"] = Field("auto", description="auto: amp_bf16 on CUDA, fp32 elsewhere")
+    precision: Literal["auto", "fp32", "amp_bf16"] = Field(default="auto", description="auto: bf16 on CUDA, else fp32")
     microbatch_size: int | None = Field(
-        None, ge=1, description="rows per forward-backward on each rank; default: all of a step's"
+        default=None, ge=1, description="rows per forward-backward on each rank; default: all of a step's"
     )
-    gradient_clip_norm: float | None = Field(None, gt=0, description="clip the global gradient norm (ModernBERT: none)")
-    log_interval: int = Field(10, ge=1, description="steps between lines of metrics.jsonl and the loggers")
+    gradient_clip_norm: float | None = Field(default=None, gt=0, description="global norm (ModernBERT: none)")
+    log_interval: int = Field(default=10, ge=1, description="steps between lines of metrics.jsonl and the loggers")
 
 
 class CheckpointConfig(Schema):
     """When the state is saved. Milestones, one at the end of each phase, are kept for ever and exported."""
 
-    interval: Count = Field(1_000_000_000, gt=0, description="tokens between checkpoints (ModernBERT: every 1B to 4B)")
-    keep: int = Field(2, ge=1, description="newest checkpoints kept besides milestones")
+    interval: Count = Field(default=1_000_000_000, gt=0, description="tokens between checkpoints")
+    keep: int = Field(default=2, ge=1, description="newest checkpoints kept besides milestones")
 
 
 class EvaluationConfig(Schema):
     """Held-out loss and masked accuracy, per stream and over all, always on the same rows and masks."""
 
-    interval: Count | None = Field(None, gt=0, description="tokens between evaluations; absent: at milestones only")
-    max_seq_len: int | None = Field(None, ge=8, description="slots per row; default: the first phase's")
-    max_rows: int | None = Field(None, ge=1, description="rows per stream at most; default: all")
-    batch_size: int = Field(16, ge=1, description="rows per forward on each rank")
-    masking: MaskingConfig = Field(MaskingConfig(rate=0.15), description="BERT's rate, whatever training uses")
+    interval: Count | None = Field(default=None, gt=0, description="tokens; absent: at milestones only")
+    max_seq_len: int | None = Field(default=None, ge=8, description="slots per row; default: the first phase's")
+    max_rows: int | None = Field(default=None, ge=1, description="rows per stream at most; default: all")
+    batch_size: int = Field(default=16, ge=1, description="rows per forward on each rank")
+    masking: MaskingConfig = Field(default=MaskingConfig(rate=0.15), description="BERT's rate, whatever training uses")
 
 
 class WandbConfig(Schema):
     """Weights & Biases logging, on when the run file has this section."""
 
     project: str = Field(description="project the run appears in")
-    entity: str | None = Field(None, description="team or user; default: the account's")
-    mode: Literal["online", "offline"] = Field("online", description="offline writes to the run folder, to sync later")
+    entity: str | None = Field(default=None, description="team or user; default: the account's")
+    mode: Literal["online", "offline"] = Field(default="online", description="offline: sync later")
 
 
 class RunConfig(Schema):
     """A pretraining run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="the run folder is RUNS/NAME")
-    runs: str = Field("runs", description="folder of all runs")
-    seed: int = Field(17, ge=0, description="key of every random draw")
+    runs: str = Field(default="runs", description="folder of all runs")
+    seed: int = Field(default=17, ge=0, description="key of every random draw")
     model: FlexBertConfig = Field(description="a preset of configs/model, or `preset` with overrides, or all fields")
     data: DataConfig
-    masking: MaskingConfig = Field(MaskingConfig(), description="for phases that do not say otherwise")
+    masking: MaskingConfig = Field(default=MaskingConfig(), description="for phases that do not say otherwise")
     phases: list[PhaseConfig] = Field(min_length=1)
     optimizer: Annotated[Any, *OPTIMIZERS.slot()] = "stableadamw"
     trainer: TrainerConfig = TrainerConfig()
@@ -127,27 +127,26 @@ class RunConfig(Schema):
     def _check_batches(self) -> "RunConfig":
         sizes = [phase.global_batch_size for phase in self.phases if phase.global_batch_size is not None]
         lanes = self.data.lanes or canonical_lanes(sizes or [1])
-        for number, phase in enumerate(self.phases):
-            if phase.global_batch_size is not None and phase.global_batch_size % lanes:
-                raise ValueError(
-                    f"phases[{number}].global_batch_size: {phase.global_batch_size} is no multiple of data.lanes {lanes}"
-                )
+        for number, size in enumerate(phase.global_batch_size for phase in self.phases):
+            if size is not None and size % lanes:
+                raise ValueError(f"phases[{number}].global_batch_size: {size} is no multiple of data.lanes {lanes}")
         return self
 
 
 def expand_preset(node: Any) -> Any:
     """`model: NAME` or `model: {preset: NAME, ...}` -> the preset's fields with the overrides merged over them."""
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
 
-    model = node.get("model") if OmegaConf.is_dict(node) else None
-    name = model if isinstance(model, str) else model.get("preset") if OmegaConf.is_dict(model) else None
+    model = node.get("model") if isinstance(node, DictConfig) else None
+    name = model if isinstance(model, str) else model.get("preset") if isinstance(model, DictConfig) else None
     if name is None:
         return node
     presets = {file.stem: file for file in PRESETS.glob("*.yaml")}
     if name not in presets:
         raise ConfigError(f"model: unknown preset {name!r}, {did_you_mean(str(name), presets)}")
     merged = OmegaConf.merge(OmegaConf.load(presets[name]), {} if isinstance(model, str) else model)
-    merged.pop("preset", None)
+    if isinstance(merged, DictConfig):
+        merged.pop("preset", None)
     node["model"] = merged
     return node
 

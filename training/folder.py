@@ -11,9 +11,9 @@ from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
+from durable import remove_unfinished, write_file
 from schema import ConfigError, RunError, validate
 from training.config import RunConfig
-from training.files import remove_unfinished, write_file
 
 _PACKAGES = (
     "torch",

@@ -24,9 +24,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class _AdamConfig(Component):
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
-    beta2: float = Field(0.98, ge=0, lt=1, description="decay of the mean of squared gradients (ModernBERT: 0.98)")
-    eps: float = Field(1e-6, gt=0, description="added to the denominator (ModernBERT: 1e-6)")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the mean of gradients")
+    beta2: float = Field(
+        default=0.98, ge=0, lt=1, description="decay of the mean of squared gradients (ModernBERT: 0.98)"
+    )
+    eps: float = Field(default=1e-6, gt=0, description="added to the denominator (ModernBERT: 1e-6)")
 
 
 @OPTIMIZERS.register("stableadamw")
@@ -35,10 +37,10 @@ class StableAdamW:
 
     class Config(_AdamConfig):
         weight_decay: float = Field(
-            1e-5, ge=0, description="matrices only; per step, see decouple_lr (ModernBERT: 1e-5)"
+            default=1e-5, ge=0, description="matrices only; per step, see decouple_lr (ModernBERT: 1e-5)"
         )
         decouple_lr: bool = Field(
-            True, description="decay by weight_decay * lr / peak lr a step, not by weight_decay * lr"
+            default=True, description="decay by weight_decay * lr / peak lr a step, not by weight_decay * lr"
         )
 
     def __new__(cls, config: Config, *, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -63,7 +65,7 @@ class AdamW:
     """torch.optim.AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
 
     class Config(_AdamConfig):
-        weight_decay: float = Field(0.01, ge=0, description="matrices only; a step decays by weight_decay * lr")
+        weight_decay: float = Field(default=0.01, ge=0, description="matrices only; a step decays by weight_decay * lr")
 
     def __new__(cls, config: Config, *, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flexbert.accounting import count_parameters, flops_per_token, memory_estimate
 from rich.console import Console
 from rich.table import Table
 
 from data.loader import check_tokenizer, open_streams
 from data.order import MixtureOrder
+from flexbert.accounting import count_parameters, flops_per_token, memory_estimate
 from training.config import RunConfig
 from training.phases import PhasePlan
 
@@ -32,7 +32,6 @@ def dry_run(config: RunConfig, console: Console, world_size: int = 1) -> None:
     order = MixtureOrder(
         streams, repeats, config.seed, loader.lanes, config.data.part_documents, config.data.block_documents
     )
-    microbatch = config.trainer.microbatch_size
     console.print(f"[bold]{config.name}[/bold]: {describe_model(config)} -> {config.folder}")
 
     phases = Table("phase", *(phase.name for phase in plan.phases))

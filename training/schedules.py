@@ -32,7 +32,7 @@ class Constant:
 
 class _Falling:
     class Config(Component):
-        final: float = Field(0.001, ge=0, le=1, description="factor at the end of the phase")
+        final: float = Field(default=0.001, ge=0, le=1, description="factor at the end of the phase")
 
     def __init__(self, config: Config) -> None:
         self.final = config.final

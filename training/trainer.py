@@ -16,20 +16,20 @@ from composer.utils import dist
 from rich.console import Console
 from torch import Tensor
 
+import flexbert
 from callbacks.metrics import MetricsLog
 from callbacks.milestones import BetweenSteps
 from callbacks.progress import ProgressLine
 from callbacks.schedule import StepSchedule
 from data.keyed import torch_seed
 from data.loader import Batch, Loader, build_loader, check_tokenizer
-import flexbert
+from durable import write_file
 from flexbert import FlexBertForMaskedLM, build
 from schema import ConfigError, RunError
 from training import report
 from training.checkpoint import checkpoint_name, newest_checkpoint, remove_old_checkpoints, restore, save_checkpoint
 from training.config import RunConfig
 from training.evaluation import Evaluator, flat
-from training.files import write_file
 from training.folder import RunFolder
 from training.optim import OPTIMIZERS
 from training.phases import PhasePlan
@@ -101,7 +101,7 @@ class Run:
         manifest = train_streams[0].manifest
         if config.model.vocab_size != manifest.vocab_size:
             raise ConfigError(
-                f"model.vocab_size: is {config.model.vocab_size}, but the streams' tokenizer has {manifest.vocab_size} ids: "
+                f"model.vocab_size: is {config.model.vocab_size}, the streams' tokenizer has {manifest.vocab_size}: "
                 f"set model.vocab_size={manifest.vocab_size}"
             )
         self.fingerprints = {
@@ -274,6 +274,7 @@ class Run:
             f"           validation after {self.plan.tokens_before(step):,} tokens: loss {result['loss']:.3f}, "
             f"masked accuracy {result['masked_accuracy']:.1%} (most frequent token: {result['unigram_accuracy']:.1%})",
             highlight=False,
+            soft_wrap=True,
         )
 
     def _save(self, step: int) -> None:

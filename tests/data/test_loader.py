@@ -63,7 +63,7 @@ def joined(parts: list[Batch]) -> Batch:
         "labels": torch.cat([part["labels"] for part in parts]),
         "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int32), *cu_seqlens]).int(),
         "max_seqlen": max(part["max_seqlen"] for part in parts),
-        "sequences": sum((part["sequences"] for part in parts), []),
+        "sequences": [count for part in parts for count in part["sequences"]],
         "slots": sum(part["slots"] for part in parts),
         "masked": sum(part["masked"] for part in parts),
         "stream_tokens": [sum(counts) for counts in zip(*(part["stream_tokens"] for part in parts), strict=True)],

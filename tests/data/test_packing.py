@@ -1,5 +1,7 @@
 """The packing plan: every token once, rows never over-full, tight, and re-packed at another length without loss."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -49,9 +51,7 @@ def test_repacking_the_rest_loses_and_repeats_nothing(lengths: list[int], change
             seen += tokens_of(plan.row(row))
         spans = plan.remaining(taken)
         joined = list(zip(spans.document, spans.start, spans.stop, strict=True))
-        assert all(
-            a[0] != b[0] or a[2] < b[1] for a, b in zip(joined, joined[1:], strict=False)
-        )  # neighbours are one span
+        assert all(a[0] != b[0] or a[2] < b[1] for a, b in pairwise(joined))  # neighbours are one span
     assert len(spans) == 0
     assert sorted(seen) == tokens_of(whole(lengths))
 

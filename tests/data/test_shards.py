@@ -16,7 +16,8 @@ from tests.data.synthetic import documents, write_stream
 
 @pytest.mark.parametrize("vocab_size", [512, 100_000])
 def test_equals_streaming_reader(tmp_path: Path, vocab_size: int) -> None:
-    docs = documents(0, 200, 700, vocab_size) + [
+    docs = [
+        *documents(0, 200, 700, vocab_size),
         np.arange(5, 260) % vocab_size,
         np.arange(5, 261),
         np.arange(70_000) % 500 + 5,

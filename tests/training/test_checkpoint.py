@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from durable import UNFINISHED, new_folder, remove_unfinished, write_file
 from schema import RunError
 from training.checkpoint import (
     list_checkpoints,
@@ -18,7 +19,6 @@ from training.checkpoint import (
     restore,
     save_checkpoint,
 )
-from training.files import UNFINISHED, new_folder, remove_unfinished, write_file
 from training.optim import OPTIMIZERS
 
 

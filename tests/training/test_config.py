@@ -117,7 +117,9 @@ def test_several_mistakes_are_several_lines(tmp_path: Path) -> None:
 
 
 def test_overrides(plain: Path) -> None:
-    config = load_run_config(plain, ["phases.0.tokens=1M", "model.hidden_size=128", "model.num_attention_heads=2", "seed=3"])
+    config = load_run_config(
+        plain, ["phases.0.tokens=1M", "model.hidden_size=128", "model.num_attention_heads=2", "seed=3"]
+    )
     assert (config.phases[0].tokens, config.model.hidden_size, config.seed) == (1_000_000, 128, 3)
     config = load_run_config(plain, ["model.num_hidden_layers=4", "model=modernbert-base"])
     assert (config.model.hidden_size, config.model.num_hidden_layers) == (768, 4)
@@ -128,7 +130,9 @@ def test_overrides(plain: Path) -> None:
 
 def test_defaults_compose(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text(RUN)
-    (tmp_path / "child.yaml").write_text("defaults: base.yaml\nname: child\nmodel: {preset: modernbert-tiny, num_hidden_layers: 3}\n")
+    (tmp_path / "child.yaml").write_text(
+        "defaults: base.yaml\nname: child\nmodel: {preset: modernbert-tiny, num_hidden_layers: 3}\n"
+    )
     config = load_run_config(tmp_path / "child.yaml")
     assert (config.name, config.model.num_hidden_layers, config.seed) == ("child", 3, 17)
     (tmp_path / "base.yaml").write_text("defaults: child.yaml\n")
@@ -136,7 +140,9 @@ def test_defaults_compose(tmp_path: Path) -> None:
         load_run_config(tmp_path / "child.yaml")
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")) + sorted((ROOT / "configs" / "pretrain").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "configs").glob("*.yaml")) + sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
+)
 def test_every_run_file_loads_and_loads_back_equal(file: Path, tmp_path: Path) -> None:
     config = load_run_config(file)
     (tmp_path / "resolved.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
@@ -144,7 +150,8 @@ def test_every_run_file_loads_and_loads_back_equal(file: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1.719T", 1_719_000_000_000), ("50B", 50 * 10**9), ("300k", 300_000), ("1e9", 10**9), (7, 7), (2e6, 2_000_000)]
+    ("text", "value"),
+    [("1.719T", 1_719_000_000_000), ("50B", 50 * 10**9), ("300k", 300_000), ("1e9", 10**9), (7, 7), (2e6, 2_000_000)],
 )
 def test_counts(text: str | float, value: int) -> None:
     assert parse_count(text) == value

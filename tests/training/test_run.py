@@ -48,7 +48,15 @@ def straight(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
 def test_the_run_folder_holds_everything(straight: Path) -> None:
     folder = straight / "runs" / "small"
     names = {path.name for path in folder.iterdir()}
-    assert {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "exports", "tensorboard", "summary.json"} <= names
+    assert {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "exports",
+        "tensorboard",
+        "summary.json",
+    } <= names
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert any((folder / "tensorboard").rglob("events.out.tfevents.*"))
     assert not list(folder.rglob(".unfinished-*"))
@@ -96,9 +104,11 @@ def test_every_export_is_what_transformers_loads(straight: Path, dataset: Path) 
         ids = tokenizer("def encode(self, value):\n    return value", return_tensors="pt")
         with torch.no_grad():
             theirs = model(**ids).logits[0]
-            ours = from_hf(export).eval()(
-                ids["input_ids"][0], torch.tensor([0, theirs.shape[0]], dtype=torch.int32), theirs.shape[0]
-            ).logits
+            ours = (
+                from_hf(export)
+                .eval()(ids["input_ids"][0], torch.tensor([0, theirs.shape[0]], dtype=torch.int32), theirs.shape[0])
+                .logits
+            )
         assert ours is not None
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
         assert "masked accuracy" in (export / "README.md").read_text()
@@ -123,16 +133,18 @@ def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[bytes]", t
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_kill_9_at_random_moments_changes_nothing(
-    straight: Path, dataset: Path, tmp_path: Path, seed: int
-) -> None:
+def test_kill_9_at_random_moments_changes_nothing(straight: Path, dataset: Path, tmp_path: Path, seed: int) -> None:
     """Kills after random steps plus a random moment, so also while a checkpoint, an evaluation or an export is written;
     once the newest checkpoint is truncated besides."""
     config = write_config(tmp_path / "killed", dataset)
     folder, rng = tmp_path / "killed", random.Random(seed)
     for kill in range(4):
         process = subprocess.Popen(
-            command("train", str(config)), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command("train", str(config)),
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         wait_for_step(folder, max(metrics(folder), default=0) + rng.randrange(1, 16), process)
         time.sleep(rng.random() * 0.3)
@@ -178,7 +190,11 @@ def test_microbatches_change_only_rounding(dataset: Path, tmp_path: Path) -> Non
     for rows in (8, 3, 1):
         config = write_config(tmp_path / str(rows), dataset)
         config.write_text(config.read_text().replace(", out_dropout: 0.1", ""))
-        done = run(command("train", str(config), f"trainer.microbatch_size={rows}", "phases.0.tokens=10K", "phases.0.warmup=1K"))
+        done = run(
+            command(
+                "train", str(config), f"trainer.microbatch_size={rows}", "phases.0.tokens=10K", "phases.0.warmup=1K"
+            )
+        )
         assert done.returncode == 0, done.stderr
         losses.append(list(metrics(tmp_path / str(rows)).values()))
     assert len(losses[0]) == 10 + 24

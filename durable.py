@@ -1,4 +1,7 @@
-"""Writing that a crash cannot tear: a file or folder appears under its name whole and synced, or not at all."""
+"""Writing that a crash cannot tear: a file or folder appears under its name whole and synced, or not at all.
+
+Shared by every room, like schema.py.
+"""
 
 import os
 import shutil
@@ -29,9 +32,13 @@ def write_file(path: Path, data: str | bytes) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Gives a folder beside `path` to fill; renames it to `path` when the block ends well, removes it when not."""
-    beside = path.with_name(UNFINISHED + path.name)
-    shutil.rmtree(beside, ignore_errors=True)
+    """Gives a folder beside `path` to fill; renames it to `path` when the block ends well, removes it when not.
+
+    An older folder under `path` is moved aside just before, and removed after.
+    """
+    beside, aside = (path.with_name(f"{UNFINISHED}{kind}{path.name}") for kind in ("", "old-"))
+    for left in (beside, aside):
+        shutil.rmtree(left, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         yield beside
@@ -39,9 +46,10 @@ def new_folder(path: Path) -> Iterator[Path]:
             sync(file)
         sync(beside)
         if path.exists():
-            remove_folder(path)
+            path.rename(aside)
         beside.rename(path)
         sync(path.parent)
+        shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -49,10 +57,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def remove_folder(path: Path) -> None:
     """Delete a folder; it loses its name first, so an interrupted deletion leaves no half folder under it."""
-    gone = path.with_name(UNFINISHED + "removed-" + path.name)
-    shutil.rmtree(gone, ignore_errors=True)
-    path.rename(gone)
-    shutil.rmtree(gone)
+    aside = path.with_name(f"{UNFINISHED}old-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    shutil.rmtree(aside)
 
 
 def remove_unfinished(folder: Path) -> None:
