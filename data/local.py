@@ -21,6 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from schema import RunError
 
 _LINE_SECONDS = 5.0
+_GRACE_SECONDS = 5.0
 
 
 def warm_up() -> None:
@@ -166,6 +167,8 @@ class _Monitor:
             try:
                 os.kill(pid, 0)
             except ProcessLookupError:
-                if pid in self._lines[:, 1]:  # and not finished in between
+                # Workers also end when a task has failed or the user has interrupted; but then the run is about to end.
+                if not self._stop.wait(_GRACE_SECONDS) and pid in self._lines[:, 1]:
                     self.dead = pid
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                return

@@ -243,13 +243,14 @@ def test_document_longer_than_a_shard(tmp_path: Path) -> None:
 
 def test_cut_pieces_are_tokenised_as_the_whole(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = corpus_tokenizer(prepared / "tokenizer")
-    text = "\n".join(documents(20)) + "\n\n\n  indented\n" + "\n".join(documents(5))
+    text = "\n \n\n  indented\n\t\n  \n".join(documents(20))
     whole = tokenizer.encode(text, add_special_tokens=False).ids
-    monkeypatch.setattr("data.pipeline._CUT_CHARACTERS", 3000)
-    pieces = _cut(text)
-    assert len(pieces) > 5
-    assert "".join(pieces) == text
-    assert [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False).ids] == whole
+    for characters in range(2000, 2040):
+        monkeypatch.setattr("data.pipeline._CUT_CHARACTERS", characters)
+        pieces = _cut(text)
+        assert len(pieces) > 5
+        assert "".join(pieces) == text
+        assert [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False).ids] == whole
     assert "".join(_cut("x" * 10_000)) == "x" * 10_000
 
 
