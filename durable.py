@@ -3,11 +3,15 @@
 Shared by every room, like schema.py.
 """
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
+
+from schema import RunError
 
 UNFINISHED = ".unfinished-"
 
@@ -19,6 +23,32 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush all that is below a folder, and the folder itself."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def lock(file: Path, owner: Path, doing: str) -> TextIO:
+    """Take a lock that ends with the returned handle's `close`, or with this process however it dies.
+
+    A POSIX record lock: children (loader workers) do not inherit it, so a killed parent never leaves it taken.
+    Raises RunError `OWNER: process N is DOING: ...` when another process holds it.
+    """
+    handle = file.open("a+")
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.seek(0)
+        holder = handle.read().strip()
+        handle.close()
+        raise RunError(f"{owner}: process {holder} is {doing}: wait for it to end, or stop it") from None
+    handle.truncate(0)
+    handle.write(str(os.getpid()))
+    handle.flush()
+    return handle
 
 
 def write_file(path: Path, data: str | bytes) -> None:
@@ -42,9 +72,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     beside.mkdir(parents=True)
     try:
         yield beside
-        for file in sorted(beside.rglob("*")):
-            sync(file)
-        sync(beside)
+        sync_folder(beside)
         if path.exists():
             path.rename(aside)
         beside.rename(path)

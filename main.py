@@ -47,8 +47,8 @@ def plain_errors() -> Iterator[None]:
 def prepare(config: Config, overrides: Overrides = None) -> None:
     """Turn documents into token shards, as configs/data/NAME.yaml says. Resumes where it was interrupted."""
     with plain_errors():
-        from data.prepare import load_prepare_config
-        from data.prepare import prepare as run
+        from data.preparation import load_prepare_config
+        from data.preparation import prepare as run
 
         run(load_prepare_config(config, overrides or []))
 

@@ -22,9 +22,9 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from numpy.typing import NDArray
 
-from data.durable import sync_folder, write_whole
 from data.sources import SOURCES, Unit
 from data.tokenizer import corpus_tokenizer, tokenizer_facts
+from durable import sync_folder, write_file
 from schema import RunError
 
 SPLITS = ("train", "validation")
@@ -175,7 +175,7 @@ class WriteShards(PipelineStep):
         for part in parts:
             part.finish()
         report = {split: part.report() for split, part in zip(SPLITS, parts, strict=True)}
-        write_whole(numbered(self.work / "done", rank, ".json"), json.dumps(report).encode())
+        write_file(numbered(self.work / "done", rank, ".json"), json.dumps(report).encode())
         counts = {split: part.token_counts for split, part in zip(SPLITS, parts, strict=True)}
         save_arrays(numbered(self.work / "done", rank, ".npz"), **counts)
         progress.close()

@@ -6,15 +6,13 @@ training data, they are ordinary characters; in the saved tokenizer, which peopl
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from data.durable import sync_folder
+from durable import new_folder
 from schema import Component, ConfigError, Count, Registry, RunError, Schema
 
 TOKENIZERS = Registry("tokenizer")
@@ -166,11 +164,8 @@ def save_tokenizer(tokenizer: Any, names: dict[str, str], folder: Path) -> None:
         clean_up_tokenization_spaces=False,
         **{f"{role}_token": names[role] for role in ROLES},
     )
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    fast.save_pretrained(str(partial))
-    sync_folder(partial)
-    partial.rename(folder)
+    with new_folder(folder) as partial:
+        fast.save_pretrained(str(partial))
 
 
 def corpus_tokenizer(folder: Path) -> Any:

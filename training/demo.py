@@ -19,7 +19,7 @@ def run_demo() -> None:
     console = Console()
     root = Path(__file__).parent.parent
     console.rule("1/3 prepare: text of this machine to token shards")
-    from data.prepare import load_prepare_config, prepare
+    from data.preparation import load_prepare_config, prepare
 
     prepare(load_prepare_config(root / "configs" / "data" / "demo.yaml", []))
 

@@ -1,6 +1,5 @@
 """The run folder: who may write to it, what made it, and whether its run is finished."""
 
-import fcntl
 import json
 import os
 import platform
@@ -11,8 +10,8 @@ from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
-from durable import remove_unfinished, write_file
-from schema import ConfigError, RunError, validate
+from durable import lock, remove_unfinished, write_file
+from schema import ConfigError, validate
 from training.config import RunConfig
 
 _PACKAGES = (
@@ -78,12 +77,7 @@ class RunFolder:
         """
         for folder in (self.path, self.checkpoints, self.exports):
             folder.mkdir(parents=True, exist_ok=True)
-        # A POSIX record lock: gone with the process however it dies, and not inherited by loader workers.
-        self._lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"{self.path}: another process is training this run: wait for it, or stop it") from None
+        self._lock = lock(self.path / ".lock", self.path, "training this run")
         for folder in (self.path, self.checkpoints, self.exports):
             remove_unfinished(folder)
         write_file(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))

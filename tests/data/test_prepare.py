@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data.keyed import keyed_generator
 from data.pipeline import _cut
-from data.prepare import load_prepare_config, prepare
+from data.preparation import load_prepare_config, prepare
 from data.shards import open_stream
 from data.tokenizer import corpus_tokenizer, tokenizer_facts
 from schema import ConfigError, RunError
@@ -330,7 +330,7 @@ def interrupt(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("data.prepare._make_tokenizer", stop)
+        patch.setattr("data.preparation._make_tokenizer", stop)
         with pytest.raises(KeyboardInterrupt):
             run(path)
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.prepare import load_prepare_config, prepare
+from data.preparation import load_prepare_config, prepare
 from tests.data.test_prepare import config_file, documents, files, write_jsonl
 
 SCRIPT = """
 import sys
 from schema import RunError
-from data.prepare import load_prepare_config, prepare
+from data.preparation import load_prepare_config, prepare
 
 if __name__ == "__main__":
     try:
@@ -150,7 +150,7 @@ def test_second_run_on_the_same_folder_is_refused(corpus: Path, tmp_path: Path) 
     stderr = second.stderr.read_text()
     assert (second.process.returncode, stderr.strip()) == (
         1,
-        f"RunError: {tmp_path / 'out'}: process {run.process.pid} is preparing this folder: wait for it to end",
+        f"RunError: {tmp_path / 'out'}: process {run.process.pid} is preparing this folder: wait for it to end, or stop it",
     )
     run.kill_at("prepare.json")
     run.wait_until_all_ended()

@@ -230,7 +230,8 @@ def test_a_damaged_shard_stops_the_run_and_harms_no_checkpoint(dataset: Path, tm
     process.wait()
     before = newest_checkpoint(tmp_path / "run/runs/small/checkpoints")
     assert before is not None
-    shards = sorted((tmp_path / "copy" / "email-code" / "train").glob("*.mds"))
+    shards = sorted((tmp_path / "copy" / "email-code" / "train").rglob("*.mds"))
+    assert shards
     for shard in shards:
         data = bytearray(shard.read_bytes())
         if damage == "truncated":
@@ -263,7 +264,7 @@ def test_two_processes_cannot_share_a_run_folder(dataset: Path, tmp_path: Path) 
         process.kill()
         process.wait()
     assert done.returncode == 1
-    assert "another process is training this run" in done.stderr
+    assert f"small: process {process.pid} is training this run" in done.stderr
 
 
 def test_a_tokenizer_that_did_not_make_the_shards_is_refused(dataset: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ Every choice is a pure function of the texts, their order and the config, so nei
 shows in the result. OUTPUT/.work holds what a resumed run needs; it is emptied at the end.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -23,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from data.durable import write_whole
 from data.keyed import keyed_generator
 from data.local import run_pipeline, warm_up
 from data.pipeline import SPLITS, ReadUnits, Scan, Select, WriteShards, load_arrays, numbered, token_dtype
@@ -31,6 +29,7 @@ from data.plan import CONFIG_FILE, PrepareConfig, load_prepare_config, plan_docu
 from data.shards import MANIFEST, StreamManifest
 from data.sources import SOURCES, Unit
 from data.tokenizer import TOKENIZERS, save_tokenizer, tokenizer_facts
+from durable import lock, write_file
 from schema import ConfigError, RunError
 
 __all__ = ["PrepareConfig", "load_prepare_config", "prepare"]
@@ -116,7 +115,7 @@ def _claim(config: PrepareConfig, output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(path.name != _WORK for path in output.iterdir())):
         raise ConfigError(f"{config._file}: output: {output} exists and is no dataset of ours: choose another folder")
     (output / _WORK).mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(wanted, indent=1).encode())
+    write_file(file, json.dumps(wanted, indent=1).encode())
 
 
 def _differences(found: Any, wanted: Any, key: str = "") -> list[str]:
@@ -141,18 +140,11 @@ def _differences(found: Any, wanted: Any, key: str = "") -> list[str]:
 def _lock(output: Path) -> Iterator[None]:
     work = output / _WORK
     work.mkdir(exist_ok=True)
-    with (work / "lock").open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise RunError(
-                f"{output}: process {file.read().strip()} is preparing this folder: wait for it to end"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    handle = lock(work / "lock", output, "preparing this folder")
+    try:
         yield
+    finally:
+        handle.close()
 
 
 def _finished(config: PrepareConfig, output: Path) -> bool:
@@ -286,9 +278,9 @@ def _merge(
     )
     for leftover in folder.glob(".*.partial"):
         shutil.rmtree(leftover)
-    write_whole(folder / "index.json", json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
+    write_file(folder / "index.json", json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
     array = BytesIO()
     np.save(array, counts)
-    write_whole(folder / "token_counts.npy", array.getvalue())
-    write_whole(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
+    write_file(folder / "token_counts.npy", array.getvalue())
+    write_file(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
     return manifest
