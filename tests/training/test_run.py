@@ -251,6 +251,42 @@ def test_a_damaged_shard_stops_the_run_and_harms_no_checkpoint(dataset: Path, tm
     assert after.state["step"] >= before.state["step"]
 
 
+def test_other_shards_are_refused_on_resume(dataset: Path, tmp_path: Path) -> None:
+    """The same files in another order are another dataset: a resumed run would repeat and lose documents."""
+    shutil.copytree(dataset, tmp_path / "copy")
+    config = write_config(tmp_path / "run", tmp_path / "copy")
+    process = subprocess.Popen(
+        command("train", str(config)),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for_step(tmp_path / "run", 12, process)
+    process.kill()
+    process.wait()
+    manifest = tmp_path / "copy" / "email-code" / "train" / "stream.json"
+    content = json.loads(manifest.read_text())
+    content["shards"].reverse()
+    manifest.write_text(json.dumps(content))
+    done = run(command("train", str(config)))
+    assert done.returncode == 2
+    assert "data.streams.email-code: its shards are not those that" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_wandb_offline(dataset: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run", dataset)
+    short = ["phases.0.tokens=4K", "phases.0.warmup=0", "phases.1.tokens=2K", "phases.2.tokens=2K"]
+    done = run(command("train", str(config), "wandb.project=test", "wandb.mode=offline", *short))
+    assert done.returncode == 0, done.stderr
+    logged = list((tmp_path / "run" / "runs" / "small" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(logged) == 1
+    content = logged[0].read_bytes()
+    assert b"train/loss" in content
+    assert b"validation/email-code/masked_accuracy" in content
+
+
 def test_two_processes_cannot_share_a_run_folder(dataset: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run", dataset)
     process = subprocess.Popen(
