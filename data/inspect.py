@@ -52,23 +52,20 @@ def _find_streams(path: Path) -> list[Path]:
 
 
 def _overview(streams: list[Stream]) -> Table:
-    table = Table("stream", "split", title=None)
-    for column in ("documents", "tokens", "MB of text", "bytes per token", "duplicates", "empty", "shards", "hashes"):
-        table.add_column(column, justify="right")
+    # Five columns that stay legible on a terminal of 80.
+    table = Table("stream")
+    for column in ("documents", "tokens", "bytes/token", "shards"):
+        table.add_column(column, justify="right", no_wrap=column != "shards")
     for stream in streams:
         manifest = stream.manifest
         damaged = _damaged(stream)
+        state = Text(f"damaged: {', '.join(damaged)}", "red") if damaged else Text("good", "green")
         table.add_row(
-            manifest.name,
-            manifest.split,
+            Text(f"{manifest.name}/{manifest.split}"),
             f"{manifest.documents:,}",
             f"{manifest.tokens:,}",
-            f"{manifest.bytes / 1e6:,.1f}",
             f"{manifest.bytes / max(manifest.tokens, 1):.2f}",
-            f"{manifest.duplicate_documents:,}",
-            f"{manifest.empty_documents:,}",
-            f"{len(manifest.shards):,}",
-            Text(f"damaged: {', '.join(damaged)}", "red") if damaged else Text("good", "green"),
+            Text(f"{len(manifest.shards):,} ") + state,
         )
     return table
 
@@ -88,6 +85,10 @@ def _show(stream: Stream, samples: int, console: Console) -> None:
     console.rule(f"{manifest.name}/{manifest.split}")
     console.print(f"source     {_one_line(manifest.source)}")
     console.print(f"tokenizer  {manifest.vocab_size:,} ids ({manifest.dtype}), {_tokenizer_state(stream)}")
+    console.print(
+        f"text       {manifest.bytes / 1e6:,.1f} MB; {manifest.duplicate_documents:,} duplicates and "
+        f"{manifest.empty_documents:,} empty documents left out"
+    )
     console.print("\ndocuments by length in tokens")
     most = max(manifest.length_histogram.values(), default=1)
     for edge, count in sorted(manifest.length_histogram.items(), key=lambda item: int(item[0])):

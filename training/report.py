@@ -164,14 +164,7 @@ def draw_curves(metrics: Path, picture: Path, plan: PhasePlan) -> None:
 def closing_table(config: RunConfig, summary: dict[str, Any], console: Console) -> None:
     """The figures of summary.json, where each artifact lies, and what to try next."""
     validation = summary["validation"]
-    table = Table(
-        "stream",
-        "tokens seen",
-        "validation loss",
-        "masked accuracy",
-        "most frequent token",
-        title=f"{config.name}: done",
-    )
+    table = Table("stream", "tokens seen", "held-out loss", "masked accuracy", "baseline", title=f"{config.name}: done")
     for name, result in validation["streams"].items():
         seen = summary["stream_tokens"][name]
         table.add_row(
@@ -193,12 +186,12 @@ def closing_table(config: RunConfig, summary: dict[str, Any], console: Console) 
     console.print(table)
     ratio = validation["masked_accuracy"] / max(validation["unigram_accuracy"], 1e-9)
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("masked accuracy / baseline", f"{ratio:.2f}x")
+    facts.add_row("baseline", f"always the most frequent token; masked accuracy is {ratio:.2f}x that")
     facts.add_row("tokens/s", f"{summary['tokens_per_second']:,.0f}")
     facts.add_row("packing efficiency", f"{summary['packing_efficiency']:.2%}")
     facts.add_row("time", f"{summary['seconds']:.0f} s ({summary['train_seconds']:.0f} s of training steps)")
     facts.add_row("export", summary["export"])
     facts.add_row("checkpoints", str(config.folder / "checkpoints"))
     facts.add_row("loss curve", str(config.folder / "loss.png"))
-    facts.add_row("metrics", f"{config.folder / 'metrics.jsonl'}, tensorboard --logdir {config.folder / 'tensorboard'}")
+    facts.add_row("metrics", f"{config.folder / 'metrics.jsonl'}, {config.folder / 'tensorboard'}")
     console.print(facts, highlight=False)
