@@ -35,7 +35,7 @@ def seconds_to_first_step(config: str) -> float:
             "trainer.log_interval=1",
         ]
         start = time.perf_counter()
-        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         metrics = Path(runs) / "startup" / "metrics.jsonl"
         while not (metrics.exists() and metrics.stat().st_size):
             if process.poll() is not None:

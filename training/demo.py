@@ -1,9 +1,11 @@
 """`main.py demo`: the main job end to end on text that every install holds."""
 
+import logging
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 SENTENCES = (
     "Permission is hereby granted, free of charge, to any person obtaining a [MASK] of this software.",
@@ -46,9 +48,10 @@ def fill_masks(export: str, console: Console) -> None:
     """Print the three likeliest fillings of five sentences, from `transformers.pipeline` alone."""
     from transformers import pipeline
 
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     fill = pipeline("fill-mask", model=export, top_k=3, device="cpu")
     table = Table("sentence", "filled with", show_lines=True)
     for sentence in SENTENCES:
         answers = [f"{answer['token_str']!r} {answer['score']:.0%}" for answer in fill(sentence)]
-        table.add_row(sentence, "\n".join(answers))
+        table.add_row(Text(sentence), Text("\n".join(answers)))
     console.print(table, highlight=False)

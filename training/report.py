@@ -126,6 +126,7 @@ def draw_curves(metrics: Path, picture: Path, plan: PhasePlan) -> None:
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     train = [line for line in lines if "loss" in line]
@@ -150,6 +151,7 @@ def draw_curves(metrics: Path, picture: Path, plan: PhasePlan) -> None:
         ms=4,
         label="held-out, 15% masked" if held_out else None,
     )
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("tokens")
     axes.set_ylabel("loss (nats per masked token)")
     axes.legend(loc="lower left")
