@@ -38,9 +38,12 @@ def plain_errors() -> Iterator[None]:
         sys.stdout.flush()
         print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr, flush=True)
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues", file=sys.stderr)
-        raise typer.Exit(130) from None
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Composer turns SIGINT and SIGTERM into SystemExit(128 + number).
+        code = stop.code if isinstance(stop, SystemExit) else 130
+        if code in (130, 143):
+            print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
+        raise typer.Exit(code if isinstance(code, int) else 1) from None
 
 
 @app.command()

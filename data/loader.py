@@ -5,6 +5,7 @@ DataLoader worker w of K reads the tokens of steps w, w + K, ...; it plans the o
 moving. So neither world size, workers nor restarts change what a step trains on.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -278,7 +279,7 @@ class Loader:
             prefetch_factor=data.prefetch_batches if workers else None,
             # The base seed that DataLoader draws for its workers must not touch the global generator.
             generator=torch.Generator(),
-            worker_init_fn=_single_thread,
+            worker_init_fn=_prepare_worker,
         )
         for batch in batches:
             if isinstance(batch, Exception):
@@ -311,8 +312,11 @@ class Loader:
         self.dataset.cursors = {lane: LaneCursor.from_list(cursor) for lane, cursor in enumerate(state["lanes"])}
 
 
-def _single_thread(_worker: int) -> None:
+def _prepare_worker(_worker: int) -> None:
+    """One thread, and none of the trainer's signal handlers: the training process ends its workers itself."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def build_loader(config: LoaderConfig, rank: int = 0, world_size: int = 1) -> Loader:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def test_a_finished_run_says_so(straight: Path) -> None:
     assert final_weights(straight) == before
 
 
-def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[bytes]", timeout: float = 120) -> None:
+def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[Any]", timeout: float = 120) -> None:
     start = time.monotonic()
     while process.poll() is None and max(metrics(folder), default=0) < step:
         assert time.monotonic() - start < timeout, "the run does not move"
@@ -285,6 +286,29 @@ def test_wandb_offline(dataset: Path, tmp_path: Path) -> None:
     content = logged[0].read_bytes()
     assert b"train/loss" in content
     assert b"validation/email-code/masked_accuracy" in content
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_one_line(dataset: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """Ctrl-C reaches the loader's worker too; a scheduler's SIGTERM only the process that it started."""
+    config = write_config(tmp_path / "run", dataset)
+    process = subprocess.Popen(
+        command("train", str(config)),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for_step(tmp_path / "run", 3, process)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == code
+    assert error.strip().splitlines() == ["interrupted: the same command goes on from the newest checkpoint"]
 
 
 def test_two_processes_cannot_share_a_run_folder(dataset: Path, tmp_path: Path) -> None:
