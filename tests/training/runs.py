@@ -67,6 +67,12 @@ def run(arguments: list[str], timeout: float = 300) -> subprocess.CompletedProce
     )
 
 
+def start(config: Path, **options: Any) -> "subprocess.Popen[Any]":
+    """`train CONFIG` in the background, silent unless the options say otherwise."""
+    defaults: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command("train", str(config)), cwd=ROOT, env=environment(), **(defaults | options))
+
+
 def prepare_dataset(folder: Path) -> Path:
     file = folder / "prepare.yaml"
     file.write_text(PREPARE.format(output=folder / "dataset", library=PYTHON_LIBRARY))

@@ -16,14 +16,13 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 from flexbert import from_hf
 from tests.training.runs import (
-    ROOT,
     STEPS,
     command,
-    environment,
     final_weights,
     metrics,
     prepare_dataset,
     run,
+    start,
     write_config,
 )
 from training.checkpoint import list_checkpoints, newest_checkpoint
@@ -140,13 +139,7 @@ def test_kill_9_at_random_moments_changes_nothing(straight: Path, dataset: Path,
     config = write_config(tmp_path / "killed", dataset)
     folder, rng = tmp_path / "killed", random.Random(seed)
     for kill in range(4):
-        process = subprocess.Popen(
-            command("train", str(config)),
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = start(config)
         wait_for_step(folder, max(metrics(folder), default=0) + rng.randrange(1, 16), process)
         time.sleep(rng.random() * 0.3)
         process.send_signal(signal.SIGKILL)
@@ -223,9 +216,7 @@ def test_dry_run_says_what_the_run_will_be(straight: Path) -> None:
 def test_a_damaged_shard_stops_the_run_and_harms_no_checkpoint(dataset: Path, tmp_path: Path, damage: str) -> None:
     shutil.copytree(dataset, tmp_path / "copy")
     config = write_config(tmp_path / "run", tmp_path / "copy")
-    process = subprocess.Popen(
-        command("train", str(config)), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = start(config)
     wait_for_step(tmp_path / "run", 20, process)
     process.kill()
     process.wait()
@@ -256,13 +247,7 @@ def test_other_shards_are_refused_on_resume(dataset: Path, tmp_path: Path) -> No
     """The same files in another order are another dataset: a resumed run would repeat and lose documents."""
     shutil.copytree(dataset, tmp_path / "copy")
     config = write_config(tmp_path / "run", tmp_path / "copy")
-    process = subprocess.Popen(
-        command("train", str(config)),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start(config)
     wait_for_step(tmp_path / "run", 12, process)
     process.kill()
     process.wait()
@@ -292,15 +277,7 @@ def test_wandb_offline(dataset: Path, tmp_path: Path) -> None:
 def test_an_interrupted_run_says_one_line(dataset: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
     """Ctrl-C reaches the loader's worker too; a scheduler's SIGTERM only the process that it started."""
     config = write_config(tmp_path / "run", dataset)
-    process = subprocess.Popen(
-        command("train", str(config)),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = start(config, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for_step(tmp_path / "run", 3, process)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
@@ -313,9 +290,7 @@ def test_an_interrupted_run_says_one_line(dataset: Path, tmp_path: Path, number:
 
 def test_two_processes_cannot_share_a_run_folder(dataset: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run", dataset)
-    process = subprocess.Popen(
-        command("train", str(config)), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = start(config)
     wait_for_step(tmp_path / "run", 1, process)
     process.send_signal(signal.SIGSTOP)
     try:
