@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ DROPPED = 255
 # Text given to the tokenizer at once. Its result takes some 100 times as much memory, so a longer document is cut.
 _BATCH_CHARACTERS = 2**20
 _CUT_CHARACTERS = 2**22
+# Counting costs a pass over the vocabulary, which for one short document would be more than its tokenising.
+_COUNTED_DOCUMENTS = 256
 
 
 def numbered(folder: Path, rank: int, suffix: str) -> Path:
@@ -151,7 +154,10 @@ class WriteShards(PipelineStep):
         task = json.loads(numbered(self.work / "tasks", rank, ".json").read_text(encoding="utf-8"))
         tokenizer = corpus_tokenizer(output / "tokenizer")
         facts = tokenizer_facts(output / "tokenizer")
-        barred = np.array([index for index in facts.special_ids if index != facts.unk_token_id], np.int64)
+        # No piece of raw text may become a special token; only a vocabulary of whole words can still do that, and gets
+        # [UNK] here. The same look-up gives the ids their final type.
+        final_ids = np.arange(facts.vocab_size).astype(token_dtype(facts.vocab_size))
+        final_ids[facts.special_ids] = facts.unk_token_id
         parts = [
             Part(output / task["stream"] / split / f"part-{task['part']:05d}", facts.vocab_size, self.shard_bytes)
             for split in SPLITS
@@ -159,17 +165,12 @@ class WriteShards(PipelineStep):
         progress = Meter(self.work, rank)
         done = 0
         for batch in _batches(data):
-            pieces = [piece for document in batch for piece in _cut(document.text)]
-            encodings = iter(tokenizer.encode_batch_fast(pieces, add_special_tokens=False))
-            for document in batch:
-                ids = [next(encodings).ids for _ in _cut(document.text)]
-                tokens = np.array(ids[0] if len(ids) == 1 else [token for piece in ids for token in piece], np.int64)
-                # No piece of raw text may become a special token. Only a vocabulary of whole words can still do that.
-                special = np.isin(tokens, barred) if len(barred) < 64 else _in_table(tokens, barred, facts.vocab_size)
-                if special.any():
-                    tokens[special] = facts.unk_token_id
+            pieces = [_cut(document.text) for document in batch]
+            encodings = iter(tokenizer.encode_batch_fast(list(chain.from_iterable(pieces)), add_special_tokens=False))
+            for document, cut in zip(batch, pieces, strict=True):
+                ids = next(encodings).ids if len(cut) == 1 else [token for _ in cut for token in next(encodings).ids]
                 size = len(document.text.encode("utf-8", "surrogatepass"))
-                parts[document.metadata["split"]].add(tokens, size)
+                parts[document.metadata["split"]].add(final_ids[np.array(ids, np.int64)], size)
                 done += size
             progress.set(done)
         for part in parts:
@@ -194,9 +195,10 @@ class Part:
         self.shards: list[dict[str, Any]] = []
         self._partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         self._writer: Any = None
+        self._uncounted: list[NDArray[np.unsignedinteger]] = []
 
-    def add(self, tokens: NDArray[np.int64], size: int) -> None:
-        """Append a document of `size` UTF-8 bytes; one without tokens is only counted."""
+    def add(self, tokens: NDArray[np.unsignedinteger], size: int) -> None:
+        """Append a document, tokens of the final type, `size` UTF-8 bytes; one without tokens is only counted."""
         if len(tokens) == 0:
             self.empty_documents += 1
             return
@@ -210,8 +212,10 @@ class Part:
                 hashes=["xxh3_64"],
                 size_limit=self.shard_bytes,
             )
-        self._writer.write({"tokens": tokens.astype(self.dtype)})
-        self.token_counts += np.bincount(tokens, minlength=len(self.token_counts)).astype(np.uint64)
+        self._writer.write({"tokens": tokens})
+        self._uncounted.append(tokens)
+        if len(self._uncounted) == _COUNTED_DOCUMENTS:
+            self._count()
         self.lengths.append(len(tokens))
         self.bytes += size
 
@@ -220,6 +224,7 @@ class Part:
         shutil.rmtree(self.folder, ignore_errors=True)  # of a task that was killed before it was marked as done
         if self._writer is None:
             return
+        self._count()
         self._writer.finish()
         index = self._partial / "index.json"
         self.shards = json.loads(index.read_text(encoding="utf-8"))["shards"]
@@ -231,6 +236,11 @@ class Part:
             start += shard["samples"]
         sync_folder(self._partial)
         self._partial.rename(self.folder)
+
+    def _count(self) -> None:
+        tokens = np.concatenate([np.zeros(0, self.dtype), *self._uncounted])
+        self.token_counts += np.bincount(tokens, minlength=len(self.token_counts)).astype(np.uint64)
+        self._uncounted = []
 
     def report(self) -> dict[str, Any]:
         """What the merge needs to know. `shards` are entries of index.json with their number of `tokens`."""
@@ -261,12 +271,6 @@ class Meter:
 
     def close(self) -> None:
         self._line[1] = 0
-
-
-def _in_table(tokens: NDArray[np.int64], ids: NDArray[np.int64], vocab_size: int) -> NDArray[np.bool_]:
-    table = np.zeros(vocab_size, bool)
-    table[ids] = True
-    return table[tokens]
 
 
 def _batches(documents: Any) -> Iterator[list[Document]]:
