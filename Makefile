@@ -22,7 +22,7 @@ setup: .venv/.run ## create .venv with everything a run needs
 
 setup-dev: .venv/.dev
 
-demo: setup ## prepare text, pretrain a small encoder, export it, fill masks (about 6 minutes on two cores)
+demo: setup ## prepare text, pretrain a small encoder, export it, fill masks (5 minutes on two cores, after the install)
 	$(PY) main.py demo
 
 test: setup-dev ## all tests (PYTEST_ARGS="-m 'not slow'" for the fast ones)

@@ -1,6 +1,7 @@
 """`main.py demo`: the main job end to end on text that every install holds."""
 
 import logging
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +19,7 @@ SENTENCES = (
 
 def run_demo() -> None:
     """Prepare, train, export and fill masks; every part resumes or is skipped when a run before has done it."""
-    console = Console()
+    start, console = time.monotonic(), Console()
     root = Path(__file__).parent.parent
     console.rule("1/3 prepare: text of this machine to token shards")
     from data.preparation import load_prepare_config, prepare
@@ -36,6 +37,7 @@ def run_demo() -> None:
     console.rule("3/3 fill masks with the export, through transformers")
     fill_masks(summary["export"], console)
     report.closing_table(config, summary, console)
+    console.print(f"the whole demo took {time.monotonic() - start:.0f} s this time", highlight=False)
     console.print(
         "next: [bold].venv/bin/python main.py train configs/demo.yaml name=wider model.hidden_size=256 "
         "model.num_attention_heads=4[/bold]\n  or: [bold].venv/bin/python main.py inspect datasets/demo[/bold]",
