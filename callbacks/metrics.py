@@ -107,6 +107,12 @@ class MetricsLog(Callback):
         self.append(line)
         logger.log_metrics({f"train/{key}": value for key, value in line.items() if isinstance(value, int | float)})
 
+    def evaluation_at(self, step: int) -> dict[str, Any] | None:
+        """The evaluation after `step` steps, from metrics.jsonl: also one made before a restart (rank 0)."""
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        found = [json.loads(line) for line in lines if _step_of(line) == step]
+        return next((line["validation"] for line in found if "validation" in line), None)
+
     def append(self, line: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl (rank 0)."""
         if dist.get_global_rank() == 0:

@@ -124,11 +124,6 @@ class Stream:
             raise RunError(f"{file}: shard of stream {self.manifest.name!r} ended early at document {index}: {_FIX}")
         return np.frombuffer(payload, self.dtype).copy()
 
-    def close(self) -> None:
-        """Close the files that this process opened."""
-        while self._open:
-            os.close(self._open.popitem()[1][0])
-
     def _shard(self, shard: int) -> tuple[int, NDArray[np.uint32]]:
         """File handle and offsets of a shard; its first use in this process checks the hash of the whole file."""
         if (

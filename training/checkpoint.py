@@ -27,7 +27,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint in memory. state: what `save` was given, plus nothing."""
+    """A verified checkpoint in memory. state: what `save_checkpoint` was given."""
 
     path: Path
     model: dict[str, Tensor]

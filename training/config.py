@@ -9,11 +9,10 @@ from pydantic import Field, model_validator
 from data.loader import DataConfig, canonical_lanes
 from data.masking import MaskingConfig
 from flexbert import FlexBertConfig
+from flexbert.config import PRESETS
 from schema import ConfigError, Count, Schema, did_you_mean, load_node, validate
 from training.optim import OPTIMIZERS
 from training.schedules import SCHEDULES
-
-PRESETS = Path(__file__).parent.parent / "configs" / "model"
 
 
 class RopeTheta(Schema):

@@ -296,8 +296,7 @@ class Run:
         path = self.export_path(step)
         if self.rank == 0 and not path.exists():
             tokens = self.plan.tokens_before(step)
-            evaluation = self.evaluation[1] if self.evaluation and self.evaluation[0] == step else None
-            card = report.model_card(self.config, self.plan, tokens, evaluation)
+            card = report.model_card(self.config, self.plan, tokens, self.metrics.evaluation_at(step))
             flexbert.to_hf(self.model, self.config.data.tokenizer, path, card=card)
         dist.barrier()
 

@@ -97,9 +97,10 @@ def metrics(folder: Path, key: str = "loss") -> dict[int, Any]:
 
 
 def final_weights(folder: Path) -> dict[str, bytes]:
-    """The weight files at the end: of the last checkpoint and of every export."""
+    """The weight files at the end, of the last checkpoint and of every export, and the exports' model cards."""
     run_folder = folder / "runs" / "small"
     last = max((run_folder / "checkpoints").glob("tokens-*"), key=lambda path: int(path.name.split("-")[1]))
     files = [last / "model.safetensors", last / "optimizer.safetensors"]
     files += sorted((run_folder / "exports").glob("*/model.safetensors"))
+    files += sorted((run_folder / "exports").glob("*/README.md"))
     return {str(file.relative_to(run_folder)): file.read_bytes() for file in files}
