@@ -6,14 +6,18 @@ from flexbert.config import FlexBertConfig
 from flexbert.encoder import FlexBertEncoder
 from flexbert.model import FlexBertForMaskedLM, MaskedLMOutput, build
 from flexbert.registry import register, registered
+from flexbert.tasks import ClassificationOutput, FlexBertForSequenceClassification, FlexBertForTokenClassification
 
 if TYPE_CHECKING:
     from flexbert.hf import from_hf, to_hf
 
 __all__ = [
+    "ClassificationOutput",
     "FlexBertConfig",
     "FlexBertEncoder",
     "FlexBertForMaskedLM",
+    "FlexBertForSequenceClassification",
+    "FlexBertForTokenClassification",
     "MaskedLMOutput",
     "build",
     "from_hf",

@@ -28,8 +28,8 @@ def flops_per_token(config: FlexBertConfig, seq_len: int, masked_fraction: float
     forward = 2.0 * _linear_weights(model.encoder)
     windows = [module.window_size for module in model.encoder.modules() if hasattr(module, "window_size")]
     forward += 4.0 * config.hidden_size * sum(_mean_keys(window, seq_len) for window in windows)
-    decoder = config.vocab_size * config.hidden_size
-    forward += masked_fraction * 2.0 * (_linear_weights(model.head) + decoder)
+    tied_decoder = config.vocab_size * config.hidden_size if getattr(config.head, "tied", True) else 0
+    forward += masked_fraction * 2.0 * (_linear_weights(model.head) + tied_decoder)
     return 3.0 * forward
 
 
@@ -38,15 +38,17 @@ def memory_estimate(
 ) -> int:
     """Bytes that training needs on one device, roughly (within about 30 %), without data parallel sharding.
 
-    16 a parameter (float32 weight, gradient and two Adam moments), plus activations kept for backward: per token and
-    layer 10 * D + 4 * F numbers (two norms' inputs and outputs, queries, keys and values before and after rotation,
-    attention's result; both halves of the gated mlp, the activated half and the product), per masked token 6 * D,
-    plus the decoder's gradient, which the loss computes ahead of backward, and one chunk of logits with its copy.
+    16 a parameter (float32 weight, gradient and two Adam moments), plus activations kept for backward: per token two
+    numbers for each output of the layers' linear maps, which in a ModernBERT layer is 10 * D + 4 * F (two norms' inputs
+    and outputs, queries, keys and values before and after rotation, attention's result; both halves of the gated mlp,
+    the activated half and the product), per masked token 6 * D, plus the decoder's gradient, which the loss computes
+    ahead of backward, and one chunk of logits with its copy.
 
     activation_bytes: of one activation: 4 in float32, 2 in bfloat16. masked_fraction: masked tokens over all.
     """
     parameters = count_parameters(config)
-    per_token = config.num_hidden_layers * (10 * config.hidden_size + 4 * config.intermediate_size)
+    layers = _on_meta(config).encoder.layers.modules()
+    per_token = 2.0 * sum(child.out_features for child in layers if isinstance(child, nn.Linear))
     per_token += masked_fraction * 6 * config.hidden_size
     head = 4 * config.vocab_size * config.hidden_size + 2 * 4 * min(
         int(masked_fraction * tokens_per_microbatch) * config.vocab_size, 2**26

@@ -1,24 +1,30 @@
-"""Slot `attention`.   T packed tokens, D hidden, N heads, H head dim."""
+"""Slot `attention`.   T packed tokens, D hidden, N heads, K key-value heads, H head dim."""
+
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from flexbert.kernels import Backend, attend
-from flexbert.layers import OutputProjection, dropout
+from flexbert.layers import Linear, OutputProjection, build_optional_norm, dropout
 from flexbert.plan import AttentionPlan
-from flexbert.positions import Rotations, rotate
-from flexbert.registry import ATTENTIONS
-from schema import Component
+from flexbert.positions import Positions
+from flexbert.registry import ATTENTIONS, NORMS, ModelComponent, optional_slot
+from flexbert.rotary import rotate
+
+if TYPE_CHECKING:
+    from flexbert.config import FlexBertConfig
 
 
 @ATTENTIONS.register("multihead")
 class MultiHeadAttention(nn.Module):
     """Bidirectional softmax attention inside each sequence; every n-th layer sees all of it, the others a window.
 
-    Wqkv rows are [3, N, H]: queries, keys, values, each head by head. Source: ModernBERT (arXiv 2412.13663, sec. 2.1).
+    Wqkv rows are [N + 2K, H]: queries, keys, values, each head by head. Source: ModernBERT (arXiv 2412.13663, sec.
+    2.1); fewer key-value heads: arXiv 2305.13245; norms of queries and keys: arXiv 2302.05442.
     """
 
-    class Config(Component):
+    class Config(ModelComponent):
         global_attn_every_n_layers: int = Field(
             1,
             ge=1,
@@ -29,8 +35,18 @@ class MultiHeadAttention(nn.Module):
             ge=1,
             description="tokens a local layer sees to the left and to the right of self (ModernBERT: 64)",
         )
-        qkv_bias: bool = Field(False, description="bias of the fused query-key-value projection")
+        num_key_value_heads: int | None = Field(
+            None, ge=1, description="heads of keys and values, each shared by a group of query heads; null: no sharing"
+        )
+        fused: bool = Field(True, description="one matrix Wqkv, not Wq, Wk and Wv: faster, the same function")
+        qkv_bias: bool = Field(False, description="bias of the query, key and value projections")
         out_bias: bool = Field(False, description="bias of the output projection")
+        qk_norm: Annotated[Any, *optional_slot(NORMS)] = Field(
+            None, description="norm of each head's queries and keys, before positions; null: none"
+        )
+        inner_norm: Annotated[Any, *optional_slot(NORMS)] = Field(
+            None, description="norm before Wo, as in sub-LN (arXiv 2210.06423); null: none"
+        )
         probs_dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability of attention weights")
         out_dropout: float = Field(
             0.0,
@@ -40,26 +56,60 @@ class MultiHeadAttention(nn.Module):
         )
         backend: Backend = Field("auto", description="kernel: auto (chosen by device), eager, sdpa or flash2")
 
+        def check(self, model: "FlexBertConfig") -> None:
+            heads, shared = model.num_attention_heads, self.num_key_value_heads
+            if shared is not None and heads % shared:
+                near = [str(number) for number in range(1, heads + 1) if heads % number == 0]
+                raise ValueError(
+                    f"attention.num_key_value_heads: {shared} does not divide num_attention_heads {heads}: "
+                    f"try {', '.join(near)}"
+                )
+
     def __init__(self, config: Config, *, hidden_size: int, num_attention_heads: int, layer_index: int) -> None:
         super().__init__()
         self.config = config
-        self.num_heads = num_attention_heads
+        self.head_dim = hidden_size // num_attention_heads
+        kv_heads = config.num_key_value_heads or num_attention_heads
+        self.heads = (num_attention_heads, kv_heads, kv_heads)  # of queries, keys, values
         self.is_global = layer_index % config.global_attn_every_n_layers == 0
         self.window_size = (-1, -1) if self.is_global else (config.window_per_side, config.window_per_side)
-        self.Wqkv = nn.Linear(hidden_size, 3 * hidden_size, bias=config.qkv_bias)
-        self.Wo = OutputProjection(hidden_size, hidden_size, bias=config.out_bias)
+        parts = tuple((heads, self.head_dim) for heads in self.heads)
+        if config.fused:
+            rows = sum(self.heads) * self.head_dim
+            self.Wqkv = Linear(hidden_size, rows, bias=config.qkv_bias, outputs=parts)
+        else:
+            self.Wq, self.Wk, self.Wv = (
+                Linear(hidden_size, part[0] * part[1], bias=config.qkv_bias, outputs=(part,)) for part in parts
+            )
+        self.q_norm = build_optional_norm(config.qk_norm, self.head_dim)
+        self.k_norm = build_optional_norm(config.qk_norm, self.head_dim)
+        self.inner_norm = build_optional_norm(config.inner_norm, hidden_size)
+        self.Wo = OutputProjection(hidden_size, hidden_size, bias=config.out_bias, inputs=parts[:1])
 
-    def forward(self, hidden_states: Tensor, plan: AttentionPlan, rotations: Rotations) -> Tensor:
+    def forward(self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions) -> Tensor:
         """(T, D) -> (T, D)."""
-        rotation = rotations.global_layers if self.is_global else rotations.local_layers
-        queries, keys, values = self.Wqkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        queries, keys, values = self._project(hidden_states)
+        rotation = positions.global_layers if self.is_global else positions.local_layers
         attended = attend(
-            rotate(queries, rotation),
-            rotate(keys, rotation),
+            rotate(self.q_norm(queries), rotation),
+            rotate(self.k_norm(keys), rotation),
             values,
             plan,
             window_size=self.window_size,
+            alibi_slopes=positions.alibi_slopes,
             dropout_p=self.config.probs_dropout if self.training else 0.0,
             backend=self.config.backend,
         )
-        return dropout(self.Wo(attended.flatten(1)), self.config.out_dropout, self.training)
+        out = self.Wo(self.inner_norm(attended.flatten(1)))
+        return dropout(out, self.config.out_dropout, self.training)
+
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (T, N, H), keys and values (T, K, H)."""
+        if self.config.fused:
+            rows = self.Wqkv(hidden_states).unflatten(-1, (-1, self.head_dim))
+            queries, keys, values = rows.split(self.heads, dim=1)
+        else:
+            queries, keys, values = (
+                linear(hidden_states).unflatten(-1, (-1, self.head_dim)) for linear in (self.Wq, self.Wk, self.Wv)
+            )
+        return queries, keys, values

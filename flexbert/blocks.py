@@ -7,11 +7,44 @@ from torch import Tensor, nn
 
 from flexbert.layers import build_norm
 from flexbert.plan import AttentionPlan
-from flexbert.positions import Rotations
+from flexbert.positions import Positions
 from flexbert.registry import ATTENTIONS, BLOCKS, MLPS, ModelComponent
+from schema import Component
 
 if TYPE_CHECKING:
     from flexbert.config import FlexBertConfig
+
+
+def _attention(model: "FlexBertConfig", layer_index: int) -> nn.Module:
+    return ATTENTIONS.build(
+        model.attention,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        layer_index=layer_index,
+    )
+
+
+def _mlp(model: "FlexBertConfig") -> nn.Module:
+    return MLPS.build(model.mlp, hidden_size=model.hidden_size, intermediate_size=model.intermediate_size)
+
+
+def _norm(model: "FlexBertConfig") -> nn.Module:
+    return build_norm(model.norm, model.hidden_size)
+
+
+class _FirstNormConfig(ModelComponent):
+    """Of blocks that normalise what attention reads."""
+
+    skip_first_attention_norm: bool = Field(
+        True, description="no attention norm in layer 0: the embedding norm has just run (ModernBERT)"
+    )
+
+    def check(self, model: "FlexBertConfig") -> None:
+        if self.skip_first_attention_norm and not getattr(model.embedding, "norm", False):
+            raise ValueError(
+                "block.skip_first_attention_norm: leaves layer 0 without any norm, since the embedding has none: "
+                "set embedding.norm to true or this to false"
+            )
 
 
 @BLOCKS.register("prenorm")
@@ -23,32 +56,86 @@ class PreNormBlock(nn.Module):
 
     needs_final_norm: ClassVar[bool] = True
 
-    class Config(ModelComponent):
-        skip_first_attention_norm: bool = Field(
-            True, description="no attention norm in layer 0: the embedding norm has just run (ModernBERT)"
-        )
-
-        def check(self, model: "FlexBertConfig") -> None:
-            if self.skip_first_attention_norm and not getattr(model.embedding, "norm", False):
-                raise ValueError(
-                    "block.skip_first_attention_norm: leaves layer 0 without any norm, since the embedding has none: "
-                    "set embedding.norm to true or this to false"
-                )
+    class Config(_FirstNormConfig):
+        pass
 
     def __init__(self, config: Config, *, model: "FlexBertConfig", layer_index: int) -> None:
         super().__init__()
         skip = layer_index == 0 and config.skip_first_attention_norm
-        self.attn_norm = nn.Identity() if skip else build_norm(model.norm, model.hidden_size)
-        self.attn = ATTENTIONS.build(
-            model.attention,
-            hidden_size=model.hidden_size,
-            num_attention_heads=model.num_attention_heads,
-            layer_index=layer_index,
-        )
-        self.mlp_norm = build_norm(model.norm, model.hidden_size)
-        self.mlp = MLPS.build(model.mlp, hidden_size=model.hidden_size, intermediate_size=model.intermediate_size)
+        self.attn_norm = nn.Identity() if skip else _norm(model)
+        self.attn = _attention(model, layer_index)
+        self.mlp_norm = _norm(model)
+        self.mlp = _mlp(model)
 
-    def forward(self, hidden_states: Tensor, plan: AttentionPlan, rotations: Rotations) -> Tensor:
+    def forward(self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions) -> Tensor:
         """(T, D) -> (T, D)."""
-        hidden_states = hidden_states + self.attn(self.attn_norm(hidden_states), plan, rotations)
+        hidden_states = hidden_states + self.attn(self.attn_norm(hidden_states), plan, positions)
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+@BLOCKS.register("postnorm")
+class PostNormBlock(nn.Module):
+    """x = norm(x + attention(x)); x = norm(x + mlp(x)) (arXiv 1706.03762; BERT)."""
+
+    needs_final_norm: ClassVar[bool] = False
+
+    class Config(Component):
+        pass
+
+    def __init__(self, config: Config, *, model: "FlexBertConfig", layer_index: int) -> None:
+        super().__init__()
+        self.attn = _attention(model, layer_index)
+        self.attn_norm = _norm(model)
+        self.mlp = _mlp(model)
+        self.mlp_norm = _norm(model)
+
+    def forward(self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions) -> Tensor:
+        """(T, D) -> (T, D)."""
+        hidden_states = self.attn_norm(hidden_states + self.attn(hidden_states, plan, positions))
+        return self.mlp_norm(hidden_states + self.mlp(hidden_states))
+
+
+@BLOCKS.register("parallel")
+class ParallelBlock(nn.Module):
+    """y = norm(x); x += attention(y) + mlp(y) (GPT-J; PaLM, arXiv 2204.02311)."""
+
+    needs_final_norm: ClassVar[bool] = True
+
+    class Config(_FirstNormConfig):
+        pass
+
+    def __init__(self, config: Config, *, model: "FlexBertConfig", layer_index: int) -> None:
+        super().__init__()
+        skip = layer_index == 0 and config.skip_first_attention_norm
+        self.norm = nn.Identity() if skip else _norm(model)
+        self.attn = _attention(model, layer_index)
+        self.mlp = _mlp(model)
+
+    def forward(self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions) -> Tensor:
+        """(T, D) -> (T, D)."""
+        normed = self.norm(hidden_states)
+        return hidden_states + self.attn(normed, plan, positions) + self.mlp(normed)
+
+
+@BLOCKS.register("sandwich")
+class SandwichBlock(nn.Module):
+    """x += norm(attention(norm(x))); x += norm(mlp(norm(x))) (CogView, arXiv 2105.13290, sec. 2.4).
+
+    Sub-LN is another thing: a block `prenorm` with `attention.inner_norm` and `mlp.inner_norm`.
+    """
+
+    needs_final_norm: ClassVar[bool] = True
+
+    class Config(Component):
+        pass
+
+    def __init__(self, config: Config, *, model: "FlexBertConfig", layer_index: int) -> None:
+        super().__init__()
+        self.attn_norm, self.attn, self.attn_out_norm = _norm(model), _attention(model, layer_index), _norm(model)
+        self.mlp_norm, self.mlp, self.mlp_out_norm = _norm(model), _mlp(model), _norm(model)
+
+    def forward(self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions) -> Tensor:
+        """(T, D) -> (T, D)."""
+        attended = self.attn(self.attn_norm(hidden_states), plan, positions)
+        hidden_states = hidden_states + self.attn_out_norm(attended)
+        return hidden_states + self.mlp_out_norm(self.mlp(self.mlp_norm(hidden_states)))

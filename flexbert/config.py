@@ -6,24 +6,45 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 # Imported for their side effect: each registers its entries, which the slots below name as defaults.
-from flexbert import attention, blocks, embeddings, heads, init, mlps, norms, positions  # noqa: F401
+from flexbert import (  # noqa: F401
+    activations,
+    attention,
+    blocks,
+    embeddings,
+    heads,
+    init,
+    losses,
+    mlps,
+    norms,
+    positions,
+)
 from flexbert.registry import (
     ATTENTIONS,
     BLOCKS,
     EMBEDDINGS,
     HEADS,
     INITS,
+    LOSSES,
     MLPS,
     NORMS,
     POSITIONS,
-    SLOTS,
     ModelComponent,
+    optional_slot,
 )
 from schema import ConfigError, Schema, did_you_mean, load_node, validate
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs" / "model"
 
 TokenId = Annotated[int | None, Field(ge=0)]
+
+
+class InitialLayers(Schema):
+    """What the first layers have in place of what the model says; null: as the model says."""
+
+    count: int = Field(1, ge=1, description="layers from the first on that differ")
+    attention: Annotated[Any, *optional_slot(ATTENTIONS)] = Field(None, description="attention half of their blocks")
+    mlp: Annotated[Any, *optional_slot(MLPS)] = Field(None, description="feed-forward half of their blocks")
+    block: Annotated[Any, *optional_slot(BLOCKS)] = Field(None, description="how their halves join the residual stream")
 
 
 class FlexBertConfig(Schema):
@@ -49,13 +70,23 @@ class FlexBertConfig(Schema):
     norm: Annotated[Any, *NORMS.slot()] = Field("layernorm", description="every normalisation of the model")
     mlp: Annotated[Any, *MLPS.slot()] = Field("glu", description="feed-forward half of a block")
     block: Annotated[Any, *BLOCKS.slot()] = Field("prenorm", description="how the halves join the residual stream")
-    head: Annotated[Any, *HEADS.slot()] = Field("mlm", description="from the residual stream to vocabulary scores")
+    initial_layers: InitialLayers | None = Field(None, description="first layers that differ; null: none")
+    head: Annotated[Any, *HEADS.slot()] = Field("mlm", description="from the residual stream to scores")
+    loss: Annotated[Any, *LOSSES.slot()] = Field("cross_entropy", description="what masked-token training minimises")
     init: Annotated[Any, *INITS.slot()] = Field("full_megatron", description="starting weights")
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    def layer(self, index: int) -> "FlexBertConfig":
+        """The config as it is for layer `index`: the initial layers' components over the model's."""
+        initial = self.initial_layers
+        if initial is None or index >= initial.count:
+            return self
+        given = {slot: getattr(initial, slot) for slot in ("attention", "mlp", "block")}
+        return self.model_copy(update={slot: component for slot, component in given.items() if component is not None})
 
     @model_validator(mode="after")
     def _check(self) -> "FlexBertConfig":
@@ -73,13 +104,14 @@ class FlexBertConfig(Schema):
                 faults.append(
                     f"{name}: {value} is outside the vocabulary of {self.vocab_size}: null takes the tokenizer's"
                 )
-        for slot in SLOTS:
-            component = getattr(self, slot)
-            if isinstance(component, ModelComponent) and not faults:
-                try:
-                    component.check(self)
-                except ValueError as error:
-                    faults.append(str(error))
+        for model in [self, self.layer(0)] if self.initial_layers else [self]:
+            for slot in type(self).model_fields:
+                component = getattr(model, slot)
+                if isinstance(component, ModelComponent) and not faults:
+                    try:
+                        component.check(model)
+                    except ValueError as error:
+                        faults.append(str(error) if model is self else f"initial_layers: {error}")
         if faults:
             raise ValueError("; ".join(faults))
         return self

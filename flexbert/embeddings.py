@@ -1,5 +1,6 @@
 """Slot `embedding`: from token ids to the residual stream.   T packed tokens, D hidden, V vocabulary."""
 
+import math
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -15,21 +16,41 @@ if TYPE_CHECKING:
 
 @EMBEDDINGS.register("tokens")
 class TokenEmbedding(nn.Module):
-    """Token table, norm, dropout.
+    """drop(norm(token + what the position adds + token type)).
 
     The row of pad_token_id is an ordinary row: packed batches hold no padding, so it is never looked up.
     """
 
     class Config(Component):
+        scaled: bool = Field(
+            False, description="multiply token embeddings by sqrt(hidden_size) (arXiv 1706.03762, sec. 3.4)"
+        )
+        token_types: int = Field(0, ge=0, description="rows of the table of token types (BERT: 2); 0: no such table")
         norm: bool = Field(True, description="normalise the embeddings with the model's norm")
         dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability of the embeddings")
 
     def __init__(self, config: Config, *, model: "FlexBertConfig") -> None:
         super().__init__()
         self.config = config
+        self.scale = math.sqrt(model.hidden_size) if config.scaled else 1.0
         self.tokens = nn.Embedding(model.vocab_size, model.hidden_size)
+        self.types = nn.Embedding(config.token_types, model.hidden_size) if config.token_types else None
         self.norm = build_norm(model.norm, model.hidden_size) if config.norm else nn.Identity()
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """(T,) int64 -> (T, D)."""
-        return dropout(self.norm(self.tokens(input_ids)), self.config.dropout, self.training)
+    def forward(self, input_ids: Tensor, added: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
+        """(T,) int64 -> (T, D).
+
+        added: (T, D), from the position. token_type_ids: (T,) int64; None: all 0, as in pretraining on single texts.
+        Raises ValueError for token types that the model has no table for.
+        """
+        hidden_states = self.tokens(input_ids)
+        if self.config.scaled:
+            hidden_states = hidden_states * self.scale
+        if added is not None:
+            hidden_states = hidden_states + added
+        if self.types is not None:
+            types = self.types.weight[0] if token_type_ids is None else self.types(token_type_ids)
+            hidden_states = hidden_states + types
+        elif token_type_ids is not None:
+            raise ValueError("token_type_ids: the model has no token types (embedding.token_types: 0): leave them out")
+        return dropout(self.norm(hidden_states), self.config.dropout, self.training)

@@ -17,12 +17,13 @@ class FlexBertEncoder(nn.Module):
     def __init__(self, config: FlexBertConfig) -> None:
         super().__init__()
         self.config = config
-        self.position = POSITIONS.build(config.position, head_dim=config.head_dim)
+        self.position = POSITIONS.build(config.position, model=config)
         self.embedding = EMBEDDINGS.build(config.embedding, model=config)
         self.layers = nn.ModuleList(
-            BLOCKS.build(config.block, model=config, layer_index=index) for index in range(config.num_hidden_layers)
+            BLOCKS.build(model.block, model=model, layer_index=index)
+            for index, model in enumerate(map(config.layer, range(config.num_hidden_layers)))
         )
-        needs_norm = BLOCKS.entries[config.block.name].needs_final_norm
+        needs_norm = self.layers[-1].needs_final_norm
         self.final_norm = build_norm(config.norm, config.hidden_size) if needs_norm else nn.Identity()
 
     @property
@@ -30,24 +31,29 @@ class FlexBertEncoder(nn.Module):
         """(V, D) token embeddings, to which a head may tie its decoder."""
         return self.embedding.tokens.weight
 
-    def forward(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_type_ids: Tensor | None = None
+    ) -> Tensor:
         """Hidden states (T, D) of a packed batch.
 
         input_ids: (T,) int64. cu_seqlens: (num_seqs + 1,) int32, starts of the sequences, then T; empty sequences and
-        T = 0 are fine. max_seqlen: tokens of the longest sequence. Raises ValueError for other shapes and dtypes.
+        T = 0 are fine. max_seqlen: tokens of the longest sequence. token_type_ids: (T,) int64; None: all 0.
+        Raises ValueError for other shapes and dtypes, and for sequences longer than a table of positions.
         """
         check_packed(input_ids, cu_seqlens)
         plan = AttentionPlan(cu_seqlens, max_seqlen, len(input_ids))
-        hidden_states = self.position.embed(self.embedding(input_ids), plan.position_ids)
-        rotations = self.position.rotations(plan.position_ids, max_seqlen)
+        added = self.position.embed(plan.position_ids, max_seqlen)
+        hidden_states = self.embedding(input_ids, added, token_type_ids)
+        positions = self.position.for_attention(plan.position_ids, max_seqlen)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, plan, rotations)
+            hidden_states = layer(hidden_states, plan, positions)
         return self.final_norm(hidden_states)
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def encode(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Hidden states (B, S, D) of a padded batch (B, S), zero where attention_mask (bool or 0/1) is false."""
         packed = unpad(input_ids, attention_mask)
-        hidden_states = self(packed.input_ids, packed.cu_seqlens, packed.max_seqlen)
+        types = None if token_type_ids is None else token_type_ids.flatten().index_select(0, packed.slots)
+        hidden_states = self(packed.input_ids, packed.cu_seqlens, packed.max_seqlen, types)
         return pad(hidden_states, packed.slots, *input_ids.shape)
 
     def set_rope_theta(self, global_theta: float | None = None, local_theta: float | None = None) -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+import re
+from collections.abc import Iterator
 
 import torch
 from pydantic import Field
@@ -12,12 +14,71 @@ from flexbert.registry import INITS
 from schema import Component
 
 
+class Initializer:
+    """Draws linear and embedding weights as `draw` says, and sets their biases to 0.
+
+    Other parameters (norm scales, a learned factor) keep what their class sets.
+    """
+
+    def __init__(self, config: Component, *, num_hidden_layers: int) -> None:
+        self.num_hidden_layers = num_hidden_layers
+
+    def __call__(self, module: nn.Module, seed: int, prefix: str = "") -> None:
+        """Fill the linear and embedding weights of `module` in place, skipping what lives on the meta device.
+
+        prefix: path of `module` in the model, so that an encoder alone starts like the encoder inside a model.
+        """
+        for name, child in _drawn_modules(module, prefix):
+            # Drawn on the CPU in float32, so that every device and dtype starts from the same numbers.
+            values = torch.empty(child.weight.shape, dtype=torch.float32, device="cpu")
+            generator = torch.Generator("cpu").manual_seed(parameter_seed(seed, f"{name}.weight"))
+            with torch.no_grad():
+                self.draw(values, name, child, generator)
+                child.weight.copy_(values)
+            if isinstance(child, nn.Linear) and child.bias is not None:
+                nn.init.zeros_(child.bias)
+
+    def draw(self, values: Tensor, name: str, module: nn.Module, generator: torch.Generator) -> None:
+        """Fill `values`, float32 of the shape of module.weight; `name` is the module's path in the model."""
+        raise NotImplementedError
+
+
+def _drawn_modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Linear | nn.Embedding]]:
+    for name, child in module.named_modules(prefix=prefix):
+        if isinstance(child, nn.Linear | nn.Embedding) and not child.weight.is_meta:
+            yield name, child
+
+
+def parameter_seed(seed: int, name: str) -> int:
+    """63-bit seed of one parameter: it does not depend on which other parameters exist."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _normal(values: Tensor, std: float, cutoff_factor: float | None, generator: torch.Generator) -> None:
+    if cutoff_factor is None:
+        values.normal_(0.0, std, generator=generator)
+    else:
+        limit = cutoff_factor * std
+        nn.init.trunc_normal_(values, 0.0, std, -limit, limit, generator=generator)
+
+
+class _SmallConfig(Component):
+    small_embedding: bool = Field(
+        False, description="token table uniform within +-1e-4, for a norm right behind it (RWKV's SmallInitEmb)"
+    )
+
+
+def _is_token_table(name: str) -> bool:
+    return name.endswith("embedding.tokens")
+
+
 @INITS.register("full_megatron")
-class FullMegatron:
+class FullMegatron(Initializer):
     """Truncated normal; projections into the residual stream are scaled down by sqrt(2 * layers); biases 0.
 
-    Other parameters (norm scales) keep what their class sets. Source: Megatron-LM (arXiv 1909.08053, sec. 3), as in
-    ModernBERT's pretraining code, where the head's dense layer has the plain std.
+    Source: Megatron-LM (arXiv 1909.08053, sec. 3), as in ModernBERT's pretraining code, where the head's dense layer
+    has the plain std.
     """
 
     class Config(Component):
@@ -25,32 +86,84 @@ class FullMegatron:
         cutoff_factor: float = Field(2.0, gt=0, description="truncation, in standard deviations (ModernBERT: 2)")
 
     def __init__(self, config: Config, *, num_hidden_layers: int) -> None:
+        super().__init__(config, num_hidden_layers=num_hidden_layers)
         self.config = config
         self.output_std = config.std / math.sqrt(2 * num_hidden_layers)
 
-    def __call__(self, module: nn.Module, seed: int, prefix: str = "") -> None:
-        """Fill the linear and embedding weights of `module` in place, skipping what lives on the meta device.
-
-        prefix: path of `module` in the model, so that an encoder alone starts like the encoder inside a model.
-        """
-        for name, child in module.named_modules(prefix=prefix):
-            if not isinstance(child, nn.Linear | nn.Embedding) or child.weight.is_meta:
-                continue
-            std = self.output_std if isinstance(child, OutputProjection) else self.config.std
-            self._draw(child.weight, std, parameter_seed(seed, f"{name}.weight"))
-            if isinstance(child, nn.Linear) and child.bias is not None:
-                nn.init.zeros_(child.bias)
-
-    @torch.no_grad()
-    def _draw(self, weight: Tensor, std: float, seed: int) -> None:
-        # Drawn on the CPU in float32, so that every device and dtype starts from the same numbers.
-        values = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
-        limit = self.config.cutoff_factor * std
-        nn.init.trunc_normal_(values, 0.0, std, -limit, limit, generator=torch.Generator("cpu").manual_seed(seed))
-        weight.copy_(values)
+    def draw(self, values: Tensor, name: str, module: nn.Module, generator: torch.Generator) -> None:
+        std = self.output_std if isinstance(module, OutputProjection) else self.config.std
+        _normal(values, std, self.config.cutoff_factor, generator)
 
 
-def parameter_seed(seed: int, name: str) -> int:
-    """63-bit seed of one parameter: it does not depend on which other parameters exist."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+@INITS.register("default")
+class Default(Initializer):
+    """One normal distribution for everything, not truncated, as transformers starts its BERT."""
+
+    class Config(_SmallConfig):
+        std: float = Field(0.02, gt=0, description="standard deviation (BERT: 0.02)")
+
+    cutoff_factor: float | None = None
+
+    def __init__(self, config: Config, *, num_hidden_layers: int) -> None:
+        super().__init__(config, num_hidden_layers=num_hidden_layers)
+        self.config = config
+
+    def draw(self, values: Tensor, name: str, module: nn.Module, generator: torch.Generator) -> None:
+        if self.config.small_embedding and _is_token_table(name):
+            values.uniform_(-1e-4, 1e-4, generator=generator)
+        else:
+            _normal(values, self.config.std, self.cutoff_factor, generator)
+
+
+@INITS.register("normal")
+class Normal(Default):
+    """The same, truncated (BERT's TensorFlow code: 0.02, cut at 2)."""
+
+    class Config(Default.Config):
+        cutoff_factor: float = Field(2.0, gt=0, description="truncation, in standard deviations")
+
+    def __init__(self, config: Config, *, num_hidden_layers: int) -> None:
+        super().__init__(config, num_hidden_layers=num_hidden_layers)
+        self.cutoff_factor = config.cutoff_factor
+
+
+@INITS.register("uniform")
+class Uniform(Initializer):
+    """Uniform within +-limit (NeoBERT: 0.02)."""
+
+    class Config(_SmallConfig):
+        limit: float = Field(0.02, gt=0, description="largest absolute value")
+
+    def __init__(self, config: Config, *, num_hidden_layers: int) -> None:
+        super().__init__(config, num_hidden_layers=num_hidden_layers)
+        self.config = config
+
+    def draw(self, values: Tensor, name: str, module: nn.Module, generator: torch.Generator) -> None:
+        limit = 1e-4 if self.config.small_embedding and _is_token_table(name) else self.config.limit
+        values.uniform_(-limit, limit, generator=generator)
+
+
+@INITS.register("depth_scaled")
+class DepthScaled(Initializer):
+    """Std 1/sqrt(fan_in), cut at 3 std; output projections of layer l another 1/sqrt(2 (l + 1)) smaller.
+
+    The "Mitchell" init of OLMo (arXiv 2402.00838) and of ModernBERT's pretraining code. An embedding's fan_in is its
+    width.
+    """
+
+    class Config(_SmallConfig):
+        cutoff_factor: float = Field(3.0, gt=0, description="truncation, in standard deviations")
+
+    def __init__(self, config: Config, *, num_hidden_layers: int) -> None:
+        super().__init__(config, num_hidden_layers=num_hidden_layers)
+        self.config = config
+
+    def draw(self, values: Tensor, name: str, module: nn.Module, generator: torch.Generator) -> None:
+        if self.config.small_embedding and _is_token_table(name):
+            values.uniform_(-1e-4, 1e-4, generator=generator)
+            return
+        std = 1 / math.sqrt(values.shape[1])
+        layer = re.search(r"\blayers\.(\d+)\.", name)
+        if isinstance(module, OutputProjection) and layer:
+            std /= math.sqrt(2 * (int(layer[1]) + 1))
+        _normal(values, std, self.config.cutoff_factor, generator)

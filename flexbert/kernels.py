@@ -32,12 +32,15 @@ def attend(
     plan: AttentionPlan,
     *,
     window_size: Window,
+    alibi_slopes: Tensor | None = None,
     dropout_p: float = 0.0,
     backend: Backend = "auto",
 ) -> Tensor:
-    """softmax(q k / sqrt(H)) v within each sequence: three (T, N, H) tensors -> (T, N, H) of the same dtype.
+    """softmax(q k / sqrt(H) - slope |i - j|) v within each sequence: (T, N, H) -> (T, N, H) of the same dtype.
 
+    keys, values: (T, K, H), K a divisor of N; query heads n * N/K .. share key-value head n.
     window_size: (left, right) tokens seen besides self, equal; (-1, -1): the whole sequence.
+    alibi_slopes: (N,) float32; None: 0. Constants: they get no gradient.
     dropout_p: of the attention weights, drawn from torch's global generator.
     Raises ConfigError when the named backend cannot run here.
     """
@@ -45,10 +48,13 @@ def attend(
         backend = choose_backend(queries.device.type, queries.dtype)
     else:
         require_backend(backend, queries.device.type, queries.dtype)
+    groups = queries.shape[1] // keys.shape[1]
+    if groups > 1 and (backend != "flash2" or not queries.numel()):
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     if not queries.numel():
         # Kernels refuse empty batches. The result must still hang on all three, for gradients of zero.
         return queries + keys + values
-    return _KERNELS[backend](queries, keys, values, plan, window_size, dropout_p)
+    return _KERNELS[backend](queries, keys, values, plan, window_size, alibi_slopes, dropout_p)
 
 
 @functools.cache
@@ -82,46 +88,57 @@ def flash_attn_installed() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: Window, dropout_p: float) -> Tensor:
+def _eager(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: Window, slopes: Tensor | None, dropout_p: float
+) -> Tensor:
     """The reference: one dense (T, T) mask, every step spelt out, softmax in float32."""
     scores = torch.einsum("qnh,knh->nqk", q, k).float() / math.sqrt(q.shape[-1])
+    if slopes is not None:
+        scores = scores - slopes[:, None, None] * plan.dense_distance
     scores = scores.masked_fill(~plan.dense_visible(window), float("-inf"))
     probs = F.dropout(scores.softmax(-1), dropout_p) if dropout_p else scores.softmax(-1)
     return torch.einsum("nqk,knh->qnh", probs.to(v.dtype), v)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: Window, dropout_p: float) -> Tensor:
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: Window, slopes: Tensor | None, dropout_p: float
+) -> Tensor:
     if window == (-1, -1):
-        return _sdpa_global(q, k, v, plan, dropout_p)
+        return _sdpa_global(q, k, v, plan, slopes, dropout_p)
     if window[0] != window[1]:
         raise ConfigError(f"attention: backend sdpa needs a symmetric window, got {window}")
     if plan.max_seqlen <= window[0] + 1:
-        return _sdpa_global(q, k, v, plan, dropout_p)  # no sequence is longer than one side of the window
-    return _sdpa_local(q, k, v, plan, window[0], dropout_p)
+        return _sdpa_global(q, k, v, plan, slopes, dropout_p)  # no sequence is longer than one side of the window
+    return _sdpa_local(q, k, v, plan, window[0], slopes, dropout_p)
 
 
-def _sdpa_global(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout_p: float) -> Tensor:
+def _sdpa_global(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, slopes: Tensor | None, dropout_p: float
+) -> Tensor:
     """One call per bucket of sequences of similar length, padded to the bucket's longest."""
     out = None
-    for bucket in plan.buckets:
+    for number, bucket in enumerate(plan.buckets):
         shape = (bucket.batch, bucket.length)
+        mask = bucket.key_is_real if slopes is None else plan.alibi_bucket(number, slopes, q.dtype)
         if bucket.tokens is None or bucket.slots is None:
             tables = [x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v)]
-            return _sdpa_call(*tables, mask=None, dropout_p=dropout_p).transpose(1, 2).flatten(0, 1)
+            return _sdpa_call(*tables, mask=mask, dropout_p=dropout_p).transpose(1, 2).flatten(0, 1)
         tables = [
             spread_rows(gather_rows(x, bucket.tokens), bucket.slots, bucket.batch * bucket.length)
             .unflatten(0, shape)
             .transpose(1, 2)
             for x in (q, k, v)
         ]
-        table = _sdpa_call(*tables, mask=bucket.key_is_real, dropout_p=dropout_p).transpose(1, 2).flatten(0, 1)
+        table = _sdpa_call(*tables, mask=mask, dropout_p=dropout_p).transpose(1, 2).flatten(0, 1)
         part = spread_rows(gather_rows(table, bucket.slots), bucket.tokens, plan.num_tokens)
         out = part if out is None else out + part
     assert out is not None
     return out
 
 
-def _sdpa_local(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, per_side: int, dropout_p: float) -> Tensor:
+def _sdpa_local(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, per_side: int, slopes: Tensor | None, dropout_p: float
+) -> Tensor:
     """Blocks of queries against the keys that their windows reach: O(T * window), across borders of sequences."""
     blocks = plan.blocks(per_side)
     slots = blocks.count * blocks.block
@@ -131,7 +148,7 @@ def _sdpa_local(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, per_side: 
         _WindowBlocks.apply(x, blocks.count, blocks.block, per_side).transpose(1, 2)  # pyright: ignore
         for x in (k, v)
     )
-    mask = plan.additive_visible(per_side, q.dtype)
+    mask = plan.additive_visible(per_side, q.dtype, slopes)
     out = _sdpa_call(query_blocks, key_blocks, value_blocks, mask=mask, dropout_p=dropout_p)
     return out.transpose(1, 2).flatten(0, 1)[: len(q)]
 
@@ -164,7 +181,9 @@ class _WindowBlocks(torch.autograd.Function):
         return own.flatten(0, 1)[:num_rows], None, None, None
 
 
-def _flash2(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: Window, dropout_p: float) -> Tensor:
+def _flash2(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: Window, slopes: Tensor | None, dropout_p: float
+) -> Tensor:
     """FlashAttention-2 (arXiv 2307.08691), variable-length call: no padding, no host sync."""
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
@@ -179,6 +198,7 @@ def _flash2(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: Window
         dropout_p=dropout_p,
         causal=False,
         window_size=window,
+        alibi_slopes=slopes,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 

@@ -1,7 +1,6 @@
 """Small parts that several components share."""
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,14 +8,26 @@ from torch import Tensor, nn
 from flexbert.registry import NORMS
 from schema import Component
 
-Activation = Literal["gelu", "silu"]
-
-# gelu is the exact erf form in every BERT-family reference, never the tanh approximation.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
+# How one axis of a weight divides: parts laid end to end, each of some shape. ((heads, head_dim),) * 3 is fused QKV.
+Parts = tuple[tuple[int, ...], ...]
 
 
-class OutputProjection(nn.Linear):
+class Linear(nn.Linear):
+    """A linear layer that knows how its outputs and inputs divide, so that each part can grow apart (growing.py)."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, *, outputs: Parts = (), inputs: Parts = ()
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.output_parts = outputs or ((out_features,),)
+        self.input_parts = inputs or ((in_features,),)
+
+
+class OutputProjection(Linear):
     """A linear layer whose output is added to the residual stream. Inits that scale with depth look for this class."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, inputs: Parts = ()) -> None:
+        super().__init__(in_features, out_features, bias, inputs=inputs)
 
 
 def dropout(hidden_states: Tensor, probability: float, training: bool) -> Tensor:
@@ -27,3 +38,8 @@ def dropout(hidden_states: Tensor, probability: float, training: bool) -> Tensor
 def build_norm(config: Component, hidden_size: int) -> Any:
     """A module from the norm slot."""
     return NORMS.build(config, hidden_size=hidden_size)
+
+
+def build_optional_norm(config: Component | None, hidden_size: int) -> Any:
+    """The same, or nothing."""
+    return nn.Identity() if config is None else build_norm(config, hidden_size)

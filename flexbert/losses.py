@@ -1,32 +1,66 @@
-"""Cross entropy over masked tokens, without ever holding all their logits.
-
-M masked tokens, D hidden, V vocabulary."""
+"""Slot `loss`: over masked tokens, without ever holding all their logits.   M masked tokens, D hidden, V vocabulary."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
+
+from flexbert.registry import LOSSES
+from schema import Component
 
 # Logits alive at once. On CUDA large products matter more than memory; on the CPU a piece should stay near the caches.
 _CHUNK_ELEMENTS = {"cuda": 2**26}
 _CHUNK_ELEMENTS_DEFAULT = 2**22
 
 
-def masked_cross_entropy(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Sum of -log softmax(hidden_states @ weight.T + bias)[target], a float32 scalar; 0 for no tokens.
+@LOSSES.register("cross_entropy")
+class CrossEntropy:
+    """Sum over tokens of (1 - e) * nll(target) + e * mean over the vocabulary of nll + z * log_norm^2.
+
+    nll = log_norm - logit, log_norm = log sum exp logits. e, label smoothing: arXiv 1512.00567, sec. 7; z, the z-loss:
+    PaLM, arXiv 2204.02311, sec. 5. Evaluation reports the plain cross entropy whatever is set here.
+    """
+
+    class Config(Component):
+        label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over the vocabulary")
+        z_loss: float = Field(0.0, ge=0, description="weight of log_norm^2, which keeps logits small (PaLM: 1e-4)")
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def __call__(self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        """A float32 scalar; 0 for no tokens. Shapes: see masked_cross_entropy."""
+        smoothing, z_loss = self.config.label_smoothing, self.config.z_loss
+        return masked_cross_entropy(hidden_states, weight, bias, targets, smoothing, z_loss)
+
+
+def masked_cross_entropy(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """The sum that CrossEntropy states, for logits = hidden_states @ weight.T + bias; 0 for no tokens.
 
     hidden_states: (M, D). weight: (V, D). bias: (V,) or None. targets: (M,) int64 in [0, V).
     The products run in autocast's dtype if it is on, everything else in float32. Gradients are computed along with the
     loss, chunk by chunk, and only scaled in backward: exact, and no chunk's logits are made twice.
     """
+    dtype = _product_dtype(hidden_states)
     if not (torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)):
         total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
-        for logits, rows in _chunks(hidden_states, weight, bias, _product_dtype(hidden_states)):
-            total += _chunk_loss(logits, targets[rows])
+        for logits, rows in _chunks(hidden_states, weight, bias, dtype):
+            total += _chunk_loss(
+                logits, targets[rows, None], logits.logsumexp(1, keepdim=True), label_smoothing, z_loss
+            )
         return total
-    dtype = _product_dtype(hidden_states)
-    return _MaskedCrossEntropy.apply(hidden_states, weight, bias, targets, dtype)  # pyright: ignore[reportReturnType]
+    return _MaskedCrossEntropy.apply(  # pyright: ignore[reportReturnType]
+        hidden_states, weight, bias, targets, dtype, label_smoothing, z_loss
+    )
 
 
 @torch.no_grad()
@@ -38,14 +72,21 @@ def masked_evaluation(
     correct = torch.zeros((), dtype=torch.int64, device=hidden_states.device)
     for logits, rows in _chunks(hidden_states, weight, bias, _product_dtype(hidden_states)):
         correct += (logits.argmax(1) == targets[rows]).sum()
-        loss += _chunk_loss(logits, targets[rows])
+        loss += _chunk_loss(logits, targets[rows, None], logits.logsumexp(1, keepdim=True), 0.0, 0.0)
     return loss, correct
 
 
 class _MaskedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, dtype: torch.dtype
+        ctx: Any,
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        dtype: torch.dtype,
+        label_smoothing: float,
+        z_loss: float,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         hidden_gradient = torch.empty_like(hidden_states)
@@ -56,10 +97,14 @@ class _MaskedCrossEntropy(torch.autograd.Function):
             for logits, rows in _chunks(hidden_states, lowered, bias, dtype):
                 target = targets[rows, None]
                 log_norm = logits.logsumexp(1, keepdim=True)
-                total += (log_norm - logits.gather(1, target)).sum()
-                # softmax minus one-hot, written over the logits
+                total += _chunk_loss(logits, target, log_norm, label_smoothing, z_loss)
+                # softmax minus the smoothed one-hot, written over the logits
                 gradient = logits.sub_(log_norm).exp_()
-                gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
+                if z_loss:
+                    gradient *= 1 + 2 * z_loss * log_norm
+                if label_smoothing:
+                    gradient -= label_smoothing / len(weight)
+                gradient.scatter_add_(1, target, gradient.new_full(target.shape, label_smoothing - 1.0))
                 if bias_gradient is not None:
                     bias_gradient += gradient.sum(0)
                 gradient = gradient.to(dtype)
@@ -74,7 +119,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = gradients
         hidden_gradient, weight_gradient, bias_gradient = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
@@ -82,8 +127,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
             hidden_gradient * scale.to(hidden_gradient.dtype),
             (weight_gradient * scale).to(weight_dtype),
             None if bias_gradient is None else (bias_gradient * scale).to(bias_dtype),
-            None,
-            None,
+            *(None,) * 4,
         )
 
 
@@ -105,5 +149,11 @@ def _chunks(
         yield logits if bias is None else logits.add_(bias), rows
 
 
-def _chunk_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return (logits.logsumexp(1) - logits.gather(1, targets[:, None]).squeeze(1)).sum()
+def _chunk_loss(logits: Tensor, targets: Tensor, log_norm: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
+    """Sum over the rows of logits (m, V), with targets and log_norm (m, 1)."""
+    loss = (log_norm - logits.gather(1, targets)).sum()
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss + label_smoothing * (log_norm.sum() - logits.mean(1).sum())
+    if z_loss:
+        loss = loss + z_loss * log_norm.square().sum()
+    return loss

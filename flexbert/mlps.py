@@ -1,33 +1,76 @@
 """Slot `mlp`: the feed-forward half of a block.   T packed tokens, D hidden, F intermediate."""
 
+from typing import Annotated, Any, Literal
+
 from pydantic import Field
 from torch import Tensor, nn
 
-from flexbert.layers import ACTIVATIONS, Activation, OutputProjection, dropout
-from flexbert.registry import MLPS
+from flexbert.layers import Linear, OutputProjection, build_optional_norm, dropout
+from flexbert.registry import MLPS, NORMS, Activation, build_activation, optional_slot
 from schema import Component
+
+
+class _Config(Component):
+    in_bias: bool = Field(False, description="bias of the input projection Wi")
+    out_bias: bool = Field(False, description="bias of the output projection Wo")
+    inner_norm: Annotated[Any, *optional_slot(NORMS)] = Field(
+        None, description="norm before Wo, as in sub-LN (arXiv 2210.06423); null: none"
+    )
+    inner_dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability between gate and Wo")
+    out_dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability after Wo, before the residual sum")
 
 
 @MLPS.register("glu")
 class GatedLinearUnit(nn.Module):
-    """Wo(drop(act(a) * b)), [a|b] = Wi(x): the first half is activated (Shazeer 2020, arXiv 2002.05202; ModernBERT)."""
+    """Wo(drop(norm(act(a) * b))), [a|b] = Wi(x): the first half is activated (arXiv 2002.05202; ModernBERT).
 
-    class Config(Component):
-        activation: Activation = Field("gelu", description="gelu (exact erf form) or silu, on the first half")
-        in_bias: bool = Field(False, description="bias of the input projection Wi")
-        out_bias: bool = Field(False, description="bias of the output projection Wo")
-        inner_dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability between gate and Wo")
-        out_dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability after Wo, before the residual sum")
+    With `activated_half: second` it is a * act(b), as CrammingBERT, NomicBERT and GTE store their halves.
+    """
+
+    class Config(_Config):
+        activation: Activation = Field(
+            "gelu",
+            description="of one half: gelu (exact erf form), silu, relu, sigmoid, identity, ... (slot activation)",
+        )
+        activated_half: Literal["first", "second"] = Field(
+            "first", description="which rows of Wi the activation acts on; the other rows are the factor"
+        )
 
     def __init__(self, config: Config, *, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.config = config
-        self.activation = ACTIVATIONS[config.activation]
-        self.Wi = nn.Linear(hidden_size, 2 * intermediate_size, bias=config.in_bias)
+        self.activation = build_activation(config.activation)
+        halves = ((intermediate_size,),) * 2
+        self.Wi = Linear(hidden_size, 2 * intermediate_size, bias=config.in_bias, outputs=halves)
+        self.inner_norm = build_optional_norm(config.inner_norm, intermediate_size)
         self.Wo = OutputProjection(intermediate_size, hidden_size, bias=config.out_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
-        activated, gate = self.Wi(hidden_states).chunk(2, dim=-1)
-        inner = dropout(self.activation(activated) * gate, self.config.inner_dropout, self.training)
+        first, second = self.Wi(hidden_states).chunk(2, dim=-1)
+        activated, factor = (first, second) if self.config.activated_half == "first" else (second, first)
+        inner = self.inner_norm(self.activation(activated) * factor)
+        inner = dropout(inner, self.config.inner_dropout, self.training)
+        return dropout(self.Wo(inner), self.config.out_dropout, self.training)
+
+
+@MLPS.register("mlp")
+class MultiLayerPerceptron(nn.Module):
+    """Wo(drop(norm(act(Wi(x))))): the plain one of BERT (arXiv 1810.04805), biases as configured."""
+
+    class Config(_Config):
+        activation: Activation = Field("gelu", description="gelu (exact erf form), relu, ... (slot activation)")
+
+    def __init__(self, config: Config, *, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.activation = build_activation(config.activation)
+        self.Wi = Linear(hidden_size, intermediate_size, bias=config.in_bias)
+        self.inner_norm = build_optional_norm(config.inner_norm, intermediate_size)
+        self.Wo = OutputProjection(intermediate_size, hidden_size, bias=config.out_bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(T, D) -> (T, D)."""
+        inner = self.inner_norm(self.activation(self.Wi(hidden_states)))
+        inner = dropout(inner, self.config.inner_dropout, self.training)
         return dropout(self.Wo(inner), self.config.out_dropout, self.training)

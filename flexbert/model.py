@@ -1,6 +1,6 @@
 """Models for a task, and `build`, the way to make one.   T packed tokens, M masked ones, D hidden, V vocabulary."""
 
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from flexbert.config import FlexBertConfig
 from flexbert.encoder import FlexBertEncoder
 from flexbert.kernels import require_backend
-from flexbert.losses import masked_cross_entropy, masked_evaluation
+from flexbert.losses import masked_evaluation
 from flexbert.packed import gather_rows
-from flexbert.registry import HEADS, INITS
+from flexbert.registry import HEADS, INITS, LOSSES
+from flexbert.tasks import FlexBertForSequenceClassification, FlexBertForTokenClassification
 from schema import ConfigError, did_you_mean
 
 IGNORE = -100
@@ -31,6 +32,7 @@ class FlexBertForMaskedLM(nn.Module):
         super().__init__()
         self.encoder = FlexBertEncoder(config)
         self.head = HEADS.build(config.head, model=config)
+        self.loss = LOSSES.build(config.loss)
 
     @property
     def config(self) -> FlexBertConfig:
@@ -38,21 +40,27 @@ class FlexBertForMaskedLM(nn.Module):
         return self.encoder.config
 
     def forward(
-        self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, labels: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        labels: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> MaskedLMOutput:
         """Scores of every token, or, with labels, the mean loss over this batch's masked tokens.
 
         input_ids: (T,) int64. cu_seqlens: (num_seqs + 1,) int32. max_seqlen: tokens of the longest sequence.
-        labels: (T,) int64, -100 = not masked. The head runs on masked tokens only and their logits never exist all at
-        once. Without masked tokens the loss is 0 and every parameter still gets a gradient, of zeros: DDP waits for it.
+        labels: (T,) int64, -100 = not masked. token_type_ids: (T,) int64; None: all 0.
+        The head runs on masked tokens only and their logits never exist all at once. Without masked tokens the loss is
+        0 and every parameter still gets a gradient, of zeros: DDP waits for it.
         Raises ValueError for other shapes and dtypes.
         """
-        hidden_states = self.encoder(input_ids, cu_seqlens, max_seqlen)
+        hidden_states = self.encoder(input_ids, cu_seqlens, max_seqlen, token_type_ids)
         weight, bias = self.head.decoder(self.encoder.token_table)
         if labels is None:
             return MaskedLMOutput(None, nn.functional.linear(self.head(hidden_states), weight, bias), hidden_states)
         masked, targets = _masked(hidden_states, labels)
-        loss = masked_cross_entropy(self.head(masked), weight, bias, targets) / max(len(targets), 1)
+        loss = self.loss(self.head(masked), weight, bias, targets) / max(len(targets), 1)
         return MaskedLMOutput(loss, None, hidden_states)
 
     @torch.no_grad()
@@ -69,9 +77,9 @@ class FlexBertForMaskedLM(nn.Module):
         loss, correct = masked_evaluation(self.head(masked), weight, bias, targets)
         return loss, correct, torch.tensor(len(targets), device=loss.device)
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def encode(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Hidden states (batch, seq, D) of a padded batch (batch, seq), zero where attention_mask is false."""
-        return self.encoder.encode(input_ids, attention_mask)
+        return self.encoder.encode(input_ids, attention_mask, token_type_ids)
 
     def set_rope_theta(self, global_theta: float | None = None, local_theta: float | None = None) -> None:
         """See FlexBertEncoder.set_rope_theta."""
@@ -88,24 +96,44 @@ def _masked(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return gather_rows(hidden_states, index), labels.index_select(0, index)
 
 
-_TASKS = {"mlm": FlexBertForMaskedLM, "encoder": FlexBertEncoder}
+Model = FlexBertForMaskedLM | FlexBertForSequenceClassification | FlexBertForTokenClassification | FlexBertEncoder
+
+_TASKS: dict[str, Any] = {
+    "mlm": FlexBertForMaskedLM,
+    "classification": FlexBertForSequenceClassification,
+    "tokens": FlexBertForTokenClassification,
+    "encoder": FlexBertEncoder,
+}
 
 
 @overload
 def build(config: FlexBertConfig, task: Literal["mlm"] = "mlm", *, seed: int = 0) -> FlexBertForMaskedLM: ...
 @overload
 def build(config: FlexBertConfig, task: Literal["encoder"], *, seed: int = 0) -> FlexBertEncoder: ...
-def build(config: FlexBertConfig, task: str = "mlm", *, seed: int = 0) -> FlexBertForMaskedLM | FlexBertEncoder:
+@overload
+def build(
+    config: FlexBertConfig, task: Literal["classification"], *, num_labels: int | None = None, seed: int = 0
+) -> FlexBertForSequenceClassification: ...
+@overload
+def build(
+    config: FlexBertConfig, task: Literal["tokens"], *, num_labels: int | None = None, seed: int = 0
+) -> FlexBertForTokenClassification: ...
+def build(config: FlexBertConfig, task: str = "mlm", *, num_labels: int | None = None, seed: int = 0) -> Model:
     """A model with fresh weights, in training mode, float32, on the default device.
 
-    task: "mlm" or "encoder". seed: each parameter's start is a function of it and of the parameter's name; torch's
-    global generator is neither read nor moved. Under `torch.device("meta")` nothing is allocated or drawn.
-    Raises ConfigError for a task that does not exist and for an attention backend that cannot run here.
+    task: "mlm", "classification" (of sequences), "tokens" (classification of each) or "encoder" (no head). The config's
+    head serves if it is one for the task; else the task's own replaces it, as its defaults are: so a pretraining config
+    serves for fine-tuning. num_labels: of a classification; None: as the head says.
+    seed: each parameter's start is a function of it and of the parameter's name; torch's global generator is neither
+    read nor moved. Under `torch.device("meta")` nothing is allocated or drawn.
+    Raises ConfigError for a task that does not exist, for a head that cannot do masked-token training and for an
+    attention backend that cannot run here.
     """
     if task not in _TASKS:
         raise ConfigError(f"task: {task!r} cannot be built, {did_you_mean(task, _TASKS)}")
     if torch.get_default_device().type != "meta" and getattr(config.attention, "backend", "auto") == "flash2":
         require_backend("flash2", "cuda" if torch.cuda.is_available() else "cpu")
+    config = _with_head(config, task, num_labels)
     # Modules draw their own starting weights when constructed; those not overwritten by `init` depend on the seed too.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -113,3 +141,19 @@ def build(config: FlexBertConfig, task: str = "mlm", *, seed: int = 0) -> FlexBe
     init = INITS.build(config.init, num_hidden_layers=config.num_hidden_layers)
     init(model, seed, "encoder" if task == "encoder" else "")
     return model
+
+
+def _with_head(config: FlexBertConfig, task: str, num_labels: int | None) -> FlexBertConfig:
+    """The config with a head for the task. Raises ConfigError when there is none for masked-token training."""
+    if task == "encoder":
+        return config
+    head: dict[str, Any] = config.head.model_dump()
+    if HEADS.entries[config.head.name].task != task:
+        if task == "mlm":
+            raise ConfigError(f"head: {config.head.name!r} is no masked-token head: use mlm")
+        head = {"name": task}
+    if num_labels is not None and task != "mlm":
+        head["num_labels"] = num_labels
+    if head == config.head.model_dump():
+        return config
+    return FlexBertConfig.from_dict({**config.to_dict(), "head": head})

@@ -1,5 +1,6 @@
 """Slot `norm`: one entry serves every normalisation of a model."""
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -21,3 +22,20 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+@NORMS.register("rmsnorm")
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, arXiv 1910.07467), inside in float32 (Llama)."""
+
+    class Config(Component):
+        eps: float = Field(1e-5, gt=0, description="added to the mean square (NeoBERT: 1e-5)")
+
+    def __init__(self, config: Config, *, hidden_size: int) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., D) -> (..., D), same dtype."""
+        return F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.eps).to(hidden_states)

@@ -46,7 +46,8 @@ class AttentionPlan:
         """cu_seqlens: (num_seqs + 1,) int32. num_tokens: its last entry, known to the caller without a sync."""
         self.cu_seqlens, self.max_seqlen, self.num_tokens = cu_seqlens, max_seqlen, num_tokens
         self._blocks: dict[int, Blocks] = {}
-        self._additive: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._additive: dict[tuple[int, torch.dtype, bool], Tensor] = {}
+        self._alibi: dict[tuple[int, torch.dtype], Tensor] = {}
 
     @cached_property
     def sequence_ids(self) -> Tensor:
@@ -89,14 +90,43 @@ class AttentionPlan:
             self._blocks[per_side] = self._make_blocks(per_side)
         return self._blocks[per_side]
 
-    def additive_visible(self, per_side: int, dtype: torch.dtype) -> Tensor:
-        """`blocks(per_side).visible` as 0 and -inf: SDPA would convert a bool mask anew in every layer."""
-        key = (per_side, dtype)
+    def additive_visible(self, per_side: int, dtype: torch.dtype, slopes: Tensor | None = None) -> Tensor:
+        """`blocks(per_side).visible` as 0 and -inf: SDPA would convert a bool mask anew in every layer.
+
+        slopes: (N,) float32 of ALiBi, one and the same for all calls on a plan: -slope * distance in place of the 0.
+        """
+        key = (per_side, dtype, slopes is not None)
         if key not in self._additive:
-            visible = self.blocks(per_side).visible
-            mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-            self._additive[key] = mask.masked_fill_(~visible, float("-inf"))
+            blocks = self.blocks(per_side)
+            mask = torch.zeros((), dtype=dtype, device=blocks.visible.device)
+            if slopes is not None:
+                places = torch.arange(blocks.block + 2 * per_side, device=blocks.visible.device)
+                distance = places[None, :] - per_side - places[: blocks.block, None]
+                mask = (-slopes[:, None, None] * distance.abs()).to(dtype)
+            self._additive[key] = torch.where(blocks.visible, mask, float("-inf"))
         return self._additive[key]
+
+    def alibi_bucket(self, number: int, slopes: Tensor, dtype: torch.dtype) -> Tensor:
+        """(1 or B, N, L, L): -slope * distance in a bucket's table, -inf at its empty slots. Quadratic in L.
+
+        slopes: (N,) float32, one and the same for all calls on a plan.
+        """
+        key = (number, dtype)
+        if key not in self._alibi:
+            bucket = self.buckets[number]
+            places = torch.arange(bucket.length, device=slopes.device)
+            distance = (places[None, :] - places[:, None]).abs()
+            bias = (-slopes[:, None, None] * distance).to(dtype).unsqueeze(0)
+            if bucket.key_is_real is not None:
+                bias = torch.where(bucket.key_is_real, bias, float("-inf"))
+            self._alibi[key] = bias
+        return self._alibi[key]
+
+    @cached_property
+    def dense_distance(self) -> Tensor:
+        """(T, T) int64: |query - key|. Quadratic: for the eager reference only."""
+        places = torch.arange(self.num_tokens, device=self.cu_seqlens.device)
+        return (places[None, :] - places[:, None]).abs()
 
     def dense_visible(self, window_size: tuple[int, int]) -> Tensor:
         """(T, T) bool: query (row) sees key (column). Quadratic: for the eager reference only."""

@@ -1,122 +1,164 @@
-"""Slot `position`: how a token's place enters the model.   T packed tokens, N heads, H head dim."""
+"""Slot `position`: how a token's place enters the model.   T packed tokens, N heads, H head dim, D hidden."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from flexbert.registry import POSITIONS, ModelComponent
+from flexbert.rotary import RotaryAngles, RotaryConfig, Rotation
+from schema import Component
 
 if TYPE_CHECKING:
     from flexbert.config import FlexBertConfig
 
 
-class Rotation(NamedTuple):
-    """Each token's angles, (T, 1, H) float32: cos | cos and -sin | sin over the two halves of a head."""
-
-    cos: Tensor
-    sin: Tensor
-
-
-class Rotations(NamedTuple):
-    """What a forward's attention layers need to know about positions; None: nothing to rotate."""
+class Positions(NamedTuple):
+    """What a forward's attention layers need to know about positions; None: nothing."""
 
     global_layers: Rotation | None = None
     local_layers: Rotation | None = None
+    alibi_slopes: Tensor | None = None  # (N,) float32
 
 
 class Position(nn.Module):
-    """Base of the entries: does nothing at either place where positions can enter."""
+    """Base of the entries: does nothing at either place where positions can enter.
 
-    def embed(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
-        """Add positions to token embeddings: (T, D), (T,) int64 restarting at 0 in each sequence -> (T, D)."""
-        return hidden_states
+    Position ids restart at 0 in each sequence.
+    """
 
-    def rotations(self, position_ids: Tensor, max_seqlen: int) -> Rotations:
-        """Angles for the attention layers, computed once per forward."""
-        return Rotations()
+    def embed(self, position_ids: Tensor, max_seqlen: int) -> Tensor | None:
+        """(T, D) to add to the token embeddings, before their norm, from position ids (T,) int64; None: nothing."""
+        return None
+
+    def for_attention(self, position_ids: Tensor, max_seqlen: int) -> Positions:
+        """What the attention layers use, computed once per forward."""
+        return Positions()
+
+
+@POSITIONS.register("none")
+class NoPosition(Position):
+    """No positions: a bag of tokens, but for what windows tell."""
+
+    class Config(Component):
+        pass
+
+    def __init__(self, config: Config, *, model: "FlexBertConfig") -> None:
+        super().__init__()
 
 
 @POSITIONS.register("rope")
 class RotaryPosition(Position):
-    """Rotary embedding (Su et al. 2021, arXiv 2104.09864), "half" layout: component i turns with component i + H/2.
+    """Rotary embedding of queries and keys, with a theta for global and one for local layers: see rotary.py."""
 
-    angle = position * theta^(-2i/H), in float32 whatever the model's dtype. Tables are plain attributes, not buffers:
-    they grow with the longest sequence seen, which differs between ranks, and DDP would try to synchronise buffers.
+    Config = RotaryConfig
+
+    def __init__(self, config: RotaryConfig, *, model: "FlexBertConfig") -> None:
+        super().__init__()
+        self.config = config
+        self._angles = RotaryAngles(model.head_dim)
+
+    def set_theta(self, config: RotaryConfig) -> None:
+        """Use other thetas from the next forward on."""
+        self.config = config
+        self._angles.clear()
+
+    def for_attention(self, position_ids: Tensor, max_seqlen: int) -> Positions:
+        config = self.config
+        global_layers = self._angles(config, config.global_theta, position_ids, max_seqlen)
+        if config.local_theta == config.global_theta:
+            return Positions(global_layers, global_layers)
+        return Positions(global_layers, self._angles(config, config.local_theta, position_ids, max_seqlen))
+
+
+@POSITIONS.register("alibi")
+class Alibi(Position):
+    """Attention scores less slope * distance, alike in both directions (ALiBi, arXiv 2108.12409; MosaicBERT).
+
+    Slopes: 2^(-8k/N), k = 1..N, for N a power of two; else those for the power below, then every second of those for
+    the power above. No sequence is too long.
+    """
+
+    class Config(Component):
+        pass
+
+    def __init__(self, config: Config, *, model: "FlexBertConfig") -> None:
+        super().__init__()
+        self.slopes = alibi_slopes(model.num_attention_heads)
+        self._tensors: dict[torch.device, Tensor] = {}
+
+    def for_attention(self, position_ids: Tensor, max_seqlen: int) -> Positions:
+        device = position_ids.device
+        if device not in self._tensors:
+            self._tensors[device] = torch.tensor(self.slopes, dtype=torch.float32, device=device)
+        return Positions(alibi_slopes=self._tensors[device])
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """One for each head, as in the paper's code."""
+    power = 2 ** (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8.0 * k / power) for k in range(1, power + 1)]
+    between = [2.0 ** (-4.0 * k / power) for k in range(1, 2 * power + 1)]
+    return slopes + between[0::2][: num_heads - power]
+
+
+@POSITIONS.register("learned")
+class LearnedPosition(Position):
+    """A table of positions, added to the token embeddings (BERT, arXiv 1810.04805)."""
+
+    class Config(Component):
+        offset: int = Field(
+            0, ge=0, description="unused rows before position 0 (RoBERTa: 2; its table has max_position_embeddings + 2)"
+        )
+
+    def __init__(self, config: Config, *, model: "FlexBertConfig") -> None:
+        super().__init__()
+        self.offset, self.limit = config.offset, model.max_position_embeddings
+        self.table = nn.Embedding(self.limit + config.offset, model.hidden_size)
+
+    def embed(self, position_ids: Tensor, max_seqlen: int) -> Tensor:
+        """Raises ValueError for a sequence longer than the table."""
+        if max_seqlen > self.limit:
+            raise ValueError(
+                f"a sequence of {max_seqlen} tokens is longer than the {self.limit} learned positions: "
+                "cut it, or build the model with a larger max_position_embeddings"
+            )
+        return self.table(position_ids + self.offset if self.offset else position_ids)
+
+
+@POSITIONS.register("sinusoidal")
+class SinusoidalPosition(Position):
+    """scale * (sin on even, cos on odd channels of position * theta^(-2i/D)), added to the token embeddings.
+
+    Source: arXiv 1706.03762, sec. 3.5; with a learned scale that starts at 1/sqrt(D): CrammingBERT, arXiv 2212.14034.
     """
 
     class Config(ModelComponent):
-        global_theta: float = Field(
-            10000.0, gt=0, description="base of the angles in global layers (ModernBERT: 160000)"
-        )
-        local_theta: float = Field(10000.0, gt=0, description="base of the angles in local layers (ModernBERT: 10000)")
+        theta: float = Field(10000.0, gt=0, description="base of the wavelengths")
+        learned_scale: bool = Field(False, description="learn one factor for the whole table (CrammingBERT), else 1")
 
         def check(self, model: "FlexBertConfig") -> None:
-            if model.head_dim % 2:
-                raise ValueError(
-                    f"hidden_size: {model.hidden_size} over num_attention_heads {model.num_attention_heads} is heads "
-                    f"of {model.head_dim}, and position rope needs an even size: change one of the two"
-                )
+            if model.hidden_size % 2:
+                raise ValueError(f"hidden_size: {model.hidden_size} is odd, and position sinusoidal needs pairs")
 
-    def __init__(self, config: Config, *, head_dim: int) -> None:
+    def __init__(self, config: Config, *, model: "FlexBertConfig") -> None:
         super().__init__()
-        self.config = config
-        self.head_dim = head_dim
-        self._tables: dict[tuple[float, torch.device], Tensor] = {}
+        self.theta, self.hidden_size = config.theta, model.hidden_size
+        self.scale = nn.Parameter(torch.full((1,), model.hidden_size**-0.5)) if config.learned_scale else None
+        self._tables: dict[torch.device, Tensor] = {}
 
-    def set_theta(self, config: Config) -> None:
-        """Use other thetas from the next forward on."""
-        self.config = config
-        self._tables.clear()
+    def embed(self, position_ids: Tensor, max_seqlen: int) -> Tensor:
+        """In float32."""
+        table = self._tables.get(position_ids.device)
+        if table is None or len(table) < max_seqlen:
+            table = self._make_table(max(max_seqlen, 512), position_ids.device)
+            self._tables[position_ids.device] = table
+        rows = table.index_select(0, position_ids)
+        return rows if self.scale is None else rows * self.scale
 
-    def rotations(self, position_ids: Tensor, max_seqlen: int) -> Rotations:
-        global_layers = self._rotation(self.config.global_theta, position_ids, max_seqlen)
-        if self.config.local_theta == self.config.global_theta:
-            return Rotations(global_layers, global_layers)
-        return Rotations(global_layers, self._rotation(self.config.local_theta, position_ids, max_seqlen))
-
-    def _rotation(self, theta: float, position_ids: Tensor, max_seqlen: int) -> Rotation:
-        key = (theta, position_ids.device)
-        table = self._tables.get(key)
-        if table is None or table.shape[1] < max_seqlen:
-            with torch.no_grad(), torch.autocast(position_ids.device.type, enabled=False):
-                table = _angle_table(theta, self.head_dim, max(max_seqlen, 512), position_ids.device)
-            self._tables[key] = table
-        cos, sin = table.index_select(1, position_ids).unsqueeze(2)
-        return Rotation(cos, sin)
-
-
-def _angle_table(theta: float, head_dim: int, positions: int, device: torch.device) -> Tensor:
-    """(2, positions, H) float32: cos | cos, then -sin | sin, so that a rotation is two products over whole heads."""
-    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    angles = torch.arange(positions, device=device, dtype=torch.float32)[:, None] * (1.0 / theta**exponents)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)))
-
-
-class _Rotate(torch.autograd.Function):
-    """Saves only the shared tables; the gradient of a rotation is the rotation back."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turn(states, cos, sin, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turn(gradients[0], cos, sin, -1), None, None
-
-
-def _turn(states: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    first, second = states.float().chunk(2, -1)
-    swapped = torch.cat((second, first), -1)
-    return torch.addcmul(states * cos, swapped, sin, value=direction).to(states.dtype)
-
-
-def rotate(states: Tensor, rotation: Rotation | None) -> Tensor:
-    """Turn queries or keys (T, N, H) by their angles, in float32; the result has the dtype of `states`."""
-    if rotation is None:
-        return states
-    return _Rotate.apply(states, rotation.cos, rotation.sin)  # pyright: ignore[reportReturnType]
+    @torch.no_grad()
+    def _make_table(self, positions: int, device: torch.device) -> Tensor:
+        exponents = torch.arange(0, self.hidden_size, 2, device=device, dtype=torch.float32) / self.hidden_size
+        angles = torch.arange(positions, device=device, dtype=torch.float32)[:, None] / self.theta**exponents
+        return torch.stack((angles.sin(), angles.cos()), 2).flatten(1)

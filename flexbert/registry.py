@@ -2,20 +2,25 @@
 
 | slot | entry | constructed with |
 |---|---|---|
-| embedding | module: input_ids (T,) int64 -> (T, D) | model |
-| position | positions.Position | head_dim |
-| attention | module: (hidden_states, plan, rotations) -> (T, D) | hidden_size, num_attention_heads, layer_index |
+| embedding | module: (input_ids (T,), added (T, D) or None, token_type_ids (T,) or None) -> (T, D) | model |
+| position | positions.Position | model |
+| attention | module: (hidden_states, plan, positions) -> (T, D) | hidden_size, num_attention_heads, layer_index |
 | norm | module: (..., D) -> (..., D) | hidden_size |
+| activation | function of a tensor, or module class constructed without arguments; no Config, a name is all | |
 | mlp | module: (T, D) -> (T, D) | hidden_size, intermediate_size |
-| block | module: (hidden_states, plan, rotations) -> (T, D); class attribute `needs_final_norm` | model, layer_index |
-| head | heads.Head | model |
+| block | module: (hidden_states, plan, positions) -> (T, D); class attribute `needs_final_norm` | model, layer_index |
+| head | heads.Head (task mlm), or heads.TaskHead; class attribute `task` | model |
+| loss | callable: (hidden_states (M, D), weight (V, D), bias (V,) or None, targets (M,)) -> sum, float32 scalar | |
 | init | callable: (module, seed, prefix) -> None | num_hidden_layers |
 
-`model` is the FlexBertConfig. T packed tokens, D hidden.
+`model` is the FlexBertConfig, as it is for the layer in question.
+T packed tokens, M masked ones, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, PlainSerializer
 
 from schema import Component, ConfigError, Registry, did_you_mean
 
@@ -28,11 +33,16 @@ EMBEDDINGS = Registry("embedding")
 POSITIONS = Registry("position")
 ATTENTIONS = Registry("attention")
 NORMS = Registry("norm")
+ACTIVATIONS = Registry("activation")
 MLPS = Registry("mlp")
 BLOCKS = Registry("block")
 HEADS = Registry("head")
+LOSSES = Registry("loss")
 INITS = Registry("init")
-SLOTS = {slot.slot_name: slot for slot in (EMBEDDINGS, POSITIONS, ATTENTIONS, NORMS, MLPS, BLOCKS, HEADS, INITS)}
+SLOTS = {
+    slot.slot_name: slot
+    for slot in (EMBEDDINGS, POSITIONS, ATTENTIONS, NORMS, ACTIVATIONS, MLPS, BLOCKS, HEADS, LOSSES, INITS)
+}
 
 
 class ModelComponent(Component):
@@ -40,6 +50,30 @@ class ModelComponent(Component):
 
     def check(self, model: "FlexBertConfig") -> None:
         """Raise ValueError `field: what is wrong: fix` when this component does not fit the model around it."""
+
+
+def _known_activation(name: str) -> str:
+    if name not in ACTIVATIONS.entries:
+        raise ValueError(f"unknown activation {name!r}, {did_you_mean(name, ACTIVATIONS.entries)}")
+    return name
+
+
+# Type of a config field that names an entry of the slot `activation`.
+Activation = Annotated[str, AfterValidator(_known_activation)]
+
+
+def build_activation(name: str) -> Any:
+    """The function, or a fresh module, that an Activation field names."""
+    entry = ACTIVATIONS.entries[name]
+    return entry() if isinstance(entry, type) else entry
+
+
+def optional_slot(registry: Registry) -> tuple[Any, Any]:
+    """Like registry.slot(), for a field that may also be null: no such component."""
+    return (
+        BeforeValidator(lambda node: None if node is None else registry.parse(node)),
+        PlainSerializer(lambda config: None if config is None else config.model_dump()),
+    )
 
 
 def register(slot: str, name: str) -> Callable[[T], T]:

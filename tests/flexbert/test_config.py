@@ -51,7 +51,10 @@ def test_a_slot_takes_a_name_or_a_mapping() -> None:
         ({"norm": "layrnorm"}, "model: norm: unknown norm 'layrnorm', did you mean 'layernorm'?"),
         ({"norm": {"name": "layernorm", "epz": 1}}, "norm: unknown key 'epz', did you mean 'eps'?"),
         ({"norm": {"name": "layernorm", "eps": 0.0}}, "norm.eps: should be greater than 0, got 0.0"),
-        ({"mlp": {"name": "glu", "activation": "relu"}}, "mlp.activation: should be 'gelu' or 'silu', got 'relu'"),
+        (
+            {"mlp": {"name": "glu", "activation": "geluu"}},
+            "mlp.activation: unknown activation 'geluu', did you mean 'gelu'?",
+        ),
         ({"attention": {"window_per_side": 0}}, "window_per_side: should be greater than or equal to 1, got 0"),
         (
             {"attention": {"backend": "flash"}},
@@ -97,7 +100,8 @@ def test_errors_of_a_file_start_with_its_path(tmp_path: Path) -> None:
 
 def test_every_field_is_described_and_every_number_has_a_range() -> None:
     configs: list[type[BaseModel]] = [FlexBertConfig]
-    configs += [entry.Config for slot in SLOTS.values() for entry in slot.entries.values()]
+    slots = [slot for name, slot in SLOTS.items() if name != "activation"]  # a name is all there is
+    configs += [entry.Config for slot in slots for entry in slot.entries.values()]
     assert len(configs) > len(SLOTS)
     for config in configs:
         for name, field in config.model_fields.items():

@@ -49,17 +49,21 @@ def detached(tensors: QKV, dtype: torch.dtype = torch.float32, device: str = "cp
     return queries, keys, values
 
 
-def run(backend: Any, lengths: tuple[int, ...], window: tuple[int, int]) -> list[Tensor]:
+SLOPES = torch.tensor([0.25, 0.0625])
+
+
+def run(backend: Any, lengths: tuple[int, ...], window: tuple[int, int], slopes: Tensor | None = None) -> list[Tensor]:
     """Output and gradients of queries, keys, values."""
     tensors = qkv_of(sum(lengths))
     plan = AttentionPlan(torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths, default=0), sum(lengths))
-    out = attend(*tensors, plan, window_size=window, backend=backend)
+    out = attend(*tensors, plan, window_size=window, alibi_slopes=slopes, backend=backend)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     (out * weights).sum().backward()
     return [out, *(tensor.grad for tensor in tensors)]  # pyright: ignore[reportReturnType]
 
 
-def test_reference_equals_a_loop() -> None:
+@pytest.mark.parametrize("slopes", [None, SLOPES], ids=["plain", "alibi"])
+def test_reference_equals_a_loop(slopes: Tensor | None) -> None:
     lengths, (left, right) = (1, 5, 0, 9), (2, 2)
     queries, keys, values = detached(qkv_of(15))
     expected = torch.zeros_like(queries)
@@ -68,16 +72,39 @@ def test_reference_equals_a_loop() -> None:
             for place in range(length):
                 seen = range(max(0, place - left), min(length, place + right + 1))
                 scores = torch.stack([queries[first + place, head] @ keys[first + key, head] / 4 for key in seen])
+                if slopes is not None:
+                    scores = scores - slopes[head] * torch.tensor([abs(place - key) for key in seen])
                 seen_values = torch.stack([values[first + key, head] for key in seen])
                 expected[first + place, head] = scores.softmax(0) @ seen_values
-    torch.testing.assert_close(run("eager", lengths, (2, 2))[0], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(run("eager", lengths, (2, 2), slopes)[0], expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (1, 1), (7, 7), (64, 64), (100, 100)], ids=str)
+@pytest.mark.parametrize("slopes", [None, SLOPES], ids=["plain", "alibi"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_sdpa_equals_eager(lengths: tuple[int, ...], window: tuple[int, int]) -> None:
-    for ours, expected in zip(run("sdpa", lengths, window), run("eager", lengths, window), strict=True):
+def test_sdpa_equals_eager(lengths: tuple[int, ...], window: tuple[int, int], slopes: Tensor | None) -> None:
+    pairs = zip(run("sdpa", lengths, window, slopes), run("eager", lengths, window, slopes), strict=True)
+    for ours, expected in pairs:
         torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("window", [(-1, -1), (7, 7)], ids=str)
+@pytest.mark.parametrize("lengths", [ODD_LENGTHS, (0, 5, 0), ()], ids=str)
+def test_shared_key_value_heads_are_repeated_ones(backend: Any, window: Any, lengths: tuple[int, ...]) -> None:
+    total = sum(lengths)
+    queries, keys, values = qkv_of(total, heads=6)
+    few_keys, few_values = (x[:, :2].detach().requires_grad_() for x in (keys, values))
+    plan = AttentionPlan(torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths, default=0), total)
+    heads = torch.tensor([0, 0, 0, 1, 1, 1])
+    ours = attend(queries, few_keys, few_values, plan, window_size=window, backend=backend)
+    expected = attend(queries, keys[:, heads], values[:, heads], plan, window_size=window, backend="eager")
+    torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
+    ours.square().sum().backward()
+    expected.square().sum().backward()
+    assert few_keys.grad is not None
+    assert keys.grad is not None
+    torch.testing.assert_close(few_keys.grad, keys.grad[:, :2], atol=TOLERANCE, rtol=0)
 
 
 def test_whole_model_agrees_between_backends() -> None:
@@ -97,9 +124,9 @@ def test_one_document_of_8192_tokens() -> None:
     tensors = qkv_of(8192, heads=1, dim=8)
     plan = AttentionPlan(torch.tensor([0, 8192], dtype=torch.int32), 8192, 8192)
     with torch.no_grad():
-        for window in ((-1, -1), (64, 64)):
-            ours = attend(*tensors, plan, window_size=window, backend="sdpa")
-            expected = attend(*tensors, plan, window_size=window, backend="eager")
+        for window, slopes in itertools.product(((-1, -1), (64, 64)), (None, SLOPES[:1])):
+            ours = attend(*tensors, plan, window_size=window, alibi_slopes=slopes, backend="sdpa")
+            expected = attend(*tensors, plan, window_size=window, alibi_slopes=slopes, backend="eager")
             torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
 
 
@@ -153,8 +180,12 @@ def test_auto_is_sdpa_on_cpu_and_a_named_kernel_is_never_swapped() -> None:
             require_backend("flash2", "cuda", torch.bfloat16)
 
 
+@pytest.mark.parametrize("kv_heads", [2, 1])
+@pytest.mark.parametrize("slopes", [None, SLOPES], ids=["plain", "alibi"])
 @pytest.mark.parametrize("window", [(-1, -1), (64, 64)], ids=str)
-def test_flash_attn_is_called_by_its_signature(window: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attn_is_called_by_its_signature(
+    window: tuple[int, int], slopes: Tensor | None, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """flash-attn needs CUDA: in its place a function of flash_attn 2.8.3's signature and meaning, in plain steps."""
 
     def flash_attn_varlen_func(
@@ -182,7 +213,9 @@ def test_flash_attn_is_called_by_its_signature(window: tuple[int, int], monkeypa
         assert not causal
         assert not return_attn_probs
         assert dropout_p == softcap == 0.0
-        assert alibi_slopes is block_table is None
+        assert block_table is None
+        assert q.shape[1] % k.shape[1] == 0
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         out = torch.zeros_like(q)
         scale = softmax_scale or q.shape[-1] ** -0.5
         bounds = cu_seqlens_q.tolist()
@@ -190,6 +223,9 @@ def test_flash_attn_is_called_by_its_signature(window: tuple[int, int], monkeypa
             scores = torch.einsum("qnh,knh->nqk", q[first:last], k[first:last]) * scale
             places = torch.arange(last - first)
             offset = places[None, :] - places[:, None]  # key minus query
+            if alibi_slopes is not None:
+                assert alibi_slopes.dtype == torch.float32
+                scores = scores - alibi_slopes[:, None, None] * offset.abs()
             if window_size != (-1, -1):
                 scores = scores.masked_fill((offset < -window_size[0]) | (offset > window_size[1]), float("-inf"))
             out[first:last] = torch.einsum("nqk,knh->qnh", scores.softmax(-1), v[first:last])
@@ -199,18 +235,23 @@ def test_flash_attn_is_called_by_its_signature(window: tuple[int, int], monkeypa
     module.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     plan = AttentionPlan(torch.tensor([0, *ODD_LENGTHS]).cumsum(0).int(), max(ODD_LENGTHS), sum(ODD_LENGTHS))
-    tensors = detached(qkv_of(sum(ODD_LENGTHS)))
-    ours = _KERNELS["flash2"](*tensors, plan, window, 0.0)
-    torch.testing.assert_close(ours, run("eager", ODD_LENGTHS, window)[0], atol=TOLERANCE, rtol=0)
+    queries, keys, values = detached(qkv_of(sum(ODD_LENGTHS)))
+    keys, values = keys[:, :kv_heads], values[:, :kv_heads]
+    ours = _KERNELS["flash2"](queries, keys, values, plan, window, slopes, 0.0)
+    expected = attend(queries, keys, values, plan, window_size=window, alibi_slopes=slopes, backend="eager")
+    torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("slopes", [None, SLOPES], ids=["plain", "alibi"])
 @pytest.mark.parametrize("window", [(-1, -1), (64, 64)], ids=str)
-def test_flash_attn_itself_agrees(window: tuple[int, int]) -> None:
+def test_flash_attn_itself_agrees(window: tuple[int, int], slopes: Tensor | None) -> None:
     pytest.importorskip("flash_attn", reason="flash-attn is not installed")
     plan = AttentionPlan(torch.tensor([0, *ODD_LENGTHS]).cumsum(0).int().cuda(), max(ODD_LENGTHS), sum(ODD_LENGTHS))
     low = detached(qkv_of(sum(ODD_LENGTHS)), torch.bfloat16, "cuda")
-    ours = attend(*low, plan, window_size=window, backend="flash2")
-    expected = attend(*detached(low, device="cuda"), plan, window_size=window, backend="eager")
+    slopes = None if slopes is None else slopes.cuda()
+    ours = attend(*low, plan, window_size=window, alibi_slopes=slopes, backend="flash2")
+    exact = detached(low, device="cuda")
+    expected = attend(*exact, plan, window_size=window, alibi_slopes=slopes, backend="eager")
     torch.testing.assert_close(ours.float(), expected, atol=0.03, rtol=0)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from flexbert import FlexBertConfig, build, losses
 from flexbert.losses import masked_cross_entropy
-from flexbert.positions import Rotation, rotate
+from flexbert.registry import LOSSES
+from flexbert.rotary import Rotation, rotate
 from schema import ConfigError
 from tests.flexbert.conftest import ODD_LENGTHS, batch_of, gradients, tiny
 
@@ -34,6 +35,42 @@ def test_chunked_loss_is_plain_cross_entropy(chunk: int, with_bias: bool, monkey
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
     with torch.no_grad():
         torch.testing.assert_close(masked_cross_entropy(hidden, weight, bias, targets), expected, atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.1, 0.0), (0.0, 1e-2), (0.3, 1e-3)])
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_label_smoothing_and_z_loss_are_what_they_are_defined_as(
+    chunk: int, smoothing: float, z_loss: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS_DEFAULT", chunk * 50)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(65, 8, generator=generator).requires_grad_()
+    weight = torch.randn(50, 8, generator=generator).requires_grad_()
+    bias = torch.randn(50, generator=generator).requires_grad_()
+    targets = torch.randint(0, 50, (65,), generator=generator)
+    logits = F.linear(hidden, weight, bias)
+    expected = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+    expected = expected + z_loss * logits.logsumexp(1).square().sum()
+    node = {"name": "cross_entropy", "label_smoothing": smoothing, "z_loss": z_loss}
+    loss = LOSSES.build(tiny(loss=node).loss)(hidden, weight, bias, targets)
+    torch.testing.assert_close(loss, expected, atol=0, rtol=1e-6)  # measured 1.5e-7
+    inputs = [hidden, weight, bias]
+    pairs = zip(torch.autograd.grad(loss * 3, inputs), torch.autograd.grad(expected * 3, inputs), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, atol=3e-5, rtol=0)
+    with torch.no_grad():
+        without = LOSSES.build(tiny(loss=node).loss)(hidden, weight, bias, targets)
+    torch.testing.assert_close(without, expected, atol=0, rtol=1e-6)
+
+
+def test_training_uses_the_configured_loss_and_evaluation_the_plain_one() -> None:
+    model, plain = build(tiny(loss={"name": "cross_entropy", "z_loss": 0.1})), build(tiny())
+    batch = batch_of(ODD_LENGTHS)
+    loss, expected = model(*batch).loss, plain(*batch).loss
+    assert loss is not None
+    assert expected is not None
+    assert loss > expected
+    assert torch.equal(model.evaluate(*batch)[0], plain.evaluate(*batch)[0])
 
 
 def test_loss_logits_and_evaluation_agree() -> None:
@@ -142,7 +179,7 @@ def test_scores_depend_on_distance_only() -> None:
     model = build(tiny(attention={"global_attn_every_n_layers": 1}, num_hidden_layers=1)).eval()
     position = model.encoder.position
     states = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(0))
-    rotations = position.rotations(torch.arange(500), 500).global_layers
+    rotations = position.for_attention(torch.arange(500), 500).global_layers
     at = [Rotation(rotations.cos[places], rotations.sin[places]) for places in ([3, 5, 9, 10], [403, 405, 409, 410])]
     products = [torch.einsum("qnh,knh->nqk", rotate(states, r), rotate(states, r)) for r in at]
     torch.testing.assert_close(products[0], products[1], atol=5e-5, rtol=0)  # measured 7e-6 of up to 25
@@ -188,6 +225,8 @@ def test_starting_weights_are_a_function_of_seed_and_name() -> None:
     assert all(torch.equal(first[f"encoder.{name}"], encoder[name]) for name in encoder)
 
 
-def test_tasks_not_built_yet_are_named() -> None:
-    with pytest.raises(ConfigError, match="task: 'classification' cannot be built, valid names: encoder, mlm"):
-        build(tiny(), "classification")  # pyright: ignore[reportCallIssue, reportArgumentType]
+def test_unknown_tasks_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"task: 'classificaton' cannot be built, did you mean 'classification'\?"):
+        build(tiny(), "classificaton")  # pyright: ignore[reportCallIssue, reportArgumentType]
+    with pytest.raises(ConfigError, match="head: 'classification' is no masked-token head: use mlm"):
+        build(tiny(head="classification"))
