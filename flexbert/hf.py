@@ -1,109 +1,210 @@
-"""To and from Hugging Face transformers. The only module that imports it, and only when called.
+"""To and from Hugging Face transformers.
 
-hf_mappings.py says which architectures there are.
+hf_mappings.py says which architectures it has a class for; the others travel with modeling_flexbert.py.
 """
 
-import copy
+import json
 import logging
+import re
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from durable import new_folder
-from flexbert.attention import MultiHeadAttention
 from flexbert.config import TOKEN_IDS, FlexBertConfig
-from flexbert.hf_mappings import MAPPINGS, hf_name
+from flexbert.encoder import FlexBertEncoder
+from flexbert.hf_mappings import MAPPINGS, Mapping, from_hf_state, misfits, to_hf_state
+from flexbert.hf_verify import verify_export
 from flexbert.model import FlexBertForMaskedLM, build
-from schema import ConfigError, RunError, did_you_mean
+from schema import ConfigError, did_you_mean
 
 log = logging.getLogger(__name__)
 
-# Largest difference between our logits and the export's: float32, other kernels; measured below 1e-5 on every preset.
-LOGIT_TOLERANCE = 1e-4
+MODELING_FILE = Path(__file__).with_name("modeling_flexbert.py")
 
 
-def from_hf(source: str | Path | Any) -> FlexBertForMaskedLM:
-    """A model with the weights of a transformers ...ForMaskedLM object, or of a folder that holds one in safetensors.
+@overload
+def from_hf(source: str | Path | Any, task: Literal["mlm"] = "mlm") -> FlexBertForMaskedLM: ...
+@overload
+def from_hf(source: str | Path | Any, task: Literal["encoder"]) -> FlexBertEncoder: ...
+def from_hf(source: str | Path | Any, task: str = "mlm") -> FlexBertForMaskedLM | FlexBertEncoder:
+    """A model with the weights of a transformers model, or of a folder that holds one in safetensors.
 
-    Weights are copied, as float32. Nothing is downloaded. Raises ConfigError naming the field when the architecture
-    cannot be expressed, or when weights are missing or left over.
+    source: BERT, RoBERTa, ModernBERT, or what `to_hf` wrote (its modeling file is not run). task: "mlm", or "encoder"
+    for models without a masked-token head, or to leave it out; poolers and other tasks' heads are left out.
+    Weights are copied, as float32. Nothing is downloaded, no code from the folder runs. Raises ConfigError naming the
+    field when the architecture cannot be expressed, or when weights are missing or left over.
     """
-    theirs_model: Any = _load_folder(Path(source)) if isinstance(source, str | Path) else source
-    mapping = MAPPINGS.get(theirs_model.config.model_type)
-    if mapping is None:
-        raise ConfigError(f"model_type: {theirs_model.config.model_type!r} is not known, {did_you_mean('', MAPPINGS)}")
-    config = FlexBertConfig.from_dict(mapping.config_from(theirs_model.config))
-    model = _on_meta(config)
-    given = theirs_model.state_dict()
-    state = {}
-    for name in model.state_dict():
-        theirs = hf_name(mapping, name)
-        if theirs not in given:
-            raise ConfigError(f"{theirs}: missing in the Hugging Face weights of {type(theirs_model).__name__}")
-        state[name] = given.pop(theirs).to("cpu", torch.float32, copy=True)
-    left_over = sorted(name for name in given if name != "decoder.weight")  # tied to the token table
-    if left_over:
-        raise ConfigError(f"{left_over[0]}: has no place in this masked language model")
-    model.load_state_dict(state, assign=True)
-    return model
+    if task not in ("mlm", "encoder"):
+        raise ConfigError(f"task: {task!r}: transformers' weights are for mlm or encoder")
+    if isinstance(source, str | Path):
+        hf_config, given = _read_folder(Path(source), task)
+    else:
+        model = source.base_model if task == "encoder" else source
+        hf_config, given = model.config, model.state_dict()
+    if hf_config.model_type == "flexbert":
+        result, wanted = _built(FlexBertConfig.from_dict(hf_config.flexbert), task)
+        state = _own_state(given, wanted, task)
+    else:
+        mapping = _mapping_of(hf_config.model_type)
+        result, wanted = _built(FlexBertConfig.from_dict(mapping.config_from(hf_config)), task)
+        prefix = mapping.prefix if task == "encoder" else ""
+        given = {f"{prefix}{name}": tensor for name, tensor in given.items()}
+        ours = [f"encoder.{name}" if task == "encoder" else name for name in wanted]
+        state = dict(zip(wanted, from_hf_state(mapping, given, ours).values(), strict=True))
+    result.load_state_dict(state, assign=True)
+    return result
 
 
-def _on_meta(config: FlexBertConfig) -> FlexBertForMaskedLM:
+def _built(config: FlexBertConfig, task: Any) -> tuple[Any, list[str]]:
+    """The model on the meta device, and the names of its weights."""
     with torch.device("meta"):
-        return build(config)
+        model = build(config, task)
+    return model, list(model.state_dict())
 
 
-def _load_folder(folder: Path) -> Any:
-    from transformers import AutoModelForMaskedLM
+def _mapping_of(model_type: str) -> Mapping:
+    if model_type not in MAPPINGS:
+        raise ConfigError(f"model_type: {model_type!r} is not known, {did_you_mean('', [*MAPPINGS, 'flexbert'])}")
+    return MAPPINGS[model_type]
+
+
+def _own_state(given: dict[str, Tensor], wanted: list[str], task: str) -> dict[str, Tensor]:
+    """Weights that already have our names: of a whole model, or, without `encoder.`, of an encoder."""
+    if task == "encoder":
+        given = {name.removeprefix("encoder."): tensor for name, tensor in given.items()}
+        given = {name: tensor for name, tensor in given.items() if not name.startswith("head.")}
+    if odd := sorted(given.keys() ^ set(wanted)):
+        raise ConfigError(f"{odd[0]}: {'missing' if odd[0] in wanted else 'has no place'} in this model")
+    return {name: given[name].to("cpu", torch.float32, copy=True) for name in wanted}
+
+
+def _read_folder(folder: Path, task: str) -> tuple[Any, dict[str, Tensor]]:
+    """The transformers config and weights of a folder, unprefixed for task encoder but in our own exports."""
+    from transformers import AutoModel, AutoModelForMaskedLM, PretrainedConfig
 
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder}: no config.json in it: expected a folder written by save_pretrained")
     try:
+        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+        if model_type == "flexbert":
+            from safetensors.torch import load_file
+
+            return PretrainedConfig.from_pretrained(folder), load_file(folder / "model.safetensors")
+        mapping = _mapping_of(str(model_type))
         with torch.random.fork_rng(devices=[]):
             # No pickle: a folder from elsewhere could run code through it.
-            return AutoModelForMaskedLM.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+            loader = AutoModelForMaskedLM if task == "mlm" else AutoModel
+            model, info = loader.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from None
+    # transformers fills what is missing with random numbers, and only warns
+    prefix = mapping.prefix if task == "encoder" else ""
+    missing = [name for name in info["missing_keys"] if not re.match(mapping.ignored, prefix + name)]
+    if missing:
+        hint = "" if task == "encoder" else ": an encoder without a masked-token head loads with task='encoder'"
+        raise ConfigError(f"{folder}: {sorted(missing)[0]}: missing in the weights{hint}")
+    return model.config, model.state_dict()
 
 
 def to_hf(model: FlexBertForMaskedLM, tokenizer: Any, out_dir: str | Path, card: str | None = None) -> None:
     """Write a folder that transformers loads: config.json, model.safetensors, the tokenizer, README.md.
 
+    An architecture without a class in transformers also gets modeling_flexbert.py, for trust_remote_code=True.
     tokenizer: a transformers tokenizer, or a folder that AutoTokenizer loads; its special ids go into the config.
     card: text of README.md; default: what the architecture alone tells. The folder is written beside `out_dir`, loaded
-    back by transformers, its logits compared with `model`'s (float32, within 1e-4), and only then renamed to `out_dir`;
-    an earlier export there is replaced, anything else refused.
-    Raises ConfigError for an architecture without counterpart (naming the field), a tokenizer that does not fit or an
+    back by transformers (in a process without FlexBERT, if it carries code), its logits compared with `model`'s
+    (float32, within 1e-4), and only then renamed to `out_dir`; an earlier export there is replaced, anything else
+    refused.
+    Raises ConfigError for a component from outside the package (naming it), a tokenizer that does not fit or an
     `out_dir` that is something else; RunError when the logits differ. Then nothing new is under `out_dir`.
     """
-    from transformers import AutoConfig
-
     out_dir = Path(out_dir)
     if out_dir.exists() and not all((out_dir / name).is_file() for name in ("config.json", "model.safetensors")):
         raise ConfigError(f"{out_dir}: exists and is not an export: choose another folder, or remove it")
-    mapping_name, mapping = next(iter(MAPPINGS.items()))
-    config = model.config
-    fields = mapping.config_to(config)
     tokenizer = _load_tokenizer(tokenizer)
-    fields |= _token_ids(config, tokenizer)
-    hf_config = AutoConfig.for_model(mapping_name, **fields, architectures=[mapping.architecture], dtype="float32")
-    state = {
-        hf_name(mapping, name): tensor.detach().to("cpu", torch.float32).contiguous()
-        for name, tensor in model.state_dict().items()
-    }
+    state = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in model.state_dict().items()}
+    hf_config, mapping = _hf_config(model.config, _token_ids(model.config, tokenizer))
+    if mapping is not None:
+        state = to_hf_state(mapping, state)
 
     from safetensors.torch import save_file
 
     with new_folder(out_dir) as folder:
         hf_config.save_pretrained(folder)
+        if mapping is None:
+            shutil.copy(MODELING_FILE, folder)
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(card if card is not None else default_card(model, out_dir.name))
-        _verify(model, folder)
+        title = "FlexBERT" if mapping is None else mapping.title
+        (folder / "README.md").write_text(card if card is not None else default_card(model, out_dir.name, title))
+        verify_export(model, folder, hf_config.pad_token_id, carries_code=mapping is None)
+
+
+def _hf_config(config: FlexBertConfig, ids: dict[str, int | None]) -> tuple[Any, Mapping | None]:
+    """The config to export, and how weights are renamed; None: they keep our names, for modeling_flexbert.py.
+
+    Raises ConfigError for a component that neither transformers nor the modeling file has.
+    """
+    from transformers import AutoConfig
+
+    common = {"dtype": "float32", **ids}
+    reasons = []
+    for name, mapping in MAPPINGS.items():
+
+        def of(name: str = name, mapping: Mapping = mapping, **fields: Any) -> Any:
+            return AutoConfig.for_model(name, **{**fields, **common}, architectures=[mapping.architecture])
+
+        faults = misfits(mapping, config, of)
+        if not faults:
+            return of(**mapping.config_to(config)), mapping
+        reasons.append(faults[0])
+    _check_modeling_file_has(config)
+    log.info("the export carries its own modeling file: %s", "; ".join(reasons))
+    from flexbert import modeling_flexbert
+
+    node = config.to_dict()
+    node["init"] = {"name": "default"}  # says nothing about trained weights, and may name a folder of this machine
+    sizes = {name: value for name, value in node.items() if isinstance(value, int) and name not in TOKEN_IDS}
+    names = {
+        "AutoConfig": "FlexBertConfig",
+        "AutoModel": "FlexBertModel",
+        "AutoModelForMaskedLM": "FlexBertForMaskedLM",
+    }
+    hf_config = modeling_flexbert.FlexBertConfig(
+        node,
+        **sizes,
+        **common,
+        auto_map={auto: f"modeling_flexbert.{name}" for auto, name in names.items()},
+        architectures=["FlexBertForMaskedLM"],
+        tie_word_embeddings=config.head.tied,
+    )
+    return hf_config, None
+
+
+def _check_modeling_file_has(config: FlexBertConfig) -> None:
+    """Raise ConfigError for a component registered outside the package: an export could not compute it."""
+    from flexbert import modeling_flexbert
+
+    def check(node: dict[str, Any], place: str) -> None:
+        for slot, value in node.items():
+            where = f"{place}{slot}"
+            kind = "norm" if slot.endswith("norm") else slot
+            if slot == "activation" and value not in modeling_flexbert.ACTIVATIONS:
+                raise ConfigError(f"{where}: {value!r} is not in the modeling file that exports carry: {MODELING_FILE}")
+            if not isinstance(value, dict):
+                continue
+            if kind in modeling_flexbert.SUPPORTED and value["name"] not in modeling_flexbert.SUPPORTED[kind]:
+                name = value["name"]
+                raise ConfigError(f"{where}: {name!r} is not in the modeling file that exports carry: {MODELING_FILE}")
+            check(value, f"{where}.")
+
+    check(config.to_dict(), "")
 
 
 def _load_tokenizer(tokenizer: Any) -> Any:
@@ -138,37 +239,11 @@ def _token_ids(config: FlexBertConfig, tokenizer: Any) -> dict[str, int | None]:
     return ids
 
 
-@torch.no_grad()
-def _verify(model: FlexBertForMaskedLM, folder: Path) -> None:
-    """Raise RunError unless transformers loads `folder` and gives `model`'s logits, one sequence at a time."""
-    from transformers import AutoTokenizer
-
-    config = model.config
-    # The model as it is, not as its config says, but in float32 on the CPU like the export
-    weights = {id(weight): nn.Parameter(weight.detach().to("cpu", torch.float32)) for weight in model.parameters()}
-    reference = copy.deepcopy(model, weights).eval()
-    for module in reference.modules():
-        if isinstance(module, MultiHeadAttention):
-            module.config = module.config.model_copy(update={"backend": "sdpa"})
-    exported = _load_folder(folder).eval()
-    window = config.attention.window_per_side
-    lengths = [min(length, config.max_position_embeddings) for length in (1, 7, 33, 2 * window + 9)]
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(0, config.vocab_size, (sum(lengths),), generator=generator)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    ours = reference(input_ids, cu_seqlens, max(lengths)).logits
-    theirs = torch.cat([exported(input_ids=ids[None]).logits[0] for ids in input_ids.split(lengths)])
-    difference = float((ours - theirs).abs().max())
-    if not difference <= LOGIT_TOLERANCE:  # not `>`: NaN must fail too
-        raise RunError(f"{folder}: the export's logits differ from the model's by {difference:.2e}: not published")
-    if len(AutoTokenizer.from_pretrained(folder, local_files_only=True)) > config.vocab_size:
-        raise RunError(f"{folder}: the tokenizer read back has more entries than the model: not published")
-
-
-def default_card(model: FlexBertForMaskedLM, name: str) -> str:
+def default_card(model: FlexBertForMaskedLM, name: str, title: str) -> str:
     """README.md of an export: what the architecture tells, and how to load it."""
     config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    trust = ", trust_remote_code=True" if title == "FlexBERT" else ""
     return f"""---
 library_name: transformers
 pipeline_tag: fill-mask
@@ -176,7 +251,7 @@ pipeline_tag: fill-mask
 
 # {name}
 
-A masked language model of the ModernBERT architecture, pretrained with FlexBERT.
+A masked language model of the {title} architecture, pretrained with FlexBERT.
 
 | | |
 |---|---|
@@ -188,7 +263,7 @@ A masked language model of the ModernBERT architecture, pretrained with FlexBERT
 ```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-model = AutoModelForMaskedLM.from_pretrained("{name}")
+model = AutoModelForMaskedLM.from_pretrained("{name}"{trust})
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 """

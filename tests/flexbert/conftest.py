@@ -30,7 +30,7 @@ def tiny(**changes: Any) -> FlexBertConfig:
     node = dict(TINY)
     for key, value in changes.items():
         merges = isinstance(value, dict) and "name" not in value
-        node[key] = {**node[key], **value} if merges else value
+        node[key] = {**node.get(key, {}), **value} if merges else value
     return FlexBertConfig.from_dict(node)
 
 

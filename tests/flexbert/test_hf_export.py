@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+from transformers import AutoModelForMaskedLM, AutoTokenizer, ElectraConfig, ElectraForMaskedLM, PreTrainedTokenizerFast
 
 from flexbert import build, from_hf, to_hf
 from flexbert.hf_mappings import MAPPINGS
 from schema import ConfigError, RunError
 from tests.flexbert.conftest import ODD_LENGTHS, batch_of, tiny
-from tests.flexbert.test_hf_parity import one_by_one, reference_model
+from tests.flexbert.test_hf_parity import batch_for, one_by_one, reference_model
 
 SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "cls", "sep", "pad", "mask")}
 
@@ -138,29 +138,75 @@ def test_a_foreign_folder_is_not_overwritten(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize(
-    ("changes", "field"),
-    [
-        ({"attention": {"out_bias": True}}, "attention.out_bias: True"),
-        ({"mlp": {"name": "glu", "in_bias": True}}, "mlp.out_bias: False"),
-        ({"block": {"name": "prenorm", "skip_first_attention_norm": False}}, "block.skip_first_attention_norm: False"),
-        ({"mlp": {"name": "test_relu"}}, "mlp: 'test_relu'"),
-    ],
-    ids=str,
-)
-def test_what_transformers_cannot_express_is_refused(tmp_path: Path, changes: dict[str, Any], field: str) -> None:
-    import tests.flexbert.test_registry  # noqa: F401  registers test_relu
+BERT: dict[str, Any] = {
+    "embedding": {"name": "tokens", "token_types": 2, "dropout": 0.1},
+    "position": "learned",
+    "attention": {"name": "multihead", "qkv_bias": True, "out_bias": True, "probs_dropout": 0.2, "out_dropout": 0.1},
+    "norm": {"name": "layernorm", "eps": 1e-12, "bias": True},
+    "mlp": {"name": "mlp", "activation": "gelu_tanh", "in_bias": True, "out_bias": True, "out_dropout": 0.1},
+    "block": "postnorm",
+    "head": {"name": "mlm", "activation": "gelu_tanh", "dense_bias": True},
+    "init": {"name": "default", "std": 0.2},
+}
+IDS = {
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+    "pad_token_id": 3,
+    "mask_token_id": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
-    with pytest.raises(ConfigError) as caught:
-        to_hf(build(tiny(**changes)), tokenizer_of(97), tmp_path / "export")
-    assert str(caught.value).startswith(f"{field} has no counterpart in Hugging Face's ModernBERT")
+
+@pytest.mark.parametrize(
+    ("changes", "architecture"),
+    [
+        (BERT, "BertForMaskedLM"),
+        ({**BERT, "position": {"name": "learned", "offset": 4}, "head": {"name": "mlm", "dense_bias": True}}, "RobertaForMaskedLM"),
+    ],
+    ids=["bert", "roberta"],
+)  # fmt: skip
+def test_bert_and_roberta_are_exported_as_such(tmp_path: Path, changes: dict[str, Any], architecture: str) -> None:
+    config = tiny(**changes, **IDS)
+    model = build(config)
+    to_hf(model, tokenizer_of(97), tmp_path / "export")
+    exported: Any = AutoModelForMaskedLM.from_pretrained(tmp_path / "export")
+    assert type(exported).__name__ == architecture
+    assert not (tmp_path / "export" / "modeling_flexbert.py").exists()
+    batch = batch_for(exported, ODD_LENGTHS)
+    logits = model.eval()(*batch[:3]).logits
+    torch.testing.assert_close(one_by_one(exported, batch), logits, atol=1e-5, rtol=0)
+    again = from_hf(tmp_path / "export")
+    assert again.config == config
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    encoder = from_hf(tmp_path / "export", task="encoder")
+    assert all(torch.equal(tensor, encoder.state_dict()[name]) for name, tensor in model.encoder.state_dict().items())
+
+
+def test_separate_projections_are_exported_like_fused_ones(tmp_path: Path) -> None:
+    attention = {**BERT["attention"], "fused": False}
+    model = build(tiny(**{**BERT, "attention": attention})).eval()
+    to_hf(model, tokenizer_of(97), tmp_path / "export")
+    again = from_hf(tmp_path / "export").eval()
+    assert again.config.attention.fused
+    batch = batch_of((9, 30))
+    torch.testing.assert_close(again(*batch[:3]).logits, model(*batch[:3]).logits, atol=1e-5, rtol=0)
+
+
+def test_a_component_from_outside_is_refused(tmp_path: Path) -> None:
+    import tests.flexbert.test_registry  # noqa: F401  registers test_relu and test_scale
+
+    qk_norm = {"attention": {"qk_norm": {"name": "test_scale"}}}
+    for changes, field in (({"mlp": "test_relu"}, "mlp: 'test_relu'"), (qk_norm, "attention.qk_norm: 'test_scale'")):
+        with pytest.raises(ConfigError, match=rf"^{field} is not in the modeling file that exports carry"):
+            to_hf(build(tiny(**changes)), tokenizer_of(97), tmp_path / "export")
     assert nothing_left(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"hidden_activation": "relu"}, "hidden_activation: 'relu'"),
+        ({"hidden_activation": "quick_gelu"}, "hidden_activation: 'quick_gelu'"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings: False"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling: {"),
     ],
@@ -172,12 +218,34 @@ def test_what_cannot_be_expressed_here_is_refused(changes: dict[str, Any], field
     assert str(caught.value).startswith(field)
 
 
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type: 'relative_key'"),
+        ({"is_decoder": True}, "is_decoder: True"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_expressed_of_bert_is_refused(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_hf(reference_model("eager", "bert", **changes))
+    assert str(caught.value).startswith(field)
+
+
 def test_other_architectures_and_folders_are_refused(tmp_path: Path) -> None:
-    bert = BertForMaskedLM(
-        BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    )
-    with pytest.raises(ConfigError, match="model_type: 'bert' is not known, valid names: modernbert"):
-        from_hf(bert)
+    sizes: dict[str, Any] = {
+        "vocab_size": 50,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+    }
+    with pytest.raises(
+        ConfigError, match="model_type: 'electra' is not known, valid names: bert, flexbert, modernbert"
+    ):
+        from_hf(ElectraForMaskedLM(ElectraConfig(**sizes)))
+    with pytest.raises(ConfigError, match="task: 'classification': transformers' weights are for mlm or encoder"):
+        from_hf(reference_model("eager"), "classification")  # pyright: ignore[reportArgumentType, reportCallIssue]
     with pytest.raises(ConfigError, match=r"no config\.json in it"):
         from_hf(tmp_path)
     reference_model("eager").save_pretrained(tmp_path / "pickled", safe_serialization=False)
@@ -185,5 +253,21 @@ def test_other_architectures_and_folders_are_refused(tmp_path: Path) -> None:
         from_hf(tmp_path / "pickled")
 
 
+def test_a_folder_without_a_head_is_no_masked_language_model(tmp_path: Path) -> None:
+    bert = reference_model("eager", "bert")
+    bert.base_model.save_pretrained(tmp_path / "encoder")
+    with pytest.raises(
+        ConfigError, match="cls.predictions.bias: missing in the weights: an encoder without .* task='encoder'"
+    ):
+        from_hf(tmp_path / "encoder")
+    encoder = from_hf(tmp_path / "encoder", task="encoder").state_dict()
+    assert all(torch.equal(tensor, encoder[name]) for name, tensor in from_hf(bert).encoder.state_dict().items())
+    state = bert.state_dict()
+    del state["bert.encoder.layer.1.output.dense.bias"]
+    bert.save_pretrained(tmp_path / "torn", state_dict=state)
+    with pytest.raises(ConfigError, match="bert.encoder.layer.1.output.dense.bias: missing in the weights"):
+        from_hf(tmp_path / "torn")
+
+
 def test_every_mapping_is_tested_here() -> None:
-    assert list(MAPPINGS) == ["modernbert"], "add parity and export tests for the new architecture"
+    assert list(MAPPINGS) == ["modernbert", "bert", "roberta"], "add parity and export tests for the new architecture"

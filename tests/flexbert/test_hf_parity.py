@@ -1,4 +1,4 @@
-"""ModernBERT of transformers, with random weights, is the reference for logits and for every gradient."""
+"""Models of transformers, with random weights, are the reference for logits and for every gradient."""
 
 from typing import Any
 
@@ -6,38 +6,58 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import ModernBertConfig, ModernBertForMaskedLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from flexbert import FlexBertConfig, FlexBertForMaskedLM, build, from_hf
-from flexbert.hf_mappings import MAPPINGS, hf_name
+from flexbert.hf_mappings import MAPPINGS, hf_names
 from tests.flexbert.conftest import ODD_LENGTHS, Batch, batch_of, gradients
 
 # Measured worst case over all cases here: 3.1e-6 on logits up to 6.2, 1.2e-7 on gradients up to 0.15.
 TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-6
 
-
-def reference_model(attn_implementation: str, **changes: Any) -> ModernBertForMaskedLM:
-    fields: dict[str, Any] = {
-        "vocab_size": 97,
-        "hidden_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 3,
-        "intermediate_size": 40,
-        "max_position_embeddings": 256,
+CLASSES: dict[str, Any] = {
+    "modernbert": (ModernBertConfig, ModernBertForMaskedLM),
+    "bert": (BertConfig, BertForMaskedLM),
+    "roberta": (RobertaConfig, RobertaForMaskedLM),
+}
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+FIELDS: dict[str, dict[str, Any]] = {
+    "modernbert": {
         "global_rope_theta": 5000.0,
         "local_rope_theta": 100.0,
         "pad_token_id": 96,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
         "cls_token_id": 1,
         "sep_token_id": 2,
-        "initializer_range": 0.2,
         "reference_compile": False,
-        **changes,
-    }
+    },
+    "bert": {"pad_token_id": 96, "layer_norm_eps": 1e-12},
+    "roberta": {"pad_token_id": 1, "bos_token_id": 0, "max_position_embeddings": 258, "type_vocab_size": 1},
+}
+
+
+def reference_model(attn_implementation: str, model_type: str = "modernbert", **changes: Any) -> Any:
+    config_class, model_class = CLASSES[model_type]
     torch.manual_seed(0)
-    model = ModernBertForMaskedLM._from_config(ModernBertConfig(**fields), attn_implementation=attn_implementation)
+    config = config_class(**{**SIZES, **FIELDS[model_type], **changes})
+    model = model_class._from_config(config, attn_implementation=attn_implementation)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:  # ones and zeros would hide a norm or bias that is left out
@@ -45,17 +65,25 @@ def reference_model(attn_implementation: str, **changes: Any) -> ModernBertForMa
     return model.eval()
 
 
-def one_by_one(model: nn.Module, batch: Batch) -> Tensor:
+def batch_for(reference: Any, lengths: tuple[int, ...]) -> Batch:
+    """Without the padding id: the reference keeps its row's gradient at zero, and RoBERTa would not count its places."""
+    batch = batch_of(lengths, vocab_size=96)
+    pad = reference.config.pad_token_id
+    return batch._replace(input_ids=torch.where(batch.input_ids == pad, 5, batch.input_ids))
+
+
+def one_by_one(model: Any, batch: Batch) -> Tensor:
     return torch.cat([model(input_ids=ids[None]).logits[0] for ids in batch.split()])
 
 
-def padded(model: nn.Module, batch: Batch) -> Tensor:
-    ids = nn.utils.rnn.pad_sequence(batch.split(), batch_first=True, padding_value=96)
+def padded(model: Any, batch: Batch) -> Tensor:
+    pad = model.config.pad_token_id
+    ids = nn.utils.rnn.pad_sequence(batch.split(), batch_first=True, padding_value=pad)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(s) for s in batch.split()], batch_first=True)
     return model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
 
 
-def check(reference: ModernBertForMaskedLM, model: FlexBertForMaskedLM, batch: Batch, logits: Tensor) -> None:
+def check(reference: Any, model: FlexBertForMaskedLM, batch: Batch, logits: Tensor) -> None:
     output = model(*batch)
     ours = model(batch.input_ids, batch.cu_seqlens, batch.max_seqlen)
     assert logits.abs().max() > 1, "the comparison would be of nothing"
@@ -66,72 +94,111 @@ def check(reference: ModernBertForMaskedLM, model: FlexBertForMaskedLM, batch: B
     assert output.loss is not None
     output.loss.backward()
     theirs = gradients(reference)
+    mapping = MAPPINGS[reference.config.model_type]
     for name, gradient in gradients(model).items():
-        other = theirs.pop(hf_name(MAPPINGS["modernbert"], name))
+        other = torch.cat([theirs.pop(part) for part in hf_names(mapping, name)])
         torch.testing.assert_close(
             gradient, other, atol=GRADIENT_TOLERANCE, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
         )
     assert not theirs
 
 
-# 96 is padding for the reference, which keeps its row's gradient at zero, so the batches do not contain it.
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("layout", [one_by_one, padded])
-def test_logits_and_gradients_equal_transformers(attn_implementation: str, layout: Any) -> None:
-    reference = reference_model(attn_implementation)
-    batch = batch_of(ODD_LENGTHS, vocab_size=96)
-    check(reference, from_hf(reference), batch, layout(reference, batch))
+@pytest.mark.parametrize("model_type", CLASSES)
+def test_logits_and_gradients_equal_transformers(model_type: str, attn_implementation: str, layout: Any) -> None:
+    reference = reference_model(attn_implementation, model_type)
+    batch = batch_for(reference, ODD_LENGTHS)
+    check(reference, from_hf(reference).eval(), batch, layout(reference, batch))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_bias": True},
-        {"decoder_bias": False},
-        {"hidden_activation": "silu", "classifier_activation": "silu"},
-        {"local_attention": 8, "global_attn_every_n_layers": 2},
-        {"global_attn_every_n_layers": 1, "local_rope_theta": None},
-        {"norm_eps": 1e-2},
-    ],
-    ids=lambda changes: ",".join(changes),
-)
-def test_every_option_of_transformers_that_is_accepted_means_the_same(changes: dict[str, Any]) -> None:
-    reference = reference_model("sdpa", **changes)
-    batch = batch_of((9, 65, 130), vocab_size=96)
-    check(reference, from_hf(reference), batch, one_by_one(reference, batch))
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("modernbert", {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_bias": True}),
+    ("modernbert", {"decoder_bias": False}),
+    ("modernbert", {"hidden_activation": "silu", "classifier_activation": "silu"}),
+    ("modernbert", {"hidden_activation": "gelu_pytorch_tanh", "classifier_activation": "relu"}),
+    ("modernbert", {"local_attention": 8, "global_attn_every_n_layers": 2}),
+    ("modernbert", {"global_attn_every_n_layers": 1, "local_rope_theta": None}),
+    ("modernbert", {"norm_eps": 1e-2}),
+    ("bert", {"hidden_act": "gelu_new", "type_vocab_size": 3}),
+    ("bert", {"layer_norm_eps": 1e-2, "hidden_act": "relu"}),
+    ("roberta", {"pad_token_id": 0, "type_vocab_size": 2}),
+    ("roberta", {"hidden_act": "silu"}),
+]
 
 
-def test_encode_equals_transformers_hidden_states() -> None:
-    reference = reference_model("sdpa")
+@pytest.mark.parametrize(("model_type", "changes"), OPTIONS, ids=str)
+def test_every_option_of_transformers_that_is_accepted_means_the_same(model_type: str, changes: dict[str, Any]) -> None:
+    reference = reference_model("sdpa", model_type, **changes)
+    batch = batch_for(reference, (9, 65, 130))
+    check(reference, from_hf(reference).eval(), batch, one_by_one(reference, batch))
+
+
+def test_token_types_equal_transformers_packed_and_padded() -> None:
+    reference = reference_model("sdpa", "bert")
     model = from_hf(reference).eval()
-    ids = torch.randint(0, 96, (3, 90), generator=torch.Generator().manual_seed(1))
+    batch = batch_for(reference, (9, 65, 1))
+    types = torch.randint(0, 2, batch.input_ids.shape, generator=torch.Generator().manual_seed(3))
+    pairs = zip(batch.split(), types.split((9, 65, 1)), strict=True)
+    theirs = torch.cat([reference(input_ids=ids[None], token_type_ids=t[None]).logits[0] for ids, t in pairs])
+    torch.testing.assert_close(model(*batch[:3], token_type_ids=types).logits, theirs, atol=TOLERANCE, rtol=0)
+    plain = model(*batch[:3]).logits
+    assert plain is not None
+    assert not torch.allclose(plain, theirs, atol=0.1), "token types did nothing"
+    assert torch.equal(model(*batch[:3], token_type_ids=torch.zeros_like(types)).logits, plain)
+    ids, mask = batch.input_ids[9:74].view(5, 13), torch.arange(13) < torch.tensor([[13], [4], [1], [9], [0]])
+    states = model.encode(ids, mask, token_type_ids=types[9:74].view(5, 13))
+    expected = reference.base_model(ids[:4], mask[:4].long(), types[9:61].view(4, 13)).last_hidden_state
+    torch.testing.assert_close(states[:4][mask[:4]], expected[mask[:4]], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("model_type", CLASSES)
+@pytest.mark.parametrize("task", ["mlm", "encoder"])
+def test_encode_equals_transformers_hidden_states(model_type: str, task: Any) -> None:
+    reference = reference_model("sdpa", model_type)
+    model = from_hf(reference, task).eval()
     mask = torch.arange(90) < torch.tensor([[90], [1], [70]])
+    ids = torch.randint(3, 96, (3, 90), generator=torch.Generator().manual_seed(1))
+    ids = torch.where(mask, ids, reference.config.pad_token_id)
     ours = model.encode(ids, mask)
-    theirs = reference.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    theirs = reference.base_model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
     torch.testing.assert_close(ours[mask], theirs[mask], atol=TOLERANCE, rtol=0)
     assert not ours[~mask].any()
 
 
-SIZES = [("modernbert-base", 149_655_232), ("modernbert-large", 395_881_664)]
+RELEASED = [
+    ("modernbert-base", "modernbert", 149_655_232),
+    ("modernbert-large", "modernbert", 395_881_664),
+    ("bert-base", "bert", 109_514_298),
+    ("bert-large", "bert", 335_174_458),
+    ("roberta-base", "roberta", 124_697_433),
+]
 
 
-@pytest.mark.parametrize(("preset", "parameters"), SIZES)
-def test_presets_have_the_released_sizes(preset: str, parameters: int) -> None:
+@pytest.mark.parametrize(("preset", "model_type", "parameters"), RELEASED)
+def test_presets_have_the_released_sizes(preset: str, model_type: str, parameters: int) -> None:
     config = FlexBertConfig.from_yaml(preset)
-    fields = MAPPINGS["modernbert"].config_to(config)
+    config_class, model_class = CLASSES[model_type]
+    fields = {**MAPPINGS[model_type].config_to(config), "pad_token_id": config.pad_token_id}
     with torch.device("meta"):
-        ours, theirs = build(config), ModernBertForMaskedLM(ModernBertConfig(**fields))
+        ours, theirs = build(config), model_class(config_class(**fields))
     count = sum(parameter.numel() for parameter in ours.parameters())
     assert count == sum(parameter.numel() for parameter in theirs.parameters()) == parameters
-    shapes = {hf_name(MAPPINGS["modernbert"], name): tensor.shape for name, tensor in ours.state_dict().items()}
-    tied = {"decoder.weight"}
+    shapes: dict[str, Any] = {}
+    for name, tensor in ours.state_dict().items():
+        parts = hf_names(MAPPINGS[model_type], name)
+        shapes |= {part: chunk.shape for part, chunk in zip(parts, tensor.chunk(len(parts)), strict=True)}
+    tied = {"decoder.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
+    tied |= {"lm_head.decoder.weight", "lm_head.decoder.bias"}
     assert shapes == {name: tensor.shape for name, tensor in theirs.state_dict().items() if name not in tied}
 
 
-def test_base_preset_is_what_transformers_calls_its_default() -> None:
-    config = FlexBertConfig.from_yaml("modernbert-base")
-    default = ModernBertConfig()  # documented as ModernBERT-base
-    for name, value in MAPPINGS["modernbert"].config_to(config).items():
+@pytest.mark.parametrize(("preset", "model_type"), [("modernbert-base", "modernbert"), ("bert-base", "bert")])
+def test_base_presets_are_what_transformers_calls_its_default(preset: str, model_type: str) -> None:
+    config = FlexBertConfig.from_yaml(preset)
+    default = CLASSES[model_type][0]()  # documented as ModernBERT-base and bert-base-uncased
+    for name, value in MAPPINGS[model_type].config_to(config).items():
         assert getattr(default, name) == value, name
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
-        assert getattr(default, name) == getattr(config, name), name
+        if (stated := getattr(default, name, None)) is not None:
+            assert stated == getattr(config, name), name
