@@ -53,11 +53,10 @@ class Schema(BaseModel):
     @classmethod
     def _reject_unknown_keys(cls, node: Any) -> Any:
         if isinstance(node, dict):
-            unknown = [str(key) for key in node if key not in cls.model_fields]
+            known = [field.alias or name for name, field in cls.model_fields.items()]
+            unknown = [str(key) for key in node if key not in known]
             if unknown:
-                raise ValueError(
-                    "; ".join(f"unknown key {key!r}, {did_you_mean(key, cls.model_fields)}" for key in unknown)
-                )
+                raise ValueError("; ".join(f"unknown key {key!r}, {did_you_mean(key, known)}" for key in unknown))
         return node
 
 

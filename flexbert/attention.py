@@ -84,6 +84,7 @@ class MultiHeadAttention(nn.Module):
         self.q_norm = build_optional_norm(config.qk_norm, self.head_dim)
         self.k_norm = build_optional_norm(config.qk_norm, self.head_dim)
         self.inner_norm = build_optional_norm(config.inner_norm, hidden_size)
+        self.inner_norm.output_parts = parts[:1]  # grows head by head, like the inputs of Wo
         self.Wo = OutputProjection(hidden_size, hidden_size, bias=config.out_bias, inputs=parts[:1])
 
     def forward(self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions) -> Tensor:

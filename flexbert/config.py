@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 # Imported for their side effect: each registers its entries, which the slots below name as defaults.
 from flexbert import (  # noqa: F401
@@ -11,6 +11,7 @@ from flexbert import (  # noqa: F401
     attention,
     blocks,
     embeddings,
+    growing,
     heads,
     init,
     losses,
@@ -36,6 +37,11 @@ from schema import ConfigError, Schema, did_you_mean, load_node, validate
 PRESETS = Path(__file__).resolve().parent.parent / "configs" / "model"
 
 TokenId = Annotated[int | None, Field(ge=0)]
+
+
+def _named_init(node: Any) -> Any:
+    """`init: {from: FOLDER}` says enough."""
+    return {"name": "grow", **node} if isinstance(node, dict) and "from" in node and "name" not in node else node
 
 
 class InitialLayers(Schema):
@@ -73,7 +79,9 @@ class FlexBertConfig(Schema):
     initial_layers: InitialLayers | None = Field(None, description="first layers that differ; null: none")
     head: Annotated[Any, *HEADS.slot()] = Field("mlm", description="from the residual stream to scores")
     loss: Annotated[Any, *LOSSES.slot()] = Field("cross_entropy", description="what masked-token training minimises")
-    init: Annotated[Any, *INITS.slot()] = Field("full_megatron", description="starting weights")
+    init: Annotated[Any, *INITS.slot(), BeforeValidator(_named_init)] = Field(
+        "full_megatron", description="starting weights; {from: FOLDER} grows a smaller model"
+    )
 
     @property
     def head_dim(self) -> int:

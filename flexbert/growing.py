@@ -1,0 +1,214 @@
+"""Init `grow`: the weights of a larger model, tiled from those of a smaller one of the same architecture.
+
+Width: new[r, c] = old[(r - r0) mod h, (c - c0) mod w], r0 = (H - h) // 2 for tile_center, 0 for tile_edge, for each
+part of a fused weight (queries, keys, values; halves of a gated mlp), head by head. Source: ModernBERT (arXiv
+2412.13663, sec. 2.3), after Phi. Rescaled, each weight is divided by the number of inputs that copy its own, which
+keeps the function exactly where widths are multiples (HyperCloning, arXiv 2409.12903). Measured, 64 channels trained to
+a loss of 1.44, grown to 96: 1.44 rescaled, 3.1 not (2026-11-23, tests/flexbert/test_growing.py).
+
+Depth: new layer i is old layer round(i * old / new) (ModernBERT's code, there called Gopher scaling: arXiv 2112.11446),
+or the old ones over and over.
+"""
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import torch
+import xxhash
+from pydantic import ConfigDict, Field
+from torch import Tensor, nn
+
+from flexbert.layers import Parts
+from flexbert.registry import INITS
+from schema import Component, ConfigError
+
+if TYPE_CHECKING:
+    from flexbert.config import FlexBertConfig
+
+log = logging.getLogger(__name__)
+
+Method = Literal["tile_center", "tile_edge"]
+Depth = Literal["spread", "stack"]
+
+
+@INITS.register("grow")
+class Grow:
+    """Starting weights from a smaller model. A head that the source has not (another task's) starts fresh."""
+
+    class Config(Component):
+        model_config = ConfigDict(serialize_by_alias=True)
+
+        source: str = Field(
+            alias="from", description="folder of an export, or a run's checkpoints/tokens-N beside its config.yaml"
+        )
+        method: Method = Field("tile_center", description="where old weights lie: in the middle, or from the edge on")
+        depth: Depth = Field("spread", description="new layer i is old round(i * old / new); stack: i modulo old")
+        rescale: bool = Field(True, description="divide by the number of copies of an input (ModernBERT: no)")
+        fresh: Annotated[Any, *INITS.slot()] = Field("full_megatron", description="init of what the source has not")
+
+    def __init__(self, config: Config, *, num_hidden_layers: int) -> None:
+        self.config = config
+        self.fresh = INITS.build(config.fresh, num_hidden_layers=num_hidden_layers)
+
+    def __call__(self, module: nn.Module, seed: int, prefix: str = "") -> None:
+        """Fill `module`, a model with a `config`, in place; nothing is read for one on the meta device.
+
+        Raises ConfigError, starting with `init.from`, for a source that cannot be read or does not grow into `module`.
+        """
+        if any(parameter.is_meta for parameter in module.parameters()):
+            return
+        self.fresh(module, seed, prefix)
+        source, weights = read_source(Path(self.config.source))
+        grown = grow(source, weights, module, self.config, prefix)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters(prefix=prefix):
+                if name in grown:
+                    parameter.copy_(grown[name])
+
+
+def read_source(folder: Path) -> tuple["FlexBertConfig", dict[str, Tensor]]:
+    """Config and weights of an export or a checkpoint. Raises ConfigError when it is neither, or is damaged."""
+    from flexbert.config import FlexBertConfig
+    from schema import load_node
+
+    if (folder / "config.json").is_file():
+        from flexbert.hf import from_hf
+
+        model = from_hf(folder)
+        return model.config, dict(model.state_dict())
+    if not (folder / "manifest.json").is_file():
+        raise ConfigError(
+            f"init.from: {folder}: neither an export (config.json) nor a checkpoint (manifest.json): name one of a "
+            "run's exports/tokens-N or checkpoints/tokens-N"
+        )
+    from safetensors.torch import load
+
+    data = (folder / "model.safetensors").read_bytes()
+    expected = json.loads((folder / "manifest.json").read_text())["files"]["model.safetensors"]["xxh3_64"]
+    if xxhash.xxh3_64_hexdigest(data) != expected:
+        raise ConfigError(f"init.from: {folder / 'model.safetensors'}: damaged: take another checkpoint")
+    run = load_node(folder.parent.parent / "config.yaml")
+    return FlexBertConfig.from_dict(run["model"]), load(data)
+
+
+def grow(
+    source: "FlexBertConfig", weights: dict[str, Tensor], model: nn.Module, config: Grow.Config, prefix: str = ""
+) -> dict[str, Tensor]:
+    """Float32 weights for `model` under its own names, prefixed, from a masked language model's of config `source`.
+
+    Without those of a head of another kind. Raises ConfigError for a weight that the source lacks or has larger.
+    """
+    from flexbert.model import FlexBertForMaskedLM
+
+    where = f"init.from: {config.source}"
+    _check(source, model.config, where)  # pyright: ignore[reportArgumentType]
+    with torch.device("meta"):
+        small = FlexBertForMaskedLM(source)
+    old_axes, new_axes = _axes(small, ""), _axes(model, prefix)
+    depth = 1 + max(int(name.split(".")[2]) for name in new_axes if name.startswith("encoder.layers."))
+    layers = [layer_of(index, source.num_hidden_layers, depth, config.depth) for index in range(depth)]
+    grown = {}
+    for name, new in new_axes.items():
+        if name.startswith("head.") and model.config.head.name != source.head.name:  # pyright: ignore
+            continue
+        old_name = _old_name(name, layers, old_axes)
+        if old_name is None:
+            raise ConfigError(f"{where}: has no {name}: growing keeps the architecture, only sizes change")
+        old, tensor = old_axes[old_name], weights[old_name].float()
+        for axis, (old_parts, new_parts) in enumerate(zip(old.parts, new.parts, strict=True)):
+            index = tiled_axis(old_parts, new_parts, config.method)
+            if index is None or (new.is_table and axis == 0 and old_parts != new_parts):
+                raise ConfigError(
+                    f"{where}: {old_name} is {_size(old)} there, {_size(new)} here: widths only grow, tables keep "
+                    "their length"
+                )
+            tensor = tensor.index_select(axis, index)
+            # Inputs of linear maps; and the norm whose output meets the token table, which is tiled without division.
+            if config.rescale and ((new.is_linear and axis == 1) or name.startswith(_tied_norm(source))):
+                tensor = tensor / index.bincount()[index]
+        grown[name] = tensor
+    return grown
+
+
+def layer_of(index: int, old: int, new: int, depth: Depth) -> int:
+    """The old layer that new layer `index` copies."""
+    return index % old if depth == "stack" else min(round(index * old / new), old - 1)
+
+
+def tiled_axis(old: Parts, new: Parts, method: Method) -> Tensor | None:
+    """(new length,) int64: the old place that each new one copies; None when the axis cannot grow so.
+
+    Parts tile apart, and so does each of their axes: heads are copied whole.
+    """
+    if len(old) != len(new):
+        return None
+    pieces, start = [], 0
+    for old_shape, new_shape in zip(old, new, strict=True):
+        index = torch.zeros((), dtype=torch.int64)
+        for small, large in zip(old_shape, new_shape, strict=True):
+            if large < small:
+                return None
+            first = (large - small) // 2 if method == "tile_center" else 0
+            index = index[..., None] * small + (torch.arange(large) - first) % small
+        pieces.append(start + index.flatten())
+        start += math.prod(old_shape)
+    return torch.cat(pieces)
+
+
+class _Axes(NamedTuple):
+    """How a parameter's axes divide, and whose it is."""
+
+    parts: tuple[Parts, ...]
+    is_linear: bool
+    is_table: bool
+
+
+def _size(axes: _Axes) -> str:
+    return " x ".join(str(sum(math.prod(part) for part in parts)) for parts in axes.parts)
+
+
+def _axes(model: nn.Module, prefix: str) -> dict[str, _Axes]:
+    """By name of the parameter."""
+    found = {}
+    for path, module in model.named_modules(prefix=prefix):
+        for name, parameter in module.named_parameters(recurse=False):
+            parts: tuple[Parts, ...] = tuple(((size,),) for size in parameter.shape)
+            if hasattr(module, "output_parts"):
+                parts = (module.output_parts, getattr(module, "input_parts", None))[: parameter.ndim]  # pyright: ignore
+            kinds = (isinstance(module, nn.Linear), isinstance(module, nn.Embedding))
+            found[f"{path}.{name}" if path else name] = _Axes(parts, *kinds)
+    return found
+
+
+def _old_name(name: str, layers: list[int], old_axes: dict[str, Any]) -> str | None:
+    """The source's parameter for `name`: of the mapped layer, or of the next one that has it (ModernBERT's first layer
+    has no attention norm)."""
+    if not name.startswith("encoder.layers."):
+        return name if name in old_axes else None
+    _, _, index, rest = name.split(".", 3)
+    candidates = (f"encoder.layers.{layer}.{rest}" for layer in range(layers[int(index)], 1 + max(layers)))
+    return next((candidate for candidate in candidates if candidate in old_axes), None)
+
+
+def _tied_norm(config: "FlexBertConfig") -> str:
+    """Path of the norm whose output the token table reads as decoder; a name of no weight when it does not."""
+    if not config.head.tied:
+        return "none"
+    return "head.norm." if config.head.transform else "encoder.final_norm."
+
+
+def _check(source: "FlexBertConfig", model: "FlexBertConfig", where: str) -> None:
+    """Raise ConfigError where the two are of different kinds; say what else differs besides sizes."""
+    if source.vocab_size != model.vocab_size:
+        raise ConfigError(f"{where}: vocab_size {source.vocab_size} there, {model.vocab_size} here: must be the same")
+    for slot in ("embedding", "position", "attention", "norm", "mlp", "block"):
+        theirs, ours = getattr(source, slot), getattr(model, slot)
+        if theirs.name != ours.name:
+            raise ConfigError(f"{where}: {slot} {theirs.name!r} there, {ours.name!r} here: only sizes can change")
+        for field in type(ours).model_fields:
+            if getattr(theirs, field) != getattr(ours, field) and not field.endswith("dropout"):
+                message = "%s: %s.%s is %s there, %s here"
+                log.warning(message, where, slot, field, getattr(theirs, field), getattr(ours, field))
