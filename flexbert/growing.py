@@ -54,10 +54,11 @@ class Grow:
         self.fresh = INITS.build(config.fresh, num_hidden_layers=num_hidden_layers)
 
     def __call__(self, module: nn.Module, seed: int, prefix: str = "") -> None:
-        """Fill `module`, a model with a `config`, in place; nothing is read for one on the meta device.
+        """Fill `module`, a model with a `config`, in place; on the meta device only see that the source is there.
 
         Raises ConfigError, starting with `init.from`, for a source that cannot be read or does not grow into `module`.
         """
+        _kind(Path(self.config.source))
         if any(parameter.is_meta for parameter in module.parameters()):
             return
         self.fresh(module, seed, prefix)
@@ -74,16 +75,11 @@ def read_source(folder: Path) -> tuple["FlexBertConfig", dict[str, Tensor]]:
     from flexbert.config import FlexBertConfig
     from schema import load_node
 
-    if (folder / "config.json").is_file():
+    if _kind(folder) == "export":
         from flexbert.hf import from_hf
 
         model = from_hf(folder)
         return model.config, dict(model.state_dict())
-    if not (folder / "manifest.json").is_file():
-        raise ConfigError(
-            f"init.from: {folder}: neither an export (config.json) nor a checkpoint (manifest.json): name one of a "
-            "run's exports/tokens-N or checkpoints/tokens-N"
-        )
     from safetensors.torch import load
 
     data = (folder / "model.safetensors").read_bytes()
@@ -92,6 +88,17 @@ def read_source(folder: Path) -> tuple["FlexBertConfig", dict[str, Tensor]]:
         raise ConfigError(f"init.from: {folder / 'model.safetensors'}: damaged: take another checkpoint")
     run = load_node(folder.parent.parent / "config.yaml")
     return FlexBertConfig.from_dict(run["model"]), load(data)
+
+
+def _kind(folder: Path) -> Literal["export", "checkpoint"]:
+    if (folder / "config.json").is_file():
+        return "export"
+    if (folder / "manifest.json").is_file():
+        return "checkpoint"
+    raise ConfigError(
+        f"init.from: {folder}: neither an export (config.json) nor a checkpoint (manifest.json): name one of a run's "
+        "exports/tokens-N or checkpoints/tokens-N"
+    )
 
 
 def grow(

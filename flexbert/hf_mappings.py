@@ -308,7 +308,8 @@ def misfits(mapping: Mapping, config: FlexBertConfig, hf_config_of: Callable[...
         pairs = [(slot, getattr(config, slot).name, name) for slot, name in slots.items()]
     else:
         try:
-            back = FlexBertConfig.from_dict(mapping.config_from(hf_config_of(**mapping.config_to(config))))
+            fields = mapping.config_from(hf_config_of(**mapping.config_to(config)))
+            back = FlexBertConfig.from_dict({name: value for name, value in fields.items() if name not in TOKEN_IDS})
         except ConfigError as error:
             return [str(error)]
         ours, theirs = _function(config.to_dict()), _function(back.to_dict())

@@ -222,6 +222,8 @@ def test_what_cannot_grow_is_refused(tmp_path: Path, changes: dict[str, Any], me
 def test_sources_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"init\.from: .*absent: neither an export .* nor a checkpoint"):
         build(tiny(init={"name": "grow", "from": str(tmp_path / "absent")}))
+    with torch.device("meta"), pytest.raises(ConfigError, match="neither an export"):  # so a dry run tells
+        build(tiny(init={"name": "grow", "from": str(tmp_path / "absent")}))
     source = checkpoint_of(build(tiny()), tmp_path / "small")
     save_file({"x": torch.zeros(1)}, source / "model.safetensors")
     with pytest.raises(ConfigError, match=r"model\.safetensors: damaged: take another checkpoint"):
