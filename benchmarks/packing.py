@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data.loader import DataConfig, LoaderConfig, LoaderPhase, StreamConfig, build_loader
+from data.loader import LoaderConfig, LoaderPhase, build_loader
 from data.masking import MaskingConfig
+from data.mixture import DataConfig, StreamConfig
 from data.order import Lane
 from data.packing import SPECIAL_TOKENS_PER_SEQUENCE, cut
 

@@ -1,5 +1,6 @@
 """Show what a prepared dataset holds: counts, lengths, integrity, and a few documents in plain text."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.text import Text
 from data.keyed import keyed_generator
 from data.shards import MANIFEST, Stream, open_stream
 from data.tokenizer import corpus_tokenizer, tokenizer_facts
-from schema import ConfigError
+from schema import ConfigError, RunError
 
 _BAR_COLUMNS = 40
 _SHOWN_TOKENS = 200
@@ -74,8 +75,12 @@ def _damaged(stream: Stream) -> list[str]:
     """Shards that are missing or whose content is not what was written."""
     damaged = []
     for shard in stream.manifest.shards:
-        file = stream.path / shard.file
-        if not file.exists() or xxhash.xxh3_64_hexdigest(file.read_bytes()) != shard.xxh3_64:
+        try:
+            with os.fdopen(stream.files.open(shard), "rb") as file:
+                whole = xxhash.xxh3_64_hexdigest(file.read()) == shard.xxh3_64
+        except RunError:
+            whole = False
+        if not whole:
             damaged.append(shard.file)
     return damaged
 
@@ -115,7 +120,7 @@ def _one_line(source: dict[str, Any]) -> str:
 
 
 def _tokenizer_folder(stream: Stream) -> Path:
-    return stream.path.resolve().parent.parent / "tokenizer"
+    return Path(stream.path).resolve().parent.parent / "tokenizer"
 
 
 def _tokenizer_state(stream: Stream) -> str:

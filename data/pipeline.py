@@ -23,6 +23,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from numpy.typing import NDArray
 
+from data.shards import describe_shard
 from data.sources import SOURCES, Unit
 from data.tokenizer import corpus_tokenizer, tokenizer_facts
 from durable import sync_folder, write_file
@@ -158,8 +159,10 @@ class WriteShards(PipelineStep):
         # [UNK] here. The same look-up gives the ids their final type.
         final_ids = np.arange(facts.vocab_size).astype(token_dtype(facts.vocab_size))
         final_ids[facts.special_ids] = facts.unk_token_id
+        chunks = json.loads((self.work / "plan" / f"{task['stream']}.json").read_text(encoding="utf-8"))
+        folder = f"part-{task['part']:05d}"
         parts = [
-            Part(output / task["stream"] / split / f"part-{task['part']:05d}", facts.vocab_size, self.shard_bytes)
+            Part(output / task["stream"] / split / folder, facts.vocab_size, self.shard_bytes, chunks[split])
             for split in SPLITS
         ]
         progress = Meter(self.work, rank)
@@ -177,8 +180,9 @@ class WriteShards(PipelineStep):
             part.finish()
         report = {split: part.report() for split, part in zip(SPLITS, parts, strict=True)}
         write_file(numbered(self.work / "done", rank, ".json"), json.dumps(report).encode())
-        counts = {split: part.token_counts for split, part in zip(SPLITS, parts, strict=True)}
-        save_arrays(numbered(self.work / "done", rank, ".npz"), **counts)
+        arrays = {split: part.token_counts for split, part in zip(SPLITS, parts, strict=True)}
+        arrays |= {f"{split}_chunks": part.chunks for split, part in zip(SPLITS, parts, strict=True)}
+        save_arrays(numbered(self.work / "done", rank, ".npz"), **arrays)
         progress.close()
         yield from ()
 
@@ -186,9 +190,10 @@ class WriteShards(PipelineStep):
 class Part:
     """What one task writes of one split: a folder of MDS shards, which appears under its name when it is whole."""
 
-    def __init__(self, folder: Path, vocab_size: int, shard_bytes: int) -> None:
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self.dtype = token_dtype(vocab_size)
+    def __init__(self, folder: Path, vocab_size: int, shard_bytes: int, chunk_documents: int) -> None:
+        self.folder, self.shard_bytes, self.chunk_documents = folder, shard_bytes, chunk_documents
+        self.chunks = np.zeros((0, 2), np.uint64)
+        self.dtype = np.dtype(token_dtype(vocab_size))
         self.token_counts = np.zeros(vocab_size, np.uint64)
         self.lengths: list[int] = []
         self.bytes = self.empty_documents = 0
@@ -231,9 +236,12 @@ class Part:
         index.unlink()  # the stream has one index; this one would be stale the moment the folder moves
         start = 0
         for shard in self.shards:
+            data = (self._partial / shard["raw_data"]["basename"]).read_bytes()
             shard["raw_data"]["basename"] = f"{self.folder.name}/{shard['raw_data']['basename']}"
             shard["tokens"] = sum(self.lengths[start : start + shard["samples"]])
             start += shard["samples"]
+            shard["header_xxh3_64"], chunks = describe_shard(data, self.dtype.itemsize, self.chunk_documents)
+            self.chunks = np.concatenate([self.chunks, chunks])
         sync_folder(self._partial)
         self._partial.rename(self.folder)
 
@@ -243,7 +251,7 @@ class Part:
         self._uncounted = []
 
     def report(self) -> dict[str, Any]:
-        """What the merge needs to know. `shards` are entries of index.json with their number of `tokens`."""
+        """What the merge needs to know. `shards` are entries of index.json with `tokens` and the header's digest."""
         return {
             "documents": len(self.lengths),
             "tokens": sum(self.lengths),

@@ -3,6 +3,7 @@
 The plan follows from the digests and sizes of the documents, in document order, and from the config alone.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from data.keyed import philox_key
 from data.pipeline import DROPPED, SPLITS, load_arrays, numbered, save_arrays
+from data.shards import chunk_documents
 from data.sources import SOURCES
 from data.tokenizer import TOKENIZERS
+from durable import write_file
 from schema import ConfigError, Count, Schema, load_node, validate
 
 CONFIG_FILE = "prepare.json"
@@ -112,8 +115,12 @@ def plan_documents(config: PrepareConfig, work: Path, tasks: list[dict[str, Any]
                 "duplicates": np.bincount(splits[part][duplicate[part]], minlength=len(SPLITS)),
                 "stream": np.array(name),
                 "kept_bytes": sizes[part][kept[part]].sum(),
+                "kept_documents": np.bincount(splits[part][kept[part]], minlength=len(SPLITS)),
             }
             save_arrays(numbered(work / "plan", rank, ".npz"), **plans[rank])
+        documents = np.sum([plans[rank]["kept_documents"] for rank in ranks], axis=0)
+        sizes_of_chunks = {split: chunk_documents(int(count)) for split, count in zip(SPLITS, documents, strict=True)}
+        write_file(work / "plan" / f"{name}.json", json.dumps(sizes_of_chunks).encode())
     return plans
 
 

@@ -26,7 +26,7 @@ from data.keyed import keyed_generator
 from data.local import run_pipeline, warm_up
 from data.pipeline import SPLITS, ReadUnits, Scan, Select, WriteShards, load_arrays, numbered, token_dtype
 from data.plan import CONFIG_FILE, PrepareConfig, load_prepare_config, plan_documents
-from data.shards import MANIFEST, StreamManifest
+from data.shards import CHUNKS, MANIFEST, StreamManifest, pack_chunks
 from data.sources import SOURCES, Unit
 from data.tokenizer import TOKENIZERS, save_tokenizer, tokenizer_facts
 from durable import lock, write_file
@@ -246,13 +246,17 @@ def _merge(
     reports = [json.loads(numbered(work / "done", rank, ".json").read_text(encoding="utf-8"))[split] for rank in ranks]
     shards = [shard for report in reports for shard in report["shards"]]
     counts = np.zeros(facts.vocab_size, np.uint64)
+    chunks = []
     for rank in ranks:
-        counts += load_arrays(numbered(work / "done", rank, ".npz"))[split]
+        arrays = load_arrays(numbered(work / "done", rank, ".npz"))
+        counts += arrays[split]
+        chunks.append(arrays[f"{split}_chunks"])
+    chunk_file, chunk_digest = pack_chunks(chunks)
     histogram = np.zeros(64, np.int64)
     for report in reports:
         histogram[: len(report["length_histogram"])] += report["length_histogram"]
     manifest = StreamManifest(
-        schema_version=1,
+        schema_version=2,
         name=name,
         split=split,
         dtype=token_dtype(facts.vocab_size),  # pyright: ignore[reportArgumentType]
@@ -265,6 +269,8 @@ def _merge(
         duplicate_documents=sum(int(plans[rank]["duplicates"][SPLITS.index(split)]) for rank in ranks),
         length_histogram={str(2**power): int(count) for power, count in enumerate(histogram) if count},
         source=config.streams[name].source.model_dump(mode="json"),
+        chunk_documents=json.loads((work / "plan" / f"{name}.json").read_text(encoding="utf-8"))[split],
+        chunks_xxh3_64=chunk_digest,
         shards=[
             {  # pyright: ignore[reportArgumentType]
                 "file": shard["raw_data"]["basename"],
@@ -272,6 +278,7 @@ def _merge(
                 "tokens": shard.pop("tokens"),
                 "bytes": shard["raw_data"]["bytes"],
                 "xxh3_64": shard["raw_data"]["hashes"]["xxh3_64"],
+                "header_xxh3_64": shard.pop("header_xxh3_64"),
             }
             for shard in shards
         ],
@@ -282,5 +289,6 @@ def _merge(
     array = BytesIO()
     np.save(array, counts)
     write_file(folder / "token_counts.npy", array.getvalue())
+    write_file(folder / CHUNKS, chunk_file)
     write_file(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
     return manifest
