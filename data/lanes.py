@@ -55,8 +55,7 @@ class Mixture(NamedTuple):
         return np.minimum(shown, self.room)
 
 
-@dataclass(frozen=True)
-class LaneCursor:
+class LaneCursor(NamedTuple):
     """Where a lane stands: at a block, and how many of its rows are taken.
 
     at: on each stream's line, where the block begins. taken: (max_seq_len, rows) taken from the block, in order.
@@ -174,7 +173,7 @@ class Lane:
             if first + count == planned.plan.num_rows:
                 self.cursor = self._next(planned.block)
             else:
-                self.cursor = replace(self.cursor, taken=(*before, (max_seq_len, first + count)))
+                self.cursor = self.cursor._replace(taken=(*before, (max_seq_len, first + count)))
         return taken
 
     def upcoming(self) -> list[list[int]]:
@@ -194,7 +193,7 @@ class Lane:
         if old.mixture is None:
             self.cursor = LaneCursor(0, mixture, tuple(Place() for _ in self.lines), (), None, nothing)
         elif not old.taken:
-            self.cursor = replace(old, mixture=mixture)
+            self.cursor = old._replace(mixture=mixture)
         else:
             self.cursor = LaneCursor(old.block + 1, mixture, self._block(old).after, (), old, nothing)
 
@@ -210,7 +209,7 @@ class Lane:
     def _plan(self, max_seq_len: int) -> _Planned:
         """The plan of the current block's rest at this length."""
         before = self._before(max_seq_len)
-        place = replace(self.cursor, taken=before)
+        place = self.cursor._replace(taken=before)
         if self._planned is None or (self._planned.cursor, self._planned.max_seq_len) != (place, max_seq_len):
             block = self._block(place)
             plan = self._pack(block, self._rest(block, place), max_seq_len, place.block, before)
@@ -232,7 +231,7 @@ class Lane:
 
     def _block(self, cursor: LaneCursor) -> _Block:
         """Documents and spans of the cursor's block, whatever was taken of it."""
-        if self._planned is not None and replace(self._planned.cursor, taken=()) == replace(cursor, taken=()):
+        if self._planned is not None and self._planned.cursor._replace(taken=()) == cursor._replace(taken=()):
             return self._planned.block
         assert cursor.mixture is not None
         lists, spans, after, used, used_up = [], [], [], [], True
