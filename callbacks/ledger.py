@@ -9,14 +9,15 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from callbacks.lines import append_line, trim_lines
+from callbacks.lines import append_line, step_of, trim_lines
 from data.loader import SEEN
 
 
 class Ledger(Callback):
     """Counts what the steps trained on, per stream, and writes a line to ledger.jsonl with every checkpoint.
 
-    A line: {"step", "tokens" (slots), "streams": {name: {one count for each of data.loader.SEEN}}, "lanes": cursors}.
+    A line: {"step", "tokens" (slots), "streams": {name: {one count for each of data.loader.SEEN}}, "data": {name:
+    fingerprint of its shards}, "lanes": cursors}.
     Numbers depend on neither world size nor restarts. `unique_documents` is exact as long as min_length and
     long_documents of a stream stay the same in all phases; else it is a lower bound.
     """
@@ -52,9 +53,9 @@ class Ledger(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._reduced = torch.tensor([[state[name][key] for key in SEEN] for name in self.stream_names])
 
-    def write(self, step: int, tokens: int, lanes: list[Any]) -> None:
+    def write(self, step: int, tokens: int, lanes: list[Any], fingerprints: dict[str, str]) -> None:
         """Add the line of a checkpoint. A collective."""
-        line = {"step": step, "tokens": tokens, "streams": self.totals(), "lanes": lanes}
+        line = {"step": step, "tokens": tokens, "streams": self.totals(), "data": fingerprints, "lanes": lanes}
         if dist.get_global_rank() == 0:
             append_line(self.file, line)
 
@@ -63,8 +64,8 @@ class Ledger(Callback):
         trim_lines(self.file, step)
 
 
-def nearest_state(file: Path, step: int) -> dict[str, Any] | None:
-    """The loader's state at the last line at or before `step`; None: begin at step 0."""
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    known = [line for line in lines if line["step"] <= step]
-    return {"step": known[-1]["step"], "lanes": known[-1]["lanes"]} if known else None
+def nearest_line(file: Path, step: int) -> dict[str, Any] | None:
+    """The last line at or before `step`, from which the loader can go on; None: begin at step 0."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    known = [line for line in lines if step_of(line) <= step]
+    return json.loads(known[-1]) if known else None

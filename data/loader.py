@@ -234,6 +234,16 @@ class MixtureDataset(IterableDataset):
             where = "data" if phase.streams is None else f"phases[{number}]"
             raise ConfigError(f"{where}.{error}") from None
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Begin at a step: {"step", "lanes": cursors as lists}. Raises ConfigError for another number of lanes."""
+        if len(state["lanes"]) != self.config.lanes:
+            raise ConfigError(
+                f"data.lanes: the checkpoint was written with {len(state['lanes'])} lanes, the config gives "
+                f"{self.config.lanes}: set data.lanes: {len(state['lanes'])}"
+            )
+        self.step = int(state["step"])
+        self.cursors = {lane: LaneCursor.from_list(cursor) for lane, cursor in enumerate(state["lanes"])}
+
     @property
     def total_steps(self) -> int:
         """Steps of all phases."""
@@ -345,13 +355,7 @@ class Loader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue behind the batch at which state_dict was taken. Raises ConfigError for another number of lanes."""
-        if len(state["lanes"]) != self.dataset.config.lanes:
-            raise ConfigError(
-                f"data.lanes: the checkpoint was written with {len(state['lanes'])} lanes, the config gives "
-                f"{self.dataset.config.lanes}: set data.lanes: {len(state['lanes'])}"
-            )
-        self.dataset.step = int(state["step"])
-        self.dataset.cursors = {lane: LaneCursor.from_list(cursor) for lane, cursor in enumerate(state["lanes"])}
+        self.dataset.load_state_dict(state)
 
 
 def _prepare_worker(_worker: int) -> None:

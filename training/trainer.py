@@ -289,7 +289,7 @@ class Run:
             "data": self.fingerprints,
             "seconds": self.seconds,
         }
-        self.ledger.write(step, self.plan.tokens_before(step), state["loader"]["lanes"])
+        self.ledger.write(step, self.plan.tokens_before(step), state["loader"]["lanes"], self.fingerprints)
         if self.rank == 0:
             path = self.folder.checkpoints / checkpoint_name(self.plan.tokens_before(step))
             save_checkpoint(path, self.model, self.optimizer, state)
