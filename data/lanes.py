@@ -162,7 +162,7 @@ class Lane:
             self._change(mixture)
         taken: list[Rows] = []
         while rows > 0:
-            planned = self._plan(max_seq_len)
+            planned = self._plan(max_seq_len, mixture)
             before = self._before(max_seq_len)
             first = self.cursor.taken[len(before)][1] if len(self.cursor.taken) > len(before) else 0
             count = min(rows, planned.plan.num_rows - first)
@@ -176,15 +176,11 @@ class Lane:
                 self.cursor = self.cursor._replace(taken=(*before, (max_seq_len, first + count)))
         return taken
 
-    def upcoming(self) -> list[list[int]]:
-        """Shards of each stream that the block after this one will open, in the order of their use."""
-        if self._planned is None or self.cursor.mixture is None:
-            return [[] for _ in self.lines]
-        tokens = self.cursor.mixture.tokens
-        return [
-            line.upcoming_shards(self.lane, place, math.ceil(count))
-            for line, place, count in zip(self.lines, self._planned.block.after, tokens, strict=True)
-        ]
+    def prefetch(self, mixture: Mixture) -> None:
+        """Announce the shards of the lane's next two blocks."""
+        for number, line in enumerate(self.lines):
+            place = self.cursor.at[number] if self.cursor.at else Place()
+            line.stream.prefetch(line.upcoming_shards(self.lane, place, 2 * math.ceil(mixture.tokens[number])))
 
     def _change(self, mixture: Mixture) -> None:
         """Put back what is left of the block, and begin one of the new mixture."""
@@ -206,11 +202,12 @@ class Lane:
         taken = self.cursor.taken
         return taken[:-1] if taken and taken[-1][0] == max_seq_len else taken
 
-    def _plan(self, max_seq_len: int) -> _Planned:
+    def _plan(self, max_seq_len: int, mixture: Mixture) -> _Planned:
         """The plan of the current block's rest at this length."""
         before = self._before(max_seq_len)
         place = self.cursor._replace(taken=before)
         if self._planned is None or (self._planned.cursor, self._planned.max_seq_len) != (place, max_seq_len):
+            self.prefetch(mixture)
             block = self._block(place)
             plan = self._pack(block, self._rest(block, place), max_seq_len, place.block, before)
             self._planned = _Planned(place, max_seq_len, block, plan, _carry_key(before, max_seq_len))

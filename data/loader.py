@@ -7,7 +7,7 @@ a pipe: there is no shared memory that could be left behind.
 """
 
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -270,9 +270,12 @@ class MixtureDataset(IterableDataset):
         for step in range(self.step, self.total_steps):
             phase, mixture = self._phase(step)
             rows: list[Rows] = []
-            for lane, own in self._rank_rows(phase).items():
-                if lane not in lanes:
-                    lanes[lane] = Lane(self.order.lines, self.config.seed, lane, self.cursors[lane])
+            own_rows = self._rank_rows(phase)
+            if not lanes:
+                lanes = {lane: Lane(self.order.lines, self.config.seed, lane, self.cursors[lane]) for lane in own_rows}
+                for lane in lanes.values():
+                    lane.prefetch(mixture)
+            for lane, own in own_rows.items():
                 taken = lanes[lane].take(phase.global_batch_size // self.config.lanes, phase.max_seq_len, mixture)
                 rows += _slice(taken, own)
             yield step, phase, rows, lanes
@@ -331,7 +334,7 @@ class Loader:
             generator=torch.Generator(),
             worker_init_fn=_prepare_worker,
         )
-        for packed in batches:
+        for packed in _with_plain_deaths(batches):
             if isinstance(packed, Exception):
                 raise packed
             batch = packed.unpack()
@@ -356,6 +359,24 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue behind the batch at which state_dict was taken. Raises ConfigError for another number of lanes."""
         self.dataset.load_state_dict(state)
+
+
+def _with_plain_deaths(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches; a worker that was killed ends them with a RunError."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        raise worker_death(error) or error from None
+
+
+def worker_death(error: RuntimeError) -> RunError | None:
+    """What to say when PyTorch reports, wherever the training process stands, that a loader worker is gone."""
+    if not str(error).startswith("DataLoader worker"):
+        return None
+    return RunError(f"a {str(error).splitlines()[0].rstrip('.')}: if it was the kernel, for want of memory: {_LESS}")
+
+
+_LESS = "lower data.num_workers or data.prefetch_batches; the same command goes on from the newest checkpoint"
 
 
 def _prepare_worker(_worker: int) -> None:

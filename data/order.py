@@ -150,6 +150,8 @@ class StreamLine:
 
     def upcoming_shards(self, lane: int, place: Place, tokens: int) -> list[int]:
         """Shards that hold the lane's next `tokens` tokens of this pass, in the order of their use."""
+        if tokens == 0:
+            return []
         order, edges = self._pass(place.number)
         begin, end = (self.tokens * edge // self.lanes for edge in (lane, lane + 1))
         token = max(place.token, begin)

@@ -235,6 +235,10 @@ class Stream:
         except RunError as error:
             raise self._fault(error) from None
 
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """These shards will be read soon, in this order."""
+        self.files.prefetch([self.manifest.shards[shard] for shard in shards])
+
     def documents(self, shard: int, first: int, count: int) -> Documents:
         """Lengths and places of documents first to first + count of a shard; reads offsets only, never tokens."""
         offsets = self._shard(shard).offsets[first : first + count + 1]

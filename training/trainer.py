@@ -23,7 +23,7 @@ from callbacks.milestones import BetweenSteps
 from callbacks.progress import ProgressLine
 from callbacks.schedule import StepSchedule
 from data.keyed import torch_seed
-from data.loader import Batch, Loader, build_loader, check_tokenizer
+from data.loader import Batch, Loader, build_loader, check_tokenizer, worker_death
 from durable import write_file
 from flexbert import FlexBertForMaskedLM, build
 from schema import ConfigError, RunError
@@ -377,6 +377,8 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
         if step < run.plan.total_steps:
             run.fit()
         return run.finish()
+    except RuntimeError as error:  # PyTorch raises this in the training process at the moment when a worker dies
+        raise worker_death(error) or error from None
     except OSError as error:
         raise RunError(
             f"{folder.path}: {error.strerror or error}: {error.filename or ''} (checkpoints stay whole)"

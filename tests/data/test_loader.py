@@ -1,6 +1,11 @@
 """The loader's promises: global batches depend on config and step alone; every token as often as promised."""
 
+import multiprocessing
+import os
+import signal
+import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +14,7 @@ import pytest
 import torch
 
 from data.lanes import LaneCursor
-from data.loader import SEEN, Batch, Loader, LoaderConfig, LoaderPhase, build_loader, canonical_lanes
+from data.loader import SEEN, Batch, Loader, LoaderConfig, LoaderPhase, build_loader, canonical_lanes, worker_death
 from data.masking import IGNORE, MaskingConfig
 from data.mixture import DataConfig, StreamConfig
 from data.shards import open_stream
@@ -269,3 +274,48 @@ def test_damage_met_while_reading_is_one_plain_error(tmp_path: Path, workers: in
         for _ in loader:
             pass
     assert "Traceback" not in str(caught.value)
+
+
+def _workers(loader: Loader) -> tuple[Iterator[Batch], list[int]]:
+    """A started loader behind its first batch, and its workers' process ids."""
+    before = set(multiprocessing.active_children())
+    batches = iter(loader)
+    next(batches)
+    return batches, [child.pid or 0 for child in multiprocessing.active_children() if child not in before]
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_killed_worker_is_one_plain_error(folder: Path, busy: bool) -> None:
+    """Never a hang: also when the training process is not waiting for the loader at that moment."""
+    batches, workers = _workers(build_loader(config(folder, [(100_000, 8, 64)], {"num_workers": 2})))
+    assert len(workers) == 2
+
+    def go_on() -> None:
+        try:
+            os.kill(workers[1], signal.SIGKILL)
+            if busy:
+                time.sleep(1)
+            for _ in batches:
+                pass
+        except RuntimeError as error:  # raised by PyTorch's signal handler outside the loader
+            raise worker_death(error) or error from None
+
+    with pytest.raises(RunError, match=rf"DataLoader worker \(pid.* {workers[1]}\).*(killed by|exited unexp)"):
+        go_on()
+
+
+def test_a_bug_in_a_worker_ends_the_run_with_that_exception(folder: Path) -> None:
+    loader = build_loader(config(folder, PHASES, {"num_workers": 2}))
+    loader.dataset.mixtures = []  # as if ours: the workers' copies have nothing to take a phase's mixture from
+    with pytest.raises(ValueError, match="zip.. argument 2 is shorter"):
+        next(iter(loader))
+
+
+def test_no_shared_memory(folder: Path) -> None:
+    """Neither the workers nor this process map any: nothing can be left behind, or be another run's."""
+    batches, workers = _workers(build_loader(config(folder, [(100_000, 8, 64)], {"num_workers": 2})))
+    for _ in range(20):
+        next(batches)
+    for pid in (*workers, os.getpid()):
+        mapped = [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/dev/shm" in line]
+        assert [line for line in mapped if "/dev/shm/sem." not in line] == []
