@@ -210,8 +210,11 @@ class Assembler:
 class MixtureDataset(IterableDataset):
     """The batches of one rank, from a step and its lanes' cursors on, to the end of the last phase."""
 
-    def __init__(self, config: LoaderConfig, rank: int, world_size: int) -> None:
-        """Raises ConfigError when the batch sizes, lanes and world size do not fit each other."""
+    def __init__(
+        self, config: LoaderConfig, rank: int, world_size: int, streams: Sequence[Stream] | None = None
+    ) -> None:
+        """streams: open ones, in the config's order; default: those of the config's paths. Raises ConfigError when the
+        batch sizes, lanes and world size do not fit each other."""
         for number, phase in enumerate(config.phases):
             key, rows = f"phases[{number}].global_batch_size", phase.global_batch_size
             if rows % config.lanes:
@@ -219,7 +222,7 @@ class MixtureDataset(IterableDataset):
             if rows % world_size:
                 raise ConfigError(f"{key}: {rows} is no multiple of {world_size} ranks")
         self.config, self.rank, self.world_size = config, rank, world_size
-        self.streams = open_streams(config.data, "train")
+        self.streams = open_streams(config.data, "train") if streams is None else streams
         self.order = MixtureOrder(self.streams, config.data, config.seed, config.lanes)
         self.mixtures = [self._mixture(number, phase) for number, phase in enumerate(config.phases)]
         self.step = 0
