@@ -135,8 +135,8 @@ class _Block:
     documents: DocumentList
     spans: Spans
     after: tuple[Place, ...]  # where the next block begins
-    used: tuple[int, ...]
-    rest_used_up: bool  # nothing is left of what was put back
+    used: tuple[int, ...]  # of what was put back, per stream
+    left: tuple[DocumentList, Spans]  # of that, what neither this block nor those before it have taken
 
 
 @dataclass
@@ -194,7 +194,8 @@ class Lane:
             self.cursor = LaneCursor(old.block + 1, mixture, self._block(old).after, (), old, nothing)
 
     def _next(self, block: _Block) -> LaneCursor:
-        behind, used = (None, (0,) * len(self.lines)) if block.rest_used_up else (self.cursor.behind, block.used)
+        nothing_left = len(block.left[1]) == 0
+        behind, used = (None, (0,) * len(self.lines)) if nothing_left else (self.cursor.behind, block.used)
         return LaneCursor(self.cursor.block + 1, self.cursor.mixture, block.after, (), behind, used)
 
     def _before(self, max_seq_len: int) -> tuple[tuple[int, int], ...]:
@@ -231,8 +232,9 @@ class Lane:
         if self._planned is not None and self._planned.cursor._replace(taken=()) == cursor._replace(taken=()):
             return self._planned.block
         assert cursor.mixture is not None
-        lists, spans, after, used, used_up = [], [], [], [], True
+        lists, spans, after, used = [], [], [], []
         put_back = self._put_back(cursor.behind)
+        left = np.zeros(len(put_back[1]), bool)
         for number, line in enumerate(self.lines):
 
             def shown(lengths: NDArray[np.int64], stream: int = number) -> NDArray[np.int64]:
@@ -240,9 +242,10 @@ class Lane:
 
             place = cursor.at[number]
             wanted = cursor.mixture.wanted(number, cursor.block)
-            old, old_spans, passed, all_used = _from_rest(
+            old, old_spans, passed, rest = _from_rest(
                 *put_back, number, cursor.used[number], wanted - place.owed, shown
             )
+            left[rest] = True
             got = int((old_spans.stop - old_spans.start).sum())
             documents, place = line.take(self.lane, place, wanted - got, shown)
             new_spans = Spans(
@@ -252,37 +255,43 @@ class Lane:
             spans += [old_spans, new_spans]
             after.append(place)
             used.append(passed)
-            used_up &= all_used
         documents = DocumentList.join(lists)
         shuffle = keyed_generator(self.seed, "documents", self.lane, cursor.block).permutation(len(documents.length))
         start, stop = (np.concatenate([getattr(part, edge) for part in spans]) for edge in ("start", "stop"))
         whole = Spans(np.arange(len(shuffle)), start[shuffle], stop[shuffle])
-        return _Block(documents.take(shuffle), whole, tuple(after), tuple(used), used_up)
+        return _Block(documents.take(shuffle), whole, tuple(after), tuple(used), (put_back[0], put_back[1].take(left)))
 
     def _put_back(self, behind: LaneCursor | None) -> tuple[DocumentList, Spans]:
         if behind is None:
             nothing = np.zeros(0, np.int64)
             return DocumentList.join([]), Spans(nothing, nothing, nothing)
         block = self._block(behind)
-        return block.documents, self._rest(block, behind)
+        rest, (left, left_spans) = self._rest(block, behind), block.left
+        more = Spans(left_spans.document + len(block.documents.length), left_spans.start, left_spans.stop)
+        spans = Spans(*(np.concatenate([getattr(part, key) for part in (rest, more)]) for key in _SPAN))
+        return DocumentList.join([block.documents, left]), spans
+
+
+_SPAN = ("document", "start", "stop")
 
 
 def _from_rest(
     documents: DocumentList, spans: Spans, stream: int, used: int, wanted: int, shown: Any
-) -> tuple[DocumentList, Spans, int, bool]:
+) -> tuple[DocumentList, Spans, int, NDArray[np.int64]]:
     """A stream's next spans of a put-back rest: their documents (one for each span), the spans, tokens of the rest now
-    used, and whether that is all of it. Spans that the mixture hides are passed over."""
-    own = spans.take(documents.stream[spans.document] == stream)
+    used, and which of `spans` are left. Spans that the mixture hides are passed over."""
+    which = np.flatnonzero(documents.stream[spans.document] == stream)
+    own = spans.take(which)
     size = own.stop - own.start
     begins = np.cumsum(size) - size
     stop = np.minimum(own.stop, shown(documents.length[own.document]))
-    left = begins >= used
-    counted = np.where(left, np.maximum(stop - own.start, 0), 0)
-    chosen = left & (np.cumsum(counted) - counted < wanted)
+    unused = begins >= used
+    counted = np.where(unused, np.maximum(stop - own.start, 0), 0)
+    chosen = unused & (np.cumsum(counted) - counted < wanted)
     now_used = max(used, int((begins + size)[chosen].max(initial=0)))
     kept = chosen & (counted > 0)
     picked = Spans(np.arange(int(kept.sum())), own.start[kept], stop[kept])
-    return documents.take(own.document[kept]), picked, now_used, now_used >= int(size.sum())
+    return documents.take(own.document[kept]), picked, now_used, which[begins >= now_used]
 
 
 def _carry_key(before: tuple[tuple[int, int], ...], max_seq_len: int) -> int:

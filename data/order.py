@@ -2,9 +2,9 @@
 
 A *part* is a run of consecutive documents of one shard. A *pass* is the stream's parts in an order drawn from (seed,
 stream, pass): a line of tokens, on which a document lies where its first token lies. Pass follows pass without end.
-Lane l of L owns the l-th of L equal stretches of every pass. So which documents a lane sees next follows from a pass
-and a place on the line, and every document is seen once per pass. Memory grows with the number of parts, never with
-the number of documents.
+Lane l of L owns one of L equal stretches of every pass, the (l + pass) mod L-th. So which documents a lane sees next
+follows from a pass and a place on the line, and every document is seen once per pass. Memory grows with the number of
+parts, never with the number of documents.
 """
 
 from collections import OrderedDict
@@ -93,13 +93,13 @@ class StreamLine:
         keep: from the lengths of documents, (n,), to how many of their tokens count; one with none is passed over.
         Raises ConfigError when no document of the stream has tokens that count.
         """
-        begin, end = (self.tokens * edge // self.lanes for edge in (lane, lane + 1))
         number, token, owed = place
         wanted -= owed
         lists: list[DocumentList] = []
         barren = 0
         while wanted > 0:
             order, edges = self._pass(number)
+            begin, end = self.stretch(lane, number)
             token = max(token, begin)
             part = int(np.searchsorted(edges, token, side="right")) - 1
             found = False
@@ -121,12 +121,18 @@ class StreamLine:
             if wanted > 0:
                 number, token = number + 1, -1
                 barren = 0 if found else barren + 1
-                if barren > _BARREN_PASSES * self.lanes:
+                if barren > self.lanes:  # every stretch was this lane's once, whole
                     raise ConfigError(
-                        f"data: stream {self.stream.manifest.name!r}: no document for lane {lane} of {self.lanes}: "
-                        "lower min_length, choose another long_documents, add data, or set data.lanes lower"
+                        f"data: stream {self.stream.manifest.name!r}: no document is left by min_length and "
+                        "long_documents: choose others, or longer rows"
                     )
         return DocumentList.join(lists), Place(number, token, -wanted)
+
+    def stretch(self, lane: int, number: int) -> tuple[int, int]:
+        """The tokens of pass `number` that are the lane's: [begin, end). They rotate, so that every lane comes to see
+        also a stream of fewer documents than lanes."""
+        slot = (lane + number) % self.lanes
+        return self.tokens * slot // self.lanes, self.tokens * (slot + 1) // self.lanes
 
     def _part(self, part: int, number: int) -> DocumentList:
         shard, first, count = (int(column[part]) for column in (self._shard, self._first, self._count))
@@ -153,7 +159,7 @@ class StreamLine:
         if tokens == 0:
             return []
         order, edges = self._pass(place.number)
-        begin, end = (self.tokens * edge // self.lanes for edge in (lane, lane + 1))
+        begin, end = self.stretch(lane, place.number)
         token = max(place.token, begin)
         first = int(np.searchsorted(edges, token, side="right")) - 1
         last = int(np.searchsorted(edges, min(token + tokens, end), side="left"))

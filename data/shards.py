@@ -12,6 +12,7 @@ chunk when first used: what is read twice is hashed once, and what is never read
 
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -185,7 +186,7 @@ class _OpenShard(NamedTuple):
 class Stream:
     """One split of one stream, opened for reading. Cheap to open: shards are touched, and checked, at first use.
 
-    Picklable and safe to use after a fork: open files belong to the process that opened them.
+    Picklable, and safe to use after a fork. Open files are closed when the stream is forgotten.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -197,13 +198,10 @@ class Stream:
         documents = np.array([shard.documents for shard in self.manifest.shards], np.int64)
         self.first_chunk = np.concatenate([[0], np.cumsum(-(-documents // self.manifest.chunk_documents))])
         """(shards + 1,) int64: number of the first chunk of each shard."""
-        self._forget()
-
-    def _forget(self) -> None:
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._checked: set[int] = set()
-        self._owner = os.getpid()
-        self._lock = threading.Lock()
+        self._lock, self._owner = threading.Lock(), os.getpid()
+        weakref.finalize(self, _close_all, self._open)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
@@ -281,8 +279,8 @@ class Stream:
 
     def _shard(self, shard: int) -> _OpenShard:
         """Descriptor and offsets of a shard; opening it checks its size and the hash of its offsets."""
-        if self._owner != os.getpid():  # after a fork the handles are shared with the parent: closing them is not safe
-            self._forget()
+        if self._owner != os.getpid():  # a fork: descriptors are the child's own, but the lock may be held for ever
+            self._lock, self._owner = threading.Lock(), os.getpid()
         with self._lock:
             if shard in self._open:
                 self._open.move_to_end(shard)
@@ -328,6 +326,11 @@ class Stream:
             first = error.errors()[0]
             where = ".".join(str(key) for key in first["loc"]) or "content"
             raise ConfigError(f"{self.path}/{MANIFEST}: {where}: {first['msg']}: prepare the stream again") from None
+
+
+def _close_all(shards: OrderedDict[int, _OpenShard]) -> None:
+    for shard in shards.values():
+        os.close(shard.handle)
 
 
 _FIX = "restore it, or delete the stream's folder and run prepare again"
