@@ -321,7 +321,7 @@ def test_the_state_stays_small(tmp_path: Path) -> None:
     found = Corpus(tmp_path, [])
     names = [["a", "b"], ["b", "c"], ["a", "c"], ["a"], ["a", "b", "c"]] * 4
     phases = [phase(12, 8, 64, streams={name: StreamShare(weight=1) for name in some}) for some in names]
-    phases.append(phase(150, 8, 64))
+    phases.append(phase(1500, 8, 64))
     dataset = dataset_of(found, phases, [{}, {}, {}], block_documents=64)
     sizes = [len(json.dumps(lanes[0].cursor.to_list())) for _, _, _, lanes in dataset.plan()]
     assert max(sizes) < 4000
