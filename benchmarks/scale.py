@@ -168,7 +168,7 @@ def state_at(dataset: MixtureDataset, tokens: int) -> dict[str, object]:
     block = int(tokens / LANES / mixture.tokens[0])
     lanes = []
     for lane in range(LANES):
-        place = Place(0, line.tokens * lane // LANES + int(block * mixture.tokens[0]), 0)
+        place = Place(0, line.tokens * lane // LANES + int(block * mixture.tokens[0]))
         lanes.append(LaneCursor(block, mixture, (place,), (), None, (0,)).to_list())
     return {"step": tokens // (ROWS * LENGTH), "lanes": lanes}
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.keyed import keyed_generator
-from data.order import DocumentList, Place, StreamLine
+from data.order import DocumentList, Place, StreamLine, share_out
 from data.packing import SPECIAL_TOKENS_PER_SEQUENCE, Plan, Spans, pack
 
 LongDocuments = Literal["split", "truncate", "drop"]
@@ -234,32 +234,38 @@ class Lane:
         assert cursor.mixture is not None
         lists, spans, after, used = [], [], [], []
         put_back = self._put_back(cursor.behind)
-        left = np.zeros(len(put_back[1]), bool)
         for number, line in enumerate(self.lines):
 
             def shown(lengths: NDArray[np.int64], stream: int = number) -> NDArray[np.int64]:
                 return cursor.mixture.shown(stream, lengths)  # pyright: ignore[reportOptionalMemberAccess]
 
             place = cursor.at[number]
+            if cursor.mixture.tokens[number] == 0:  # not even what it was owed when it was in the mixture
+                after.append(place)
+                used.append(cursor.used[number])
+                continue
             wanted = cursor.mixture.wanted(number, cursor.block)
-            old, old_spans, passed, rest = _from_rest(
-                *put_back, number, cursor.used[number], wanted - place.owed, shown
+            cut = cursor.mixture.long_documents == "split"
+            old, old_spans, passed, reached = _from_rest(
+                *put_back, number, cursor.used[number], wanted - place.owed, shown, cut
             )
-            left[rest] = True
-            got = int((old_spans.stop - old_spans.start).sum())
-            documents, place = line.take(self.lane, place, wanted - got, shown)
-            new_spans = Spans(
-                np.arange(len(documents.length)), np.zeros(len(documents.length), np.int64), shown(documents.length)
-            )
-            lists += [old, documents]
-            spans += [old_spans, new_spans]
+            owed = place.owed + int((old_spans.stop - old_spans.start).sum())
+            lists.append(old)
+            spans.append(old_spans)
+            if reached:
+                place = place._replace(owed=owed - wanted)
+            else:
+                documents, start, stop, place = line.take(self.lane, place._replace(owed=owed), wanted, shown, cut)
+                lists.append(documents)
+                spans.append(Spans(np.arange(len(start)), start, stop))
             after.append(place)
             used.append(passed)
         documents = DocumentList.join(lists)
         shuffle = keyed_generator(self.seed, "documents", self.lane, cursor.block).permutation(len(documents.length))
-        start, stop = (np.concatenate([getattr(part, edge) for part in spans]) for edge in ("start", "stop"))
+        start, stop = (np.concatenate([getattr(part, edge) for part in spans]) for edge in _SPAN[1:])
         whole = Spans(np.arange(len(shuffle)), start[shuffle], stop[shuffle])
-        return _Block(documents.take(shuffle), whole, tuple(after), tuple(used), (put_back[0], put_back[1].take(left)))
+        left = (put_back[0], _unused(*put_back, used))
+        return _Block(documents.take(shuffle), whole, tuple(after), tuple(used), left)
 
     def _put_back(self, behind: LaneCursor | None) -> tuple[DocumentList, Spans]:
         if behind is None:
@@ -276,22 +282,36 @@ _SPAN = ("document", "start", "stop")
 
 
 def _from_rest(
-    documents: DocumentList, spans: Spans, stream: int, used: int, wanted: int, shown: Any
-) -> tuple[DocumentList, Spans, int, NDArray[np.int64]]:
+    documents: DocumentList, spans: Spans, stream: int, used: int, wanted: int, shown: Any, cut: bool
+) -> tuple[DocumentList, Spans, int, bool]:
     """A stream's next spans of a put-back rest: their documents (one for each span), the spans, tokens of the rest now
-    used, and which of `spans` are left. Spans that the mixture hides are passed over."""
-    which = np.flatnonzero(documents.stream[spans.document] == stream)
-    own = spans.take(which)
+    used, and whether they make up what is wanted. Spans that the mixture hides are passed over."""
+    own = spans.take(documents.stream[spans.document] == stream)
     size = own.stop - own.start
     begins = np.cumsum(size) - size
+    start = own.start + np.clip(used - begins, 0, size)
     stop = np.minimum(own.stop, shown(documents.length[own.document]))
-    unused = begins >= used
-    counted = np.where(unused, np.maximum(stop - own.start, 0), 0)
-    chosen = unused & (np.cumsum(counted) - counted < wanted)
-    now_used = max(used, int((begins + size)[chosen].max(initial=0)))
-    kept = chosen & (counted > 0)
-    picked = Spans(np.arange(int(kept.sum())), own.start[kept], stop[kept])
-    return documents.take(own.document[kept]), picked, now_used, which[begins >= now_used]
+    counted = np.maximum(stop - start, 0)
+    if wanted <= 0:
+        whole, piece, reached = 0, 0, True
+    else:
+        whole, piece, reached = share_out(counted, wanted, cut)
+        behind = int(begins[whole] if whole < len(own) else size.sum())
+        used = max(used, behind + (int(start[whole] - own.start[whole]) + piece if piece else 0))
+    stop[whole : whole + 1] = start[whole : whole + 1] + piece
+    kept = np.flatnonzero(stop[: whole + (piece > 0)] > start[: whole + (piece > 0)])
+    return documents.take(own.document[kept]), Spans(np.arange(len(kept)), start[kept], stop[kept]), used, reached
+
+
+def _unused(documents: DocumentList, spans: Spans, used: list[int]) -> Spans:
+    """What is left of a rest of which `used` tokens per stream were taken."""
+    kept: list[Spans] = [spans.take(slice(0))]
+    for stream, count in enumerate(used):
+        own = spans.take(documents.stream[spans.document] == stream)
+        size = own.stop - own.start
+        start = own.start + np.clip(count - np.cumsum(size) + size, 0, size)
+        kept.append(Spans(own.document, start, own.stop).take(start < own.stop))
+    return Spans(*(np.concatenate([getattr(part, key) for part in kept]) for key in _SPAN))
 
 
 def _carry_key(before: tuple[tuple[int, int], ...], max_seq_len: int) -> int:

@@ -18,6 +18,7 @@ from data.keyed import keyed_generator
 from data.shards import Stream
 from schema import ConfigError
 
+_CUT_OVER = 1024  # tokens
 _CACHED_PASSES = 3  # lanes stand in the same pass or in neighbouring ones
 _BARREN_PASSES = (
     64  # per lane: an empty share of a pass is chance while there are fewer documents than this times lanes
@@ -29,7 +30,8 @@ class Place(NamedTuple):
 
     number: int = 0  # of the pass
     token: int = -1  # on the line of the pass; -1: at the start of the lane's stretch
-    owed: int = 0  # tokens that the lane has taken beyond what the mixture gave it: a document is taken whole
+    into: int = 0  # tokens already taken of the document that lies there
+    owed: int = 0  # tokens that the lane has taken beyond what the mixture gave it: most documents are taken whole
 
 
 class DocumentList(NamedTuple):
@@ -42,7 +44,7 @@ class DocumentList(NamedTuple):
     end: NDArray[np.int64]  # byte of the shard behind the last token
     number: NDArray[np.int64]  # of the pass that shows it
 
-    def take(self, which: NDArray[np.integer] | NDArray[np.bool_]) -> "DocumentList":
+    def take(self, which: NDArray[np.integer] | NDArray[np.bool_] | slice) -> "DocumentList":
         """The documents at these positions."""
         return DocumentList(*(column[which] for column in self))
 
@@ -52,6 +54,25 @@ class DocumentList(NamedTuple):
         if not lists:
             return cls(*(np.zeros(0, np.int64) for _ in cls._fields))
         return cls(*(np.concatenate(columns) for columns in zip(*lists, strict=True)))
+
+
+def share_out(counted: NDArray[np.int64], wanted: int, cut: bool) -> tuple[int, int, bool]:
+    """How many leading entries to take whole, how many tokens of the next, and whether that makes up what is wanted.
+
+    counted: tokens of each, (n,). An entry at which `wanted` falls is taken or left, whichever is nearer; if `cut` and
+    it has over 1024 tokens, it is divided exactly, for a few long documents would otherwise distort the mixture.
+    """
+    total = np.cumsum(counted)
+    last = int(np.searchsorted(total, wanted, side="left"))
+    if last == len(total):
+        return last, 0, False
+    size = int(counted[last])
+    missing = wanted - int(total[last]) + size
+    if missing == size:
+        return last + 1, 0, True
+    if cut and size > _CUT_OVER:
+        return last, missing, True
+    return last + (2 * missing >= size), 0, True
 
 
 class StreamLine:
@@ -86,47 +107,55 @@ class StreamLine:
         lane: int,
         place: Place,
         wanted: int,
-        keep: Callable[[NDArray[np.int64]], NDArray[np.int64]],
-    ) -> tuple[DocumentList, Place]:
-        """The lane's next documents with `wanted` tokens, and the place behind them. Reads lengths, never tokens.
+        shown: Callable[[NDArray[np.int64]], NDArray[np.int64]],
+        cut: bool,
+    ) -> tuple[DocumentList, NDArray[np.int64], NDArray[np.int64], Place]:
+        """The lane's next documents with about `wanted` tokens, what to show of each, [start, stop) both (n,), and the
+        place behind them. Reads lengths, never tokens.
 
-        keep: from the lengths of documents, (n,), to how many of their tokens count; one with none is passed over.
-        Raises ConfigError when no document of the stream has tokens that count.
+        shown: from the lengths of documents, (n,), to how many of their tokens count, from the first on; one with none
+        is passed over. cut: see share_out. Raises ConfigError when no document of the stream has tokens that count.
         """
-        number, token, owed = place
+        number, token, into, owed = place
         wanted -= owed
         lists: list[DocumentList] = []
-        barren = 0
-        while wanted > 0:
+        spans: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+        barren, reached = 0, wanted <= 0
+        while not reached:
             order, edges = self._pass(number)
             begin, end = self.stretch(lane, number)
             token = max(token, begin)
             part = int(np.searchsorted(edges, token, side="right")) - 1
             found = False
-            while wanted > 0 and part < len(order) and edges[part] < end:
+            while not reached and part < len(order) and edges[part] < end:
                 documents = self._part(int(order[part]), number)
                 starts = edges[part] + np.cumsum(documents.length) - documents.length
-                own = (starts >= token) & (starts < end)
-                counted = np.where(own, keep(documents.length), 0)
-                before = np.cumsum(counted) - counted
-                own &= before < wanted
-                lists.append(documents.take(own & (counted > 0)))
-                taken = int(counted[own].sum())
+                first, last = np.searchsorted(starts, (token, end)).tolist()
+                documents = documents.take(slice(first, last))
+                start, stop = np.zeros(last - first, np.int64), shown(documents.length)
+                start[:1] = into
+                whole, piece, reached = share_out(np.maximum(stop - start, 0), wanted, cut)
+                stop[whole : whole + 1] = start[whole : whole + 1] + piece
+                token = int(edges[part + 1]) if whole == last - first else int(starts[first + whole])
+                into = int(stop[whole]) if piece else 0
+                kept = np.flatnonzero(stop[: whole + (piece > 0)] > start[: whole + (piece > 0)])
+                lists.append(documents.take(kept))
+                spans.append((start[kept], stop[kept]))
+                taken = int((stop[kept] - start[kept]).sum())
                 wanted -= taken
                 found |= taken > 0
                 part += 1
-                behind = np.flatnonzero(own)
-                token = int(starts[behind[-1]] + documents.length[behind[-1]]) if len(behind) else token
-                token = max(token, int(edges[part])) if wanted > 0 else token
-            if wanted > 0:
-                number, token = number + 1, -1
+            if not reached:
+                number, token, into = number + 1, -1, 0
                 barren = 0 if found else barren + 1
                 if barren > self.lanes:  # every stretch was this lane's once, whole
                     raise ConfigError(
                         f"data: stream {self.stream.manifest.name!r}: no document is left by min_length and "
                         "long_documents: choose others, or longer rows"
                     )
-        return DocumentList.join(lists), Place(number, token, -wanted)
+        nothing = np.zeros(0, np.int64)
+        start, stop = (np.concatenate(column) for column in zip((nothing, nothing), *spans, strict=True))
+        return DocumentList.join(lists), start, stop, Place(number, token, into, -wanted)
 
     def stretch(self, lane: int, number: int) -> tuple[int, int]:
         """The tokens of pass `number` that are the lane's: [begin, end). They rotate, so that every lane comes to see

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 SPECIAL_TOKENS_PER_SEQUENCE = 2  # [CLS] and [SEP]
 _GROUP_BITS = 6  # remaining-space buckets are searched in groups of 64
-_CANDIDATES = 8  # rows looked at for the next place of an order of even shares
+_CANDIDATES = 64  # rows looked at for the next place of an order of even shares
 
 
 @dataclass(frozen=True)

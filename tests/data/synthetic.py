@@ -1,6 +1,7 @@
 """Streams of known content for the loader's tests, written with mosaicml-streaming's own writer."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,7 @@ def write_stream(
     tokens = sum(map(len, docs))
     counts = np.bincount(np.concatenate([np.zeros(0, np.int64), *docs]), minlength=vocab_size).astype(np.uint64)
     np.save(path / "token_counts.npy", counts)
+    powers = Counter(len(document).bit_length() - 1 for document in docs)
     manifest = {
         "schema_version": 2,
         "name": folder.name,
@@ -58,7 +60,7 @@ def write_stream(
         "bytes": 4 * tokens,
         "empty_documents": 0,
         "duplicate_documents": 0,
-        "length_histogram": {},
+        "length_histogram": {str(1 << bits): count for bits, count in sorted(powers.items())},
         "source": {"name": "synthetic"},
         "chunk_documents": chunk,
         "chunks_xxh3_64": chunk_digest,
