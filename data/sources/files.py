@@ -183,7 +183,7 @@ def _s3(bucket: str, process: int) -> Any:
 
 
 def _credentials() -> Any:
-    """What boto3's chain finds (environment, profiles, roles); None: nothing. Raises ConfigError for a wrong profile."""
+    """What boto3's chain finds (environment, profiles, roles), or None. Raises ConfigError for a wrong profile."""
     import boto3
     from botocore.exceptions import BotoCoreError
 
