@@ -126,6 +126,23 @@ def parse_count(value: Any) -> int:
 
 Count = Annotated[int, BeforeValidator(parse_count)]
 
+_SIZES = {"": 1, "b": 1} | {f"{p}{i}b": (1024 if i else 1000) ** n for n, p in enumerate("kmgt", 1) for i in ("", "i")}
+
+
+def parse_size(value: Any) -> int:
+    """Bytes: 50gb, 500 MB, 1.5tb (powers of 1000), 64MiB (of 1024), or a number. Raises ValueError."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
+        unit = _SIZES.get(match[2].lower()) if match else None
+        if match is not None and unit is not None:
+            return round(float(match[1]) * unit)
+    elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError(f"expected bytes such as 50gb, 64MiB or 1000000, got {value!r}")
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+
 
 def load_node(
     path: str | Path, overrides: Sequence[str] = (), expand: Callable[[Any], Any] | None = None

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from data.lanes import LongDocuments, Mixture
 from data.order import StreamLine
+from data.remote import RemoteConfig
 from data.shards import Stream
 from schema import ConfigError, Count, Schema
 
@@ -29,7 +30,7 @@ class StreamShare(Schema):
 class StreamConfig(StreamShare):
     """One stream."""
 
-    path: str = Field(description="folder with train/ and validation/, as `prepare` writes it")
+    path: str = Field(description="folder or URL (s3://...) with train/ and validation/, as `prepare` writes it")
 
 
 class DataConfig(Schema):
@@ -55,6 +56,7 @@ class DataConfig(Schema):
         description="shards of a stream that a lane mixes at a time; each is then opened once per pass, by one lane or "
         "two (for remote streams); default: all",
     )
+    remote: RemoteConfig = Field(default=RemoteConfig(), description="for streams at URLs")
     num_workers: int = Field(default=1, ge=0, description="loader processes per rank; 0 reads in the training process")
     prefetch_batches: int = Field(default=4, ge=1, description="batches each worker keeps ahead")
 

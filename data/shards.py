@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import xxhash
@@ -27,6 +27,9 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from schema import ConfigError, RunError, Schema
+
+if TYPE_CHECKING:
+    from data.remote import RemoteConfig
 
 MANIFEST = "stream.json"
 CHUNKS = "chunks.npy"
@@ -122,6 +125,10 @@ class StreamFiles(Protocol):
         """A descriptor of a whole shard on local disk; the caller closes it. Raises RunError."""
         ...
 
+    def repair(self, info: ShardInfo) -> bool:
+        """Forget a copy whose content is damaged; False: this is no copy."""
+        ...
+
     def check(self, infos: Sequence[ShardInfo]) -> None:
         """Raises RunError naming a shard that is missing or has another size than expected, if there is one."""
         ...
@@ -154,6 +161,9 @@ class LocalFiles:
             return os.open(self.path / info.file, os.O_RDONLY)
         except OSError as error:
             raise RunError(f"{self.path / info.file}: {error.strerror}") from None
+
+    def repair(self, info: ShardInfo) -> bool:
+        return False
 
     def check(self, infos: Sequence[ShardInfo]) -> None:
         def size(info: ShardInfo) -> int | None:
@@ -190,10 +200,11 @@ class Stream:
     Picklable, and safe to use after a fork. Open files are closed when the stream is forgotten.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """Raises ConfigError when `path` is no finished stream folder."""
+    def __init__(self, path: str | Path, files: StreamFiles | None = None) -> None:
+        """files: where the files of a stream that is not a local folder are. Raises ConfigError when there is no
+        finished stream."""
         self.path = str(path)
-        self.files: StreamFiles = LocalFiles(Path(path))
+        self.files: StreamFiles = files or LocalFiles(Path(path))
         self.manifest = self._read_manifest()
         self.dtype = np.dtype(self.manifest.dtype)
         documents = np.array([shard.documents for shard in self.manifest.shards], np.int64)
@@ -205,10 +216,10 @@ class Stream:
         weakref.finalize(self, _close_all, self._open)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
+        return {"path": self.path, "files": self.files}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])
+        self.__init__(state["path"], state["files"])
 
     @property
     def fingerprint(self) -> str:
@@ -263,20 +274,29 @@ class Stream:
         opened = self._shard(shard)
         chunk = int(self.first_chunk[shard]) + index // self.manifest.chunk_documents
         if chunk not in self._checked:
-            self._check_chunk(shard, chunk, opened)
+            opened = self._check_chunk(shard, chunk, opened)
         if os.preadv(opened.handle, [out], first_byte) != len(out):
             raise self._fault(RunError(f"{self._file(shard)}: ended early at document {index}"))
 
-    def _check_chunk(self, shard: int, chunk: int, opened: _OpenShard) -> None:
+    def _check_chunk(self, shard: int, chunk: int, opened: _OpenShard) -> _OpenShard:
+        """The shard, whose chunk is good: if it is a damaged copy, a fresh one."""
         size = self.manifest.chunk_documents
         first = (chunk - int(self.first_chunk[shard])) * size
         stop = min(first + size, self.manifest.shards[shard].documents)
         begin, end = int(opened.offsets[first]), int(opened.offsets[stop])
-        found = xxhash.xxh3_64_intdigest(os.pread(opened.handle, end - begin, begin))
         expected = int(self.chunks[chunk, 1])
-        if found != expected:
-            raise self._damaged(shard, f"documents {first} to {stop - 1}", f"{expected:016x}", f"{found:016x}")
-        self._checked.add(chunk)
+        for repaired in (False, True):
+            found = xxhash.xxh3_64_intdigest(os.pread(opened.handle, end - begin, begin))
+            if found == expected:
+                self._checked.add(chunk)
+                return opened
+            if repaired or not self.files.repair(self.manifest.shards[shard]):
+                break
+            with self._lock:
+                if shard in self._open:
+                    os.close(self._open.pop(shard).handle)
+            opened = self._shard(shard)
+        raise self._damaged(shard, f"documents {first} to {stop - 1}", f"{expected:016x}", f"{found:016x}")
 
     def _shard(self, shard: int) -> _OpenShard:
         """Descriptor and offsets of a shard; opening it checks its size and the hash of its offsets."""
@@ -286,19 +306,24 @@ class Stream:
             if shard in self._open:
                 self._open.move_to_end(shard)
                 return self._open[shard]
-            info = self.manifest.shards[shard]
+            self._open[shard] = self._open_shard(shard, self.manifest.shards[shard])
+            if len(self._open) > _MAX_OPEN_SHARDS:
+                os.close(self._open.popitem(last=False)[1].handle)
+            return self._open[shard]
+
+    def _open_shard(self, shard: int, info: ShardInfo) -> _OpenShard:
+        for repaired in (False, True):
             try:
                 handle = self.files.open(info)
             except RunError as error:
                 raise self._fault(error) from None
             try:
-                self._open[shard] = _OpenShard(handle, self._read_offsets(shard, info, handle))
-            except BaseException:
+                return _OpenShard(handle, self._read_offsets(shard, info, handle))
+            except BaseException as error:
                 os.close(handle)
-                raise
-            if len(self._open) > _MAX_OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1].handle)
-            return self._open[shard]
+                if repaired or not isinstance(error, RunError) or not self.files.repair(info):
+                    raise
+        raise AssertionError("the second attempt returns or raises")
 
     def _read_offsets(self, shard: int, info: ShardInfo, handle: int) -> NDArray[np.uint32]:
         size = os.fstat(handle).st_size
@@ -337,6 +362,11 @@ def _close_all(shards: OrderedDict[int, _OpenShard]) -> None:
 _FIX = "restore it, or delete the stream's folder and run prepare again"
 
 
-def open_stream(path: str | Path) -> Stream:
-    """Open one split of a stream (`DATASET/STREAM/train`). Raises ConfigError when it is not a finished stream."""
-    return Stream(path)
+def open_stream(path: str | Path, cache: "RemoteConfig | None" = None) -> Stream:
+    """Open one split of a stream: a folder, or a URL (`s3://bucket/DATASET/STREAM/train`) whose shards are fetched into
+    a cache. Raises ConfigError when it is not a finished stream."""
+    if "://" not in str(path):
+        return Stream(path)
+    from data.remote import RemoteConfig, remote_files
+
+    return Stream(path, remote_files(str(path), cache or RemoteConfig()))
