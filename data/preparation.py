@@ -242,7 +242,7 @@ def _columns(config: PrepareConfig, name: str, source: Any, units: list[Unit]) -
         columns = [] if each is None else list(each.columns)
         if columns and not hasattr(source, "read_columns"):
             raise ConfigError(
-                f"{where}: wants column {columns[0]!r}, but a source {config.streams[name].source.name!r} has no columns"
+                f"{where}: wants column {columns[0]!r}, but source {config.streams[name].source.name!r} has no columns"
             )
         try:
             for unit in units[:1] if columns else []:

@@ -82,7 +82,7 @@ class RecordsFailures(PipelineExecutor):
     """A task that fails leaves a line in LOGS/failures/NNNNN: other machines' exceptions do not get here else."""
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
-        failures = Path(self.logging_dir.resolve_paths("failures"))
+        failures = Path(str(self.logging_dir.resolve_paths("failures")))
         try:
             (failures / f"{rank:05d}").unlink(missing_ok=True)
             return super()._run_for_rank(rank, local_rank, node_rank)

@@ -100,9 +100,9 @@ class _Workers:
     """
 
     def __init__(self, stage: Stage, executor: LocalPipelineExecutor, processes: int, threads: int) -> None:
-        import multiprocess
+        from multiprocess.context import ForkServerContext
 
-        context = multiprocess.get_context("forkserver")
+        context = ForkServerContext()
         self.title, self.connections, self.processes = stage.title, [], []
         for _ in range(processes):
             here, there = context.Pipe()
@@ -155,10 +155,10 @@ class _Workers:
 
 def _work(executor: LocalPipelineExecutor, work: Path, threads: int, connection: Any) -> None:
     """Life of a worker process: ranks come in, None goes out for each that is done, or a line saying what failed."""
-    import multiprocess
+    from multiprocess.process import parent_process
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one ends the others
-    threading.Thread(target=_end_with, args=(multiprocess.parent_process(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (datatrove logs there; for life)
     lines = np.load(work / "progress.npy", mmap_mode="r+")
     with _tokenizer_threads(threads), contextlib.suppress(EOFError):

@@ -1,6 +1,7 @@
 """A Ray cluster, or Ray on this machine."""
 
 import importlib.util
+import logging
 import os
 from typing import Any, Literal
 
@@ -92,7 +93,7 @@ class _Cluster:
                 address=self.config.address,
                 runtime_env={"env_vars": variables},
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 **options,
             )
         except (ConnectionError, ValueError, RuntimeError) as error:

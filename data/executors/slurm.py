@@ -137,7 +137,7 @@ class _Executor(RecordsFailures, SlurmPipelineExecutor):
     """datatrove's, but for the submission: its own asks for a job of statistics and hides what sbatch says."""
 
     def submit(self, ranks: list[int], max_array_size: int) -> None:
-        folder = Path(self.logging_dir.resolve_paths(""))
+        folder = Path(str(self.logging_dir.resolve_paths("")))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "executor.pik").write_bytes(dill.dumps(self, fmode=dill.CONTENTS_FMODE))
         (folder / "ranks_to_run.json").write_text(json.dumps(ranks))
