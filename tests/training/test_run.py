@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -128,7 +129,7 @@ def test_any_step_can_be_replayed(straight: Path, capsys: pytest.CaptureFixture[
         assert labels == batches[step]["labels"].tolist()
         assert [line["row"] for line in lines] == sorted(line["row"] for line in lines)
     last = json.loads((folder / "ledger.jsonl").read_text().splitlines()[-1])
-    seen = sum(batch["seen"] for batch in batches.values())
+    seen = np.sum([batch["seen"] for batch in batches.values()], axis=0)
     assert last["step"] == STEPS
     assert last["streams"] == {
         name: dict(zip(SEEN, row.tolist(), strict=True)) for name, row in zip(streams, seen, strict=True)
