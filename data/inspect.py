@@ -21,7 +21,7 @@ _SHOWN_TOKENS = 200
 
 
 def inspect(path: str | Path, samples: int = 3, console: Console | None = None) -> None:
-    """Print a summary of every stream below `path`: one split, a stream, or a whole dataset.
+    """Print a summary of every stream below `path`: one split (also at a URL), a stream, or a whole dataset.
 
     Args:
         samples: documents shown of each split; the same ones at every call.
@@ -30,7 +30,8 @@ def inspect(path: str | Path, samples: int = 3, console: Console | None = None) 
         RunError: a shard whose tokens are to be shown is damaged.
     """
     console = console or Console(highlight=False)
-    streams = [open_stream(folder) for folder in _find_streams(Path(path))]
+    remote = "://" in str(path)
+    streams = [open_stream(path)] if remote else [open_stream(folder) for folder in _find_streams(Path(path))]
     console.print(_overview(streams))
     for stream in streams:
         _show(stream, samples, console)
@@ -124,6 +125,8 @@ def _tokenizer_folder(stream: Stream) -> Path:
 
 
 def _tokenizer_state(stream: Stream) -> str:
+    if "://" in stream.path:
+        return "not looked for at a URL"
     folder = _tokenizer_folder(stream)
     if not folder.exists():
         return f"not found beside the stream ({folder})"

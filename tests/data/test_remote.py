@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from data.inspect import inspect
 from data.loader import LoaderConfig, LoaderPhase, build_loader
 from data.masking import MaskingConfig
 from data.mixture import DataConfig, StreamConfig
@@ -180,6 +181,17 @@ def test_damage_in_the_cache_is_repaired(endpoint: str, bucket: str, local: Path
     copy.write_bytes(copy.read_bytes()[:-30])
     stream = open_stream(f"{url}/train", config(tmp_path))
     np.testing.assert_array_equal(stream.document(2, last), expected.document(2, last))
+
+
+def test_inspect(
+    endpoint: str, bucket: str, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The default cache lies where XDG_CACHE_HOME says."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    url = upload(endpoint, local, bucket, "prose")
+    inspect(f"{url}/train")
+    assert "400" in capsys.readouterr().out
+    assert len([file for file in (tmp_path / "xdg" / "flexbert").iterdir() if file.is_file()]) > 10
 
 
 def test_another_dataset_under_the_same_url(endpoint: str, bucket: str, local: Path, tmp_path: Path) -> None:
