@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import Field, model_validator
 
+from data.cache import CacheConfig
 from data.lanes import LongDocuments, Mixture
 from data.order import StreamLine
 from data.shards import Stream
@@ -29,10 +30,10 @@ class StreamShare(Schema):
 class StreamConfig(StreamShare):
     """One stream."""
 
-    path: str = Field(description="folder with train/ and validation/, as `prepare` writes it")
+    path: str = Field(description="folder or URL with train/ and validation/, as `prepare` writes it")
 
 
-class DataConfig(Schema):
+class DataConfig(CacheConfig):
     """The streams, their mixture, and how they are read."""
 
     tokenizer: str = Field(description="folder that AutoTokenizer loads; its ids must be the shards' ids")

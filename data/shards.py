@@ -10,6 +10,7 @@ So lengths follow from the offsets alone. Offsets are checked by hash when a sha
 chunk when first used: what is read twice is hashed once, and what is never read is never hashed.
 """
 
+import math
 import os
 import threading
 import weakref
@@ -26,6 +27,8 @@ import xxhash
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
+from data.cache import CacheConfig
+from data.transfer import is_url
 from schema import ConfigError, RunError, Schema
 
 MANIFEST = "stream.json"
@@ -113,6 +116,11 @@ def pack_chunks(chunks: Sequence[NDArray[np.uint64]]) -> tuple[bytes, str]:
 class StreamFiles(Protocol):
     """Where the files of a stream are."""
 
+    fix: str
+    """What to do about a damaged shard."""
+    max_open_bytes: float
+    """Of shards that a stream may hold open."""
+
     def read(self, name: str) -> bytes:
         """A small file. Raises ConfigError when it is not there."""
         ...
@@ -133,6 +141,9 @@ class StreamFiles(Protocol):
 class LocalFiles:
     """A stream in a local folder."""
 
+    fix = "restore it, or delete the stream's folder and run prepare again"
+    max_open_bytes = math.inf
+
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -152,7 +163,7 @@ class LocalFiles:
         try:
             return os.open(self.path / info.file, os.O_RDONLY)
         except OSError as error:
-            raise RunError(f"{self.path / info.file}: {error.strerror}") from None
+            raise RunError(f"{self.path / info.file}: {error.strerror}: {self.fix}") from None
 
     def check(self, infos: Sequence[ShardInfo]) -> None:
         def size(info: ShardInfo) -> int | None:
@@ -165,7 +176,7 @@ class LocalFiles:
             for info, found in zip(infos, pool.map(size, infos, chunksize=64), strict=True):
                 if found != info.bytes:
                     state = "is missing" if found is None else f"is {found} bytes long, expected {info.bytes} bytes"
-                    raise RunError(f"{self.path / info.file}: {state}")
+                    raise RunError(f"{self.path / info.file}: {state}: {self.fix}")
 
     def prefetch(self, infos: Sequence[ShardInfo]) -> None:
         pass
@@ -189,25 +200,26 @@ class Stream:
     Picklable, and safe to use after a fork. Open files are closed when the stream is forgotten.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """Raises ConfigError when `path` is no finished stream folder."""
+    def __init__(self, path: str | Path, files: StreamFiles | None = None) -> None:
+        """files: default: those of the folder `path`. Raises ConfigError when it is no finished stream."""
         self.path = str(path)
-        self.files: StreamFiles = LocalFiles(Path(path))
+        self.files = LocalFiles(Path(path)) if files is None else files
         self.manifest = self._read_manifest()
         self.dtype = np.dtype(self.manifest.dtype)
         documents = np.array([shard.documents for shard in self.manifest.shards], np.int64)
         self.first_chunk = np.concatenate([[0], np.cumsum(-(-documents // self.manifest.chunk_documents))])
         """(shards + 1,) int64: number of the first chunk of each shard."""
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open_bytes = 0
         self._checked: set[int] = set()
         self._lock, self._owner = threading.Lock(), os.getpid()
         weakref.finalize(self, _close_all, self._open)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
+        return {"path": self.path, "files": self.files}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])
+        self.__init__(state["path"], state["files"])
 
     @property
     def fingerprint(self) -> str:
@@ -221,8 +233,9 @@ class Stream:
         data = self.files.read(CHUNKS)
         found = xxhash.xxh3_64_hexdigest(data)
         if found != self.manifest.chunks_xxh3_64:
+            expected = self.manifest.chunks_xxh3_64
             raise RunError(
-                f"{self.path}/{CHUNKS}: damaged: expected xxh3_64 {self.manifest.chunks_xxh3_64}, found {found}: {_FIX}"
+                f"{self.path}/{CHUNKS}: damaged: expected xxh3_64 {expected}, found {found}: {self.files.fix}"
             )
         return np.load(BytesIO(data), allow_pickle=False)
 
@@ -235,7 +248,7 @@ class Stream:
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """These shards will be read soon, in this order."""
-        self.files.prefetch([self.manifest.shards[shard] for shard in shards])
+        self.files.prefetch([self.manifest.shards[shard] for shard in shards if shard not in self._open])
 
     def documents(self, shard: int, first: int, count: int) -> Documents:
         """Lengths and places of documents first to first + count of a shard; reads offsets only, never tokens."""
@@ -264,7 +277,7 @@ class Stream:
         if chunk not in self._checked:
             self._check_chunk(shard, chunk, opened)
         if os.preadv(opened.handle, [out], first_byte) != len(out):
-            raise self._fault(RunError(f"{self._file(shard)}: ended early at document {index}"))
+            raise self._fault(RunError(f"{self._file(shard)}: ended early at document {index}: {self.files.fix}"))
 
     def _check_chunk(self, shard: int, chunk: int, opened: _OpenShard) -> None:
         size = self.manifest.chunk_documents
@@ -295,8 +308,13 @@ class Stream:
             except BaseException:
                 os.close(handle)
                 raise
-            if len(self._open) > _MAX_OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1].handle)
+            self._open_bytes += info.bytes
+            while len(self._open) > _MAX_OPEN_SHARDS or (
+                len(self._open) > 1 and self._open_bytes > self.files.max_open_bytes
+            ):
+                oldest, opened = self._open.popitem(last=False)
+                os.close(opened.handle)
+                self._open_bytes -= self.manifest.shards[oldest].bytes
             return self._open[shard]
 
     def _read_offsets(self, shard: int, info: ShardInfo, handle: int) -> NDArray[np.uint32]:
@@ -314,10 +332,14 @@ class Stream:
 
     def _damaged(self, shard: int, what: str, expected: str, found: str) -> RunError:
         kind = "" if what.startswith("size") else "xxh3_64 "
-        return self._fault(RunError(f"{self._file(shard)}: damaged: {what}: expected {kind}{expected}, found {found}"))
+        return self._fault(
+            RunError(
+                f"{self._file(shard)}: damaged: {what}: expected {kind}{expected}, found {found}: {self.files.fix}"
+            )
+        )
 
     def _fault(self, error: RunError) -> RunError:
-        return RunError(f"stream {self.manifest.name!r}: shard {error}: {_FIX}")
+        return RunError(f"stream {self.manifest.name!r}: shard {error}")
 
     def _read_manifest(self) -> StreamManifest:
         try:
@@ -333,9 +355,14 @@ def _close_all(shards: OrderedDict[int, _OpenShard]) -> None:
         os.close(shard.handle)
 
 
-_FIX = "restore it, or delete the stream's folder and run prepare again"
+def open_stream(path: str | Path, cache: CacheConfig | None = None) -> Stream:
+    """Open one split of a stream (`DATASET/STREAM/train`), a folder or a URL. Raises ConfigError when it is not a
+    finished stream, RunError when a server cannot be reached.
 
+    cache: for a URL; default: the config's defaults.
+    """
+    if not is_url(path):
+        return Stream(path)
+    from data.remote import RemoteFiles
 
-def open_stream(path: str | Path) -> Stream:
-    """Open one split of a stream (`DATASET/STREAM/train`). Raises ConfigError when it is not a finished stream."""
-    return Stream(path)
+    return Stream(path, RemoteFiles(str(path), cache or CacheConfig()))

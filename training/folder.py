@@ -33,6 +33,10 @@ _FREE = (
     "wandb",
     "data.num_workers",
     "data.prefetch_batches",
+    "data.cache",
+    "data.cache_limit",
+    "data.download_retries",
+    "data.download_timeout",
 )
 
 
