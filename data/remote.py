@@ -27,7 +27,7 @@ class RemoteFiles:
         self.url, self.config = url.rstrip("/"), config
         self.patience = Patience(config.download_retries, config.download_timeout)
         self.cache = ShardCache(config.cache_folder, config.cache_limit)
-        self.max_open_bytes = config.cache_limit // _OPEN
+        self.max_open_bytes: float = config.cache_limit // _OPEN
         self._store: tuple[int, Store] | None = None
 
     def __reduce__(self) -> Any:

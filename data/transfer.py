@@ -87,7 +87,8 @@ class _S3Store:
         self.url = url
         self.bucket, _, self.prefix = url.removeprefix("s3://").partition("/")
         with self._plain_errors(""):
-            self.client, self.anonymous, self.endpoint = _s3_client(os.getpid(), timeout)
+            endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
+            self.client, self.anonymous, self.endpoint = _s3_client(os.getpid(), endpoint, timeout)
 
     def blocks(self, name: str) -> Iterator[memoryview]:
         block = memoryview(bytearray(READ_BYTES))
@@ -123,7 +124,8 @@ class _S3Store:
                 raise TransferError("denied", f"{url}: there is no bucket {self.bucket!r}: {fix}") from None
             if status == 404:
                 raise TransferError("missing", f"{url}: no such file") from None
-            raise TransferError("denied", f"{url}: refused ({status} {code}): {self._advice()}") from None
+            what = f"{status} {code}" if code != str(status) else code
+            raise TransferError("denied", f"{url}: refused ({what}): {self._advice()}") from None
         except (aws.HTTPClientError, aws.ConnectionError, aws.IncompleteReadError, OSError) as error:
             reason = _first_line(error)
             raise TransferError("passing", f"{url}: {reason}: endpoint {self.endpoint}") from None
@@ -139,7 +141,7 @@ class _S3Store:
         return f"{keys}, and the endpoint ({where}; AWS_ENDPOINT_URL or S3_ENDPOINT_URL)"
 
 
-_clients: dict[tuple[int, float], tuple[Any, bool, str]] = {}
+_clients: dict[tuple[int, str | None, float], tuple[Any, bool, str]] = {}
 _clients_lock = threading.Lock()
 
 
@@ -151,17 +153,16 @@ def _forget_lock() -> None:
 os.register_at_fork(after_in_child=_forget_lock)
 
 
-def _s3_client(process: int, timeout: float) -> tuple[Any, bool, str]:
+def _s3_client(process: int, endpoint: str | None, timeout: float) -> tuple[Any, bool, str]:
     """Client of this process (sockets do not survive a fork), whether it is anonymous, its endpoint."""
     with _clients_lock:
-        if (process, timeout) not in _clients:
+        if (process, endpoint, timeout) not in _clients:
             import boto3
             from botocore import UNSIGNED
             from botocore.config import Config
 
             session = boto3.Session()
             anonymous = session.get_credentials() is None  # then it may be a public bucket
-            endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
             options = Config(
                 connect_timeout=timeout,
                 read_timeout=timeout,
@@ -171,8 +172,8 @@ def _s3_client(process: int, timeout: float) -> tuple[Any, bool, str]:
                 **({"signature_version": UNSIGNED} if anonymous else {}),
             )
             client = session.client("s3", endpoint_url=endpoint, config=options)
-            _clients[process, timeout] = (client, anonymous, client.meta.endpoint_url)
-        return _clients[process, timeout]
+            _clients[process, endpoint, timeout] = (client, anonymous, client.meta.endpoint_url)
+        return _clients[process, endpoint, timeout]
 
 
 class _FsspecStore:

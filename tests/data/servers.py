@@ -14,6 +14,7 @@ from typing import Any
 import boto3
 
 BUCKET = "data"
+PAGE = 7  # entries of a listing; S3's are of a thousand
 
 
 def free_port() -> int:
@@ -43,6 +44,7 @@ def run_moto() -> Iterator[str]:
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        env={**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": str(PAGE)},
     )
     try:
         start = time.monotonic()
