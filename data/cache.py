@@ -14,6 +14,7 @@ The locks are flock's: they belong to an open file and end with it, however its 
 
 import errno
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,10 @@ from pydantic import Field
 
 from schema import ConfigError, RunError, Schema, Size
 
+log = logging.getLogger(__name__)
+
 PARTIAL = ".partial"
+_WARN_SECONDS = 60.0
 _POLL = 0.02  # seconds between looks at what another process is doing
 _SLACK = 8  # whoever fetches ahead of use leaves 1/8 of the limit to what is used now
 _READ_BYTES = 1 << 20
@@ -69,10 +73,7 @@ class CachedShard(NamedTuple):
         return f"{self.xxh3_64}-{self.bytes}"
 
 
-class _File(NamedTuple):
-    used: int  # ns, when it was last opened
-    bytes: int
-    path: Path
+_File = tuple[int, int, str]  # when it was last opened, ns; bytes; name
 
 
 class ShardCache:
@@ -114,6 +115,7 @@ class ShardCache:
         """
         if shard.bytes > self.limit:
             self.check_fits([shard], "the stream")
+        start, warned = time.monotonic(), False
         with _plain_errors(self.folder):
             while True:
                 try:
@@ -124,6 +126,9 @@ class ShardCache:
                         return handle
                 except FileNotFoundError:  # someone has emptied the cache
                     self.folder.mkdir(parents=True, exist_ok=True)
+                if not warned and time.monotonic() - start > _WARN_SECONDS:
+                    log.warning("%s: another process has been downloading %s for long", self.folder, shard.name)
+                    warned = True
                 time.sleep(_POLL)
 
     def _open_whole(self, shard: CachedShard) -> int | None:
@@ -210,23 +215,25 @@ class ShardCache:
         if excess <= 0:
             return True
         chosen, in_use, room, spare = [], [], 0, self.limit // _SLACK if ahead else 0
-        for file in sorted(files):
+        for _, size, name in sorted(files):
             if room >= excess + spare:
                 break
-            if _in_use(file.path):
-                in_use.append(file)
+            if _in_use(self.folder / name):
+                in_use.append((size, name))
                 continue
             if room < excess:
-                chosen.append(file)
-            room += file.bytes
+                chosen.append(name)
+            room += size
         if not ahead:
-            while room < excess and in_use:
-                chosen.append(in_use.pop(0))
-                room += chosen[-1].bytes
+            for size, name in in_use:
+                if room >= excess:
+                    break
+                chosen.append(name)
+                room += size
         if room < excess + spare:
             return False
-        for file in chosen:
-            file.path.unlink(missing_ok=True)
+        for name in chosen:
+            (self.folder / name).unlink(missing_ok=True)
         return True
 
     def _scan(self) -> tuple[int, list[_File]]:
@@ -234,18 +241,16 @@ class ShardCache:
         used, files = 0, []
         with os.scandir(self.folder) as entries:
             for entry in entries:
-                if "-" not in entry.name:
+                name = entry.name
+                if "-" not in name or (name.endswith(PARTIAL) and not _in_use(self.folder / name, remove=True)):
                     continue
                 try:
                     facts = entry.stat()
-                    if entry.name.endswith(PARTIAL):
-                        if not _in_use(Path(entry.path), remove=True):
-                            continue
-                    else:
-                        files.append(_File(facts.st_mtime_ns, facts.st_size, Path(entry.path)))
                 except FileNotFoundError:
                     continue
                 used += facts.st_size
+                if not name.endswith(PARTIAL):
+                    files.append((facts.st_mtime_ns, facts.st_size, name))
         return used, files
 
     def _partial(self, shard: CachedShard) -> Path:
