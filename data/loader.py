@@ -73,7 +73,7 @@ def open_streams(config: DataConfig, split: str) -> list[Stream]:
     streams = []
     for name, stream in config.streams.items():
         try:
-            streams.append(open_stream(f"{stream.path}/{split}", config.remote))
+            streams.append(open_stream(f"{stream.path.rstrip('/')}/{split}", config))
         except ConfigError as error:
             raise ConfigError(f"data.streams.{name}.path: {error}") from None
     for name, stream in zip(config.streams, streams, strict=True):

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import Field, model_validator
 
+from data.cache import CacheConfig
 from data.lanes import LongDocuments, Mixture
 from data.order import StreamLine
-from data.remote import RemoteConfig
 from data.shards import Stream
 from schema import ConfigError, Count, Schema
 
@@ -30,10 +30,10 @@ class StreamShare(Schema):
 class StreamConfig(StreamShare):
     """One stream."""
 
-    path: str = Field(description="folder or URL (s3://...) with train/ and validation/, as `prepare` writes it")
+    path: str = Field(description="folder or URL with train/ and validation/, as `prepare` writes it")
 
 
-class DataConfig(Schema):
+class DataConfig(CacheConfig):
     """The streams, their mixture, and how they are read."""
 
     tokenizer: str = Field(description="folder that AutoTokenizer loads; its ids must be the shards' ids")
@@ -56,7 +56,6 @@ class DataConfig(Schema):
         description="shards of a stream that a lane mixes at a time; each is then opened once per pass, by one lane or "
         "two (for remote streams); default: all",
     )
-    remote: RemoteConfig = Field(default=RemoteConfig(), description="for streams at URLs")
     num_workers: int = Field(default=1, ge=0, description="loader processes per rank; 0 reads in the training process")
     prefetch_batches: int = Field(default=4, ge=1, description="batches each worker keeps ahead")
 

@@ -10,6 +10,7 @@ So lengths follow from the offsets alone. Offsets are checked by hash when a sha
 chunk when first used: what is read twice is hashed once, and what is never read is never hashed.
 """
 
+import math
 import os
 import threading
 import weakref
@@ -19,17 +20,16 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
+from data.cache import CacheConfig
+from data.transfer import is_url
 from schema import ConfigError, RunError, Schema
-
-if TYPE_CHECKING:
-    from data.remote import RemoteConfig
 
 MANIFEST = "stream.json"
 CHUNKS = "chunks.npy"
@@ -70,7 +70,6 @@ class StreamManifest(Schema):
     bytes: int = Field(ge=0, description="UTF-8 bytes of the text")
     empty_documents: int = Field(ge=0)
     duplicate_documents: int = Field(ge=0)
-    filtered: dict[str, int] = Field({}, description="documents that each filter of prepare dropped")
     length_histogram: dict[str, int] = Field(
         description="documents by length in tokens; keys are lower edges, powers of 2"
     )
@@ -117,16 +116,17 @@ def pack_chunks(chunks: Sequence[NDArray[np.uint64]]) -> tuple[bytes, str]:
 class StreamFiles(Protocol):
     """Where the files of a stream are."""
 
+    fix: str
+    """What to do about a damaged shard."""
+    max_open_bytes: float
+    """Of shards that a stream may hold open."""
+
     def read(self, name: str) -> bytes:
         """A small file. Raises ConfigError when it is not there."""
         ...
 
     def open(self, info: ShardInfo) -> int:
         """A descriptor of a whole shard on local disk; the caller closes it. Raises RunError."""
-        ...
-
-    def repair(self, info: ShardInfo) -> bool:
-        """Forget a copy whose content is damaged; False: this is no copy."""
         ...
 
     def check(self, infos: Sequence[ShardInfo]) -> None:
@@ -140,6 +140,9 @@ class StreamFiles(Protocol):
 
 class LocalFiles:
     """A stream in a local folder."""
+
+    fix = "restore it, or delete the stream's folder and run prepare again"
+    max_open_bytes = math.inf
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -160,10 +163,7 @@ class LocalFiles:
         try:
             return os.open(self.path / info.file, os.O_RDONLY)
         except OSError as error:
-            raise RunError(f"{self.path / info.file}: {error.strerror}") from None
-
-    def repair(self, info: ShardInfo) -> bool:
-        return False
+            raise RunError(f"{self.path / info.file}: {error.strerror}: {self.fix}") from None
 
     def check(self, infos: Sequence[ShardInfo]) -> None:
         def size(info: ShardInfo) -> int | None:
@@ -176,7 +176,7 @@ class LocalFiles:
             for info, found in zip(infos, pool.map(size, infos, chunksize=64), strict=True):
                 if found != info.bytes:
                     state = "is missing" if found is None else f"is {found} bytes long, expected {info.bytes} bytes"
-                    raise RunError(f"{self.path / info.file}: {state}")
+                    raise RunError(f"{self.path / info.file}: {state}: {self.fix}")
 
     def prefetch(self, infos: Sequence[ShardInfo]) -> None:
         pass
@@ -201,16 +201,16 @@ class Stream:
     """
 
     def __init__(self, path: str | Path, files: StreamFiles | None = None) -> None:
-        """files: where the files of a stream that is not a local folder are. Raises ConfigError when there is no
-        finished stream."""
+        """files: default: those of the folder `path`. Raises ConfigError when it is no finished stream."""
         self.path = str(path)
-        self.files: StreamFiles = files or LocalFiles(Path(path))
+        self.files = LocalFiles(Path(path)) if files is None else files
         self.manifest = self._read_manifest()
         self.dtype = np.dtype(self.manifest.dtype)
         documents = np.array([shard.documents for shard in self.manifest.shards], np.int64)
         self.first_chunk = np.concatenate([[0], np.cumsum(-(-documents // self.manifest.chunk_documents))])
         """(shards + 1,) int64: number of the first chunk of each shard."""
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open_bytes = 0
         self._checked: set[int] = set()
         self._lock, self._owner = threading.Lock(), os.getpid()
         weakref.finalize(self, _close_all, self._open)
@@ -233,8 +233,9 @@ class Stream:
         data = self.files.read(CHUNKS)
         found = xxhash.xxh3_64_hexdigest(data)
         if found != self.manifest.chunks_xxh3_64:
+            expected = self.manifest.chunks_xxh3_64
             raise RunError(
-                f"{self.path}/{CHUNKS}: damaged: expected xxh3_64 {self.manifest.chunks_xxh3_64}, found {found}: {_FIX}"
+                f"{self.path}/{CHUNKS}: damaged: expected xxh3_64 {expected}, found {found}: {self.files.fix}"
             )
         return np.load(BytesIO(data), allow_pickle=False)
 
@@ -247,7 +248,7 @@ class Stream:
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """These shards will be read soon, in this order."""
-        self.files.prefetch([self.manifest.shards[shard] for shard in shards])
+        self.files.prefetch([self.manifest.shards[shard] for shard in shards if shard not in self._open])
 
     def documents(self, shard: int, first: int, count: int) -> Documents:
         """Lengths and places of documents first to first + count of a shard; reads offsets only, never tokens."""
@@ -274,29 +275,20 @@ class Stream:
         opened = self._shard(shard)
         chunk = int(self.first_chunk[shard]) + index // self.manifest.chunk_documents
         if chunk not in self._checked:
-            opened = self._check_chunk(shard, chunk, opened)
+            self._check_chunk(shard, chunk, opened)
         if os.preadv(opened.handle, [out], first_byte) != len(out):
-            raise self._fault(RunError(f"{self._file(shard)}: ended early at document {index}"))
+            raise self._fault(RunError(f"{self._file(shard)}: ended early at document {index}: {self.files.fix}"))
 
-    def _check_chunk(self, shard: int, chunk: int, opened: _OpenShard) -> _OpenShard:
-        """The shard, whose chunk is good: if it is a damaged copy, a fresh one."""
+    def _check_chunk(self, shard: int, chunk: int, opened: _OpenShard) -> None:
         size = self.manifest.chunk_documents
         first = (chunk - int(self.first_chunk[shard])) * size
         stop = min(first + size, self.manifest.shards[shard].documents)
         begin, end = int(opened.offsets[first]), int(opened.offsets[stop])
+        found = xxhash.xxh3_64_intdigest(os.pread(opened.handle, end - begin, begin))
         expected = int(self.chunks[chunk, 1])
-        for repaired in (False, True):
-            found = xxhash.xxh3_64_intdigest(os.pread(opened.handle, end - begin, begin))
-            if found == expected:
-                self._checked.add(chunk)
-                return opened
-            if repaired or not self.files.repair(self.manifest.shards[shard]):
-                break
-            with self._lock:
-                if shard in self._open:
-                    os.close(self._open.pop(shard).handle)
-            opened = self._shard(shard)
-        raise self._damaged(shard, f"documents {first} to {stop - 1}", f"{expected:016x}", f"{found:016x}")
+        if found != expected:
+            raise self._damaged(shard, f"documents {first} to {stop - 1}", f"{expected:016x}", f"{found:016x}")
+        self._checked.add(chunk)
 
     def _shard(self, shard: int) -> _OpenShard:
         """Descriptor and offsets of a shard; opening it checks its size and the hash of its offsets."""
@@ -306,24 +298,24 @@ class Stream:
             if shard in self._open:
                 self._open.move_to_end(shard)
                 return self._open[shard]
-            self._open[shard] = self._open_shard(shard, self.manifest.shards[shard])
-            if len(self._open) > _MAX_OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1].handle)
-            return self._open[shard]
-
-    def _open_shard(self, shard: int, info: ShardInfo) -> _OpenShard:
-        for repaired in (False, True):
+            info = self.manifest.shards[shard]
             try:
                 handle = self.files.open(info)
             except RunError as error:
                 raise self._fault(error) from None
             try:
-                return _OpenShard(handle, self._read_offsets(shard, info, handle))
-            except BaseException as error:
+                self._open[shard] = _OpenShard(handle, self._read_offsets(shard, info, handle))
+            except BaseException:
                 os.close(handle)
-                if repaired or not isinstance(error, RunError) or not self.files.repair(info):
-                    raise
-        raise AssertionError("the second attempt returns or raises")
+                raise
+            self._open_bytes += info.bytes
+            while len(self._open) > _MAX_OPEN_SHARDS or (
+                len(self._open) > 1 and self._open_bytes > self.files.max_open_bytes
+            ):
+                oldest, opened = self._open.popitem(last=False)
+                os.close(opened.handle)
+                self._open_bytes -= self.manifest.shards[oldest].bytes
+            return self._open[shard]
 
     def _read_offsets(self, shard: int, info: ShardInfo, handle: int) -> NDArray[np.uint32]:
         size = os.fstat(handle).st_size
@@ -340,10 +332,14 @@ class Stream:
 
     def _damaged(self, shard: int, what: str, expected: str, found: str) -> RunError:
         kind = "" if what.startswith("size") else "xxh3_64 "
-        return self._fault(RunError(f"{self._file(shard)}: damaged: {what}: expected {kind}{expected}, found {found}"))
+        return self._fault(
+            RunError(
+                f"{self._file(shard)}: damaged: {what}: expected {kind}{expected}, found {found}: {self.files.fix}"
+            )
+        )
 
     def _fault(self, error: RunError) -> RunError:
-        return RunError(f"stream {self.manifest.name!r}: shard {error}: {_FIX}")
+        return RunError(f"stream {self.manifest.name!r}: shard {error}")
 
     def _read_manifest(self) -> StreamManifest:
         try:
@@ -359,14 +355,14 @@ def _close_all(shards: OrderedDict[int, _OpenShard]) -> None:
         os.close(shard.handle)
 
 
-_FIX = "restore it, or delete the stream's folder and run prepare again"
+def open_stream(path: str | Path, cache: CacheConfig | None = None) -> Stream:
+    """Open one split of a stream (`DATASET/STREAM/train`), a folder or a URL. Raises ConfigError when it is not a
+    finished stream, RunError when a server cannot be reached.
 
-
-def open_stream(path: str | Path, cache: "RemoteConfig | None" = None) -> Stream:
-    """Open one split of a stream: a folder, or a URL (`s3://bucket/DATASET/STREAM/train`) whose shards are fetched into
-    a cache. Raises ConfigError when it is not a finished stream."""
-    if "://" not in str(path):
+    cache: for a URL; default: the config's defaults.
+    """
+    if not is_url(path):
         return Stream(path)
-    from data.remote import RemoteConfig, remote_files
+    from data.remote import RemoteFiles
 
-    return Stream(path, remote_files(str(path), cache or RemoteConfig()))
+    return Stream(path, RemoteFiles(str(path), cache or CacheConfig()))

@@ -34,6 +34,10 @@ _FREE = (
     "data.num_workers",
     "data.remote",
     "data.prefetch_batches",
+    "data.cache",
+    "data.cache_limit",
+    "data.download_retries",
+    "data.download_timeout",
 )
 
 

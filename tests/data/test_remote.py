@@ -1,353 +1,608 @@
-"""Streams on a real S3 server and a real web server: equal to the local ones, bounded on disk, loud when damaged."""
+"""Streams on S3 and on a web server: equal to the local folder; every fault of the other side is one plain line.
+
+The servers, the sockets and the processes are real.
+"""
 
 import functools
 import http.server
+import json
 import os
 import pickle
-import random
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import xxhash
 
-from data.inspect import inspect
-from data.loader import LoaderConfig, LoaderPhase, build_loader
-from data.masking import MaskingConfig
-from data.mixture import DataConfig, StreamConfig
-from data.remote import RemoteConfig
+from data import transfer
+from data.cache import CacheConfig
 from data.shards import Stream, open_stream
-from schema import ConfigError, RunError, parse_size
-from tests.data.s3 import NO_OTHER_S3, client, s3_server, upload
+from schema import ConfigError, RunError
+from tests.data.servers import BUCKET, PAGE, Bucket, Proxy, free_port
 from tests.data.synthetic import documents, write_stream
 
 ROOT = Path(__file__).parent.parent.parent
+DOCUMENTS = documents(3, 300, 300)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with s3_server() as endpoint:
-        yield endpoint
-
-
-@pytest.fixture
-def endpoint(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The S3 server, the only one that the environment knows."""
-    for name, value in {**NO_OTHER_S3, "AWS_ENDPOINT_URL": server}.items():
-        monkeypatch.setenv(name, value)
-    return server
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stream of 400 documents in about 20 shards of 4 kB."""
-    path = tmp_path_factory.mktemp("local")
-    return write_stream(path / "prose", "train", documents(0, 400, 300), chunk=4).parent
+    return write_stream(tmp_path_factory.mktemp("remote") / "prose", "train", DOCUMENTS)
 
 
-_buckets = iter(range(10**6))
+@pytest.fixture(scope="session")
+def url(local: Path, bucket: Bucket) -> str:
+    """The stream on S3; tests that damage it make their own."""
+    return bucket.upload(local, "whole/prose/train")
 
 
 @pytest.fixture
-def bucket() -> str:
-    return f"bucket-{next(_buckets)}"
+def own(local: Path, bucket: Bucket, tmp_path: Path) -> str:
+    """A copy on S3 that the test may damage."""
+    return bucket.upload(local, f"{tmp_path.name}/prose/train")
 
 
-def config(tmp_path: Path, limit: int = 10**9, retries: int = 2) -> RemoteConfig:
-    return RemoteConfig(cache=str(tmp_path / "cache"), cache_limit=limit, retries=retries)
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "_FIRST_DELAY", 0.02)
 
 
-def read_all(stream: Stream) -> list[list[int]]:
+def settings(folder: Path, limit: int = 10**9, **more: float) -> CacheConfig:
+    return CacheConfig.model_validate(
+        {"cache": str(folder / "cache"), "cache_limit": limit, "download_timeout": 5.0, **more}
+    )
+
+
+def key(url: str, file: str) -> str:
+    return f"{url.removeprefix(f's3://{BUCKET}/')}/{file}"
+
+
+def shards_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "cache").glob("*-*"))
+
+
+def read_all(stream: Stream) -> list[np.ndarray]:
     return [
-        stream.document(shard, index).tolist()
+        stream.document(shard, index)
         for shard in range(len(stream.manifest.shards))
-        for index in range(stream.manifest.shards[shard].documents)
+        for index in range(len(stream.lengths(shard)))
     ]
 
 
-def cached(tmp_path: Path) -> list[Path]:
-    return [file for file in (tmp_path / "cache").iterdir() if file.is_file() and file.name != "lock"]
+def assert_whole(stream: Stream) -> None:
+    found = read_all(stream)
+    assert len(found) == len(DOCUMENTS)
+    for tokens, expected in zip(found, DOCUMENTS, strict=True):
+        np.testing.assert_array_equal(tokens, expected)
 
 
-def loader_config(path: str, remote: RemoteConfig, workers: int = 0, lanes: int = 8) -> LoaderConfig:
-    data = DataConfig(
-        tokenizer="none",
-        streams={"prose": StreamConfig(path=path)},
-        num_workers=workers,
-        remote=remote,
-        block_documents=64,
-        shuffle_shards=2,
-        lanes=lanes,
-    )
-    phase = LoaderPhase(steps=40, global_batch_size=8, max_seq_len=64, masking=MaskingConfig())
-    return LoaderConfig(seed=3, data=data, phases=[phase])
-
-
-def test_equals_the_local_stream(endpoint: str, bucket: str, local: Path, tmp_path: Path) -> None:
-    url = upload(endpoint, local, bucket, "prose")
-    stream, here = open_stream(f"{url}/train", config(tmp_path)), open_stream(local / "train")
+def test_equals_what_was_written(s3: str, url: str, tmp_path: Path) -> None:
+    stream = open_stream(url, settings(tmp_path))
     stream.check_files()
-    assert read_all(stream) == read_all(here)
-    assert stream.fingerprint == here.fingerprint
+    assert_whole(stream)
     again = pickle.loads(pickle.dumps(stream))
-    np.testing.assert_array_equal(again.document(3, 1), here.document(3, 1))
-    names = {file.name: file.read_bytes() for file in cached(tmp_path)}
-    assert names == {info.xxh3_64: (local / "train" / info.file).read_bytes() for info in here.manifest.shards}
+    assert again.fingerprint == stream.fingerprint
+    assert_whole(again)
+    assert shards_in(tmp_path) == sorted(f"{shard.xxh3_64}-{shard.bytes}" for shard in stream.manifest.shards)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if len(read_all(stream)) == len(DOCUMENTS) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_loader_gives_the_same_batches(
-    endpoint: str, bucket: str, local: Path, tmp_path: Path, workers: int
-) -> None:
-    """With a cache that holds a third of the shards: what was dropped is fetched again."""
-    url = upload(endpoint, local, bucket, "prose")
-    sizes = [info.bytes for info in open_stream(local / "train").manifest.shards]
-    limit = sum(sizes) // 3
-    expected = build_loader(loader_config(str(local), config(tmp_path)))
-    loader = build_loader(loader_config(url, config(tmp_path, limit), workers))
-    for here, there in zip(expected, loader, strict=True):
-        np.testing.assert_array_equal(here["input_ids"], there["input_ids"])
-        assert sum(file.stat().st_size for file in cached(tmp_path)) <= limit
-    assert cached(tmp_path)
+def test_a_fork_makes_its_own_connections(s3: str, url: str, tmp_path: Path) -> None:
+    """Parent and child download through what was one client before the fork."""
+    stream = open_stream(url, settings(tmp_path))
+    stream.prefetch([0, 1])
+    stream.lengths(0)
+    child = os.fork()
+    if child == 0:
+        try:
+            stream.prefetch([3, 4])
+            assert_whole(stream)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    assert_whole(stream)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_the_next_blocks_are_fetched_ahead(endpoint: str, bucket: str, local: Path, tmp_path: Path) -> None:
-    url = upload(endpoint, local, bucket, "prose")
-    loader = build_loader(loader_config(url, config(tmp_path), lanes=1))
-    batches = iter(loader)
-    next(batches)
-    opened = set(loader.dataset.streams[0]._open)
-    end = time.monotonic() + 20
-    while len(cached(tmp_path)) <= len(opened) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert len(cached(tmp_path)) > len(opened)
+def test_each_shard_is_downloaded_once(proxy: Proxy, url: str, tmp_path: Path) -> None:
+    for _ in range(2):
+        stream = open_stream(url, settings(tmp_path))
+        stream.check_files()
+        stream.prefetch(range(len(stream.manifest.shards)))
+        assert_whole(stream)
+    assert sorted(proxy.gets(".mds")) == sorted(f"/{BUCKET}/{key(url, s.file)}" for s in stream.manifest.shards)
+    listings = [request for request in proxy.requests if "list-type=2" in request]
+    files = len(stream.manifest.shards) + 4
+    assert len(listings) == 2 * -(-files // PAGE) >= 4, "sizes come from listings, not from a request for each shard"
+    assert len(proxy.requests) == len(listings) + len(stream.manifest.shards) + 2 * len(["stream.json", "chunks.npy"])
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda data, other: data[:-10], r"damaged: expected \d+ bytes with xxh3_64 [0-9a-f]+, found \d+ with"),
-        (lambda data, other: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:], "damaged: expected .* found"),
-        (lambda data, other: other, "damaged: expected .* found"),
-        (lambda data, other: data + b"more", "damaged: expected .*, found more than"),
-        (lambda data, other: None, "no such file|NO_SUCH_KEY|not exist"),
-    ],
-    ids=["truncated", "flipped", "foreign", "longer", "missing"],
-)
-def test_damage_on_the_server(
-    endpoint: str, bucket: str, local: Path, tmp_path: Path, damage: Any, message: str
-) -> None:
-    url = upload(endpoint, local, bucket, "prose")
-    shards = open_stream(local / "train").manifest.shards
-    data, other = ((local / "train" / info.file).read_bytes() for info in shards[1:3])
-    changed = damage(data, other)
-    key = f"prose/train/{shards[1].file}"
-    if changed is None:
-        client(endpoint).delete_object(Bucket=bucket, Key=key)
+def _flip(data: bytes) -> bytes:
+    return data[:-10] + bytes([data[-10] ^ 4]) + data[-9:]
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "longer", "flipped", "foreign"])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_bad_shard_is_one_line(s3: str, own: str, bucket: Bucket, tmp_path: Path, damage: str, ahead: bool) -> None:
+    stream = open_stream(own, settings(tmp_path, download_retries=1))
+    good, bad = stream.manifest.shards[:2]
+    content = bucket.get(key(own, bad.file))
+    changed = {
+        "truncated": content[:-100],
+        "empty": b"",
+        "longer": content + b"123",
+        "flipped": _flip(content),
+        "foreign": bucket.get(key(own, good.file)),
+    }
+    if damage == "missing":
+        bucket.delete(key(own, bad.file))
     else:
-        client(endpoint).put_object(Bucket=bucket, Key=key, Body=changed)
-    stream = open_stream(f"{url}/train", config(tmp_path))
-    stream.document(0, 0)
-    with pytest.raises(RunError, match=rf"stream 'prose': shard {url}/train/{shards[1].file}: ({message})") as caught:
-        stream.document(1, 0)
-    assert len(str(caught.value).splitlines()) == 1
-    assert [file.name for file in cached(tmp_path)] == [shards[0].xxh3_64]
-    if changed is None or len(changed) != len(data):
-        with pytest.raises(RunError, match=rf"shard {url}/train/{shards[1].file}: is (missing|\d+ bytes long)"):
+        bucket.put(key(own, bad.file), changed[damage])
+    if damage == "flipped":
+        stream.check_files()
+    else:
+        with pytest.raises(RunError) as caught:
             stream.check_files()
+        assert f"stream 'prose': shard {own}/{bad.file}" in str(caught.value)
+    if ahead:
+        stream.prefetch([0, 1, 2])
+    for _ in range(2):  # not the second time either
+        with pytest.raises(RunError) as caught:
+            stream.document(1, 0)
+        message = str(caught.value)
+        assert "\n" not in message
+        assert f"stream 'prose': shard {own}/{bad.file}" in message
+        if damage == "missing":
+            assert "no such file" in message
+        else:
+            assert f"expected {bad.bytes} bytes with xxh3_64 {bad.xxh3_64}" in message
+            found = changed[damage]
+            assert f"found {len(found)} with {xxhash.xxh3_64_hexdigest(found)}" in message
+    np.testing.assert_array_equal(stream.document(0, 0), DOCUMENTS[0])
+    assert f"{bad.xxh3_64}-{bad.bytes}" not in shards_in(tmp_path)
+    assert not [name for name in shards_in(tmp_path) if name.endswith(".partial")]
 
 
-@pytest.mark.parametrize("place", [3, -20])
-def test_damage_in_the_cache_is_repaired(endpoint: str, bucket: str, local: Path, tmp_path: Path, place: int) -> None:
-    """A flipped offset or token, or a cut file, of the copy: it is fetched again, once."""
-    url = upload(endpoint, local, bucket, "prose")
-    expected = open_stream(local / "train")
-    first = open_stream(f"{url}/train", config(tmp_path))
-    read_all(first)
-    last = expected.manifest.shards[2].documents - 1
-    copy = tmp_path / "cache" / expected.manifest.shards[2].xxh3_64
-    data = bytearray(copy.read_bytes())
-    data[place] ^= 2
-    copy.write_bytes(data)
-    stream = open_stream(f"{url}/train", config(tmp_path))
-    np.testing.assert_array_equal(stream.document(2, last), expected.document(2, last))
-    copy.write_bytes(copy.read_bytes()[:-30])
-    stream = open_stream(f"{url}/train", config(tmp_path))
-    np.testing.assert_array_equal(stream.document(2, last), expected.document(2, last))
+def test_another_dataset_under_the_same_url(s3: str, own: str, bucket: Bucket, tmp_path: Path) -> None:
+    assert_whole(open_stream(own, settings(tmp_path)))
+    others = documents(4, 300, 300)
+    bucket.upload(write_stream(tmp_path / "prose", "train", others), own.removeprefix(f"s3://{BUCKET}/"))
+    for tokens, expected in zip(read_all(open_stream(own, settings(tmp_path))), others, strict=True):
+        np.testing.assert_array_equal(tokens, expected)
 
 
-def test_inspect(
-    endpoint: str, bucket: str, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "longer"])
+def test_damage_in_the_cache_is_downloaded_again(proxy: Proxy, url: str, tmp_path: Path, damage: str) -> None:
+    stream = open_stream(url, settings(tmp_path))
+    assert_whole(stream)
+    info = stream.manifest.shards[1]
+    file = tmp_path / "cache" / f"{info.xxh3_64}-{info.bytes}"
+    data = file.read_bytes()
+    file.write_bytes({"truncated": data[:-100], "flipped": _flip(data), "longer": data + b"1"}[damage])
+    # Another process, which has not checked it yet.
+    child = os.fork()
+    if child == 0:
+        try:
+            fresh = open_stream(url, settings(tmp_path))
+            fresh.files.cache._verified.clear()  # pyright: ignore[reportAttributeAccessIssue]
+            assert_whole(fresh)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert file.read_bytes() == data
+    assert len(proxy.gets(info.file)) == 2
+
+
+# What a fault of the server is, and whether it passes.
+FAULTS = ["refuse", "cut", "503 Slow Down", "500 Internal Error", "429 Too Many Requests"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_that_pass_are_tried_again(proxy: Proxy, url: str, tmp_path: Path, fault: str) -> None:
+    """The first two requests for anything fail."""
+    seen: dict[str, int] = {}
+
+    def misbehave(request: str) -> str | None:
+        seen[request] = seen.get(request, 0) + 1
+        return fault if seen[request] <= 2 else None
+
+    proxy.misbehave = misbehave
+    stream = open_stream(url, settings(tmp_path, download_retries=2))
+    stream.check_files()
+    assert_whole(stream)
+    assert set(seen.values()) == {3}
+    assert not [name for name in shards_in(tmp_path) if name.endswith(".partial")]
+
+
+def test_a_stalled_answer_is_tried_again(proxy: Proxy, url: str, tmp_path: Path) -> None:
+    stream = open_stream(url, settings(tmp_path, download_timeout=0.5))
+    faults = iter(["stall"])
+    proxy.misbehave = lambda request: next(faults, None)
+    start = time.monotonic()
+    np.testing.assert_array_equal(stream.document(0, 0), DOCUMENTS[0])
+    assert 0.5 <= time.monotonic() - start < 5
+    assert len(proxy.gets(stream.manifest.shards[0].file)) == 2
+
+
+def test_damage_on_the_way_is_fetched_once_more(proxy: Proxy, own: str, bucket: Bucket, tmp_path: Path) -> None:
+    """The first answer is of another content, the second is right."""
+    stream = open_stream(own, settings(tmp_path))
+    file = stream.manifest.shards[1].file
+    content = bucket.get(key(own, file))
+    bucket.put(key(own, file), _flip(content))
+
+    def repair(request: str) -> str | None:
+        if len(proxy.gets(file)) == 2:
+            bucket.put(key(own, file), content)
+        return None
+
+    proxy.misbehave = repair
+    np.testing.assert_array_equal(stream.document(1, 0), open_stream(own, settings(tmp_path)).document(1, 0))
+    assert len(proxy.gets(file)) == 2
+
+
+@pytest.mark.parametrize(("fault", "attempts"), [("403 Forbidden", 1), ("404 NoSuchKey", 1), ("503 Slow Down", 3)])
+def test_how_often_is_tried(proxy: Proxy, url: str, tmp_path: Path, fault: str, attempts: int) -> None:
+    stream = open_stream(url, settings(tmp_path, download_retries=2))
+    proxy.misbehave = lambda request: fault
+    proxy.requests.clear()
+    with pytest.raises(RunError) as caught:
+        stream.document(0, 0)
+    assert len(proxy.gets(".mds")) == attempts
+    message = str(caught.value)
+    assert "\n" not in message
+    assert f"stream 'prose': shard {url}/{stream.manifest.shards[0].file}: " in message
+    expected = {
+        "403": f"refused (403 Forbidden): check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and the endpoint ({proxy.endpoint}; AWS_ENDPOINT_URL or S3_ENDPOINT_URL)",
+        "404": "no such file",
+        "503": "the server answers 503 SlowDown (after 3 attempts)",
+    }
+    assert expected[fault[:3]] in message
+
+
+def test_no_server(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    endpoint = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(RunError) as caught:
+        open_stream("s3://data/x/train", settings(tmp_path, download_retries=2))
+    assert endpoint in str(caught.value)
+    assert "(after 3 attempts)" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_s3_endpoint_url_works_too(s3: str, url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.setenv("S3_ENDPOINT_URL", s3)
+    _in_fresh_process(f"assert open_stream({url!r}, CacheConfig(cache={str(tmp_path)!r})).manifest.documents == 300")
+
+
+def test_no_credentials(
+    proxy: Proxy, own: str, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The default cache lies where XDG_CACHE_HOME says."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    url = upload(endpoint, local, bucket, "prose")
-    inspect(f"{url}/train")
-    assert "400" in capsys.readouterr().out
-    assert len([file for file in (tmp_path / "xdg" / "flexbert").iterdir() if file.is_file()]) > 10
+    """Public files need none; where they are not public, that is said."""
+    file = key(own, "stream.json")
+    bucket.client.put_object_acl(Bucket=BUCKET, Key=file, ACL="public-read")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    code = f"print(open_stream({own!r}, CacheConfig(cache={str(tmp_path)!r})).manifest.documents)"
+    assert _in_fresh_process(code) == "300\n"
+    bucket.client.put_object_acl(Bucket=BUCKET, Key=file, ACL="private")
+    caught = f"""
+try:
+    {code}
+except ConfigError as error:
+    print(error)
+"""
+    assert "no credentials are set: give AWS_ACCESS_KEY_ID" in _in_fresh_process(caught)
 
 
-def test_another_dataset_under_the_same_url(endpoint: str, bucket: str, local: Path, tmp_path: Path) -> None:
-    url = upload(endpoint, local, bucket, "prose")
-    read_all(open_stream(f"{url}/train", config(tmp_path)))
-    other = write_stream(tmp_path / "other", "train", documents(9, 300, 200)).parent
-    upload(endpoint, other, bucket, "prose")
-    stream = open_stream(f"{url}/train", config(tmp_path))
-    assert read_all(stream) == read_all(open_stream(other / "train"))
+def _in_fresh_process(code: str) -> str:
+    head = "from data.cache import CacheConfig\nfrom data.shards import open_stream\nfrom schema import ConfigError\n"
+    done = subprocess.run(
+        [sys.executable, "-c", head + code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_plain_errors(endpoint: str, bucket: str, local: Path, tmp_path: Path) -> None:
-    url = upload(endpoint, local, bucket, "prose")
-    with pytest.raises(ConfigError, match=r"s3://.*/train: not a finished stream \(no stream.json\)"):
-        open_stream(f"{url}/nothing/train", config(tmp_path))
-    with pytest.raises(ConfigError, match="there is no bucket 'missing-bucket'|not a finished stream"):
-        open_stream("s3://missing-bucket/prose/train", config(tmp_path))
-    with pytest.raises(
-        ConfigError, match=r"data.remote.cache_limit: 5,000 bytes cannot hold two of the largest shards"
-    ):
-        open_stream(f"{url}/train", config(tmp_path, 5000)).check_files()
-    (tmp_path / "file").write_text("")
-    wrong = RemoteConfig(cache=str(tmp_path / "file"), cache_limit=10**9)
-    with pytest.raises(ConfigError, match="data.remote.cache: .*choose a folder that can be written"):
-        open_stream(f"{url}/train", wrong).check_files()
-    with pytest.raises(ConfigError, match="a package for gs:// is not installed|gcsfs"):
-        open_stream("gs://bucket/prose/train", config(tmp_path))
+def test_what_is_no_stream(s3: str, own: str, bucket: Bucket, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"s3://nowhere/x/stream.json: there is no bucket 'nowhere'.*endpoint"):
+        open_stream("s3://nowhere/x", settings(tmp_path))
+    with pytest.raises(ConfigError, match=r"s3://data/nothing/train: no finished stream \(no stream.json\)"):
+        open_stream("s3://data/nothing/train", settings(tmp_path))
+    bucket.put(key(own, "stream.json"), b'{"schema_version": 2, "name": 3}')
+    with pytest.raises(ConfigError, match=r"s3://data/.*stream.json: name"):
+        open_stream(own, settings(tmp_path))
+    with pytest.raises(ConfigError, match=r"gs:// cannot be read here: pip install gcsfs"):
+        open_stream("gs://bucket/x", settings(tmp_path))
+    with pytest.raises(ConfigError, match=r"nonsense:// cannot be read here: .*nonsense"):
+        open_stream("nonsense://bucket/x", settings(tmp_path))
 
 
-class Flaky(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; fails the first requests of every shard with 503."""
+def test_a_limit_below_the_largest_shard(proxy: Proxy, url: str, tmp_path: Path) -> None:
+    stream = open_stream(url, settings(tmp_path, limit=1000))
+    largest = max(shard.bytes for shard in stream.manifest.shards)
+    for use, size in ((stream.check_files, largest), (lambda: stream.lengths(0), stream.manifest.shards[0].bytes)):
+        with pytest.raises(
+            ConfigError, match=r"data.cache_limit: 1,000 bytes is less than the largest shard"
+        ) as caught:
+            use()
+        assert f"{size:,} bytes" in str(caught.value)
+    assert not proxy.gets(".mds")
 
-    failures: ClassVar[Counter[str]] = Counter()
-    limit = 2
 
-    def do_GET(self) -> None:
-        if self.path.endswith(".mds") and Flaky.failures[self.path] < Flaky.limit:
-            Flaky.failures[self.path] += 1
-            self.send_error(503)
-            return
-        super().do_GET()
+def test_a_cache_that_cannot_be_written(s3: str, url: str, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    stream = open_stream(url, settings(tmp_path))
+    with pytest.raises(ConfigError, match=r"data.cache: .*cache: .*give a folder that can be written"):
+        stream.lengths(0)
 
-    def log_message(self, format: str, *args: Any) -> None:
+
+def test_the_cache_is_emptied_meanwhile(s3: str, url: str, tmp_path: Path) -> None:
+    stream = open_stream(url, settings(tmp_path))
+    stream.lengths(0)
+    subprocess.run(["rm", "-rf", str(tmp_path / "cache")], check=True)
+    assert_whole(stream)
+
+
+def test_nothing_is_held_beyond_the_limit(s3: str, url: str, tmp_path: Path) -> None:
+    """With room for three of the shards, all are read, in any order, with prefetch; the folder never holds more."""
+    stream = open_stream(url, settings(tmp_path))
+    limit = 3 * max(shard.bytes for shard in stream.manifest.shards)
+    stream = open_stream(url, settings(tmp_path, limit=limit))
+    sizes, stop = [], threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            sizes.append(_size(tmp_path / "cache"))
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    rng = np.random.default_rng(5)
+    count = len(stream.manifest.shards)
+    assert count > 6
+    try:
+        for shard in rng.integers(0, count, 100):
+            stream.prefetch([int(shard), *rng.integers(0, count, 3).tolist()])
+            stream.document(int(shard), 0)
+    finally:
+        stop.set()
+        watcher.join()
+    assert limit // 2 < max(sizes) <= limit
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files below a folder in which files come and go."""
+    total = 0
+    for file in folder.glob("*-*"):
+        try:
+            total += file.stat().st_size
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def test_prefetch_is_bounded_and_ahead(proxy: Proxy, url: str, tmp_path: Path) -> None:
+    """Announced: all. Fetched before anything is opened: a quarter of the limit. Opening one lets the next in."""
+    shards = open_stream(url, settings(tmp_path)).manifest.shards
+    limit = 4 * (shards[0].bytes + shards[1].bytes) + 4
+    stream = open_stream(url, settings(tmp_path, limit=limit))
+    stream.prefetch(range(len(shards)))
+    names = [f"{shard.xxh3_64}-{shard.bytes}" for shard in shards]
+    _until(lambda: shards_in(tmp_path) == sorted(names[:2]))
+    time.sleep(0.3)
+    assert shards_in(tmp_path) == sorted(names[:2])
+    before = len(proxy.gets(".mds"))
+    stream.lengths(0)
+    _until(lambda: names[2] in shards_in(tmp_path))
+    assert len(proxy.gets(".mds")) == before + 1
+
+
+def _until(condition: "functools.partial[bool] | object") -> None:
+    start = time.monotonic()
+    while not condition():  # pyright: ignore[reportCallIssue]
+        assert time.monotonic() - start < 20
+        time.sleep(0.005)
+
+
+def test_opening_waits_for_a_prefetch_and_gets_its_error(
+    proxy: Proxy, own: str, bucket: Bucket, tmp_path: Path
+) -> None:
+    stream = open_stream(own, settings(tmp_path))
+    file = stream.manifest.shards[1].file
+    bucket.delete(key(own, file))
+    slow = threading.Event()
+
+    def misbehave(request: str) -> None:
+        if file in request:
+            slow.wait(10)
+
+    proxy.misbehave = misbehave
+    stream.prefetch([1])
+    _until(lambda: bool(proxy.gets(file)))
+    threading.Timer(0.2, slow.set).start()
+    with pytest.raises(RunError, match=f"{file}: no such file"):
+        stream.lengths(1)
+    assert len(proxy.gets(file)) == 1
+
+
+def test_the_server_goes_down_and_comes_back(proxy: Proxy, url: str, tmp_path: Path) -> None:
+    stream = open_stream(url, settings(tmp_path, download_retries=10))
+    stream.lengths(0)
+    proxy.stop()
+    timer = threading.Timer(0.7, proxy.start)
+    timer.start()
+    start = time.monotonic()
+    assert_whole(stream)
+    assert time.monotonic() - start > 0.5
+    timer.join()
+
+
+SLEEPER = """
+import sys, time
+from data.cache import CacheConfig
+from data.shards import open_stream
+stream = open_stream(sys.argv[1], CacheConfig(cache=sys.argv[2], download_timeout=100.0))
+stream.prefetch(range(4))
+print("started", flush=True)
+if sys.argv[3] == "end":
+    time.sleep(0.5)
+else:
+    try:
+        stream.lengths(0)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.parametrize("way", ["end", "interrupt"])
+def test_ends_promptly_while_downloads_hang(proxy: Proxy, url: str, tmp_path: Path, way: str) -> None:
+    proxy.misbehave = lambda request: "stall" if ".mds" in request else None
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLEEPER, url, str(tmp_path / "cache"), way],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    _until(lambda: len(proxy.gets(".mds")) >= 2)
+    time.sleep(0.1)
+    start = time.monotonic()
+    if way == "interrupt":
+        process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=20)
+    assert time.monotonic() - start < 5
+    assert (process.returncode, errors) == (0, "")
+    assert output == ("" if way == "end" else "interrupted\n")
+
+
+READER = """
+import random, sys
+from data.cache import CacheConfig
+from data.shards import open_stream
+url, cache, limit, seed = sys.argv[1:]
+stream = open_stream(url, CacheConfig(cache=cache, cache_limit=int(limit)))
+order = list(range(len(stream.manifest.shards)))
+random.Random(int(seed)).shuffle(order)
+stream.prefetch(order[:5])
+for shard in [*order, *sorted(order)]:
+    for index in range(len(stream.lengths(shard))):
+        stream.document(shard, index)  # checked against the hashes of the manifest
+"""
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_processes_share_a_cache(proxy: Proxy, url: str, tmp_path: Path, share: float) -> None:
+    """Four processes at once. With room for all: each shard is downloaded once. With less: all still read the truth."""
+    infos = open_stream(url, settings(tmp_path)).manifest.shards
+    limit = int(sum(info.bytes for info in infos) * share)
+    arguments = [sys.executable, "-c", READER, url, str(tmp_path / "cache"), str(limit)]
+    processes = [subprocess.Popen([*arguments, str(seed)], cwd=ROOT) for seed in range(4)]
+    while any(process.poll() is None for process in processes):
+        assert _size(tmp_path / "cache") <= limit
+        time.sleep(0.005)
+    assert [process.returncode for process in processes] == [0] * 4
+    gets = proxy.gets(".mds")
+    if share == 1:
+        assert len(gets) == len(set(gets)) == len(infos)
+    else:
+        assert len(gets) > len(infos)
+
+
+class _Files(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
 
 @pytest.fixture
 def web(local: Path) -> Iterator[str]:
-    Flaky.failures.clear()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Flaky, directory=str(local)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-
-
-def test_a_busy_server_is_asked_again(web: str, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.remote._FIRST_PAUSE", 0.01)
-    stream = open_stream(f"{web}/train", config(tmp_path, retries=2))
-    np.testing.assert_array_equal(stream.document(0, 0), open_stream(local / "train").document(0, 0))
-    assert set(Flaky.failures.values()) == {2}
-    Flaky.failures.clear()
-    hasty = open_stream(f"{web}/train", config(tmp_path, retries=1))
-    with pytest.raises(RunError, match=rf"stream 'prose': shard {web}/train/.*: 503"):
-        hasty.document(1, 0)
-    absent = Path(local / "train" / stream.manifest.shards[2].file)
-    content = absent.read_bytes()
-    absent.unlink()
-    try:
-        start = time.monotonic()
-        monkeypatch.setattr("data.remote._FIRST_PAUSE", 30)
-        Flaky.failures[f"/train/{absent.name}"] = 9
-        with pytest.raises(RunError, match=rf"{absent.name}"):
-            stream.document(2, 0)
-        assert time.monotonic() - start < 10  # a file that is not there does not come with waiting
-    finally:
-        absent.write_bytes(content)
-
-
-READER = """
-import json, sys
-from data.remote import RemoteConfig
-from data.shards import open_stream
-stream = open_stream(sys.argv[1], RemoteConfig(cache=sys.argv[2], cache_limit=int(sys.argv[3])))
-for shard in json.loads(sys.argv[4]):
-    stream.prefetch([shard])
-    stream.document(shard, 0)
-print("done")
-"""
-
-
-def reader(endpoint: str, url: str, tmp_path: Path, limit: int, shards: list[int]) -> "subprocess.Popen[str]":
-    arguments = [sys.executable, "-c", READER, f"{url}/train", str(tmp_path / "cache"), str(limit), str(shards)]
-    environment = {**os.environ, **NO_OTHER_S3, "AWS_ENDPOINT_URL": endpoint}
-    return subprocess.Popen(
-        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    """A plain web server: no listing of sizes, no ranges."""
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(_Files, directory=str(local.parent.parent))
     )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/prose/train"
+    server.shutdown()
+    server.server_close()
 
 
-def test_processes_share_a_cache(endpoint: str, bucket: str, local: Path, tmp_path: Path) -> None:
-    """Each shard is fetched once for all, while there is room; never above the limit when there is not."""
-    url = upload(endpoint, local, bucket, "prose")
-    count = len(open_stream(local / "train").manifest.shards)
-    everything = [reader(endpoint, url, tmp_path, 10**9, list(range(count))) for _ in range(3)]
-    for process in everything:
-        out, error = process.communicate(timeout=120)
-        assert (process.returncode, out.strip()) == (0, "done"), error
-    assert len(cached(tmp_path)) == count
-    limit = sum(file.stat().st_size for file in cached(tmp_path)) // 4
-    for file in cached(tmp_path):
-        file.unlink()
-    rng = random.Random(1)
-    crowd = [reader(endpoint, url, tmp_path, limit, rng.sample(range(count), count) * 2) for _ in range(3)]
-    while any(process.poll() is None for process in crowd):
-        try:
-            total = sum(file.stat().st_size for file in cached(tmp_path))
-        except FileNotFoundError:  # one was dropped between the listing and the look
-            continue
-        assert total <= limit
-    for process in crowd:
-        out, error = process.communicate()
-        assert (process.returncode, out.strip()) == (0, "done"), error
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # fsspec's own session and loop
+def test_a_web_server(web: str, tmp_path: Path) -> None:
+    stream = open_stream(web, settings(tmp_path))
+    stream.check_files()
+    stream.prefetch([0, 1])
+    assert_whole(stream)
+    with pytest.raises(ConfigError, match=r"no finished stream \(no stream.json\)"):
+        open_stream(f"{web}/nowhere", settings(tmp_path, download_retries=0))
 
 
-def test_killed_readers_leave_nothing(endpoint: str, bucket: str, local: Path, tmp_path: Path) -> None:
-    url = upload(endpoint, local, bucket, "prose")
-    shards = open_stream(local / "train").manifest.shards
-    limit = sum(info.bytes for info in shards) // 2
-    order = list(range(len(shards))) * 40
-    rng = random.Random(2)
-    for _ in range(4):
-        processes = [reader(endpoint, url, tmp_path, limit, order) for _ in range(2)]
-        end = time.monotonic() + 60
-        while not (tmp_path / "cache").is_dir() and time.monotonic() < end:
-            time.sleep(0.02)
-        time.sleep(rng.uniform(1.0, 2.5))
-        for process in processes:
-            process.send_signal(signal.SIGKILL)
-        for process in processes:
-            process.communicate()
-        (tmp_path / "cache" / "partial-of-a-dead-process").write_bytes(b"x" * 1000)
-    last = open_stream(f"{url}/train", config(tmp_path, limit))
-    assert read_all(last) == read_all(open_stream(local / "train"))
-    left = cached(tmp_path)
-    assert sum(file.stat().st_size for file in left) <= limit
-    assert {file.name for file in left} <= {info.xxh3_64 for info in shards}
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_web_server_without_a_shard(local: Path, web: str, tmp_path: Path) -> None:
+    stream = open_stream(web, settings(tmp_path, download_retries=1))
+    file = local / stream.manifest.shards[2].file
+    aside = file.rename(file.with_suffix(".aside"))
+    try:
+        with pytest.raises(RunError, match=rf"stream 'prose': shard {web}/{file.name}: is missing"):
+            stream.check_files()
+        with pytest.raises(RunError, match=rf"stream 'prose': shard {web}/{file.name}: no such file"):
+            stream.lengths(2)
+    finally:
+        aside.rename(file)
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("50gb", 50 * 10**9), ("1.5 TB", 1_500_000_000_000), ("64MiB", 64 * 2**20), ("10kb", 10_000), (7, 7), ("12", 12)],
-)
-def test_sizes(text: str | int, size: int) -> None:
-    assert parse_size(text) == size
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_any_fsspec_url(local: Path, tmp_path: Path) -> None:
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    for file in local.iterdir():
+        system.pipe(f"/bucket/train/{file.name}", file.read_bytes())
+    stream = open_stream("memory://bucket/train", settings(tmp_path))
+    stream.check_files()
+    assert_whole(stream)
+    info = stream.manifest.shards[1]
+    system.pipe(f"/bucket/train/{info.file}", b"short")
+    with pytest.raises(RunError, match=rf"{info.file}: is 5 bytes long, expected {info.bytes}"):
+        stream.check_files()
+    system.rm(f"/bucket/train/{info.file}")
+    fresh = open_stream("memory://bucket/train", settings(tmp_path / "other"))
+    with pytest.raises(RunError, match=rf"stream 'prose': shard memory://bucket/train/{info.file}: no such file"):
+        fresh.lengths(1)
 
 
-@pytest.mark.parametrize("text", ["50 gigs", "-1", "", "gb", True, 1.5])
-def test_no_sizes(text: Any) -> None:
-    with pytest.raises(ValueError, match="expected bytes such as 50gb"):
-        parse_size(text)
+def test_local_paths_touch_no_network(local: Path, tmp_path: Path) -> None:
+    """In a process in which no socket can be made, and no client is imported."""
+    code = f"""
+import socket, sys
+def forbidden(*args, **kwargs): raise AssertionError("network")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = forbidden
+stream = open_stream({str(local)!r})
+stream.check_files()
+stream.prefetch([0])
+stream.document(0, 0)
+assert not {{"boto3", "fsspec", "aiohttp"}} & set(sys.modules), sorted(sys.modules)
+"""
+    _in_fresh_process(code)
+
+
+def test_sizes_in_configs() -> None:
+    assert CacheConfig.model_validate({"cache_limit": "50gb"}).cache_limit == 50_000_000_000
+    assert (
+        json.loads(CacheConfig.model_validate({"cache_limit": "1.5 GiB"}).model_dump_json())["cache_limit"] == 3 << 29
+    )
+    for wrong in ("50g", "-1gb", 0, True):
+        with pytest.raises(ValueError, match=r"cache_limit"):
+            CacheConfig.model_validate({"cache_limit": wrong})
