@@ -53,7 +53,7 @@ def find_files(patterns: Sequence[str], suffixes: Sequence[str], ignore_dirs: Se
 def open_raw(path: str) -> Any:
     """The bytes of a file as it lies there, seekable. Raises OSError and, for a URL, what its client raises."""
     if not is_remote(path):
-        return open(path, "rb")  # noqa: PTH123 (the path is a string)
+        return open(path, "rb", buffering=2**20)  # noqa: PTH123 (the path is a string)
     system, place = _filesystem(path)
     if path.startswith("s3://"):
         # fsspec's own wrapper asks the server once for each small read.

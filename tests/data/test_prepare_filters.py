@@ -131,7 +131,9 @@ def planted(seed: int, share: float) -> tuple[str, str]:
     words = np.array(["".join(chr(97 + int(digit)) for digit in word[1:-1]) for word in words])
     other = words.copy()
     places = rng.choice(400, int(400 * share), replace=False)
-    other[places] = ["zz" + "".join(chr(97 + int(digit)) for digit in str(n)) for n in rng.integers(0, 5000, len(places))]
+    other[places] = [
+        "zz" + "".join(chr(97 + int(digit)) for digit in str(n)) for n in rng.integers(0, 5000, len(places))
+    ]
     return " ".join(words), " ".join(other)
 
 
@@ -173,7 +175,15 @@ def test_minhash_finds_near_duplicates_as_often_as_the_formula_says(tmp_path: Pa
 def test_minhash_keeps_the_first_of_a_chain_and_ignores_case_digits_punctuation(tmp_path: Path) -> None:
     base, _ = planted(1, 0)
     unspaced = "".join(chr(0x4E00 + int(number)) for number in keyed_generator(2, "han").integers(0, 3000, 300))
-    texts = ["short text", "Short text!", unspaced + "one", base, base.upper() + " 1 2", base.replace(" ", ", "), unspaced + "two"]
+    texts = [
+        "short text",
+        "Short text!",
+        unspaced + "one",
+        base,
+        base.upper() + " 1 2",
+        base.replace(" ", ", "),
+        unspaced + "two",
+    ]
     write_rows(tmp_path / "a" / "1.jsonl", [{"text": text} for text in texts])
     assert kept(tmp_path, [{"name": "minhash"}]) == (texts[:4], {"minhash": 3})
 
@@ -182,7 +192,9 @@ def test_minhash_result_does_not_depend_on_workers(tmp_path: Path) -> None:
     for part in range(4):
         texts = [text for number in range(25 * part, 25 * part + 25) for text in planted(number, 0.02)]
         write_rows(tmp_path / "a" / f"{part}.jsonl", [{"text": text} for text in texts])
-    path = config_with(tmp_path, [{"name": "length", "min_characters": 10}, {"name": "minhash"}], validation_fraction=0.1)
+    path = config_with(
+        tmp_path, [{"name": "length", "min_characters": 10}, {"name": "minhash"}], validation_fraction=0.1
+    )
     one = run(path)
     assert files(run(path, f"output={tmp_path / 'two'}", workers=2)) == files(one)
     assert open_stream(one / "a" / "train").manifest.filtered["minhash"] > 50
@@ -200,11 +212,15 @@ def test_partitions_do_not_show(tmp_path: Path, partition: int, monkeypatch: pyt
     streams = {}
     for name, numbers in zip("abc", order, strict=True):
         for part in range(3):
-            write_rows(tmp_path / name / f"{part}.jsonl", [{"text": texts[n]} for n in numbers[40 * part : 40 * part + 40]])
+            write_rows(
+                tmp_path / name / f"{part}.jsonl", [{"text": texts[n]} for n in numbers[40 * part : 40 * part + 40]]
+            )
         streams[name] = {"source": {"name": "jsonl", "paths": [str(tmp_path / name)]}}
     monkeypatch.setattr(duplicates, "PARTITION_DOCUMENTS", partition)
     monkeypatch.setattr("data.choice._BINS", 7)
-    output = run(config_file(tmp_path, streams={**streams, "a": {**streams["a"], "max_bytes": "30K"}}, validation_fraction=0))
+    output = run(
+        config_file(tmp_path, streams={**streams, "a": {**streams["a"], "max_bytes": "30K"}}, validation_fraction=0)
+    )
     seen: set[str] = set()
     for name, numbers in zip("abc", order, strict=True):
         fresh = list(dict.fromkeys(texts[n] for n in numbers if texts[n] not in seen))
@@ -243,8 +259,8 @@ def test_missing_column_is_found_before_anything_is_read(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=message):
         run(config_with(tmp_path, [{"name": "language", "keep": ["en"], "column": "lnag"}]))
     (tmp_path / "t.txt").write_text("text")
+    source = {"name": "txt", "paths": [str(tmp_path / "t.txt")]}
     with pytest.raises(ConfigError, match=r"filters\[0\]: wants column 'language', but source 'txt' has no columns"):
-        source = {"name": "txt", "paths": [str(tmp_path / "t.txt")]}
         run(config_with(tmp_path, [{"name": "language", "keep": ["en"]}], source))
     assert list((tmp_path / "out").iterdir()) == []
 
