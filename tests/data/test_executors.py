@@ -1,10 +1,12 @@
 """Executors: the same dataset from Slurm (stub programs that really run the jobs) and from a real local Ray."""
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -234,13 +236,16 @@ def test_ray_without_the_package(corpus: Path, tmp_path: Path, monkeypatch: pyte
             {"name": "local", "workers": 0},
             "prepare.yaml: executor.workers: should be greater than or equal to 1, got 0",
         ),
-        ({"name": "ray", "cpus": 2}, "prepare.yaml: executor: unknown key 'cpus', did you mean 'cpus_per_task'?"),
+        (
+            {"name": "ray", "cpu_per_task": 2},
+            "prepare.yaml: executor: unknown key 'cpu_per_task', did you mean 'cpus_per_task'?",
+        ),
     ],
 )
 def test_config_faults(corpus: Path, executor: object, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_prepare_config(small(corpus, executor=executor))
-    assert str(error.value) == message
+    assert str(error.value).endswith(f"/{message}")
 
 
 def test_executor_is_no_part_of_the_dataset(
@@ -261,10 +266,17 @@ def test_executor_is_no_part_of_the_dataset(
 
 @pytest.mark.slow
 def test_ray_makes_the_same_dataset(
-    corpus: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Path,
+    expected_plain: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     pytest.importorskip("ray", reason="ray is in requirements-data.txt")
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    # its sockets' paths may not be longer than 107 bytes
+    short = tempfile.mkdtemp(prefix="ray")
+    request.addfinalizer(lambda: shutil.rmtree(short, ignore_errors=True))
+    monkeypatch.setenv("RAY_TMPDIR", short)
     executor = {"name": "ray", "mem_per_cpu_gb": 0.1, "workers": 2}
     good = (corpus / "b" / "1.jsonl").read_bytes()
     try:
@@ -272,7 +284,7 @@ def test_ray_makes_the_same_dataset(
         with pytest.raises(
             RunError, match=r"^reading: 1 of 2 tasks are not done, the first is 1: .*1\.jsonl:51: not val"
         ):
-            prepare_on(small(corpus, executor=executor), f"output={tmp_path / 'out'}")
+            prepare_on(plain(corpus, executor=executor), f"output={tmp_path / 'out'}")
     finally:
         (corpus / "b" / "1.jsonl").write_bytes(good)
-    assert files(prepare_on(small(corpus, executor=executor), f"output={tmp_path / 'out'}")) == expected
+    assert files(prepare_on(plain(corpus, executor=executor), f"output={tmp_path / 'out'}")) == expected_plain
