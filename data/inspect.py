@@ -23,7 +23,7 @@ _SHOWN_TOKENS = 200
 
 
 def inspect(path: str | Path, samples: int = 3, console: Console | None = None) -> None:
-    """Print a summary of every stream below `path`: one split, a stream, or a whole dataset.
+    """Print a summary of every stream below `path` (a folder or URL): one split, a stream, or a whole dataset.
 
     Args:
         samples: documents shown of each split; the same ones at every call.
@@ -59,8 +59,8 @@ def _find_remote(url: str) -> list[str]:
     from data.remote import list_files
 
     url = url.rstrip("/")
-    found = [name for name in list_files(url, CacheConfig()) if name.split("/")[-1] == MANIFEST and name.count("/") < 3]
-    return [f"{url}/{name}".removesuffix(f"/{MANIFEST}") for name in found] or [url]
+    files = [name.split("/") for name in list_files(url, CacheConfig())]
+    return ["/".join([url, *parts[:-1]]) for parts in files if parts[-1] == MANIFEST and len(parts) <= 3] or [url]
 
 
 def _overview(streams: list[Stream]) -> Table:

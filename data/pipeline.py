@@ -1,10 +1,6 @@
-"""The parallel part of preparing: datatrove pipelines that scan the documents and turn them into token shards.
+"""The last parallel part of preparing: the documents that the plan keeps become token shards.
 
-Both pipelines run over the same fixed tasks (runs of units of one stream), listed in WORK/tasks/NNNNN.json:
-
-    scan       ReadUnits -> Scan                         digest and size of every document -> WORK/scan/NNNNN.npz
-    tokenise   ReadUnits -> Select -> WriteShards        the documents that the plan keeps (WORK/plan/NNNNN.npz)
-                                                         -> OUTPUT/STREAM/SPLIT/part-NNNNN, WORK/done/NNNNN.{json,npz}
+    ReadUnits -> Select -> WriteShards       -> OUTPUT/STREAM/SPLIT/part-NNNNN, WORK/done/NNNNN.{json,npz}
 
 A task's results are a function of its inputs; it is done when datatrove has marked it, and else redone from its start.
 """
@@ -18,127 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from numpy.typing import NDArray
 
+from data.documents import SPLITS, Meter, numbered, save_arrays
 from data.shards import describe_shard
-from data.sources import SOURCES, Unit
 from data.tokenizer import corpus_tokenizer, tokenizer_facts
 from durable import sync_folder, write_file
-from schema import RunError
-
-SPLITS = ("train", "validation")
-DROPPED = 255
-"""In a plan: the document is in no split. Else the value is an index into SPLITS."""
 
 # Text given to the tokenizer at once. Its result takes some 100 times as much memory, so a longer document is cut.
 _BATCH_CHARACTERS = 2**20
 _CUT_CHARACTERS = 2**22
 # Counting costs a pass over the vocabulary, which for one short document would be more than its tokenising.
 _COUNTED_DOCUMENTS = 256
-
-
-def numbered(folder: Path, rank: int, suffix: str) -> Path:
-    """The file of one task in one of the working folders."""
-    return folder / f"{rank:05d}{suffix}"
-
-
-def digest(text: str) -> bytes:
-    """128-bit content hash of a document. Two documents with the same are taken to be the same."""
-    return xxhash.xxh3_128_digest(text.encode("utf-8", "surrogatepass"))
-
-
-def digests_to_numbers(digests: bytes) -> NDArray[np.uint64]:
-    """Concatenated digests as (documents, 2) uint64."""
-    return np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 2)
-
-
-def save_arrays(path: Path, **arrays: NDArray[Any]) -> None:
-    """An .npz file, whole or not there."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    np.savez(partial, allow_pickle=False, **arrays)
-    partial.rename(path)
-
-
-def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """What save_arrays wrote."""
-    with np.load(path) as file:
-        return dict(file)
-
-
-class ReadUnits(PipelineStep):
-    """The documents of a task's units, in order."""
-
-    type, name = "READER", "units of a source"
-
-    def __init__(self, work: Path) -> None:
-        super().__init__()
-        self.work = work
-
-    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        task = json.loads(numbered(self.work / "tasks", rank, ".json").read_text(encoding="utf-8"))
-        source = SOURCES.build(SOURCES.parse(task["source"]))
-        for number, unit in enumerate(Unit(*fields) for fields in task["units"]):
-            for index, text in enumerate(source.read(unit)):
-                yield Document(text=text, id=f"{number}/{index}", metadata={"place": unit.path, "unit": number})
-
-
-class Scan(PipelineStep):
-    """Digest and size in UTF-8 bytes of every document."""
-
-    type, name = "STATS", "scan"
-
-    def __init__(self, work: Path) -> None:
-        super().__init__()
-        self.work = work
-
-    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        task = json.loads(numbered(self.work / "tasks", rank, ".json").read_text(encoding="utf-8"))
-        edges = np.cumsum([0] + [unit[3] for unit in task["units"]])
-        digests, sizes = bytearray(), []
-        progress = Meter(self.work, rank)
-        for document in data:
-            digests += digest(document.text)
-            sizes.append(len(document.text.encode("utf-8", "surrogatepass")))
-            progress.set(int(edges[document.metadata["unit"]]))
-        save_arrays(
-            numbered(self.work / "scan", rank, ".npz"),
-            digests=digests_to_numbers(bytes(digests)),
-            sizes=np.array(sizes, np.int64),
-        )
-        progress.set(int(edges[-1]))
-        progress.close()
-        yield from ()
-
-
-class Select(PipelineStep):
-    """The documents that the plan keeps, with their split in metadata. Raises RunError when the source has changed."""
-
-    type, name = "FILTER", "plan"
-
-    def __init__(self, work: Path) -> None:
-        super().__init__()
-        self.work = work
-
-    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        scan = load_arrays(numbered(self.work / "scan", rank, ".npz"))
-        splits = load_arrays(numbered(self.work / "plan", rank, ".npz"))["splits"]
-        expected = scan["digests"].astype(">u8").tobytes()
-        count = 0
-        for document in data:
-            if digest(document.text) != expected[16 * count : 16 * count + 16]:
-                raise self._changed(document.metadata["place"])
-            if splits[count] != DROPPED:
-                document.metadata["split"] = int(splits[count])
-                yield document
-            count += 1
-        if count != len(splits):
-            raise self._changed("a source")
-
-    def _changed(self, place: str) -> RunError:
-        return RunError(f"{place}: changed while it was being prepared: delete {self.work.parent} and prepare again")
 
 
 class WriteShards(PipelineStep):
@@ -172,7 +61,7 @@ class WriteShards(PipelineStep):
             encodings = iter(tokenizer.encode_batch_fast(list(chain.from_iterable(pieces)), add_special_tokens=False))
             for document, cut in zip(batch, pieces, strict=True):
                 ids = next(encodings).ids if len(cut) == 1 else [token for _ in cut for token in next(encodings).ids]
-                size = len(document.text.encode("utf-8", "surrogatepass"))
+                size = document.metadata["bytes"]
                 parts[document.metadata["split"]].add(final_ids[np.array(ids, np.int64)], size)
                 done += size
             progress.set(done)
@@ -183,7 +72,6 @@ class WriteShards(PipelineStep):
         arrays = {split: part.token_counts for split, part in zip(SPLITS, parts, strict=True)}
         arrays |= {f"{split}_chunks": part.chunks for split, part in zip(SPLITS, parts, strict=True)}
         save_arrays(numbered(self.work / "done", rank, ".npz"), **arrays)
-        progress.close()
         yield from ()
 
 
@@ -265,20 +153,6 @@ class Part:
 def token_dtype(vocab_size: int) -> str:
     """The smallest type that holds every id."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
-
-
-class Meter:
-    """A task's line in WORK/progress.npy, (tasks, 2) int64: bytes done, and the process at work (0: none)."""
-
-    def __init__(self, work: Path, rank: int) -> None:
-        self._line = np.load(work / "progress.npy", mmap_mode="r+")[rank]
-        self._line[:] = 0, os.getpid()
-
-    def set(self, done_bytes: int) -> None:
-        self._line[0] = done_bytes
-
-    def close(self) -> None:
-        self._line[1] = 0
 
 
 def _batches(documents: Any) -> Iterator[list[Document]]:

@@ -1,6 +1,6 @@
 """Held-out loss and masked accuracy, beside the best guess that looks at nothing: the most frequent token."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -21,7 +21,7 @@ class Evaluator:
     """Evaluates a model on the validation split of every stream, on the same rows and masks every time."""
 
     def __init__(
-        self, config: EvaluationConfig, data: DataConfig, train_streams: list[Stream], max_seq_len: int, seed: int
+        self, config: EvaluationConfig, data: DataConfig, train_streams: Sequence[Stream], max_seq_len: int, seed: int
     ) -> None:
         """max_seq_len: slots per row where the config leaves it open. Raises ConfigError for a missing split."""
         self.config = config

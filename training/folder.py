@@ -32,6 +32,7 @@ _FREE = (
     "checkpoint",
     "wandb",
     "data.num_workers",
+    "data.remote",
     "data.prefetch_batches",
     "data.cache",
     "data.cache_limit",

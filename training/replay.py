@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def inspect_step(path: Path, step: int, rows: int, as_json: bool, console: Conso
 class Printer:
     """Prints rows piece by piece."""
 
-    def __init__(self, config: RunConfig, streams: list[Stream], console: Console, as_json: bool) -> None:
+    def __init__(self, config: RunConfig, streams: Sequence[Stream], console: Console, as_json: bool) -> None:
         self.names, self.streams, self.console, self.as_json = list(config.data.streams), streams, console, as_json
         self.assembler = Assembler(streams, config.seed)
         self.tokenizer = corpus_tokenizer(tokenizer_folder(config.data))

@@ -77,9 +77,9 @@ def open_bytes(path: str) -> Iterator[Any]:
     """The decompressed content of a plain, .gz, .xz or .zst file."""
     with open_raw(path) as raw:
         if path.endswith(".gz"):
-            yield gzip.open(raw, "rb")
+            yield gzip.open(raw, "rb")  # noqa: SIM115 (its only file is raw)
         elif path.endswith(".xz"):
-            yield lzma.open(raw, "rb")
+            yield lzma.open(raw, "rb")  # noqa: SIM115
         elif path.endswith(".zst"):
             yield io.BufferedReader(_ZstdReader(raw), 2**20)
         else:

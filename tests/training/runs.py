@@ -64,9 +64,12 @@ def environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
-def run(arguments: list[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run(
+    arguments: list[str], timeout: float = 300, extra: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    variables = environment() | (extra or {})
     return subprocess.run(
-        arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+        arguments, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -17,6 +18,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 from data.loader import SEEN, build_loader
 from flexbert import from_hf
+from tests.data.servers import Bucket, run_moto, s3_environment
 from tests.training.runs import (
     STEPS,
     command,
@@ -127,7 +129,7 @@ def test_any_step_can_be_replayed(straight: Path, capsys: pytest.CaptureFixture[
         assert labels == batches[step]["labels"].tolist()
         assert [line["row"] for line in lines] == sorted(line["row"] for line in lines)
     last = json.loads((folder / "ledger.jsonl").read_text().splitlines()[-1])
-    seen = sum(batch["seen"] for batch in batches.values())
+    seen = np.sum([batch["seen"] for batch in batches.values()], axis=0)
     assert last["step"] == STEPS
     assert last["streams"] == {
         name: dict(zip(SEEN, row.tolist(), strict=True)) for name, row in zip(streams, seen, strict=True)
@@ -362,3 +364,23 @@ def test_a_tokenizer_that_did_not_make_the_shards_is_refused(dataset: Path, tmp_
     assert done.returncode == 2
     assert "set model.vocab_size=512" in done.stderr
     assert not (tmp_path / "run" / "runs").exists()
+
+
+def test_streams_on_s3_train_alike(straight: Path, dataset: Path, tmp_path: Path) -> None:
+    """From a real S3 server, with a cache that cannot hold it all: the same weights, to the last bit."""
+    folder = tmp_path / "run"
+    config = write_config(folder, dataset)
+    with run_moto() as endpoint:
+        url = Bucket(endpoint).upload(dataset, "small")
+        text = config.read_text().replace(f"path: {dataset}", f"path: {url}")
+        limit = 4 * max(file.stat().st_size for file in dataset.rglob("*.mds"))
+        remote = f"  cache: {tmp_path}/cache\n  cache_limit: {limit}\n"
+        config.write_text(text.replace("  block_documents: 10\n", f"  block_documents: 10\n{remote}"))
+        done = run(command("train", str(config)), extra=s3_environment(endpoint))
+    assert done.returncode == 0, done.stderr
+    assert metrics(folder) == metrics(straight)
+    ours, theirs = final_weights(folder), final_weights(straight)
+    assert {name: data for name, data in ours.items() if name.endswith("safetensors")} == {
+        name: data for name, data in theirs.items() if name.endswith("safetensors")
+    }
+    assert sum(file.stat().st_size for file in (tmp_path / "cache").iterdir()) <= limit
