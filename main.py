@@ -59,7 +59,10 @@ def prepare(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def inspect(
     folder: Annotated[
-        str, typer.Argument(help="a prepared dataset, one of its streams, or (with --step) a run", metavar="DIR")
+        str,
+        typer.Argument(
+            help="a prepared dataset or one of its streams (folder or URL); with --step, a run", metavar="DIR"
+        ),
     ],
     samples: Annotated[int, typer.Option(min=0, help="documents to print of each stream")] = 3,
     step: Annotated[int | None, typer.Option(help="of a run: the global batch that it trained on in this step")] = None,

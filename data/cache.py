@@ -17,7 +17,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from typing import NamedTuple
 import xxhash
 from pydantic import Field
 
+from durable import new_folder
 from schema import ConfigError, RunError, Schema, Size
 
 log = logging.getLogger(__name__)
@@ -130,6 +131,21 @@ class ShardCache:
                     log.warning("%s: another process has been downloading %s for long", self.folder, shard.name)
                     warned = True
                 time.sleep(_POLL)
+
+    def keep(self, kind: str, files: Mapping[str, bytes]) -> Path:
+        """A folder with these small files, named by their content; it stays, and is not counted."""
+        digest = xxhash.xxh3_64()
+        for name, content in sorted(files.items()):
+            digest.update(f"{name} {len(content)} ".encode() + content)
+        path = self.folder / kind / digest.hexdigest()
+        with _plain_errors(self.folder):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._counting():
+                if not all((path / name).is_file() and (path / name).read_bytes() == files[name] for name in files):
+                    with new_folder(path) as folder:
+                        for name, content in files.items():
+                            (folder / name).write_bytes(content)
+        return path
 
     def _open_whole(self, shard: CachedShard) -> int | None:
         path = self.folder / shard.name

@@ -27,6 +27,7 @@ from data.order import DocumentList
 from data.packing import SPECIAL_TOKENS_PER_SEQUENCE, Spans, pack
 from data.shards import Stream, open_stream
 from data.tokenizer import fingerprint
+from data.transfer import is_url
 from schema import ConfigError, RunError, Schema
 
 MAX_LANES = 64
@@ -86,9 +87,21 @@ def open_streams(config: DataConfig, split: str) -> list[Stream]:
     return streams
 
 
+def tokenizer_folder(config: DataConfig) -> Path:
+    """data.tokenizer on local disk. Raises ConfigError or RunError when it is a URL that cannot be read."""
+    if not is_url(config.tokenizer):
+        return Path(config.tokenizer)
+    from data.remote import fetch_tokenizer
+
+    try:
+        return fetch_tokenizer(config.tokenizer, config)
+    except ConfigError as error:
+        raise ConfigError(f"data.tokenizer: {error}") from None
+
+
 def check_tokenizer(config: DataConfig, streams: Sequence[Stream]) -> None:
     """Raises ConfigError when data.tokenizer is no tokenizer folder, or not the one that made the streams."""
-    folder = Path(config.tokenizer)
+    folder = tokenizer_folder(config)
     file = folder / "tokenizer.json"
     if not file.is_file():
         state = "no such folder" if not folder.is_dir() else "holds no tokenizer.json"
@@ -96,7 +109,7 @@ def check_tokenizer(config: DataConfig, streams: Sequence[Stream]) -> None:
     found, expected = fingerprint(folder), streams[0].manifest.tokenizer_fingerprint
     if found != expected:
         raise ConfigError(
-            f"data.tokenizer: {folder}: its fingerprint {found[:12]} is not the {expected[:12]} of the streams: "
+            f"data.tokenizer: {config.tokenizer}: its fingerprint {found[:12]} is not the streams' {expected[:12]}: "
             "give the `tokenizer` folder that was prepared with them"
         )
 

@@ -36,7 +36,7 @@ class StreamConfig(StreamShare):
 class DataConfig(CacheConfig):
     """The streams, their mixture, and how they are read."""
 
-    tokenizer: str = Field(description="folder that AutoTokenizer loads; its ids must be the shards' ids")
+    tokenizer: str = Field(description="folder (or its URL) that AutoTokenizer loads; its ids must be the shards' ids")
     streams: dict[str, StreamConfig] = Field(min_length=1, description="streams by name")
     long_documents: LongDocuments = Field(
         default="split", description="over a row's length: split into pieces, truncate to the first, or drop"

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -13,6 +14,7 @@ from data.shards import ShardInfo
 from data.transfer import Patience, Store, TransferError, open_store, with_retries
 from schema import ConfigError, RunError
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _AHEAD = 4  # a process fetches at most 1/4 of the cache's limit ahead of use
 _OPEN = 2  # and holds at most 1/2 open
 _TOO_LONG = 2  # times the expected size: what is even longer is not read to its end to name its hash
@@ -41,7 +43,7 @@ class RemoteFiles:
                 raise RunError(str(error)) from None
             if error.kind == "missing":
                 raise ConfigError(
-                    f"{self.url}: no finished stream (no {name}): correct the URL, or upload all that prepare wrote"
+                    f"{self.url}: holds no {name}: correct the URL, or upload all that prepare wrote"
                 ) from None
             raise ConfigError(str(error)) from None
 
@@ -55,15 +57,19 @@ class RemoteFiles:
 
     def check(self, infos: Sequence[ShardInfo]) -> None:
         self.cache.check_fits([_named(info) for info in infos], self.url)
-        try:
-            sizes = with_retries(lambda: self._open_store().sizes([info.file for info in infos]), self.patience)
-        except TransferError as error:
-            raise RunError(str(error)) from None
+        sizes = self.sizes([info.file for info in infos])
         for info in infos:
             found = sizes.get(info.file, -1)
             if found not in (info.bytes, None):
                 state = "is missing" if found == -1 else f"is {found} bytes long, expected {info.bytes} bytes"
                 raise RunError(f"{self.url}/{info.file}: {state}: {self.fix}")
+
+    def sizes(self, names: list[str]) -> dict[str, int | None]:
+        """Bytes of what lies below the URL, of a web server those of `names`; None where it does not say."""
+        try:
+            return with_retries(lambda: self._open_store().sizes(names), self.patience)
+        except TransferError as error:
+            raise RunError(str(error)) from None
 
     def prefetch(self, infos: Sequence[ShardInfo]) -> None:
         if infos:
@@ -117,6 +123,34 @@ class RemoteFiles:
         return size, digest.hexdigest()
 
 
+def list_files(url: str, config: CacheConfig) -> list[str]:
+    """Paths of the files below a URL, relative to it; of a web server none. Raises ConfigError or RunError."""
+    files = RemoteFiles(url, config)
+    try:
+        return sorted(files.sizes([]))
+    except RunError as error:
+        raise ConfigError(str(error)) from None
+
+
+def fetch_tokenizer(url: str, config: CacheConfig) -> Path:
+    """A local copy of a tokenizer's folder, fetched once by this process.
+
+    Raises ConfigError when it is not there, RunError when the server cannot be reached.
+    """
+    copy = _tokenizers.get(url)
+    if copy is None or not (copy / TOKENIZER_FILES[0]).exists():
+        files, found = RemoteFiles(url, config), dict[str, bytes]()
+        for name in TOKENIZER_FILES:
+            try:
+                found[name] = files.read(name)
+            except ConfigError:
+                if name == TOKENIZER_FILES[0]:
+                    raise
+        copy = _tokenizers[url] = files.cache.keep("tokenizers", found)
+    return copy
+
+
+_tokenizers: dict[str, Path] = {}
 _prefetchers: dict[tuple[int, str, int], Prefetcher] = {}
 
 

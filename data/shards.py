@@ -70,6 +70,7 @@ class StreamManifest(Schema):
     bytes: int = Field(ge=0, description="UTF-8 bytes of the text")
     empty_documents: int = Field(ge=0)
     duplicate_documents: int = Field(ge=0)
+    filtered: dict[str, int] = Field({}, description="documents that each filter of prepare dropped")
     length_histogram: dict[str, int] = Field(
         description="documents by length in tokens; keys are lower edges, powers of 2"
     )

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from callbacks.ledger import nearest_line
 from data.lanes import Rows
-from data.loader import Assembler, MixtureDataset, join_pieces
+from data.loader import Assembler, MixtureDataset, join_pieces, tokenizer_folder
 from data.masking import IGNORE, MaskingConfig
 from data.shards import Stream
 from data.tokenizer import corpus_tokenizer
@@ -64,7 +64,7 @@ class Printer:
     def __init__(self, config: RunConfig, streams: Sequence[Stream], console: Console, as_json: bool) -> None:
         self.names, self.streams, self.console, self.as_json = list(config.data.streams), streams, console, as_json
         self.assembler = Assembler(streams, config.seed)
-        self.tokenizer = corpus_tokenizer(Path(config.data.tokenizer))
+        self.tokenizer = corpus_tokenizer(tokenizer_folder(config.data))
         self.mask = streams[0].manifest.mask_token_id
 
     def show(self, taken: list[Rows], limit: int, max_seq_len: int, masking: MaskingConfig) -> None:

@@ -9,6 +9,8 @@ from rich.table import Table
 
 from data.loader import check_tokenizer, open_streams
 from data.mixture import MixtureOrder, stream_weights
+from data.shards import Stream
+from data.transfer import is_url
 from flexbert.accounting import count_parameters, flops_per_token, memory_estimate
 from training.config import RunConfig
 from training.phases import PhasePlan
@@ -71,6 +73,9 @@ def dry_run(config: RunConfig, console: Console, world_size: int = 1) -> None:
         cells = [f"{manifest.documents:,}", f"{manifest.tokens:,}", *(f"{share:.1%}" for share in shares)]
         mixture.add_row(name, *cells, f"{tokens / manifest.tokens:.2f}")
     console.print(mixture)
+    remote = [stream for stream in streams if is_url(stream.path)]
+    if remote:
+        console.print(_describe_cache(config, remote, loader.lanes), highlight=False)
     milestones = ", ".join(f"{phase.end_token:,}" for phase in plan.phases)
     console.print(
         f"total: {plan.total_tokens:,} tokens (slots) in {plan.total_steps:,} steps; {loader.lanes} lanes, "
@@ -79,6 +84,19 @@ def dry_run(config: RunConfig, console: Console, world_size: int = 1) -> None:
         f"milestones (kept, evaluated, exported) at {milestones}",
         highlight=False,
     )
+
+
+def _describe_cache(config: RunConfig, remote: list[Stream], lanes: int) -> str:
+    data, shards = config.data, [shard.bytes for stream in remote for shard in stream.manifest.shards]
+    mixed = min(len(shards), lanes * len(remote) * (data.shuffle_shards or len(shards)))
+    working_set = sum(shards) / len(shards) * mixed
+    line = (
+        f"remote: {len(remote)} of {len(data.streams)} streams, {sum(shards) / 1e9:,.1f} GB; cache {data.cache} of "
+        f"{data.cache_limit / 1e9:,.1f} GB; all lanes together mix {working_set / 1e9:,.1f} GB at a time"
+    )
+    if working_set > data.cache_limit:
+        line += ": set data.shuffle_shards lower, or shards are fetched many times"
+    return line
 
 
 def model_card(config: RunConfig, plan: PhasePlan, tokens: int, evaluation: dict[str, Any] | None) -> str:

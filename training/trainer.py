@@ -23,7 +23,7 @@ from callbacks.milestones import BetweenSteps
 from callbacks.progress import ProgressLine
 from callbacks.schedule import StepSchedule
 from data.keyed import torch_seed
-from data.loader import Batch, Loader, build_loader, check_tokenizer, worker_death
+from data.loader import Batch, Loader, build_loader, check_tokenizer, tokenizer_folder, worker_death
 from durable import write_file
 from flexbert import FlexBertForMaskedLM, build
 from schema import ConfigError, RunError
@@ -302,7 +302,7 @@ class Run:
         if self.rank == 0 and not path.exists():
             tokens = self.plan.tokens_before(step)
             card = report.model_card(self.config, self.plan, tokens, self.metrics.evaluation_at(step))
-            flexbert.to_hf(self.model, self.config.data.tokenizer, path, card=card)
+            flexbert.to_hf(self.model, tokenizer_folder(self.config.data), path, card=card)
         dist.barrier()
 
     def export_path(self, step: int) -> Path:

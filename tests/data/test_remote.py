@@ -318,7 +318,7 @@ def _in_fresh_process(code: str) -> str:
 def test_what_is_no_stream(s3: str, own: str, bucket: Bucket, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"s3://nowhere/x/stream.json: there is no bucket 'nowhere'.*endpoint"):
         open_stream("s3://nowhere/x", settings(tmp_path))
-    with pytest.raises(ConfigError, match=r"s3://data/nothing/train: no finished stream \(no stream.json\)"):
+    with pytest.raises(ConfigError, match=r"s3://data/nothing/train: holds no stream.json: correct the URL"):
         open_stream("s3://data/nothing/train", settings(tmp_path))
     bucket.put(key(own, "stream.json"), b'{"schema_version": 2, "name": 3}')
     with pytest.raises(ConfigError, match=r"s3://data/.*stream.json: name"):
@@ -545,7 +545,7 @@ def test_a_web_server(web: str, tmp_path: Path) -> None:
     stream.check_files()
     stream.prefetch([0, 1])
     assert_whole(stream)
-    with pytest.raises(ConfigError, match=r"no finished stream \(no stream.json\)"):
+    with pytest.raises(ConfigError, match=r"holds no stream.json: correct the URL"):
         open_stream(f"{web}/nowhere", settings(tmp_path, download_retries=0))
 
 

@@ -367,20 +367,31 @@ def test_a_tokenizer_that_did_not_make_the_shards_is_refused(dataset: Path, tmp_
 
 
 def test_streams_on_s3_train_alike(straight: Path, dataset: Path, tmp_path: Path) -> None:
-    """From a real S3 server, with a cache that cannot hold it all: the same weights, to the last bit."""
+    """From a real S3 server, tokenizer too, with a cache that cannot hold it all: the same weights, to the last bit."""
     folder = tmp_path / "run"
     config = write_config(folder, dataset)
     with run_moto() as endpoint:
         url = Bucket(endpoint).upload(dataset, "small")
-        text = config.read_text().replace(f"path: {dataset}", f"path: {url}")
+        text = config.read_text().replace(f": {dataset}/", f": {url}/")
+        assert str(dataset) not in text
         limit = 4 * max(file.stat().st_size for file in dataset.rglob("*.mds"))
         remote = f"  cache: {tmp_path}/cache\n  cache_limit: {limit}\n"
         config.write_text(text.replace("  block_documents: 10\n", f"  block_documents: 10\n{remote}"))
-        done = run(command("train", str(config)), extra=s3_environment(endpoint))
+        extra = {**s3_environment(endpoint), "XDG_CACHE_HOME": str(tmp_path / "home")}
+        plan = run(command("train", str(config), "--dry-run"), extra=extra)
+        done = run(command("train", str(config)), extra=extra)
+        shown = run(command("inspect", url), extra=extra)
+    assert f"remote: 2 of 2 streams, 0.0 GB; cache {tmp_path}/cache of" in plan.stdout
     assert done.returncode == 0, done.stderr
+    assert shown.returncode == 0, shown.stderr
+    for name in ("async-code/train", "async-code/validation", "email-code/train", "email-code/validation"):
+        assert f"{name} " in shown.stdout
+    assert shown.stdout.count("of the right size") == 4
+    assert shown.stdout.count(f"{url}/tokenizer") == 4
+    assert "not the one" not in shown.stdout
     assert metrics(folder) == metrics(straight)
     ours, theirs = final_weights(folder), final_weights(straight)
     assert {name: data for name, data in ours.items() if name.endswith("safetensors")} == {
         name: data for name, data in theirs.items() if name.endswith("safetensors")
     }
-    assert sum(file.stat().st_size for file in (tmp_path / "cache").iterdir()) <= limit
+    assert sum(file.stat().st_size for file in (tmp_path / "cache").iterdir() if file.is_file()) <= limit
