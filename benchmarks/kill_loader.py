@@ -1,21 +1,18 @@
-"""Kills a loading process at random moments and lets it go on: nothing lost, nothing repeated, nothing left behind.
+"""The `loader` part of benchmarks.kills: a process that reads batches with two workers is killed and goes on.
 
-`python -m benchmarks.kill_loader [KILLS]` prints one JSON line. The process reads batches with two workers, writes down
-a digest of each, and saves its state now and then. It is killed (SIGKILL) with its whole group, alone, or by the death
-of one of its workers, until it has been killed as often as asked; then it is left to finish. Its digests must be those
-of an undisturbed process, step by step; no worker may outlive its parent, and no shared memory may be left.
+It writes down a digest of each batch, and saves its state now and then.
 """
 
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -62,7 +59,7 @@ def read(folder: Path, steps: int, out: Path) -> None:
 def start(folder: Path, steps: int, out: Path) -> "subprocess.Popen[bytes]":
     out.mkdir(exist_ok=True)
     return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.kill_loader", "--read", str(folder), str(steps), str(out)],
+        [sys.executable, "-m", "benchmarks.kill_loader", str(folder), str(steps), str(out)],
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
@@ -106,55 +103,45 @@ def kill(process: "subprocess.Popen[bytes]", rng: random.Random) -> bool:
     return not group_alive(process.pid)
 
 
-def main(kills: int) -> None:
-    rng, folder = random.Random(17), Path(tempfile.mkdtemp())
+def loader(folder: Path, kills: int, dice: random.Random) -> Iterator[dict[str, Any]]:
+    """Raises AssertionError when a step is lost, or other than an undisturbed process has it, or something is left."""
     for number, name in enumerate("ab"):
         write_stream(folder / name, "train", documents(number, 600, 500), shard_bytes=1 << 14)
-    shared_before = shared_memory()
-    steps = 300 * kills
-    clean = start(folder, steps, folder / "clean")
-    assert clean.wait() == 0
-    done = orphans = 0
+    shared_before, steps = shared_memory(), 1500 * kills
+    assert start(folder, steps, folder / "clean").wait() == 0
+    log = folder / "killed" / "digests"
     with Progress(transient=True) as progress:
-        bar = progress.add_task("kills", total=kills)
-        while done < kills:
-            process = start(folder, steps, folder / "killed")
-            first = (folder / "killed" / "digests").stat().st_size if (folder / "killed" / "digests").exists() else 0
-            wait = rng.uniform(0, 1.5)
-            begin = time.monotonic()
-            while process.poll() is None:  # some kills while it starts, most while it reads
-                reading = (folder / "killed" / "digests").exists()
-                reading = reading and (folder / "killed" / "digests").stat().st_size > first
-                if (reading or rng.random() < 0.002) and time.monotonic() - begin > wait:
-                    break
-                time.sleep(0.01)
-            if process.poll() is not None:
-                break
-            orphans += not kill(process, rng)
-            done += 1
-            progress.update(bar, completed=done)
-    final = start(folder, steps, folder / "killed")
-    finished = final.wait() == 0 and (folder / "killed" / "done").exists()
+        for _ in progress.track(range(kills), description="killing a loading process"):
+            before = log.stat().st_size if log.exists() else 0
+            process, begin = start(folder, steps, folder / "killed"), time.monotonic()
+            if dice.random() < 0.15:  # while it starts, or soon after
+                time.sleep(dice.uniform(0, 4))
+            else:
+                while process.poll() is None and not (log.exists() and log.stat().st_size > before):
+                    assert time.monotonic() - begin < 120
+                    time.sleep(0.01)
+                time.sleep(dice.uniform(0, 0.3))
+            assert process.poll() is None, "it ended before it was killed"
+            assert kill(process, dice), "a worker outlived its parent"
+    assert start(folder, steps, folder / "killed").wait() == 0
     expected, found = digests(folder / "clean"), digests(folder / "killed")
-    line = {
-        "measure": "kills of a loading process",
-        "kills": done,
-        "finished": finished,
-        "steps": len(expected),
-        "steps_equal": sum(set(a) == set(b) for a, b in zip(expected, found, strict=False)),
-        "steps_lost": sum(not b for b in found) + max(0, len(expected) - len(found)),
-        "processes_left": orphans,
-        "shared_memory_left": len(shared_memory() - shared_before),
-        "files_left": len(list((folder / "killed").glob(".*"))),
+    assert len(found) == len(expected) == steps // 3 * 3
+    assert all(len(set(seen)) == 1 for seen in found), "a step came out in two ways"
+    assert [seen[0] for seen in found] == [seen[0] for seen in expected]
+    left = [file.name for file in (folder / "killed").iterdir() if file.name not in ("digests", "state.json", "done")]
+    assert not left, left
+    assert not shared_memory() - shared_before
+    repeats = sum(len(seen) - 1 for seen in found)
+    yield {
+        "part": "loader",
+        "kills": kills,
+        "steps": steps,
+        "lost": 0,
+        "different": 0,
+        "read_again": repeats,
+        "left": 0,
     }
-    shutil.rmtree(folder)
-    print(json.dumps(line), flush=True)
-    if not finished or line["steps_equal"] != line["steps"] or orphans:
-        sys.exit(1)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--read"]:
-        read(Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
-    else:
-        main(int(sys.argv[1]) if len(sys.argv) > 1 else 100)
+    read(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -9,6 +9,9 @@ AssertionError when something is wrong; another one is a function here and a lin
                run, and started again until it finishes, then a new one begins. Each finished dataset must be equal to
                the undisturbed one byte for byte, with nothing else in the folder, no process left and nothing new in
                /dev/shm.
+    loader     a process that reads batches with two workers (benchmarks/kill_loader.py). It is killed as a group, by
+               itself, or by one of its workers, and goes on from its last saved state. Its batches must be those of an
+               undisturbed process, step by step; no process may outlive it, nothing may be left in /dev/shm.
 """
 
 import json
@@ -27,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.kill_loader import loader
 from data.keyed import keyed_generator
 
 Part = Callable[[Path, int, random.Random], Iterator[dict[str, Any]]]
@@ -225,7 +229,7 @@ def _texts(stream: str, part: int) -> Iterator[str]:
     yield from texts
 
 
-PARTS: dict[str, Part] = {"prepare": prepare}
+PARTS: dict[str, Part] = {"prepare": prepare, "loader": loader}
 
 
 def main(names: list[str], kills: int, seed: int) -> None:
