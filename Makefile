@@ -14,7 +14,7 @@ help: ## list the targets
 	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.venv/.dev: .venv/.run requirements-dev.txt
+.venv/.dev: .venv/.run requirements-dev.txt requirements-data.txt
 	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 

@@ -147,8 +147,8 @@ class StreamLine:
                 part += 1
             if not reached:
                 number, token, into = number + 1, -1, 0
-                barren = 0 if found else barren + 1
-                if barren > self.lanes:  # every stretch was this lane's once, whole
+                barren += not found
+                if barren == self.lanes and not self._shows_any(shown):
                     raise ConfigError(
                         f"data: stream {self.stream.manifest.name!r}: no document is left by min_length and "
                         "long_documents: choose others, or longer rows"
@@ -162,6 +162,10 @@ class StreamLine:
         also a stream of fewer documents than lanes."""
         slot = (lane + number) % self.lanes
         return self.tokens * slot // self.lanes, self.tokens * (slot + 1) // self.lanes
+
+    def _shows_any(self, shown: Callable[[NDArray[np.int64]], NDArray[np.int64]]) -> bool:
+        """Whether any document has tokens that count. Reads all lengths: for when a lane has long found none."""
+        return any(shown(self.stream.lengths(shard)).any() for shard in range(len(self.stream.manifest.shards)))
 
     def _part(self, part: int, number: int) -> DocumentList:
         shard, first, count = (int(column[part]) for column in (self._shard, self._first, self._count))

@@ -5,6 +5,7 @@
 A task's results are a function of its inputs; it is done when datatrove has marked it, and else redone from its start.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from data.documents import SPLITS, Meter, numbered, save_arrays
 from data.shards import describe_shard
-from data.tokenizer import corpus_tokenizer, tokenizer_facts
+from data.tokenizer import TokenizerFacts, corpus_tokenizer, fingerprint, tokenizer_facts
 from durable import sync_folder, write_file
 
 # Text given to the tokenizer at once. Its result takes some 100 times as much memory, so a longer document is cut.
@@ -42,8 +43,7 @@ class WriteShards(PipelineStep):
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         output = self.work.parent
         task = json.loads(numbered(self.work / "tasks", rank, ".json").read_text(encoding="utf-8"))
-        tokenizer = corpus_tokenizer(output / "tokenizer")
-        facts = tokenizer_facts(output / "tokenizer")
+        tokenizer, facts = _tokenizer(output / "tokenizer", fingerprint(output / "tokenizer"))
         # No piece of raw text may become a special token; only a vocabulary of whole words can still do that, and gets
         # [UNK] here. The same look-up gives the ids their final type.
         final_ids = np.arange(facts.vocab_size).astype(token_dtype(facts.vocab_size))
@@ -73,6 +73,12 @@ class WriteShards(PipelineStep):
         arrays |= {f"{split}_chunks": part.chunks for split, part in zip(SPLITS, parts, strict=True)}
         save_arrays(numbered(self.work / "done", rank, ".npz"), **arrays)
         yield from ()
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(folder: Path, wanted: str) -> tuple[Any, TokenizerFacts]:
+    """A process loads a tokenizer (of this fingerprint) once: that takes as long as tokenising a megabyte."""
+    return corpus_tokenizer(folder), tokenizer_facts(folder)
 
 
 class Part:

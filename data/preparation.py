@@ -71,13 +71,15 @@ def prepare(config: PrepareConfig, workers: int | None = None) -> None:
             return
         try:
             plans = _read(config, output, executor)
+            tokenise(config, output, plans, executor)
         except ConfigError:
             if not begun:  # leave no claim that would be in the way of a corrected config
                 shutil.rmtree(output / "tokenizer", ignore_errors=True)
                 (output / CONFIG_FILE).unlink()
                 shutil.rmtree(work)
             raise
-        tokenise(config, output, plans, executor)
+        finally:
+            executor.stop()
         for name in config.streams:
             for split in config.splits(name):
                 manifest = _merge(config, output, plans, name, split)

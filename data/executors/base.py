@@ -77,6 +77,9 @@ class Executor:
         """Do the tasks that are not done. Raises RunError when one failed; the others may be done or not."""
         raise NotImplementedError
 
+    def stop(self) -> None:
+        """Called once, after the last stage or a failure."""
+
 
 class RecordsFailures(PipelineExecutor):
     """A task that fails leaves a line in LOGS/failures/NNNNN: other machines' exceptions do not get here else."""

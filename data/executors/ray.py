@@ -31,6 +31,10 @@ class Ray(Executor):
 
     config: Config
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.connected = False
+
     def check(self) -> None:
         if importlib.util.find_spec("ray") is None:
             raise ConfigError(
@@ -46,8 +50,8 @@ class Ray(Executor):
         with (
             quiet(stage.work) as stderr,
             display(stage.title, sum(stage.sizes), stage.done_bytes, stderr, 2.0),
-            _Cluster(self.config),
         ):
+            self._connect()
             _Executor(
                 list(stage.steps),
                 tasks=len(stage.sizes),
@@ -65,20 +69,18 @@ class Ray(Executor):
                 f"{cause}: run the same command again to go on"
             )
 
+    def stop(self) -> None:
+        if self.connected:
+            import ray  # pyright: ignore[reportMissingImports] (of the data extra)
 
-class _Executor(RecordsFailures, RayPipelineExecutor): ...
+            ray.shutdown()
 
-
-class _Cluster:
-    """A connection to the cluster for the length of a block."""
-
-    def __init__(self, config: Ray.Config) -> None:
-        self.config = config
-
-    def __enter__(self) -> None:
+    def _connect(self) -> None:
+        if self.connected:
+            return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to a server outside
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        import ray  # pyright: ignore[reportMissingImports] (of the data extra)
+        import ray  # pyright: ignore[reportMissingImports]
 
         threads = self.config.cpus_per_task
         paths = os.pathsep.join([str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
@@ -96,11 +98,10 @@ class _Cluster:
                 logging_level=logging.ERROR,
                 **options,
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             where = f"the Ray cluster at {self.config.address!r}" if self.config.address else "Ray on this machine"
             raise RunError(f"executor: ray: cannot reach {where}: {str(error).splitlines()[0]}") from None
+        self.connected = True
 
-    def __exit__(self, *exception: object) -> None:
-        import ray  # pyright: ignore[reportMissingImports]
 
-        ray.shutdown()
+class _Executor(RecordsFailures, RayPipelineExecutor): ...

@@ -53,8 +53,8 @@ def find_files(patterns: Sequence[str], suffixes: Sequence[str], ignore_dirs: Se
 def open_raw(path: str) -> Any:
     """The bytes of a file as it lies there, seekable. Raises OSError and, for a URL, what its client raises."""
     if not is_remote(path):
-        return open(path, "rb")  # noqa: PTH123 (the path is a string)
-    system, place = filesystem(path)
+        return open(path, "rb", buffering=2**20)  # noqa: PTH123 (the path is a string)
+    system, place = _filesystem(path)
     if path.startswith("s3://"):
         # fsspec's own wrapper asks the server once for each small read.
         return io.BufferedReader(system.fs.open_input_file(place), _BUFFER_BYTES)
@@ -93,7 +93,7 @@ def _files_below(folder: str, suffixes: Sequence[str], ignore_dirs: Sequence[str
 
 
 def _find_remote(pattern: str, suffixes: Sequence[str], ignore_dirs: Sequence[str]) -> dict[str, int]:
-    system, place = filesystem(pattern)
+    system, place = _filesystem(pattern)
     protocol = pattern.partition("://")[0]
     found: dict[str, Any] = {}
     try:
@@ -140,7 +140,7 @@ def _is_wanted(path: str, suffixes: Sequence[str], ignore_dirs: Sequence[str]) -
     return not hidden and name.endswith(tuple(suffixes))
 
 
-def filesystem(url: str) -> tuple[Any, str]:
+def _filesystem(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the path in it. Raises ConfigError when a package for it is missing."""
     protocol, _, place = url.partition("://")
     if protocol == "s3":

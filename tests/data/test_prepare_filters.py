@@ -259,8 +259,8 @@ def test_missing_column_is_found_before_anything_is_read(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=message):
         run(config_with(tmp_path, [{"name": "language", "keep": ["en"], "column": "lnag"}]))
     (tmp_path / "t.txt").write_text("text")
+    source = {"name": "txt", "paths": [str(tmp_path / "t.txt")]}
     with pytest.raises(ConfigError, match=r"filters\[0\]: wants column 'language', but source 'txt' has no columns"):
-        source = {"name": "txt", "paths": [str(tmp_path / "t.txt")]}
         run(config_with(tmp_path, [{"name": "language", "keep": ["en"]}], source))
     assert list((tmp_path / "out").iterdir()) == []
 
