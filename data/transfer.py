@@ -8,6 +8,7 @@ takes seconds in every loader worker.
 
 import asyncio
 import contextlib
+import logging
 import os
 import random
 import threading
@@ -16,9 +17,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 READ_BYTES = 1 << 20
+_QUIET = 3  # attempts that fail without a word in the log
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 30.0  # seconds
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "S3_ENDPOINT_URL")
 # Packages of the protocols that people use most. None is in our requirements.
@@ -60,6 +64,8 @@ def with_retries(attempt: Callable[[], T], patience: Patience) -> T:
             if tried == patience.retries:
                 times = f"{tried + 1} attempts" if tried else "one attempt"
                 raise TransferError("passing", f"{error} (after {times})") from None
+            if tried >= _QUIET:
+                log.warning("%s: trying again (%d of %d)", error, tried + 1, patience.retries)
         # Not keyed: many processes that failed together must not come back together.
         time.sleep(min(_LONGEST_DELAY, _FIRST_DELAY * 2**tried) * random.SystemRandom().uniform(0.5, 1))
     raise AssertionError
