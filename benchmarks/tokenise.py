@@ -8,15 +8,16 @@ the builtin corpus, as documents of about 600 tokens in JSON lines. The two take
     peer   the same documents as a list in memory, `encode_batch` on them by 1,000 (Rust threads on all cores); what it
            returns is only counted. `encode_batch_fast`, which leaves out the character offsets, is measured too.
 
-CPU seconds are of all processes and threads of each, so that they can be compared where other work shares the machine.
+CPU seconds are of all processes and threads of each; they can be compared where other work shares the machine. So can
+the ratios of neighbours: each of ours over the peer's run that follows it, of which the median is given.
 """
 
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,9 +26,13 @@ from typing import Any
 # Read when the tokenizer is first used: the peer's threads.
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+
+from data.executors import Stage
 from data.executors.local import Local
 from data.plan import PrepareConfig
-from data.preparation import _claim, _read, tokenise
+from data.preparation import _claim, _read, tokenising_steps
 from data.sources import SOURCES
 from data.tokenizer import corpus_tokenizer
 from schema import validate
@@ -75,54 +80,28 @@ def set_up(folder: Path, texts: list[str]) -> PrepareConfig:
     return validate(PrepareConfig, node, "benchmarks.tokenise")
 
 
-class ProcessorTime:
-    """CPU seconds of this process and all that descend from it, while the block runs (those that end: sampled)."""
+class Clock(PipelineStep):
+    """Leaves the CPU seconds of its process in WORK/cpu/PID whenever a task is done."""
 
-    def __enter__(self) -> "ProcessorTime":
-        self._seen: dict[int, tuple[float, float]] = {}
-        self._stop = threading.Event()
-        self._sample()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-        return self
+    type, name = "STATS", "clock"
 
-    def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._sample()
-        self.seconds = sum(last - first for first, last in self._seen.values())
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
 
-    def _run(self) -> None:
-        while not self._stop.wait(0.05):
-            self._sample()
-
-    def _sample(self) -> None:
-        first = not self._seen
-        times, parents = {}, {}
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = stat.read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            pid = int(stat.parent.name)
-            parents[pid] = int(fields[1])
-            times[pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        for pid, seconds in times.items():
-            ancestor = pid
-            while ancestor not in (0, os.getpid()):
-                ancestor = parents.get(ancestor, 0)
-            if ancestor:
-                begin = self._seen[pid][0] if pid in self._seen else seconds if first else 0.0
-                self._seen[pid] = (begin, seconds)
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        yield from data
+        (self.folder / str(os.getpid())).write_text(str(time.process_time()))
 
 
-def measure(work: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds of wall clock and of processors."""
-    with ProcessorTime() as processors:
-        start = time.perf_counter()
-        work()
-        wall = time.perf_counter() - start
-    return wall, processors.seconds
+def measure(work: Callable[[], Any], others: Path) -> tuple[float, float]:
+    """Seconds of wall clock, and of processors: of this process and of those that left theirs in `others`."""
+    _remove(others)
+    others.mkdir()
+    start, processors = time.perf_counter(), time.process_time()
+    work()
+    wall, own = time.perf_counter() - start, time.process_time() - processors
+    return wall, own + sum(float(file.read_text()) for file in others.iterdir() if file.name != str(os.getpid()))
 
 
 def main(repeats: int) -> None:
@@ -134,10 +113,14 @@ def main(repeats: int) -> None:
         _claim(config, output)
         plans = _read(config, output, executor)
         tokenizer = corpus_tokenizer(output / "tokenizer")
-        stage = output / ".work"
+        work_folder = output / ".work"
+        cpu = work_folder / "cpu"
+        steps = [*tokenising_steps(config, work_folder), Clock(cpu)]
+        stage = Stage("tokenising", "tokenise", steps, [plan.kept_bytes for plan in plans], work_folder)
 
         def ours() -> None:
-            tokenise(config, output, plans, executor)
+            (work_folder / "done").mkdir()
+            executor.run(stage)
 
         def peer(method: str) -> Callable[[], None]:
             encode = getattr(tokenizer, method)
@@ -154,17 +137,17 @@ def main(repeats: int) -> None:
         for _ in range(repeats):
             for key, work in works.items():
                 if key == "ours":
-                    for path in (stage / "logs" / "tokenise", output / "text", stage / "done"):
+                    for path in (stage.logs, output / "text", work_folder / "done"):
                         _remove(path)
-                times[key].append(measure(work))
-        count = sum(json.loads(file.read_text())["train"]["documents"] for file in (stage / "done").glob("*.json"))
+                times[key].append(measure(work, cpu))
+        count = sum(
+            json.loads(file.read_text())["train"]["documents"] for file in (work_folder / "done").glob("*.json")
+        )
         assert count == len(texts), "the stage did not do all documents"
         report(times, texts, executor.workers)
 
 
 def _remove(path: Path) -> None:
-    import shutil
-
     shutil.rmtree(path, ignore_errors=True)
 
 
@@ -183,8 +166,16 @@ def report(times: dict[str, list[tuple[float, float]]], texts: list[str], worker
         spread = [round(size / each[0] / 1e6, 2) for each in times[key]]
         print(json.dumps({"benchmark": "tokenise", "what": key, **speed, "all_mb_per_sec": spread}))
     for key in ("encode_batch", "encode_batch_fast"):
-        ratio = [round(medians[key][column] / medians["ours"][column], 3) for column in (0, 1)]
-        print(json.dumps({"benchmark": "tokenise", "ours_over": key, "wall_ratio": ratio[0], "cpu_ratio": ratio[1]}))
+        wall, processors = (
+            round(
+                statistics.median(
+                    peer[column] / own[column] for own, peer in zip(times["ours"], times[key], strict=True)
+                ),
+                3,
+            )
+            for column in (0, 1)
+        )
+        print(json.dumps({"benchmark": "tokenise", "ours_over": key, "wall_ratio": wall, "cpu_ratio": processors}))
 
 
 if __name__ == "__main__":

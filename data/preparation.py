@@ -97,8 +97,13 @@ def tokenise(config: PrepareConfig, output: Path, plans: Sequence[TaskPlan], exe
     """The stage that makes token shards of the planned documents."""
     work = output / _WORK
     (work / "done").mkdir(exist_ok=True)
-    steps = [ReadUnits(work, meter=False), Select(work), WriteShards(work, config.shard_bytes)]
-    executor.run(Stage("tokenising", "tokenise", steps, [plan.kept_bytes for plan in plans], work))
+    sizes = [plan.kept_bytes for plan in plans]
+    executor.run(Stage("tokenising", "tokenise", tokenising_steps(config, work), sizes, work))
+
+
+def tokenising_steps(config: PrepareConfig, work: Path) -> list[PipelineStep]:
+    """What that stage does with each task."""
+    return [ReadUnits(work, meter=False), Select(work), WriteShards(work, config.shard_bytes)]
 
 
 def _read(config: PrepareConfig, output: Path, executor: Executor) -> list[TaskPlan]:
