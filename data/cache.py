@@ -202,7 +202,8 @@ class ShardCache:
             download(partial)
             reader = os.open(path, os.O_RDONLY)  # before others can see, and remove, the whole file
             self._verified[shard.name] = os.fstat(reader).st_ino
-            path.rename(self.folder / shard.name)
+            with self._counting():  # else a scan sees the old name, finds it gone and leaves the file out of its sum
+                path.rename(self.folder / shard.name)
         except BaseException:
             if reader is not None:
                 os.close(reader)

@@ -67,7 +67,7 @@ class RemoteFiles:
     def sizes(self, names: list[str]) -> dict[str, int | None]:
         """Bytes of what lies below the URL, of a web server those of `names`; None where it does not say."""
         try:
-            return with_retries(lambda: self._open_store().sizes(names), self.patience)
+            return self._open_store().sizes(names)
         except TransferError as error:
             raise RunError(str(error)) from None
 
@@ -90,7 +90,7 @@ class RemoteFiles:
 
     def _open_store(self) -> Store:
         if self._store is None or self._store[0] != os.getpid():
-            self._store = (os.getpid(), open_store(self.url, self.config.download_timeout))
+            self._store = (os.getpid(), open_store(self.url, self.patience))
         return self._store[1]
 
     def _download(self, info: ShardInfo, handle: int) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 log = logging.getLogger(__name__)
@@ -72,29 +73,30 @@ def with_retries(attempt: Callable[[], T], patience: Patience) -> T:
 
 
 class Store(Protocol):
-    """Where the files below a URL are read. One attempt each; raises TransferError."""
+    """Where the files below a URL are read. Raises TransferError."""
 
     def blocks(self, name: str) -> Iterator[bytes | memoryview]:
-        """The content of a file, block by block; a block is good until the next one is asked for."""
+        """The content of a file, block by block; a block is good until the next one is asked for. One attempt."""
         ...
 
     def sizes(self, names: list[str]) -> dict[str, int | None]:
-        """Size in bytes of those of the files that are there; None where the server does not say."""
+        """Size in bytes of those of the files that are there; None where the server does not say. Each request is
+        tried again by itself."""
         ...
 
 
-def open_store(url: str, timeout: float) -> Store:
+def open_store(url: str, patience: Patience) -> Store:
     """The store of a URL in this process. Raises TransferError when a package for it is missing."""
-    return _S3Store(url, timeout) if url.startswith("s3://") else _FsspecStore(url, timeout)
+    return _S3Store(url, patience) if url.startswith("s3://") else _FsspecStore(url, patience)
 
 
 class _S3Store:
-    def __init__(self, url: str, timeout: float) -> None:
-        self.url = url
+    def __init__(self, url: str, patience: Patience) -> None:
+        self.url, self.patience = url, patience
         self.bucket, _, self.prefix = url.removeprefix("s3://").partition("/")
         with self._plain_errors(""):
             endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
-            self.client, self.anonymous, self.endpoint = _s3_client(os.getpid(), endpoint, timeout)
+            self.client, self.anonymous, self.endpoint = _s3_client(os.getpid(), endpoint, patience.timeout)
 
     def blocks(self, name: str) -> Iterator[memoryview]:
         block = memoryview(bytearray(READ_BYTES))
@@ -106,12 +108,17 @@ class _S3Store:
 
     def sizes(self, names: list[str]) -> dict[str, int | None]:
         found: dict[str, int | None] = {}
-        with self._plain_errors(""):
-            pages = self.client.get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self.bucket, Prefix=f"{self.prefix}/"):
-                for entry in page.get("Contents", []):
-                    found[entry["Key"][len(self.prefix) + 1 :]] = int(entry["Size"])
+        token: dict[str, str] | None = {}
+        while token is not None:
+            page = with_retries(partial(self._page, token), self.patience)
+            for entry in page.get("Contents", []):
+                found[entry["Key"][len(self.prefix) + 1 :]] = int(entry["Size"])
+            token = {"ContinuationToken": page["NextContinuationToken"]} if page["IsTruncated"] else None
         return found
+
+    def _page(self, token: dict[str, str]) -> Any:
+        with self._plain_errors(""):
+            return self.client.list_objects_v2(Bucket=self.bucket, Prefix=f"{self.prefix}/", **token)
 
     @contextlib.contextmanager
     def _plain_errors(self, name: str) -> Iterator[None]:
@@ -183,10 +190,10 @@ def _s3_client(process: int, endpoint: str | None, timeout: float) -> tuple[Any,
 
 
 class _FsspecStore:
-    def __init__(self, url: str, timeout: float) -> None:
+    def __init__(self, url: str, patience: Patience) -> None:
         from fsspec.core import url_to_fs
 
-        self.url, protocol = url, url.partition("://")[0]
+        self.url, self.patience, protocol, timeout = url, patience, url.partition("://")[0], patience.timeout
         self.web = protocol in ("http", "https")
         options: dict[str, Any] = {}
         if self.web:
@@ -212,19 +219,25 @@ class _FsspecStore:
             with ThreadPoolExecutor(_WEB_THREADS) as pool:
                 found = zip(names, pool.map(self._web_size, names), strict=True)
                 return {name: size for name, size in found if size is not _MISSING}
+        found = with_retries(self._find, self.patience)
+        return {file[len(self.path) :].strip("/"): facts.get("size") for file, facts in found.items()}
+
+    def _find(self) -> dict[str, Any]:
         with self._plain_errors(""):
             self.system.invalidate_cache()
-            found = self.system.find(self.path, detail=True)
-        return {file[len(self.path) :].strip("/"): facts.get("size") for file, facts in found.items()}
+            return self.system.find(self.path, detail=True)
 
     def _web_size(self, name: str) -> Any:
         try:
-            with self._plain_errors(name):
-                return self.system.info(f"{self.path}/{name}").get("size")
+            return with_retries(partial(self._info, name), self.patience).get("size")
         except TransferError as error:
             if error.kind == "missing":
                 return _MISSING
             raise
+
+    def _info(self, name: str) -> dict[str, Any]:
+        with self._plain_errors(name):
+            return self.system.info(f"{self.path}/{name}")
 
     @contextlib.contextmanager
     def _plain_errors(self, name: str) -> Iterator[None]:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent.parent
 # Children are forked from one process that has imported everything, so that a life takes milliseconds. Each reads the
 # stream in its own order, with prefetch; each is killed at a random moment, most of them while they download.
 SCRIPT = """
-import json, os, random, signal, sys, time
+import fcntl, json, os, random, signal, sys, time
 import boto3
 from pathlib import Path
 from data.cache import PARTIAL, CacheConfig
@@ -50,14 +50,19 @@ def child(seed):
 
 def measure():
     global largest, partials
-    total = 0
-    for name in os.listdir(folder) if folder.exists() else []:
-        if "-" in name:
-            partials += name.endswith(PARTIAL)
-            try:
-                total += os.stat(folder / name).st_size
-            except FileNotFoundError:
-                pass
+    if not folder.exists():
+        return
+    # Under the lock: else a file that goes between two looks counts beside the one that took its room.
+    with open(folder / "lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        total = 0
+        for name in os.listdir(folder):
+            if "-" in name:
+                partials += name.endswith(PARTIAL)
+                try:
+                    total += os.stat(folder / name).st_size
+                except FileNotFoundError:
+                    pass
     largest = max(largest, total)
 
 count = int(sys.argv[6])

@@ -3,6 +3,7 @@
 The servers, the sockets and the processes are real.
 """
 
+import fcntl
 import functools
 import http.server
 import json
@@ -383,14 +384,13 @@ def test_nothing_is_held_beyond_the_limit(s3: str, url: str, tmp_path: Path) -> 
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files below a folder in which files come and go."""
-    total = 0
-    for file in folder.glob("*-*"):
-        try:
-            total += file.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total
+    """Bytes of the shards in a cache, at one moment: under its lock, as without it a file that goes between two looks
+    would count beside the one that took its room."""
+    if not folder.exists():
+        return 0
+    with (folder / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return sum(file.stat().st_size for file in folder.glob("*-*") if file.exists())
 
 
 def test_prefetch_is_bounded_and_ahead(proxy: Proxy, url: str, tmp_path: Path) -> None:
