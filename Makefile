@@ -14,7 +14,7 @@ help: ## list the targets
 	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.venv/.dev: .venv/.run requirements-dev.txt
+.venv/.dev: .venv/.run requirements-dev.txt requirements-data.txt
 	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
@@ -37,8 +37,9 @@ format: setup-dev
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-bench: setup-dev ## the measurements that the README quotes, on the demo's data
-	$(PY) -m benchmarks.packing
+bench: setup-dev ## the measurements that the README quotes
+	$(PY) -m benchmarks.loader
+	$(PY) -m benchmarks.scale
 	$(PY) -m benchmarks.startup
 
 clean: ## remove the demo's data and run

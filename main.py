@@ -58,14 +58,29 @@ def prepare(config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="a prepared dataset, or one of its streams", metavar="DIR")],
-    samples: Annotated[int, typer.Option(min=0, help="documents to print")] = 3,
+    folder: Annotated[
+        str,
+        typer.Argument(
+            help="a prepared dataset or one of its streams (folder or URL); with --step, a run", metavar="DIR"
+        ),
+    ],
+    samples: Annotated[int, typer.Option(min=0, help="documents to print of each stream")] = 3,
+    step: Annotated[int | None, typer.Option(help="of a run: the global batch that it trained on in this step")] = None,
+    rows: Annotated[int, typer.Option(min=0, help="with --step: rows to print; 0: all")] = 4,
+    json: Annotated[bool, typer.Option("--json", help="with --step: one JSON line for each piece of a row")] = False,
 ) -> None:
-    """Show what a prepared dataset holds: documents, tokens, lengths, bytes per token, sample documents."""
+    """Show what a prepared dataset holds, or replay a step of a run: its documents, decoded, with masks shown."""
     with plain_errors():
-        from data.inspect import inspect as run
+        if step is None:
+            from data.inspect import inspect as run
 
-        run(folder, samples)
+            run(folder, samples)
+            return
+        from rich.console import Console
+
+        from training.replay import inspect_step
+
+        inspect_step(Path(folder), step, rows, json, Console(highlight=False))
 
 
 @app.command()

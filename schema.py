@@ -125,6 +125,29 @@ def parse_count(value: Any) -> int:
 
 Count = Annotated[int, BeforeValidator(parse_count)]
 
+_BYTES = {"": 1} | {
+    f"{prefix}{suffix}": base**power
+    for suffix, base in (("b", 1000), ("ib", 1024))
+    for power, prefix in enumerate(("k", "m", "g", "t"), 1)
+}
+
+
+def parse_size(value: Any) -> int:
+    """Bytes: a plain integer, or a number with kb, mb, gb, tb (powers of 1000) or kib, mib, gib, tib (of 1024)."""
+    wanted = "expected a size such as 50gb, 512mib or 1000000"
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"{wanted}, got {value!r}")
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e\+?[0-9]+)?)\s*([kmgt]i?b)?\s*", str(value), re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{wanted}, got {value!r}")
+    number = float(match[1]) * _BYTES[(match[2] or "").lower()]
+    if not math.isfinite(number) or abs(number - round(number)) > 1e-6 * number:
+        raise ValueError(f"{wanted}: a whole number of bytes, got {value!r}")
+    return round(number)
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+
 
 def load_node(
     path: str | Path, overrides: Sequence[str] = (), expand: Callable[[Any], Any] | None = None

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
+
+from callbacks.ledger import Ledger
+from callbacks.lines import append_line, step_of, trim_lines
 
 
 class MetricsLog(Callback):
@@ -26,29 +28,23 @@ class MetricsLog(Callback):
     """
 
     def __init__(
-        self, file: Path, log_interval: int, stream_names: list[str], describe: Callable[[int], dict[str, Any]]
+        self, file: Path, log_interval: int, ledger: Ledger, describe: Callable[[int], dict[str, Any]]
     ) -> None:
         """describe: schedule facts of a step (phase, tokens, max_seq_len, global_batch_size)."""
         self.file, self.log_interval, self.describe = file, log_interval, describe
-        self.stream_names = stream_names
+        self.ledger = ledger
         self.latest: dict[str, Any] = {}
         self.train_seconds = 0.0
         self._window = {"loss": 0.0, "steps": 0}
         self._window_tokens, self._window_seconds, self._window_wait = 0, 0.0, 0.0
-        self._global_tokens = torch.zeros(len(stream_names), dtype=torch.int64)  # reduced over ranks so far
-        self._local_tokens = torch.zeros(len(stream_names), dtype=torch.int64)  # this rank's since the last reduction
         self._mark = time.monotonic()
 
     def trim(self, step: int) -> None:
         """Drop the lines of steps that a restart will repeat (rank 0)."""
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
-        beside = self.file.with_suffix(".tmp")
-        beside.write_text("".join(line + "\n" for line in kept))
-        beside.replace(self.file)
+        trim_lines(self.file, step)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        self._window_tokens = int(self._global_tokens.sum())
+        self._window_tokens = sum(self.ledger.real_tokens().values())
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -63,35 +59,25 @@ class MetricsLog(Callback):
         self._window_seconds += now - self._mark
         self.train_seconds += now - self._mark
         self._mark = now
-        self._local_tokens += torch.tensor(state.batch["stream_tokens"])
         self._window["loss"] += float(state.total_loss_dict["loss/train/total"])
         self._window["steps"] += 1
         step = state.timestamp.batch.value
         if step % self.log_interval == 0:
             self._write_line(step, state, logger)
 
-    def stream_tokens(self) -> dict[str, int]:
-        """Real tokens trained on so far by stream, over all ranks. A collective."""
-        dist.all_reduce(self._local_tokens, "SUM")
-        self._global_tokens += self._local_tokens
-        self._local_tokens.zero_()
-        return dict(zip(self.stream_names, self._global_tokens.tolist(), strict=True))
-
     def state_dict(self) -> dict[str, Any]:
-        """JSON values for the checkpoint. A collective."""
+        """JSON values for the checkpoint."""
         return {
-            "stream_tokens": self.stream_tokens(),
             "train_seconds": self.train_seconds,
             "window": dict(self._window),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._global_tokens = torch.tensor([state["stream_tokens"][name] for name in self.stream_names])
         self.train_seconds = state["train_seconds"]
         self._window = dict(state["window"])
 
     def _write_line(self, step: int, state: State, logger: Logger) -> None:
-        real_tokens = sum(self.stream_tokens().values())
+        real_tokens = sum(self.ledger.real_tokens().values())
         line = {
             "step": step,
             **self.describe(step),
@@ -110,18 +96,10 @@ class MetricsLog(Callback):
     def evaluation_at(self, step: int) -> dict[str, Any] | None:
         """The evaluation after `step` steps, from metrics.jsonl: also one made before a restart (rank 0)."""
         lines = self.file.read_text().splitlines() if self.file.exists() else []
-        found = [json.loads(line) for line in lines if _step_of(line) == step]
+        found = [json.loads(line) for line in lines if step_of(line) == step]
         return next((line["validation"] for line in found if "validation" in line), None)
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl (rank 0)."""
         if dist.get_global_rank() == 0:
-            with self.file.open("a") as out:
-                out.write(json.dumps(line) + "\n")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line torn by a kill
-        return float("inf")
+            append_line(self.file, line)

@@ -1,5 +1,6 @@
 """Show what a prepared dataset holds: counts, lengths, integrity, and a few documents in plain text."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,19 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from data.cache import CacheConfig
 from data.keyed import keyed_generator
 from data.shards import MANIFEST, Stream, open_stream
 from data.tokenizer import corpus_tokenizer, tokenizer_facts
-from schema import ConfigError
+from data.transfer import is_url
+from schema import ConfigError, RunError
 
 _BAR_COLUMNS = 40
 _SHOWN_TOKENS = 200
 
 
 def inspect(path: str | Path, samples: int = 3, console: Console | None = None) -> None:
-    """Print a summary of every stream below `path`: one split, a stream, or a whole dataset.
+    """Print a summary of every stream below `path` (a folder or URL): one split, a stream, or a whole dataset.
 
     Args:
         samples: documents shown of each split; the same ones at every call.
@@ -29,7 +32,7 @@ def inspect(path: str | Path, samples: int = 3, console: Console | None = None) 
         RunError: a shard whose tokens are to be shown is damaged.
     """
     console = console or Console(highlight=False)
-    streams = [open_stream(folder) for folder in _find_streams(Path(path))]
+    streams = [open_stream(place) for place in (_find_remote(str(path)) if is_url(path) else _find_streams(Path(path)))]
     console.print(_overview(streams))
     for stream in streams:
         _show(stream, samples, console)
@@ -51,6 +54,15 @@ def _find_streams(path: Path) -> list[Path]:
     return found
 
 
+def _find_remote(url: str) -> list[str]:
+    """The same behind a URL, as far as it can be listed."""
+    from data.remote import list_files
+
+    url = url.rstrip("/")
+    files = [name.split("/") for name in list_files(url, CacheConfig())]
+    return ["/".join([url, *parts[:-1]]) for parts in files if parts[-1] == MANIFEST and len(parts) <= 3] or [url]
+
+
 def _overview(streams: list[Stream]) -> Table:
     # Five columns that stay legible on a terminal of 80.
     table = Table("stream")
@@ -58,8 +70,7 @@ def _overview(streams: list[Stream]) -> Table:
         table.add_column(column, justify="right", no_wrap=column != "shards")
     for stream in streams:
         manifest = stream.manifest
-        damaged = _damaged(stream)
-        state = Text(f"damaged: {', '.join(damaged)}", "red") if damaged else Text("good", "green")
+        state = _remote_state(stream) if is_url(stream.path) else _state(stream)
         table.add_row(
             Text(f"{manifest.name}/{manifest.split}"),
             f"{manifest.documents:,}",
@@ -70,12 +81,30 @@ def _overview(streams: list[Stream]) -> Table:
     return table
 
 
+def _remote_state(stream: Stream) -> Text:
+    """By the sizes alone: hashes would cost a download of it all."""
+    try:
+        stream.check_files()
+    except RunError as error:
+        return Text(str(error), "red")
+    return Text("of the right size", "green")
+
+
+def _state(stream: Stream) -> Text:
+    damaged = _damaged(stream)
+    return Text(f"damaged: {', '.join(damaged)}", "red") if damaged else Text("good", "green")
+
+
 def _damaged(stream: Stream) -> list[str]:
     """Shards that are missing or whose content is not what was written."""
     damaged = []
     for shard in stream.manifest.shards:
-        file = stream.path / shard.file
-        if not file.exists() or xxhash.xxh3_64_hexdigest(file.read_bytes()) != shard.xxh3_64:
+        try:
+            with os.fdopen(stream.files.open(shard), "rb") as file:
+                whole = xxhash.xxh3_64_hexdigest(file.read()) == shard.xxh3_64
+        except RunError:
+            whole = False
+        if not whole:
             damaged.append(shard.file)
     return damaged
 
@@ -95,7 +124,7 @@ def _show(stream: Stream, samples: int, console: Console) -> None:
         bar = "#" * max(1, round(_BAR_COLUMNS * count / most))
         console.print(f"  {int(edge):>9,}+ {bar:<{_BAR_COLUMNS}} {count:,}")
     folder = _tokenizer_folder(stream)
-    if not samples or not folder.exists():
+    if not samples or folder is None:
         return
     tokenizer = corpus_tokenizer(folder)
     edges = np.cumsum([0] + [shard.documents for shard in manifest.shards])
@@ -114,13 +143,28 @@ def _one_line(source: dict[str, Any]) -> str:
     return ", ".join(f"{key}: {value}" for key, value in source.items() if value is not None)
 
 
-def _tokenizer_folder(stream: Stream) -> Path:
-    return stream.path.resolve().parent.parent / "tokenizer"
+def _tokenizer_folder(stream: Stream) -> Path | None:
+    """That of the stream's dataset, if it is there."""
+    if is_url(stream.path):
+        from data.remote import fetch_tokenizer
+
+        try:
+            return fetch_tokenizer(_tokenizer_place(stream), CacheConfig())
+        except ConfigError:
+            return None
+    folder = Path(_tokenizer_place(stream))
+    return folder if folder.exists() else None
+
+
+def _tokenizer_place(stream: Stream) -> str:
+    if is_url(stream.path):
+        return f"{stream.path.rsplit('/', 2)[0]}/tokenizer"
+    return str(Path(stream.path).resolve().parent.parent / "tokenizer")
 
 
 def _tokenizer_state(stream: Stream) -> str:
-    folder = _tokenizer_folder(stream)
-    if not folder.exists():
-        return f"not found beside the stream ({folder})"
+    folder, place = _tokenizer_folder(stream), _tokenizer_place(stream)
+    if folder is None:
+        return f"not found beside the stream ({place})"
     matches = tokenizer_facts(folder).fingerprint == stream.manifest.tokenizer_fingerprint
-    return str(folder) if matches else f"{folder} is not the one that made this stream"
+    return place if matches else f"{place} is not the one that made this stream"

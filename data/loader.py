@@ -2,83 +2,40 @@
 
 A global batch takes the same number of rows from each lane, lane-major; rank r of W takes the r-th contiguous slice.
 DataLoader worker w of K reads the tokens of steps w, w + K, ...; it plans the others (lengths only) to keep its lanes
-moving. So neither world size, workers nor restarts change what a step trains on.
+moving. So neither world size, workers nor restarts change what a step trains on. Workers hand over plain bytes through
+a pipe: there is no shared memory that could be left behind.
 """
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed
-from pydantic import Field, model_validator
+from numpy.typing import NDArray
+from pydantic import Field
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.keyed import keyed_generator
-from data.masking import IGNORE, Masker, MaskingConfig, RowKey
-from data.order import Lane, LaneCursor, MixtureOrder, Row
-from data.packing import pack
+from data.lanes import Lane, LaneCursor, LongDocuments, Mixture, RowKey, Rows
+from data.masking import IGNORE, Masker, MaskingConfig, RowNames, Targets
+from data.mixture import DataConfig, MixtureOrder, StreamShare
+from data.order import DocumentList
+from data.packing import SPECIAL_TOKENS_PER_SEQUENCE, Spans, pack
 from data.shards import Stream, open_stream
 from data.tokenizer import fingerprint
+from data.transfer import is_url
 from schema import ConfigError, RunError, Schema
 
 MAX_LANES = 64
 
 Batch = dict[str, Any]
 """input_ids, labels (total_tokens,) int64; cu_seqlens (documents + 1,) int32; max_seqlen int; sequences: documents of
-each row, list of ints; slots: rows x max_seq_len, int; masked: number of labels not ignored, int; stream_tokens: real
-tokens by stream, list of ints. Training batches also carry cursors: {lane: LaneCursor as a list} after the batch."""
-
-
-class StreamConfig(Schema):
-    """One stream of the mixture."""
-
-    path: str = Field(description="folder with train/ and validation/, as `prepare` writes it")
-    repeat: float | None = Field(default=None, gt=0, description="times an epoch shows the stream; default 1")
-    weight: float | None = Field(
-        default=None,
-        gt=0,
-        description="share of the epoch's tokens, relative to the other streams' weights; the epoch keeps its size",
-    )
-
-
-class DataConfig(Schema):
-    """The token mixture and how it is read."""
-
-    tokenizer: str = Field(description="folder that AutoTokenizer loads; its ids must be the shards' ids")
-    streams: dict[str, StreamConfig] = Field(min_length=1, description="streams by name")
-    lanes: int | None = Field(
-        default=None, ge=1, description="canonical lanes; default: largest power of two <= 64 that divides every batch"
-    )
-    part_documents: int = Field(
-        default=2048, ge=1, description="documents per part at most; fewer when the data is small"
-    )
-    block_documents: int = Field(
-        default=16384, ge=1, description="documents per block, about: what is shuffled and packed together"
-    )
-    num_workers: int = Field(default=1, ge=0, description="loader processes per rank; 0 reads in the training process")
-    prefetch_batches: int = Field(default=4, ge=1, description="batches each worker keeps ahead")
-
-    @model_validator(mode="after")
-    def _check_one_rule(self) -> "DataConfig":
-        weighted = [name for name, stream in self.streams.items() if stream.weight is not None]
-        if any(stream.repeat is not None for stream in self.streams.values()) and weighted:
-            raise ValueError("streams: give every stream a weight, or none: weight and repeat do not mix")
-        if weighted and len(weighted) < len(self.streams):
-            missing = sorted(set(self.streams) - set(weighted))
-            raise ValueError(f"streams: {', '.join(missing)} has no weight: give every stream one, or none")
-        return self
-
-    def repeats(self, streams: Sequence[Stream]) -> list[float]:
-        """How often an epoch shows each stream."""
-        tokens = np.array([stream.manifest.tokens for stream in streams], float)
-        configs = list(self.streams.values())
-        if configs[0].weight is None:
-            return [config.repeat or 1.0 for config in configs]
-        weights = np.array([config.weight for config in configs], float)
-        return list(weights / weights.sum() * tokens.sum() / np.maximum(tokens, 1))
+each row, list of ints; slots: rows x max_seq_len, int; masked: number of labels not ignored, int; seen: (streams,
+len(SEEN)) int64 numpy array. Training batches also carry cursors: {lane: LaneCursor as a list} after the batch."""
 
 
 class LoaderPhase(Schema):
@@ -88,6 +45,8 @@ class LoaderPhase(Schema):
     global_batch_size: int = Field(ge=1, description="rows per step over all ranks")
     max_seq_len: int = Field(ge=3, description="slots per row: [CLS], [SEP] and at least one token")
     masking: MaskingConfig
+    streams: dict[str, StreamShare] | None = Field(default=None, description="the mixture; default: that of data")
+    long_documents: LongDocuments | None = Field(default=None, description="default: that of data")
 
 
 class LoaderConfig(Schema):
@@ -115,7 +74,7 @@ def open_streams(config: DataConfig, split: str) -> list[Stream]:
     streams = []
     for name, stream in config.streams.items():
         try:
-            streams.append(open_stream(f"{stream.path}/{split}"))
+            streams.append(open_stream(f"{stream.path.rstrip('/')}/{split}", config))
         except ConfigError as error:
             raise ConfigError(f"data.streams.{name}.path: {error}") from None
     for name, stream in zip(config.streams, streams, strict=True):
@@ -128,9 +87,21 @@ def open_streams(config: DataConfig, split: str) -> list[Stream]:
     return streams
 
 
+def tokenizer_folder(config: DataConfig) -> Path:
+    """data.tokenizer on local disk. Raises ConfigError or RunError when it is a URL that cannot be read."""
+    if not is_url(config.tokenizer):
+        return Path(config.tokenizer)
+    from data.remote import fetch_tokenizer
+
+    try:
+        return fetch_tokenizer(config.tokenizer, config)
+    except ConfigError as error:
+        raise ConfigError(f"data.tokenizer: {error}") from None
+
+
 def check_tokenizer(config: DataConfig, streams: Sequence[Stream]) -> None:
     """Raises ConfigError when data.tokenizer is no tokenizer folder, or not the one that made the streams."""
-    folder = Path(config.tokenizer)
+    folder = tokenizer_folder(config)
     file = folder / "tokenizer.json"
     if not file.is_file():
         state = "no such folder" if not folder.is_dir() else "holds no tokenizer.json"
@@ -138,57 +109,125 @@ def check_tokenizer(config: DataConfig, streams: Sequence[Stream]) -> None:
     found, expected = fingerprint(folder), streams[0].manifest.tokenizer_fingerprint
     if found != expected:
         raise ConfigError(
-            f"data.tokenizer: {folder}: its fingerprint {found[:12]} is not the {expected[:12]} of the streams: "
+            f"data.tokenizer: {config.tokenizer}: its fingerprint {found[:12]} is not the streams' {expected[:12]}: "
             "give the `tokenizer` folder that was prepared with them"
         )
 
 
-class _Assembler:
+SEEN = ("tokens", "sequences", "documents", "unique_documents", "repeated_tokens")
+"""What is counted of each stream. tokens: of the text. sequences: pieces, each with a [CLS] and a [SEP] of its own.
+documents: whose beginning is shown; unique_documents: those of them in the stream's first pass. repeated_tokens: shown
+in later passes."""
+
+
+def count_seen(documents: DocumentList, pieces: Spans, streams: int) -> NDArray[np.int64]:
+    """(streams, len(SEEN)) int64, of the pieces of a batch and the document of each."""
+    size, begins, again = pieces.stop - pieces.start, pieces.start == 0, documents.number > 0
+    values = (size, np.ones_like(size), begins, begins & ~again, np.where(again, size, 0))
+    return np.stack([np.bincount(documents.stream, value, streams) for value in values], 1).astype(np.int64)
+
+
+@dataclass
+class _Packed:
+    """A batch as a worker hands it over: small, and plain arrays."""
+
+    ids: NDArray[np.unsignedinteger]
+    targets: Targets
+    lengths: NDArray[np.int32]
+    sequences: list[int]
+    slots: int
+    seen: NDArray[np.int64]
+    cursors: dict[int, list[Any]]
+
+    def unpack(self) -> Batch:
+        """The tensors and counts of a Batch."""
+        labels = np.full(len(self.ids), IGNORE, np.int64)
+        labels[self.targets.position] = self.targets.token
+        cu_seqlens = np.zeros(len(self.lengths) + 1, np.int32)
+        np.cumsum(self.lengths, out=cu_seqlens[1:])
+        return {
+            "input_ids": torch.from_numpy(self.ids.astype(np.int64)),
+            "labels": torch.from_numpy(labels),
+            "cu_seqlens": torch.from_numpy(cu_seqlens),
+            "max_seqlen": int(self.lengths.max(initial=0)),
+            "sequences": self.sequences,
+            "slots": self.slots,
+            "masked": len(self.targets.position),
+            "seen": self.seen,
+            "cursors": self.cursors,
+        }
+
+
+def join_pieces(rows: Sequence[Rows]) -> tuple[DocumentList, Spans]:
+    """The pieces of rows laid end to end, and the document of each: both of one length."""
+    pieces = [part.pieces for part in rows]
+    documents = DocumentList.join([part.documents.take(p.document) for part, p in zip(rows, pieces, strict=True)])
+    start, stop = (
+        np.concatenate([np.zeros(0, np.int64), *(getattr(p, edge) for p in pieces)]) for edge in ("start", "stop")
+    )
+    return documents, Spans(np.arange(len(start)), start, stop)
+
+
+class Assembler:
     """Rows to batches: reads tokens, adds [CLS] and [SEP], masks."""
 
-    def __init__(self, streams: list[Stream], seed: int) -> None:
+    def __init__(self, streams: Sequence[Stream], seed: int) -> None:
         self.streams = streams
         manifest = streams[0].manifest
-        self.cls, self.sep = manifest.cls_token_id, manifest.sep_token_id
+        self.cls, self.sep, self.dtype = manifest.cls_token_id, manifest.sep_token_id, streams[0].dtype
         self.masker = Masker(seed, manifest.mask_token_id, manifest.special_ids, manifest.vocab_size)
 
-    def batch(self, rows: list[Row], max_seq_len: int, masking: MaskingConfig) -> Batch:
-        """Lay the rows end to end. No rows give an empty batch."""
-        lengths: list[int] = []
-        sequences: list[int] = []
-        stream_tokens = [0] * len(self.streams)
-        row_ids, row_labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        for row in rows:
-            ids = []
-            for document, start, stop in zip(row.pieces.document, row.pieces.start, row.pieces.stop, strict=True):
-                stream = int(row.documents.stream[document])
-                shard, index = int(row.documents.shard[document]), int(row.documents.index[document])
-                tokens = self.streams[stream].document(shard, index, int(start), int(stop))
-                ids += [[self.cls], tokens, [self.sep]]
-                lengths.append(len(tokens) + 2)
-                stream_tokens[stream] += len(tokens) + 2
-            sequences.append(len(row.pieces))
-            masked, labels = self.masker.mask(np.concatenate(ids).astype(np.int64), row.key, masking)
-            row_ids.append(masked)
-            row_labels.append(labels)
-        labels = np.concatenate(row_labels)
-        return {
-            "input_ids": torch.from_numpy(np.concatenate(row_ids)),
-            "labels": torch.from_numpy(labels),
-            "cu_seqlens": torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)),
-            "max_seqlen": max(lengths, default=0),
-            "sequences": sequences,
-            "slots": len(rows) * max_seq_len,
-            "masked": int((labels != IGNORE).sum()),
-            "stream_tokens": stream_tokens,
-        }
+    def batch(self, rows: Sequence[Rows], max_seq_len: int, masking: MaskingConfig) -> _Packed:
+        """Lay the rows end to end. No rows give an empty batch. Raises RunError for a damaged shard."""
+        documents, pieces = join_pieces(rows)
+        lengths = pieces.stop - pieces.start + SPECIAL_TOKENS_PER_SEQUENCE
+        ends = np.cumsum(lengths)
+        ids = np.empty(int(ends[-1]) if len(ends) else 0, self.dtype)
+        ids[ends - lengths], ids[ends - 1] = self.cls, self.sep
+        self._read(documents, pieces, ids, ends - lengths + 1)
+        sequences = np.concatenate([np.zeros(0, np.int64), *(part.sequences for part in rows)])
+        names = RowNames(
+            np.repeat(
+                np.array([self._key(part.key) for part in rows], np.uint64),
+                np.array([part.count for part in rows], int),
+            ),
+            np.concatenate([np.zeros(0), *(np.arange(p.first, p.first + p.count) for p in rows)]).astype(np.uint32),
+        )
+        targets = self.masker.mask(ids, ends[np.cumsum(sequences) - 1], names, masking)
+        return _Packed(
+            ids=ids,
+            targets=targets,
+            lengths=lengths.astype(np.int32),
+            sequences=sequences.tolist(),
+            slots=len(sequences) * max_seq_len,
+            seen=count_seen(documents, pieces, len(self.streams)),
+            cursors={},
+        )
+
+    def _key(self, key: RowKey) -> int:
+        return self.masker.key(key.lane, key.block, key.carry)
+
+    def _read(
+        self, documents: DocumentList, pieces: Spans, ids: NDArray[np.unsignedinteger], places: NDArray[np.int64]
+    ) -> None:
+        """Read each piece to its place in `ids`."""
+        size = self.dtype.itemsize
+        out = ids.data.cast("B")
+        first_byte = documents.end - (documents.length - pieces.start) * size
+        begin, end = places * size, (places + pieces.stop - pieces.start) * size
+        columns = (documents.stream, documents.shard, documents.index, first_byte, begin, end)
+        for stream, shard, index, byte, at, to in zip(*(column.tolist() for column in columns), strict=True):
+            self.streams[stream].read_into(shard, index, byte, out[at:to])
 
 
 class MixtureDataset(IterableDataset):
     """The batches of one rank, from a step and its lanes' cursors on, to the end of the last phase."""
 
-    def __init__(self, config: LoaderConfig, rank: int, world_size: int) -> None:
-        """Raises ConfigError when the batch sizes, lanes and world size do not fit each other."""
+    def __init__(
+        self, config: LoaderConfig, rank: int, world_size: int, streams: Sequence[Stream] | None = None
+    ) -> None:
+        """streams: open ones, in the config's order; default: those of the config's paths. Raises ConfigError when the
+        batch sizes, lanes and world size do not fit each other."""
         for number, phase in enumerate(config.phases):
             key, rows = f"phases[{number}].global_batch_size", phase.global_batch_size
             if rows % config.lanes:
@@ -196,27 +235,40 @@ class MixtureDataset(IterableDataset):
             if rows % world_size:
                 raise ConfigError(f"{key}: {rows} is no multiple of {world_size} ranks")
         self.config, self.rank, self.world_size = config, rank, world_size
-        self.streams = open_streams(config.data, "train")
-        self.order = MixtureOrder(
-            self.streams,
-            config.data.repeats(self.streams),
-            config.seed,
-            config.lanes,
-            config.data.part_documents,
-            config.data.block_documents,
-        )
+        self.streams = open_streams(config.data, "train") if streams is None else streams
+        self.order = MixtureOrder(self.streams, config.data, config.seed, config.lanes)
+        self.mixtures = [self._mixture(number, phase) for number, phase in enumerate(config.phases)]
         self.step = 0
         self.cursors = {lane: LaneCursor() for lane in range(config.lanes)}
+
+    def _mixture(self, number: int, phase: LoaderPhase) -> Mixture:
+        data = self.config.data
+        shares: Mapping[str, StreamShare] = data.streams if phase.streams is None else phase.streams
+        try:
+            return self.order.mixture(shares, phase.long_documents or data.long_documents, phase.max_seq_len)
+        except ConfigError as error:
+            where = "data" if phase.streams is None else f"phases[{number}]"
+            raise ConfigError(f"{where}.{error}") from None
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Begin at a step: {"step", "lanes": cursors as lists}. Raises ConfigError for another number of lanes."""
+        if len(state["lanes"]) != self.config.lanes:
+            raise ConfigError(
+                f"data.lanes: the checkpoint was written with {len(state['lanes'])} lanes, the config gives "
+                f"{self.config.lanes}: set data.lanes: {len(state['lanes'])}"
+            )
+        self.step = int(state["step"])
+        self.cursors = {lane: LaneCursor.from_list(cursor) for lane, cursor in enumerate(state["lanes"])}
 
     @property
     def total_steps(self) -> int:
         """Steps of all phases."""
         return sum(phase.steps for phase in self.config.phases)
 
-    def _phase(self, step: int) -> LoaderPhase:
-        for phase in self.config.phases:
+    def _phase(self, step: int) -> tuple[LoaderPhase, Mixture]:
+        for phase, mixture in zip(self.config.phases, self.mixtures, strict=True):
             if step < phase.steps:
-                return phase
+                return phase, mixture
             step -= phase.steps
         raise IndexError(step)
 
@@ -228,26 +280,43 @@ class MixtureDataset(IterableDataset):
         lanes = range(begin // per_lane, -(-end // per_lane))
         return {lane: range(max(begin - lane * per_lane, 0), min(end - lane * per_lane, per_lane)) for lane in lanes}
 
-    def __iter__(self) -> Iterator[Batch]:
+    def plan(self) -> Iterator[tuple[int, LoaderPhase, list[Rows], dict[int, Lane]]]:
+        """This rank's rows of every step from self.step on, and its lanes behind them; reads no tokens."""
+        lanes: dict[int, Lane] = {}
+        for step in range(self.step, self.total_steps):
+            phase, mixture = self._phase(step)
+            rows: list[Rows] = []
+            own_rows = self._rank_rows(phase)
+            if not lanes:
+                lanes = {lane: Lane(self.order.lines, self.config.seed, lane, self.cursors[lane]) for lane in own_rows}
+                for lane in lanes.values():
+                    lane.prefetch(mixture)
+            for lane, own in own_rows.items():
+                taken = lanes[lane].take(phase.global_batch_size // self.config.lanes, phase.max_seq_len, mixture)
+                rows += _slice(taken, own)
+            yield step, phase, rows, lanes
+
+    def __iter__(self) -> Iterator[_Packed]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        assembler = _Assembler(self.streams, self.config.seed)
+        assembler = Assembler(self.streams, self.config.seed)
         first = self.step
-        lanes: dict[int, Lane] = {}
-        for step in range(first, self.total_steps):
-            phase = self._phase(step)
-            rows: list[Row] = []
-            mine = (step - first) % workers == worker
-            for lane, own in self._rank_rows(phase).items():
-                if lane not in lanes:
-                    lanes[lane] = Lane(self.order, lane, self.cursors[lane])
-                taken = lanes[lane].take(phase.global_batch_size // self.config.lanes, phase.max_seq_len)
-                if mine:
-                    rows += [taken[index] for index in own]
-            if mine:
+        for step, phase, rows, lanes in self.plan():
+            if (step - first) % workers == worker:
                 batch = assembler.batch(rows, phase.max_seq_len, phase.masking)
-                batch["cursors"] = {lane: lanes[lane].cursor.to_list() for lane in lanes}
+                batch.cursors = {lane: lanes[lane].cursor.to_list() for lane in lanes}
                 yield batch
+
+
+def _slice(rows: list[Rows], own: range) -> list[Rows]:
+    """Rows own.start to own.stop of those that the parts hold together."""
+    parts, before = [], 0
+    for part in rows:
+        first, stop = max(own.start - before, 0), min(own.stop - before, part.count)
+        if first < stop:
+            parts.append(part.take(first, stop - first))
+        before += part.count
+    return parts
 
 
 class _GuardedDataset(IterableDataset):
@@ -256,7 +325,7 @@ class _GuardedDataset(IterableDataset):
     def __init__(self, dataset: MixtureDataset) -> None:
         self.dataset = dataset
 
-    def __iter__(self) -> Iterator[Batch | Exception]:
+    def __iter__(self) -> Iterator[_Packed | Exception]:
         try:
             yield from self.dataset
         except (RunError, ConfigError) as error:
@@ -281,9 +350,11 @@ class Loader:
             generator=torch.Generator(),
             worker_init_fn=_prepare_worker,
         )
-        for batch in batches:
-            if isinstance(batch, Exception):
-                raise batch
+        for packed in _with_plain_deaths(batches):
+            if isinstance(packed, Exception):
+                raise packed
+            batch = packed.unpack()
+            # Kept here and not in the batch: they say where to go on behind it.
             self.dataset.cursors.update(
                 {lane: LaneCursor.from_list(cursor) for lane, cursor in batch.pop("cursors").items()}
             )
@@ -303,13 +374,25 @@ class Loader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue behind the batch at which state_dict was taken. Raises ConfigError for another number of lanes."""
-        if len(state["lanes"]) != self.dataset.config.lanes:
-            raise ConfigError(
-                f"data.lanes: the checkpoint was written with {len(state['lanes'])} lanes, the config gives "
-                f"{self.dataset.config.lanes}: set data.lanes: {len(state['lanes'])}"
-            )
-        self.dataset.step = int(state["step"])
-        self.dataset.cursors = {lane: LaneCursor.from_list(cursor) for lane, cursor in enumerate(state["lanes"])}
+        self.dataset.load_state_dict(state)
+
+
+def _with_plain_deaths(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches; a worker that was killed ends them with a RunError."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        raise worker_death(error) or error from None
+
+
+def worker_death(error: RuntimeError) -> RunError | None:
+    """What to say when PyTorch reports, wherever the training process stands, that a loader worker is gone."""
+    if not str(error).startswith("DataLoader worker"):
+        return None
+    return RunError(f"a {str(error).splitlines()[0].rstrip('.')}: if it was the kernel, for want of memory: {_LESS}")
+
+
+_LESS = "lower data.num_workers or data.prefetch_batches; the same command goes on from the newest checkpoint"
 
 
 def _prepare_worker(_worker: int) -> None:
@@ -338,16 +421,23 @@ def validation_batches(
 
     Every rank gets the same number of batches (the last may be empty), which collectives in a sharded model need.
     """
-    order = MixtureOrder([stream], [1.0], seed, 1, 1 << 62, 1 << 62)
-    documents = order.block(0, 0)
-    plan = pack(order.spans(documents), max_seq_len, keyed_generator(seed, "validation rows"))
-    assembler = _Assembler([stream], seed)
+    documents = _all_documents(stream)
+    spans = Spans(np.arange(len(documents.length)), np.zeros(len(documents.length), np.int64), documents.length)
+    plan = pack(spans, max_seq_len, keyed_generator(seed, "validation rows"))
+    assembler = Assembler([stream], seed)
     count = plan.num_rows if max_rows is None else min(max_rows, plan.num_rows)
-    for first in range(0, count, rows_per_batch * world_size):
-        rows = []
-        for row in range(first + rank * rows_per_batch, min(first + (rank + 1) * rows_per_batch, count)):
-            rows.append(Row(documents, plan.row(row), max_seq_len, RowKey(0, 0, _VALIDATION, row)))
-        yield assembler.batch(rows, max_seq_len, masking)
+    for begin in range(0, count, rows_per_batch * world_size):
+        first = min(begin + rank * rows_per_batch, count)
+        rows = [Rows(documents, plan, _VALIDATION, first, min(rows_per_batch, count - first))]
+        yield assembler.batch(rows, max_seq_len, masking).unpack()
 
 
-_VALIDATION = 1  # carry of validation rows: no plan of a training block has it but by a chance of 2 ** -64
+def _all_documents(stream: Stream) -> DocumentList:
+    lists = []
+    for shard, info in enumerate(stream.manifest.shards):
+        nothing, (length, end) = np.zeros(info.documents, np.int64), stream.documents(shard, 0, info.documents)
+        lists.append(DocumentList(nothing, nothing + shard, np.arange(info.documents), length, end, nothing))
+    return DocumentList.join(lists)
+
+
+_VALIDATION = RowKey(-1, 0, 0)  # no lane has this number

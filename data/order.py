@@ -1,204 +1,199 @@
-"""The order of documents is arithmetic: which documents block b of epoch e holds is a function of (seed, e, b).
+"""The order of a stream's documents is arithmetic: an endless line, dealt to lanes.
 
-A *part* is a run of consecutive documents of one shard. An epoch deals every stream's parts, shuffled, evenly over
-its *blocks* (so each block has the mixture's proportions) and shuffles the documents of a block. Block b belongs to
-*lane* b mod L; a lane is an endless sequence of rows, and where it stands is a `LaneCursor`: a few integers.
-Memory grows with the number of parts, never with the number of documents.
+A *part* is a run of consecutive documents of one shard. A *pass* is the stream's parts in an order drawn from (seed,
+stream, pass): a line of tokens, on which a document lies where its first token lies. Pass follows pass without end.
+Lane l of L owns one of L equal stretches of every pass, the (l + pass) mod L-th. So which documents a lane sees next
+follows from a pass and a place on the line, and every document is seen once per pass. Memory grows with the number of
+parts, never with the number of documents.
 """
 
-import hashlib
 from collections import OrderedDict
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.keyed import keyed_generator
-from data.masking import RowKey
-from data.packing import Plan, Spans, pack
 from data.shards import Stream
 from schema import ConfigError
 
-_PARTS_PER_BLOCK = 4  # at least, per stream, where it has the documents: keeps every block at the mixture's proportions
+_CUT_OVER = 1024  # tokens
+_CACHED_PASSES = 3  # lanes stand in the same pass or in neighbouring ones
+_BARREN_PASSES = (
+    64  # per lane: an empty share of a pass is chance while there are fewer documents than this times lanes
+)
 
 
-@dataclass(frozen=True)
-class BlockDocuments:
-    """The documents of one block in shuffled order: stream, shard and index in the shard, each (n,) int64."""
+class Place(NamedTuple):
+    """Where a lane stands on a stream's line."""
+
+    number: int = 0  # of the pass
+    token: int = -1  # on the line of the pass; -1: at the start of the lane's stretch
+    into: int = 0  # tokens already taken of the document that lies there
+    owed: int = 0  # tokens that the lane has taken beyond what the mixture gave it: most documents are taken whole
+
+
+class DocumentList(NamedTuple):
+    """Documents of a block, every column (n,) int64."""
 
     stream: NDArray[np.int64]
     shard: NDArray[np.int64]
-    index: NDArray[np.int64]
+    index: NDArray[np.int64]  # in the shard
+    length: NDArray[np.int64]  # tokens
+    end: NDArray[np.int64]  # byte of the shard behind the last token
+    number: NDArray[np.int64]  # of the pass that shows it
 
-
-class MixtureOrder:
-    """Deals the documents of several streams into the blocks of endless epochs."""
-
-    def __init__(
-        self,
-        streams: list[Stream],
-        repeats: list[float],
-        seed: int,
-        lanes: int,
-        part_documents: int,
-        block_documents: int,
-    ) -> None:
-        """repeats: how often an epoch shows each stream; a fraction shows that share of its parts, others next epoch.
-
-        Raises ConfigError when there are fewer documents than lanes.
-        """
-        self.streams, self.repeats, self.seed, self.lanes = streams, repeats, seed, lanes
-        documents = sum(stream.manifest.documents * repeat for stream, repeat in zip(streams, repeats, strict=True))
-        if documents < lanes:
-            found = f"an epoch of {documents:.0f} documents cannot fill {lanes} lanes"
-            raise ConfigError(f"data: {found}: add data, or set data.lanes lower")
-        self.num_blocks = lanes * max(1, round(documents / block_documents / lanes))
-        self._parts = [self._cut_parts(stream, part_documents) for stream in streams]
-        self._epochs: OrderedDict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = OrderedDict()
-
-    def _cut_parts(self, stream: Stream, part_documents: int) -> NDArray[np.int64]:
-        """(parts, 3): shard, first document, count; parts of a shard differ by at most one document."""
-        size = min(part_documents, max(1, stream.manifest.documents // (_PARTS_PER_BLOCK * self.num_blocks)))
-        rows = []
-        for shard, info in enumerate(stream.manifest.shards):
-            if info.documents:
-                edges = np.linspace(0, info.documents, -(-info.documents // size) + 1).astype(np.int64)
-                rows.append(np.stack([np.full(len(edges) - 1, shard), edges[:-1], np.diff(edges)], axis=1))
-        return np.concatenate(rows) if rows else np.zeros((0, 3), np.int64)
-
-    def _appearances(self, stream: int, epoch: int) -> NDArray[np.int64]:
-        """Part indices of a stream in this epoch, shuffled. Over epochs each part appears `repeat` times an epoch."""
-        count, repeat = len(self._parts[stream]), self.repeats[stream]
-        # Stratified offsets: in every epoch floor(count * repeat) or one more parts appear, and each in its turn.
-        offset = (keyed_generator(self.seed, "turn", stream).permutation(count) + 0.5) / max(count, 1)
-        times = np.floor((epoch + 1) * repeat + offset) - np.floor(epoch * repeat + offset)
-        parts = np.repeat(np.arange(count), times.astype(np.int64))
-        return keyed_generator(self.seed, "parts", stream, epoch).permutation(parts)
-
-    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(appearances, 2) stream and part sorted by block, and where each block starts, (num_blocks + 1,)."""
-        if epoch not in self._epochs:
-            rows, blocks = [], []
-            for stream in range(len(self.streams)):
-                parts = self._appearances(stream, epoch)
-                shift = keyed_generator(self.seed, "shift", stream, epoch).random()
-                blocks.append(((np.arange(len(parts)) + shift) * self.num_blocks / max(len(parts), 1)).astype(np.int64))
-                rows.append(np.stack([np.full(len(parts), stream), parts], axis=1))
-            block = np.concatenate(blocks)
-            order = np.argsort(block, kind="stable")
-            starts = np.searchsorted(block[order], np.arange(self.num_blocks + 1))
-            self._epochs[epoch] = (np.concatenate(rows)[order], starts)
-            while len(self._epochs) > 2:  # lanes drift apart by less than an epoch
-                self._epochs.popitem(last=False)
-        return self._epochs[epoch]
-
-    def block(self, epoch: int, block: int) -> BlockDocuments:
-        """The block's documents; may be empty when the data is small."""
-        appearances, starts = self._epoch(epoch)
-        streams, shards, indices = [], [], []
-        for stream, part in appearances[starts[block] : starts[block + 1]]:
-            shard, first, count = self._parts[stream][part]
-            streams.append(np.full(count, stream))
-            shards.append(np.full(count, shard))
-            indices.append(np.arange(first, first + count))
-        if not streams:
-            nothing = np.zeros(0, np.int64)
-            return BlockDocuments(nothing, nothing, nothing)
-        shuffle = keyed_generator(self.seed, "documents", epoch, block).permutation(sum(map(len, streams)))
-        return BlockDocuments(*(np.concatenate(column)[shuffle] for column in (streams, shards, indices)))
-
-    def spans(self, documents: BlockDocuments) -> Spans:
-        """Whole documents as spans; reads lengths only (shard headers), never tokens."""
-        stop = np.empty(len(documents.index), np.int64)
-        place = documents.stream * (1 << 32) + documents.shard
-        for value in np.unique(place):
-            here = place == value
-            stop[here] = self.streams[int(value >> 32)].lengths(int(value & 0xFFFFFFFF))[documents.index[here]]
-        return Spans(np.arange(len(stop)), np.zeros(len(stop), np.int64), stop)
-
-
-@dataclass(frozen=True)
-class LaneCursor:
-    """Where a lane stands. `taken` lists (max_seq_len, rows) taken from the current block, in order: when a phase
-    changes max_seq_len inside a block, the block's remaining tokens are packed anew, so none is lost or repeated."""
-
-    epoch: int = 0
-    block: int = 0  # the lane's n-th block of the epoch, block n * lanes + lane overall
-    taken: tuple[tuple[int, int], ...] = ()
-
-    def to_list(self) -> list[Any]:
-        """JSON form."""
-        return [self.epoch, self.block, [list(pair) for pair in self.taken]]
+    def take(self, which: NDArray[np.integer] | NDArray[np.bool_] | slice) -> "DocumentList":
+        """The documents at these positions."""
+        return DocumentList(*(column[which] for column in self))
 
     @classmethod
-    def from_list(cls, state: list[Any]) -> "LaneCursor":
-        return cls(int(state[0]), int(state[1]), tuple((int(length), int(rows)) for length, rows in state[2]))
+    def join(cls, lists: list["DocumentList"]) -> "DocumentList":
+        """One list after the other."""
+        if not lists:
+            return cls(*(np.zeros(0, np.int64) for _ in cls._fields))
+        return cls(*(np.concatenate(columns) for columns in zip(*lists, strict=True)))
 
 
-@dataclass(frozen=True)
-class Row:
-    """One planned row: pieces of the block's documents, and the key of its mask."""
+def share_out(counted: NDArray[np.int64], wanted: int, cut: bool) -> tuple[int, int, bool]:
+    """How many leading entries to take whole, how many tokens of the next, and whether that makes up what is wanted.
 
-    documents: BlockDocuments
-    pieces: Spans
-    max_seq_len: int
-    key: RowKey
-
-
-class Lane:
-    """An endless sequence of rows. Planning reads lengths only; a row is fetched by whoever needs its tokens."""
-
-    def __init__(self, order: MixtureOrder, lane: int, cursor: LaneCursor | None = None) -> None:
-        self.order, self.lane = order, lane
-        self.cursor = cursor or LaneCursor()
-        self._planned: tuple[LaneCursor, int, BlockDocuments, Plan] | None = None
-
-    def take(self, rows: int, max_seq_len: int) -> list[Row]:
-        """The next `rows` rows of max_seq_len slots; moves the cursor behind them."""
-        taken: list[Row] = []
-        barren = 0
-        while len(taken) < rows:
-            documents, plan, carry, first = self._plan(max_seq_len)
-            count = min(rows - len(taken), plan.num_rows - first)
-            block = self.cursor.block * self.order.lanes + self.lane
-            for row in range(first, first + count):
-                key = RowKey(self.cursor.epoch, block, carry, row)
-                taken.append(Row(documents, plan.row(row), max_seq_len, key))
-            if first + count == plan.num_rows:
-                barren = 0 if count else barren + 1
-                if barren > 4 * self.order.num_blocks:
-                    raise ConfigError(f"data: lane {self.lane} has no documents: add data, or set data.lanes lower")
-                last = (self.cursor.block + 1) * self.order.lanes >= self.order.num_blocks
-                self.cursor = LaneCursor(self.cursor.epoch + last, 0 if last else self.cursor.block + 1)
-            else:
-                self.cursor = replace(self.cursor, taken=(*self._before(max_seq_len), (max_seq_len, first + count)))
-        return taken
-
-    def _before(self, max_seq_len: int) -> tuple[tuple[int, int], ...]:
-        """The cursor's `taken` less a last entry of this very length."""
-        taken = self.cursor.taken
-        return taken[:-1] if taken and taken[-1][0] == max_seq_len else taken
-
-    def _plan(self, max_seq_len: int) -> tuple[BlockDocuments, Plan, int, int]:
-        """Documents, plan, carry key and first row not yet taken, for the current block at this length."""
-        before = self._before(max_seq_len)
-        place = replace(self.cursor, taken=before)
-        first = self.cursor.taken[len(before)][1] if len(self.cursor.taken) > len(before) else 0
-        if self._planned is None or self._planned[:2] != (place, max_seq_len):
-            block = self.cursor.block * self.order.lanes + self.lane
-            documents = self.order.block(self.cursor.epoch, block)
-            spans = self.order.spans(documents)
-            for depth, (length, rows) in enumerate(before):
-                spans = self._pack(spans, length, before[:depth], block).remaining(rows)
-            self._planned = (place, max_seq_len, documents, self._pack(spans, max_seq_len, before, block))
-        return self._planned[2], self._planned[3], _carry_key(before, max_seq_len), first
-
-    def _pack(self, spans: Spans, max_seq_len: int, before: tuple[tuple[int, int], ...], block: int) -> Plan:
-        carry = _carry_key(before, max_seq_len)
-        return pack(spans, max_seq_len, keyed_generator(self.order.seed, "rows", self.cursor.epoch, block, carry))
+    counted: tokens of each, (n,). An entry at which `wanted` falls is taken or left, whichever is nearer; if `cut` and
+    it has over 1024 tokens, it is divided exactly, for a few long documents would otherwise distort the mixture.
+    """
+    total = np.cumsum(counted)
+    last = int(np.searchsorted(total, wanted, side="left"))
+    if last == len(total):
+        return last, 0, False
+    size = int(counted[last])
+    missing = wanted - int(total[last]) + size
+    if missing == size:
+        return last + 1, 0, True
+    if cut and size > _CUT_OVER:
+        return last, missing, True
+    return last + (2 * missing >= size), 0, True
 
 
-def _carry_key(before: tuple[tuple[int, int], ...], max_seq_len: int) -> int:
-    """One number for a plan of a block: what was taken before it, and its row length."""
-    return int.from_bytes(hashlib.blake2b(repr((before, max_seq_len)).encode(), digest_size=8).digest())
+class StreamLine:
+    """The endless line of one stream."""
+
+    def __init__(
+        self, stream: Stream, number: int, seed: int, lanes: int, part_documents: int, shuffle_shards: int | None
+    ) -> None:
+        """number: of the stream in the mixture. part_documents: per part at most. shuffle_shards: a stretch of the line
+        mixes the parts of this many shards at a time, and a shard's parts lie close together; None: of all shards."""
+        self.stream, self.number, self.seed, self.lanes = stream, number, seed, lanes
+        self.shuffle_shards = shuffle_shards
+        manifest = stream.manifest
+        chunk = manifest.chunk_documents
+        per_part = max(1, part_documents // chunk)
+        chunks = np.diff(stream.first_chunk)
+        parts = -(-chunks // per_part)
+        self._shard = np.repeat(np.arange(len(chunks)), parts)
+        nth = np.arange(len(self._shard)) - np.repeat(np.cumsum(parts) - parts, parts)
+        first, last = (((nth + edge) * chunks[self._shard]) // parts[self._shard] for edge in (0, 1))
+        documents = np.array([shard.documents for shard in manifest.shards], np.int64)
+        self._first = first * chunk
+        self._count = np.minimum(last * chunk, documents[self._shard]) - self._first
+        totals = np.concatenate([[0], np.cumsum(stream.chunks[:, 0].astype(np.int64))])
+        base = stream.first_chunk[self._shard]
+        self._tokens = totals[base + last] - totals[base + first]
+        self.tokens = int(totals[-1])
+        self._passes: OrderedDict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = OrderedDict()
+
+    def take(
+        self,
+        lane: int,
+        place: Place,
+        wanted: int,
+        shown: Callable[[NDArray[np.int64]], NDArray[np.int64]],
+        cut: bool,
+    ) -> tuple[DocumentList, NDArray[np.int64], NDArray[np.int64], Place]:
+        """The lane's next documents with about `wanted` tokens, what to show of each, [start, stop) both (n,), and the
+        place behind them. Reads lengths, never tokens.
+
+        shown: from the lengths of documents, (n,), to how many of their tokens count, from the first on; one with none
+        is passed over. cut: see share_out. Raises ConfigError when no document of the stream has tokens that count.
+        """
+        number, token, into, owed = place
+        wanted -= owed
+        lists: list[DocumentList] = []
+        spans: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+        barren, reached = 0, wanted <= 0
+        while not reached:
+            order, edges = self._pass(number)
+            begin, end = self.stretch(lane, number)
+            token = max(token, begin)
+            part = int(np.searchsorted(edges, token, side="right")) - 1
+            found = False
+            while not reached and part < len(order) and edges[part] < end:
+                documents = self._part(int(order[part]), number)
+                starts = edges[part] + np.cumsum(documents.length) - documents.length
+                first, last = np.searchsorted(starts, (token, end)).tolist()
+                documents = documents.take(slice(first, last))
+                start, stop = np.zeros(last - first, np.int64), shown(documents.length)
+                start[:1] = into
+                whole, piece, reached = share_out(np.maximum(stop - start, 0), wanted, cut)
+                stop[whole : whole + 1] = start[whole : whole + 1] + piece
+                token = int(edges[part + 1]) if whole == last - first else int(starts[first + whole])
+                into = int(stop[whole]) if piece else 0
+                kept = np.flatnonzero(stop[: whole + (piece > 0)] > start[: whole + (piece > 0)])
+                lists.append(documents.take(kept))
+                spans.append((start[kept], stop[kept]))
+                taken = int((stop[kept] - start[kept]).sum())
+                wanted -= taken
+                found |= taken > 0
+                part += 1
+            if not reached:
+                number, token, into = number + 1, -1, 0
+                barren += not found
+                if barren == self.lanes and not self._shows_any(shown):
+                    raise ConfigError(
+                        f"data: stream {self.stream.manifest.name!r}: no document is left by min_length and "
+                        "long_documents: choose others, or longer rows"
+                    )
+        nothing = np.zeros(0, np.int64)
+        start, stop = (np.concatenate(column) for column in zip((nothing, nothing), *spans, strict=True))
+        return DocumentList.join(lists), start, stop, Place(number, token, into, -wanted)
+
+    def stretch(self, lane: int, number: int) -> tuple[int, int]:
+        """The tokens of pass `number` that are the lane's: [begin, end). They rotate, so that every lane comes to see
+        also a stream of fewer documents than lanes."""
+        slot = (lane + number) % self.lanes
+        return self.tokens * slot // self.lanes, self.tokens * (slot + 1) // self.lanes
+
+    def _shows_any(self, shown: Callable[[NDArray[np.int64]], NDArray[np.int64]]) -> bool:
+        """Whether any document has tokens that count. Reads all lengths: for when a lane has long found none."""
+        return any(shown(self.stream.lengths(shard)).any() for shard in range(len(self.stream.manifest.shards)))
+
+    def _part(self, part: int, number: int) -> DocumentList:
+        shard, first, count = (int(column[part]) for column in (self._shard, self._first, self._count))
+        length, end = self.stream.documents(shard, first, count)
+        same = [np.full(count, value, np.int64) for value in (self.number, shard, number)]
+        return DocumentList(same[0], same[1], np.arange(first, first + count), length, end, same[2])
+
+    def _pass(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Parts of a pass in order, (parts,), and where on its line they start, (parts + 1,)."""
+        if number not in self._passes:
+            rng = keyed_generator(self.seed, "pass", self.number, number)
+            order = rng.permutation(len(self._shard))
+            if self.shuffle_shards is not None:
+                window = rng.permutation(len(self.stream.manifest.shards)) // self.shuffle_shards
+                order = order[np.argsort(window[self._shard[order]], kind="stable")]
+            self._passes[number] = (order, np.concatenate([[0], np.cumsum(self._tokens[order])]))
+            while len(self._passes) > _CACHED_PASSES:
+                self._passes.popitem(last=False)
+        self._passes.move_to_end(number)
+        return self._passes[number]
+
+    def upcoming_shards(self, lane: int, place: Place, tokens: int) -> list[int]:
+        """Shards that hold the lane's next `tokens` tokens of this pass, in the order of their use."""
+        if tokens == 0:
+            return []
+        order, edges = self._pass(place.number)
+        begin, end = self.stretch(lane, place.number)
+        token = max(place.token, begin)
+        first = int(np.searchsorted(edges, token, side="right")) - 1
+        last = int(np.searchsorted(edges, min(token + tokens, end), side="left"))
+        return list(dict.fromkeys(self._shard[order[first:last]].tolist()))

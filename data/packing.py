@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 SPECIAL_TOKENS_PER_SEQUENCE = 2  # [CLS] and [SEP]
 _GROUP_BITS = 6  # remaining-space buckets are searched in groups of 64
+_CANDIDATES = 64  # rows looked at for the next place of an order of even shares
 
 
 @dataclass(frozen=True)
@@ -61,22 +62,35 @@ def cut(spans: Spans, max_seq_len: int) -> Spans:
     """Cut spans into pieces of at most max_seq_len - 2 tokens: full ones first, the remainder last."""
     room = max_seq_len - SPECIAL_TOKENS_PER_SEQUENCE
     count = -(-(spans.stop - spans.start) // room)
+    total = int(count.sum())
+    if total == len(count):
+        return spans
     first = np.cumsum(count) - count
-    nth = np.arange(int(count.sum())) - np.repeat(first, count)
+    nth = np.arange(total) - np.repeat(first, count)
     start = np.repeat(spans.start, count) + nth * room
     return Spans(np.repeat(spans.document, count), start, np.minimum(start + room, np.repeat(spans.stop, count)))
 
 
 @numba.njit(cache=True)
-def _best_fit(lengths: NDArray[np.int64], order: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int64], int]:
-    """Row of each piece, and the number of rows. `order` visits pieces by decreasing length.
+def _best_fit(lengths: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int64], int]:
+    """Row of each piece, and the number of rows. Pieces are visited by decreasing length, equal ones in order.
 
     Open rows hang in linked lists by remaining space; a piece goes to the fullest row that still takes it.
     """
+    count = len(lengths)
+    place = np.zeros(capacity + 2, np.int64)
+    for length in lengths:
+        place[capacity - length + 1] += 1
+    place = np.cumsum(place)
+    order = np.empty(count, np.int64)
+    for piece in range(count):
+        bucket = capacity - lengths[piece]
+        order[place[bucket]] = piece
+        place[bucket] += 1
     head = np.full(capacity + 1, -1, np.int64)
     group = np.zeros((capacity >> _GROUP_BITS) + 1, np.int64)  # open rows per 64 buckets: skips empty stretches
-    next_row = np.empty(len(lengths), np.int64)
-    row_of = np.empty(len(lengths), np.int64)
+    next_row = np.empty(count, np.int64)
+    row_of = np.empty(count, np.int64)
     num_rows = 0
     for piece in order:
         need = lengths[piece]
@@ -101,18 +115,88 @@ def _best_fit(lengths: NDArray[np.int64], order: NDArray[np.int64], capacity: in
     return row_of, num_rows
 
 
-def pack(spans: Spans, max_seq_len: int, rng: np.random.Generator) -> Plan:
+@numba.njit(cache=True)
+def _even_order(
+    row_of: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    kind: NDArray[np.int64],
+    kinds: int,
+    shuffled: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Places of the rows, close to the `shuffled` order, at which every stretch holds the kinds in the block's shares.
+
+    Each place takes, of the next few rows in shuffled order, the one that keeps the tokens of each kind so far
+    closest to the block's proportions (greedy vector balancing).
+    """
+    num_rows = len(shuffled)
+    share = np.zeros((num_rows, kinds), np.float64)
+    for piece in range(len(row_of)):
+        share[row_of[piece], kind[piece]] += lengths[piece]
+    mean = np.zeros(kinds, np.float64)
+    for row in range(num_rows):
+        for k in range(kinds):
+            mean[k] += share[row, k]
+    mean /= num_rows
+    waiting = np.empty(_CANDIDATES, np.int64)
+    waits = min(_CANDIDATES, num_rows)
+    waiting[:waits] = shuffled[:waits]
+    taken = waits
+    debt = np.zeros(kinds, np.float64)
+    position = np.empty(num_rows, np.int64)
+    for place in range(num_rows):
+        best, best_cost = 0, np.inf
+        for candidate in range(waits):
+            cost = 0.0
+            for k in range(kinds):
+                off = debt[k] + share[waiting[candidate], k] - mean[k]
+                cost += off * off
+            if cost < best_cost:
+                best, best_cost = candidate, cost
+        row = waiting[best]
+        position[row] = place
+        for k in range(kinds):
+            debt[k] += share[row, k] - mean[k]
+        if taken < num_rows:
+            waiting[best] = shuffled[taken]
+            taken += 1
+        else:
+            waits -= 1
+            waiting[best] = waiting[waits]
+    return position
+
+
+@numba.njit(cache=True)
+def _group(row_of: NDArray[np.int64], num_rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pieces sorted by row, and where each row starts, (num_rows + 1,)."""
+    starts = np.zeros(num_rows + 1, np.int64)
+    for row in row_of:
+        starts[row + 1] += 1
+    starts = np.cumsum(starts)
+    fill = starts[:-1].copy()
+    order = np.empty(len(row_of), np.int64)
+    for piece in range(len(row_of)):
+        row = row_of[piece]
+        order[fill[row]] = piece
+        fill[row] += 1
+    return order, starts
+
+
+def pack(spans: Spans, max_seq_len: int, rng: np.random.Generator, kind: NDArray[np.int64] | None = None) -> Plan:
     """Pack spans into rows of max_seq_len slots, best-fit-decreasing; the rows come in an order drawn from `rng`.
 
-    An empty input gives zero rows. Cost: O(pieces), about 0.1 us each. Source of the method: best-fit-decreasing bin
-    packing (Johnson 1973); for sequence packing see Krell et al. 2021, arXiv 2107.02027.
+    kind: (documents,) int64, a small number per document (its stream); rows are then ordered so that every run of rows
+    holds the kinds in nearly the proportions of the whole. An empty input gives zero rows. Cost: O(pieces), about
+    0.1 us each. Source of the method: best-fit-decreasing bin packing (Johnson 1973); for sequence packing see Krell et
+    al. 2021, arXiv 2107.02027.
     """
     pieces = cut(spans, max_seq_len)
     lengths = pieces.stop - pieces.start + SPECIAL_TOKENS_PER_SEQUENCE
-    row_of, num_rows = _best_fit(lengths, np.argsort(-lengths, kind="stable"), max_seq_len)
-    position = rng.permutation(num_rows)
-    row_of = position[row_of]
-    order = np.argsort(row_of, kind="stable")
-    row_starts = np.zeros(num_rows + 1, np.int64)
-    np.cumsum(np.bincount(row_of, minlength=num_rows), out=row_starts[1:])
+    row_of, num_rows = _best_fit(lengths, max_seq_len)
+    shuffled = rng.permutation(num_rows)
+    kinds = 1 if kind is None or len(kind) == 0 else int(kind.max()) + 1
+    if kind is not None and kinds > 1:
+        position = _even_order(row_of, lengths, kind[pieces.document], kinds, shuffled)
+    else:
+        position = shuffled
+    order, row_starts = _group(position[row_of], num_rows)
     return Plan(pieces.take(order), row_starts, max_seq_len)

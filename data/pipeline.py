@@ -1,14 +1,11 @@
-"""The parallel part of preparing: datatrove pipelines that scan the documents and turn them into token shards.
+"""The last parallel part of preparing: the documents that the plan keeps become token shards.
 
-Both pipelines run over the same fixed tasks (runs of units of one stream), listed in WORK/tasks/NNNNN.json:
-
-    scan       ReadUnits -> Scan                         digest and size of every document -> WORK/scan/NNNNN.npz
-    tokenise   ReadUnits -> Select -> WriteShards        the documents that the plan keeps (WORK/plan/NNNNN.npz)
-                                                         -> OUTPUT/STREAM/SPLIT/part-NNNNN, WORK/done/NNNNN.{json,npz}
+    ReadUnits -> Select -> WriteShards       -> OUTPUT/STREAM/SPLIT/part-NNNNN, WORK/done/NNNNN.{json,npz}
 
 A task's results are a function of its inputs; it is done when datatrove has marked it, and else redone from its start.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -18,126 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from numpy.typing import NDArray
 
-from data.sources import SOURCES, Unit
-from data.tokenizer import corpus_tokenizer, tokenizer_facts
+from data.documents import SPLITS, Meter, numbered, save_arrays
+from data.shards import describe_shard
+from data.tokenizer import TokenizerFacts, corpus_tokenizer, fingerprint, tokenizer_facts
 from durable import sync_folder, write_file
-from schema import RunError
-
-SPLITS = ("train", "validation")
-DROPPED = 255
-"""In a plan: the document is in no split. Else the value is an index into SPLITS."""
 
 # Text given to the tokenizer at once. Its result takes some 100 times as much memory, so a longer document is cut.
 _BATCH_CHARACTERS = 2**20
 _CUT_CHARACTERS = 2**22
 # Counting costs a pass over the vocabulary, which for one short document would be more than its tokenising.
 _COUNTED_DOCUMENTS = 256
-
-
-def numbered(folder: Path, rank: int, suffix: str) -> Path:
-    """The file of one task in one of the working folders."""
-    return folder / f"{rank:05d}{suffix}"
-
-
-def digest(text: str) -> bytes:
-    """128-bit content hash of a document. Two documents with the same are taken to be the same."""
-    return xxhash.xxh3_128_digest(text.encode("utf-8", "surrogatepass"))
-
-
-def digests_to_numbers(digests: bytes) -> NDArray[np.uint64]:
-    """Concatenated digests as (documents, 2) uint64."""
-    return np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 2)
-
-
-def save_arrays(path: Path, **arrays: NDArray[Any]) -> None:
-    """An .npz file, whole or not there."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    np.savez(partial, allow_pickle=False, **arrays)
-    partial.rename(path)
-
-
-def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """What save_arrays wrote."""
-    with np.load(path) as file:
-        return dict(file)
-
-
-class ReadUnits(PipelineStep):
-    """The documents of a task's units, in order."""
-
-    type, name = "READER", "units of a source"
-
-    def __init__(self, work: Path) -> None:
-        super().__init__()
-        self.work = work
-
-    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        task = json.loads(numbered(self.work / "tasks", rank, ".json").read_text(encoding="utf-8"))
-        source = SOURCES.build(SOURCES.parse(task["source"]))
-        for number, unit in enumerate(Unit(*fields) for fields in task["units"]):
-            for index, text in enumerate(source.read(unit)):
-                yield Document(text=text, id=f"{number}/{index}", metadata={"place": unit.path, "unit": number})
-
-
-class Scan(PipelineStep):
-    """Digest and size in UTF-8 bytes of every document."""
-
-    type, name = "STATS", "scan"
-
-    def __init__(self, work: Path) -> None:
-        super().__init__()
-        self.work = work
-
-    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        task = json.loads(numbered(self.work / "tasks", rank, ".json").read_text(encoding="utf-8"))
-        edges = np.cumsum([0] + [unit[3] for unit in task["units"]])
-        digests, sizes = bytearray(), []
-        progress = Meter(self.work, rank)
-        for document in data:
-            digests += digest(document.text)
-            sizes.append(len(document.text.encode("utf-8", "surrogatepass")))
-            progress.set(int(edges[document.metadata["unit"]]))
-        save_arrays(
-            numbered(self.work / "scan", rank, ".npz"),
-            digests=digests_to_numbers(bytes(digests)),
-            sizes=np.array(sizes, np.int64),
-        )
-        progress.set(int(edges[-1]))
-        progress.close()
-        yield from ()
-
-
-class Select(PipelineStep):
-    """The documents that the plan keeps, with their split in metadata. Raises RunError when the source has changed."""
-
-    type, name = "FILTER", "plan"
-
-    def __init__(self, work: Path) -> None:
-        super().__init__()
-        self.work = work
-
-    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        scan = load_arrays(numbered(self.work / "scan", rank, ".npz"))
-        splits = load_arrays(numbered(self.work / "plan", rank, ".npz"))["splits"]
-        expected = scan["digests"].astype(">u8").tobytes()
-        count = 0
-        for document in data:
-            if digest(document.text) != expected[16 * count : 16 * count + 16]:
-                raise self._changed(document.metadata["place"])
-            if splits[count] != DROPPED:
-                document.metadata["split"] = int(splits[count])
-                yield document
-            count += 1
-        if count != len(splits):
-            raise self._changed("a source")
-
-    def _changed(self, place: str) -> RunError:
-        return RunError(f"{place}: changed while it was being prepared: delete {self.work.parent} and prepare again")
 
 
 class WriteShards(PipelineStep):
@@ -152,14 +43,15 @@ class WriteShards(PipelineStep):
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         output = self.work.parent
         task = json.loads(numbered(self.work / "tasks", rank, ".json").read_text(encoding="utf-8"))
-        tokenizer = corpus_tokenizer(output / "tokenizer")
-        facts = tokenizer_facts(output / "tokenizer")
+        tokenizer, facts = _tokenizer(output / "tokenizer", fingerprint(output / "tokenizer"))
         # No piece of raw text may become a special token; only a vocabulary of whole words can still do that, and gets
         # [UNK] here. The same look-up gives the ids their final type.
         final_ids = np.arange(facts.vocab_size).astype(token_dtype(facts.vocab_size))
         final_ids[facts.special_ids] = facts.unk_token_id
+        chunks = json.loads((self.work / "plan" / f"{task['stream']}.json").read_text(encoding="utf-8"))
+        folder = f"part-{task['part']:05d}"
         parts = [
-            Part(output / task["stream"] / split / f"part-{task['part']:05d}", facts.vocab_size, self.shard_bytes)
+            Part(output / task["stream"] / split / folder, facts.vocab_size, self.shard_bytes, chunks[split])
             for split in SPLITS
         ]
         progress = Meter(self.work, rank)
@@ -169,7 +61,7 @@ class WriteShards(PipelineStep):
             encodings = iter(tokenizer.encode_batch_fast(list(chain.from_iterable(pieces)), add_special_tokens=False))
             for document, cut in zip(batch, pieces, strict=True):
                 ids = next(encodings).ids if len(cut) == 1 else [token for _ in cut for token in next(encodings).ids]
-                size = len(document.text.encode("utf-8", "surrogatepass"))
+                size = document.metadata["bytes"]
                 parts[document.metadata["split"]].add(final_ids[np.array(ids, np.int64)], size)
                 done += size
             progress.set(done)
@@ -177,18 +69,25 @@ class WriteShards(PipelineStep):
             part.finish()
         report = {split: part.report() for split, part in zip(SPLITS, parts, strict=True)}
         write_file(numbered(self.work / "done", rank, ".json"), json.dumps(report).encode())
-        counts = {split: part.token_counts for split, part in zip(SPLITS, parts, strict=True)}
-        save_arrays(numbered(self.work / "done", rank, ".npz"), **counts)
-        progress.close()
+        arrays = {split: part.token_counts for split, part in zip(SPLITS, parts, strict=True)}
+        arrays |= {f"{split}_chunks": part.chunks for split, part in zip(SPLITS, parts, strict=True)}
+        save_arrays(numbered(self.work / "done", rank, ".npz"), **arrays)
         yield from ()
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(folder: Path, wanted: str) -> tuple[Any, TokenizerFacts]:
+    """A process loads a tokenizer (of this fingerprint) once: that takes as long as tokenising a megabyte."""
+    return corpus_tokenizer(folder), tokenizer_facts(folder)
 
 
 class Part:
     """What one task writes of one split: a folder of MDS shards, which appears under its name when it is whole."""
 
-    def __init__(self, folder: Path, vocab_size: int, shard_bytes: int) -> None:
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self.dtype = token_dtype(vocab_size)
+    def __init__(self, folder: Path, vocab_size: int, shard_bytes: int, chunk_documents: int) -> None:
+        self.folder, self.shard_bytes, self.chunk_documents = folder, shard_bytes, chunk_documents
+        self.chunks = np.zeros((0, 2), np.uint64)
+        self.dtype = np.dtype(token_dtype(vocab_size))
         self.token_counts = np.zeros(vocab_size, np.uint64)
         self.lengths: list[int] = []
         self.bytes = self.empty_documents = 0
@@ -231,9 +130,12 @@ class Part:
         index.unlink()  # the stream has one index; this one would be stale the moment the folder moves
         start = 0
         for shard in self.shards:
+            data = (self._partial / shard["raw_data"]["basename"]).read_bytes()
             shard["raw_data"]["basename"] = f"{self.folder.name}/{shard['raw_data']['basename']}"
             shard["tokens"] = sum(self.lengths[start : start + shard["samples"]])
             start += shard["samples"]
+            shard["header_xxh3_64"], chunks = describe_shard(data, self.dtype.itemsize, self.chunk_documents)
+            self.chunks = np.concatenate([self.chunks, chunks])
         sync_folder(self._partial)
         self._partial.rename(self.folder)
 
@@ -243,7 +145,7 @@ class Part:
         self._uncounted = []
 
     def report(self) -> dict[str, Any]:
-        """What the merge needs to know. `shards` are entries of index.json with their number of `tokens`."""
+        """What the merge needs to know. `shards` are entries of index.json with `tokens` and the header's digest."""
         return {
             "documents": len(self.lengths),
             "tokens": sum(self.lengths),
@@ -257,20 +159,6 @@ class Part:
 def token_dtype(vocab_size: int) -> str:
     """The smallest type that holds every id."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
-
-
-class Meter:
-    """A task's line in WORK/progress.npy, (tasks, 2) int64: bytes done, and the process at work (0: none)."""
-
-    def __init__(self, work: Path, rank: int) -> None:
-        self._line = np.load(work / "progress.npy", mmap_mode="r+")[rank]
-        self._line[:] = 0, os.getpid()
-
-    def set(self, done_bytes: int) -> None:
-        self._line[0] = done_bytes
-
-    def close(self) -> None:
-        self._line[1] = 0
 
 
 def _batches(documents: Any) -> Iterator[list[Document]]:

@@ -1,22 +1,18 @@
-"""What is prepared: the config of `prepare`, and which documents are kept and in which split.
-
-The plan follows from the digests and sizes of the documents, in document order, and from the config alone.
-"""
+"""What is prepared: the config of `prepare`."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, PrivateAttr, model_validator
 
-from data.keyed import philox_key
-from data.pipeline import DROPPED, SPLITS, load_arrays, numbered, save_arrays
+from data.documents import SPLITS
+from data.executors import EXECUTORS
+from data.filters import FILTERS
 from data.sources import SOURCES
 from data.tokenizer import TOKENIZERS
-from schema import ConfigError, Count, Schema, load_node, validate
+from schema import Count, Schema, load_node, validate
 
 CONFIG_FILE = "prepare.json"
 
@@ -25,8 +21,10 @@ class StreamConfig(Schema):
     """One stream: a source and what is kept of it."""
 
     source: Annotated[Any, *SOURCES.slot()]
+    filters: list[Annotated[Any, *FILTERS.slot()]] = Field([], max_length=253)
+    """Which documents are kept; those that compare documents with one another (minhash) see what all others kept."""
     max_bytes: Count | None = None
-    """Keep about this much text: documents drawn evenly from the whole source, after dropping duplicates."""
+    """Keep about this much text: documents drawn evenly from the whole source, after filters and duplicates."""
     validation_fraction: float | None = Field(None, ge=0, lt=1)
     """For this stream only."""
 
@@ -44,6 +42,8 @@ class PrepareConfig(Schema):
     """Drop exact copies of an earlier document: of any stream (in the order given), of its own stream, or not."""
     shard_bytes: Annotated[Count, Field(ge=1024, lt=2**32)] = 64_000_000
     """Size at which a shard is closed."""
+    executor: Annotated[Any, *EXECUTORS.slot()] = "local"
+    """Where the work is done. No part of the result: a run can be finished by another executor."""
     streams: dict[str, StreamConfig] = Field(min_length=1)
 
     _file: str = PrivateAttr("prepare")
@@ -81,83 +81,3 @@ def load_prepare_config(path: str | Path, overrides: Sequence[str] = ()) -> Prep
     config = validate(PrepareConfig, load_node(path, overrides), path)
     config._file = str(path)
     return config
-
-
-def plan_documents(config: PrepareConfig, work: Path, tasks: list[dict[str, Any]]) -> list[dict[str, NDArray[Any]]]:
-    """The split of every document, or DROPPED, per task; with numbers for the manifest. Raises ConfigError."""
-    scans = [load_arrays(numbered(work / "scan", rank, ".npz")) for rank in range(len(tasks))]
-    plans: list[dict[str, NDArray[Any]]] = [{}] * len(tasks)
-    kept_before = np.zeros((0, 2), np.uint64)
-    (work / "plan").mkdir(exist_ok=True)
-    for name, stream in config.streams.items():
-        ranks = [rank for rank, task in enumerate(tasks) if task["stream"] == name]
-        digests = np.concatenate([scans[rank]["digests"] for rank in ranks] or [kept_before[:0]])
-        sizes = np.concatenate([scans[rank]["sizes"] for rank in ranks] or [np.zeros(0, np.int64)])
-        duplicate = np.zeros(len(sizes), bool)
-        if config.deduplicate != "none":
-            duplicate = ~_first_seen(digests, kept_before) & (sizes > 0)
-        splits = (_keyed_unit(digests, config.seed, "validation") < config.validation_share(name)).astype(np.uint8)
-        kept = ~duplicate
-        if stream.max_bytes is not None:
-            kept[kept] = _draw(_keyed_unit(digests[kept], config.seed, "max_bytes"), sizes[kept], stream.max_bytes)
-        _check_split(config, name, splits[kept & (sizes > 0)])
-        if config.deduplicate == "dataset":
-            kept_before = np.concatenate([kept_before, digests[kept]])
-        first = 0
-        for rank in ranks:
-            part = slice(first, first + len(scans[rank]["sizes"]))
-            first = part.stop
-            plans[rank] = {
-                "splits": np.where(kept[part], splits[part], DROPPED).astype(np.uint8),
-                "duplicates": np.bincount(splits[part][duplicate[part]], minlength=len(SPLITS)),
-                "stream": np.array(name),
-                "kept_bytes": sizes[part][kept[part]].sum(),
-            }
-            save_arrays(numbered(work / "plan", rank, ".npz"), **plans[rank])
-    return plans
-
-
-def _check_split(config: PrepareConfig, name: str, splits: NDArray[np.uint8]) -> None:
-    share = config.validation_share(name)
-    counts = np.bincount(splits, minlength=len(SPLITS))
-    if len(splits) == 0:
-        raise ConfigError(f"{config._file}: streams.{name}: holds no document (all empty, duplicates or left out)")
-    if counts[0] == 0:
-        raise ConfigError(
-            f"{config._file}: streams.{name}: all of its {len(splits)} documents fall into validation: "
-            "lower validation_fraction"
-        )
-    if share > 0 and counts[1] == 0:
-        raise ConfigError(
-            f"{config._file}: streams.{name}: none of its {len(splits)} documents falls into validation: raise "
-            f"validation_fraction (now {share}), or set it to 0 for no validation split"
-        )
-
-
-def _first_seen(digests: NDArray[np.uint64], before: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Which digests (documents, 2) are neither in `before` nor earlier in `digests`. Takes about 100 bytes each."""
-    both = np.concatenate([before, digests])
-    order = np.lexsort((both[:, 1], both[:, 0]))  # stable: equal ones stay in document order
-    ordered = both[order]
-    first = np.ones(len(both), bool)
-    first[order[1:]] = (ordered[1:] != ordered[:-1]).any(1)
-    return first[len(before) :]
-
-
-def _keyed_unit(digests: NDArray[np.uint64], seed: int, purpose: str) -> NDArray[np.float64]:
-    """A number in [0, 1) per document: a function of its text, the seed and the purpose alone.
-
-    The digest, keyed, through the finalizer of MurmurHash3 (public domain), whose output bits all depend on all inputs.
-    """
-    value = digests[:, 1] ^ philox_key(seed, purpose)[0]
-    for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-        value = (value ^ (value >> np.uint64(33))) * np.uint64(multiplier)
-    return ((value ^ (value >> np.uint64(33))) >> np.uint64(11)) * 2.0**-53
-
-
-def _draw(priority: NDArray[np.float64], sizes: NDArray[np.int64], max_bytes: int) -> NDArray[np.bool_]:
-    """Which documents to keep: those of lowest priority number that together stay within max_bytes."""
-    order = np.argsort(priority, kind="stable")
-    kept = np.zeros(len(sizes), bool)
-    kept[order] = np.cumsum(sizes[order]) <= max_bytes
-    return kept

@@ -1,28 +1,42 @@
 """Token shards: the manifest of a stream, and reading lengths and documents from its MDS files.
 
 A stream is a folder of MDS shards (mosaicml-streaming's on-disk format) with one column `tokens`, one sample per
-document. `stream.json` beside `index.json` is written last, so a folder without it is unfinished.
+document. Beside them: `chunks.npy`, tokens and hash of every *chunk* (up to `chunk_documents` consecutive documents of
+a shard), and `stream.json`, which is written last, so a folder without it is unfinished.
 
 MDS shard layout: uint32 count n, n + 1 uint32 offsets, a JSON header, then the samples. A sample of our one
 variable-length column is: uint32 size, one byte for rank and shape dtype, the length in 1, 2 or 4 bytes, the tokens.
-So lengths follow from the offsets alone.
+So lengths follow from the offsets alone. Offsets are checked by hash when a shard is first opened, tokens chunk by
+chunk when first used: what is read twice is hashed once, and what is never read is never hashed.
 """
 
+import math
 import os
 import threading
+import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
+from data.cache import CacheConfig
+from data.transfer import is_url
 from schema import ConfigError, RunError, Schema
 
 MANIFEST = "stream.json"
-_MAX_OPEN_SHARDS = 128
+CHUNKS = "chunks.npy"
+MAX_CHUNK_DOCUMENTS = 2048
+_MIN_CHUNKS = 65536  # a stream of fewer documents has one chunk for each
+_MAX_OPEN_SHARDS = 256
+_STAT_THREADS = 16
 
 
 class ShardInfo(Schema):
@@ -33,12 +47,13 @@ class ShardInfo(Schema):
     tokens: int = Field(ge=0)
     bytes: int = Field(ge=0, description="file size")
     xxh3_64: str = Field(description="hex digest of the whole file")
+    header_xxh3_64: str = Field(description="hex digest of the count and the offsets, the first 4 * (documents + 2)")
 
 
 class StreamManifest(Schema):
     """What `prepare` writes beside index.json; counts are of the documents kept."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     name: str
     split: str
     dtype: Literal["uint16", "uint32"]
@@ -55,10 +70,13 @@ class StreamManifest(Schema):
     bytes: int = Field(ge=0, description="UTF-8 bytes of the text")
     empty_documents: int = Field(ge=0)
     duplicate_documents: int = Field(ge=0)
+    filtered: dict[str, int] = Field({}, description="documents that each filter of prepare dropped")
     length_histogram: dict[str, int] = Field(
         description="documents by length in tokens; keys are lower edges, powers of 2"
     )
     source: dict[str, Any]
+    chunk_documents: int = Field(ge=1, description="documents per chunk; the last chunk of a shard may have fewer")
+    chunks_xxh3_64: str = Field(description="hex digest of chunks.npy")
     shards: list[ShardInfo]
 
 
@@ -70,26 +88,139 @@ def lengths_from_offsets(offsets: NDArray[np.uint32], itemsize: int) -> NDArray[
     return np.where(short < 256, short, np.where(medium < 65536, medium, long))
 
 
-class Stream:
-    """One split of one stream, opened for reading. Cheap to open: shards are touched, and hashed, at first use.
+def chunk_documents(documents: int) -> int:
+    """Documents per chunk of a stream of this many: a power of two, one where the stream is small."""
+    return max(1, min(MAX_CHUNK_DOCUMENTS, 1 << (documents // _MIN_CHUNKS).bit_length() >> 1))
 
-    Picklable and safe to use after a fork: open files belong to the process that opened them.
+
+def describe_shard(data: bytes, itemsize: int, chunk: int) -> tuple[str, NDArray[np.uint64]]:
+    """Header digest of an MDS file, and its chunks: (chunks, 2) uint64, tokens and xxh3_64 of their bytes."""
+    count = int(np.frombuffer(data, np.uint32, 1)[0])
+    offsets = np.frombuffer(data, np.uint32, count + 1, offset=4)
+    edges = np.append(np.arange(0, count, chunk), count)
+    totals = np.concatenate([[0], np.cumsum(lengths_from_offsets(offsets, itemsize))])
+    chunks = np.zeros((len(edges) - 1, 2), np.uint64)
+    chunks[:, 0] = np.diff(totals[edges])
+    view = memoryview(data)
+    for number, (first, stop) in enumerate(zip(offsets[edges[:-1]].tolist(), offsets[edges[1:]].tolist(), strict=True)):
+        chunks[number, 1] = xxhash.xxh3_64_intdigest(view[first:stop])
+    return xxhash.xxh3_64_hexdigest(view[: 4 * (count + 2)]), chunks
+
+
+def pack_chunks(chunks: Sequence[NDArray[np.uint64]]) -> tuple[bytes, str]:
+    """The content of chunks.npy from the chunks of all shards in order, and its digest."""
+    file = BytesIO()
+    np.save(file, np.concatenate([np.zeros((0, 2), np.uint64), *chunks]))
+    return file.getvalue(), xxhash.xxh3_64_hexdigest(file.getvalue())
+
+
+class StreamFiles(Protocol):
+    """Where the files of a stream are."""
+
+    fix: str
+    """What to do about a damaged shard."""
+    max_open_bytes: float
+    """Of shards that a stream may hold open."""
+
+    def read(self, name: str) -> bytes:
+        """A small file. Raises ConfigError when it is not there."""
+        ...
+
+    def open(self, info: ShardInfo) -> int:
+        """A descriptor of a whole shard on local disk; the caller closes it. Raises RunError."""
+        ...
+
+    def check(self, infos: Sequence[ShardInfo]) -> None:
+        """Raises RunError naming a shard that is missing or has another size than expected, if there is one."""
+        ...
+
+    def prefetch(self, infos: Sequence[ShardInfo]) -> None:
+        """These shards will be opened soon, in this order."""
+        ...
+
+
+class LocalFiles:
+    """A stream in a local folder."""
+
+    fix = "restore it, or delete the stream's folder and run prepare again"
+    max_open_bytes = math.inf
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, name: str) -> bytes:
+        file = self.path / name
+        if not self.path.is_dir():
+            raise ConfigError(
+                f"{self.path}: no such stream folder: run `python main.py prepare` first, or correct the path"
+            )
+        if not file.exists():
+            raise ConfigError(
+                f"{self.path}: not a finished stream (no {name}): run `python main.py prepare` to complete it"
+            )
+        return file.read_bytes()
+
+    def open(self, info: ShardInfo) -> int:
+        try:
+            return os.open(self.path / info.file, os.O_RDONLY)
+        except OSError as error:
+            raise RunError(f"{self.path / info.file}: {error.strerror}: {self.fix}") from None
+
+    def check(self, infos: Sequence[ShardInfo]) -> None:
+        def size(info: ShardInfo) -> int | None:
+            try:
+                return (self.path / info.file).stat().st_size
+            except OSError:
+                return None
+
+        with ThreadPoolExecutor(_STAT_THREADS) as pool:  # a network file system takes a millisecond for each
+            for info, found in zip(infos, pool.map(size, infos, chunksize=64), strict=True):
+                if found != info.bytes:
+                    state = "is missing" if found is None else f"is {found} bytes long, expected {info.bytes} bytes"
+                    raise RunError(f"{self.path / info.file}: {state}: {self.fix}")
+
+    def prefetch(self, infos: Sequence[ShardInfo]) -> None:
+        pass
+
+
+class Documents(NamedTuple):
+    """A run of documents of one shard: token counts and, in bytes, where in the file each one ends. Both (n,) int64."""
+
+    length: NDArray[np.int64]
+    end: NDArray[np.int64]
+
+
+class _OpenShard(NamedTuple):
+    handle: int
+    offsets: NDArray[np.uint32]
+
+
+class Stream:
+    """One split of one stream, opened for reading. Cheap to open: shards are touched, and checked, at first use.
+
+    Picklable, and safe to use after a fork. Open files are closed when the stream is forgotten.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """Raises ConfigError when `path` is no finished stream folder."""
-        self.path = Path(path)
-        self.manifest = _read_manifest(self.path)
+    def __init__(self, path: str | Path, files: StreamFiles | None = None) -> None:
+        """files: default: those of the folder `path`. Raises ConfigError when it is no finished stream."""
+        self.path = str(path)
+        self.files = LocalFiles(Path(path)) if files is None else files
+        self.manifest = self._read_manifest()
         self.dtype = np.dtype(self.manifest.dtype)
-        self._open: OrderedDict[int, tuple[int, NDArray[np.uint32]]] = OrderedDict()
-        self._owner = os.getpid()
-        self._lock = threading.Lock()
+        documents = np.array([shard.documents for shard in self.manifest.shards], np.int64)
+        self.first_chunk = np.concatenate([[0], np.cumsum(-(-documents // self.manifest.chunk_documents))])
+        """(shards + 1,) int64: number of the first chunk of each shard."""
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open_bytes = 0
+        self._checked: set[int] = set()
+        self._lock, self._owner = threading.Lock(), os.getpid()
+        weakref.finalize(self, _close_all, self._open)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
+        return {"path": self.path, "files": self.files}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])
+        self.__init__(state["path"], state["files"])
 
     @property
     def fingerprint(self) -> str:
@@ -97,80 +228,142 @@ class Stream:
         parts = [self.manifest.tokenizer_fingerprint, *(shard.xxh3_64 for shard in self.manifest.shards)]
         return xxhash.xxh3_64_hexdigest("\n".join(parts))
 
+    @cached_property
+    def chunks(self) -> NDArray[np.uint64]:
+        """(chunks, 2) uint64: tokens and xxh3_64 of every chunk. Raises RunError when chunks.npy is damaged."""
+        data = self.files.read(CHUNKS)
+        found = xxhash.xxh3_64_hexdigest(data)
+        if found != self.manifest.chunks_xxh3_64:
+            expected = self.manifest.chunks_xxh3_64
+            raise RunError(
+                f"{self.path}/{CHUNKS}: damaged: expected xxh3_64 {expected}, found {found}: {self.files.fix}"
+            )
+        return np.load(BytesIO(data), allow_pickle=False)
+
     def check_files(self) -> None:
-        """Compare every shard's size on disk with the manifest. Raises RunError naming stream, shard and sizes."""
-        for info in self.manifest.shards:
-            file = self.path / info.file
-            found = file.stat().st_size if file.exists() else None
-            if found != info.bytes:
-                state = "is missing" if found is None else f"is {found} bytes long, expected {info.bytes}"
-                raise RunError(f"{file}: shard of stream {self.manifest.name!r} {state}: {_FIX}")
+        """Compare every shard's size with the manifest. Raises RunError naming stream, shard and sizes."""
+        try:
+            self.files.check(self.manifest.shards)
+        except RunError as error:
+            raise self._fault(error) from None
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """These shards will be read soon, in this order."""
+        self.files.prefetch([self.manifest.shards[shard] for shard in shards if shard not in self._open])
+
+    def documents(self, shard: int, first: int, count: int) -> Documents:
+        """Lengths and places of documents first to first + count of a shard; reads offsets only, never tokens."""
+        offsets = self._shard(shard).offsets[first : first + count + 1]
+        return Documents(lengths_from_offsets(offsets, self.dtype.itemsize), offsets[1:].astype(np.int64))
 
     def lengths(self, shard: int) -> NDArray[np.int64]:
         """Token counts of the shard's documents, (documents,)."""
-        return lengths_from_offsets(self._shard(shard)[1], self.dtype.itemsize)
+        return self.documents(shard, 0, self.manifest.shards[shard].documents).length
 
     def document(self, shard: int, index: int, start: int = 0, stop: int | None = None) -> NDArray[np.unsignedinteger]:
         """Token ids [start, stop) of one document, a fresh array of the stream's dtype."""
-        handle, offsets = self._shard(shard)
-        end = int(offsets[index + 1])
-        length = int(lengths_from_offsets(offsets[index : index + 2], self.dtype.itemsize)[0])
+        place = self.documents(shard, index, 1)
+        length = int(place.length[0])
         stop = length if stop is None else min(stop, length)
-        first = end - (length - start) * self.dtype.itemsize
-        wanted = (stop - start) * self.dtype.itemsize
-        payload = os.pread(handle, wanted, first)
-        if len(payload) != wanted:
-            file = self.path / self.manifest.shards[shard].file
-            raise RunError(f"{file}: shard of stream {self.manifest.name!r} ended early at document {index}: {_FIX}")
-        return np.frombuffer(payload, self.dtype).copy()
+        tokens = np.empty(stop - start, self.dtype)
+        first = int(place.end[0]) - (length - start) * self.dtype.itemsize
+        self.read_into(shard, index, first, tokens.data.cast("B"))
+        return tokens
 
-    def _shard(self, shard: int) -> tuple[int, NDArray[np.uint32]]:
-        """File handle and offsets of a shard; its first use in this process checks the hash of the whole file."""
-        if (
-            self._owner != os.getpid()
-        ):  # after a fork the handles are shared with the parent: pread is safe, eviction is not
-            self._open, self._owner, self._lock = OrderedDict(), os.getpid(), threading.Lock()
+    def read_into(self, shard: int, index: int, first_byte: int, out: memoryview) -> None:
+        """Fill `out` with bytes of document `index` from `first_byte` of the file on. The first use of a chunk in this
+        process checks its hash. Raises RunError naming stream, shard, expected and found hash."""
+        opened = self._shard(shard)
+        chunk = int(self.first_chunk[shard]) + index // self.manifest.chunk_documents
+        if chunk not in self._checked:
+            self._check_chunk(shard, chunk, opened)
+        if os.preadv(opened.handle, [out], first_byte) != len(out):
+            raise self._fault(RunError(f"{self._file(shard)}: ended early at document {index}: {self.files.fix}"))
+
+    def _check_chunk(self, shard: int, chunk: int, opened: _OpenShard) -> None:
+        size = self.manifest.chunk_documents
+        first = (chunk - int(self.first_chunk[shard])) * size
+        stop = min(first + size, self.manifest.shards[shard].documents)
+        begin, end = int(opened.offsets[first]), int(opened.offsets[stop])
+        found = xxhash.xxh3_64_intdigest(os.pread(opened.handle, end - begin, begin))
+        expected = int(self.chunks[chunk, 1])
+        if found != expected:
+            raise self._damaged(shard, f"documents {first} to {stop - 1}", f"{expected:016x}", f"{found:016x}")
+        self._checked.add(chunk)
+
+    def _shard(self, shard: int) -> _OpenShard:
+        """Descriptor and offsets of a shard; opening it checks its size and the hash of its offsets."""
+        if self._owner != os.getpid():  # a fork: descriptors are the child's own, but the lock may be held for ever
+            self._lock, self._owner = threading.Lock(), os.getpid()
         with self._lock:
             if shard in self._open:
                 self._open.move_to_end(shard)
                 return self._open[shard]
             info = self.manifest.shards[shard]
-            file = self.path / info.file
             try:
-                data = file.read_bytes()
-            except OSError as error:
-                raise RunError(f"{file}: shard of stream {self.manifest.name!r}: {error.strerror}: {_FIX}") from None
-            found = xxhash.xxh3_64_hexdigest(data)
-            if len(data) != info.bytes or found != info.xxh3_64:
-                raise RunError(
-                    f"{file}: shard of stream {self.manifest.name!r} is damaged: expected {info.bytes} bytes with "
-                    f"xxh3_64 {info.xxh3_64}, found {len(data)} with {found}: {_FIX}"
-                )
-            count = int(np.frombuffer(data, np.uint32, 1)[0])
-            offsets = np.frombuffer(data, np.uint32, count + 1, offset=4).copy()
-            self._open[shard] = (os.open(file, os.O_RDONLY), offsets)
-            if len(self._open) > _MAX_OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1][0])
+                handle = self.files.open(info)
+            except RunError as error:
+                raise self._fault(error) from None
+            try:
+                self._open[shard] = _OpenShard(handle, self._read_offsets(shard, info, handle))
+            except BaseException:
+                os.close(handle)
+                raise
+            self._open_bytes += info.bytes
+            while len(self._open) > _MAX_OPEN_SHARDS or (
+                len(self._open) > 1 and self._open_bytes > self.files.max_open_bytes
+            ):
+                oldest, opened = self._open.popitem(last=False)
+                os.close(opened.handle)
+                self._open_bytes -= self.manifest.shards[oldest].bytes
             return self._open[shard]
 
+    def _read_offsets(self, shard: int, info: ShardInfo, handle: int) -> NDArray[np.uint32]:
+        size = os.fstat(handle).st_size
+        if size != info.bytes:
+            raise self._damaged(shard, "size in bytes", str(info.bytes), str(size))
+        header = os.pread(handle, 4 * (info.documents + 2), 0)
+        found = xxhash.xxh3_64_hexdigest(header)
+        if found != info.header_xxh3_64:
+            raise self._damaged(shard, "offsets", info.header_xxh3_64, found)
+        return np.frombuffer(header, np.uint32)[1:]
 
-_FIX = "restore it, or delete the stream's folder and run prepare again"
+    def _file(self, shard: int) -> str:
+        return f"{self.path}/{self.manifest.shards[shard].file}"
+
+    def _damaged(self, shard: int, what: str, expected: str, found: str) -> RunError:
+        kind = "" if what.startswith("size") else "xxh3_64 "
+        return self._fault(
+            RunError(
+                f"{self._file(shard)}: damaged: {what}: expected {kind}{expected}, found {found}: {self.files.fix}"
+            )
+        )
+
+    def _fault(self, error: RunError) -> RunError:
+        return RunError(f"stream {self.manifest.name!r}: shard {error}")
+
+    def _read_manifest(self) -> StreamManifest:
+        try:
+            return StreamManifest.model_validate_json(self.files.read(MANIFEST))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(key) for key in first["loc"]) or "content"
+            raise ConfigError(f"{self.path}/{MANIFEST}: {where}: {first['msg']}: prepare the stream again") from None
 
 
-def open_stream(path: str | Path) -> Stream:
-    """Open one split of a stream (`DATASET/STREAM/train`). Raises ConfigError when it is not a finished stream."""
-    return Stream(path)
+def _close_all(shards: OrderedDict[int, _OpenShard]) -> None:
+    for shard in shards.values():
+        os.close(shard.handle)
 
 
-def _read_manifest(path: Path) -> StreamManifest:
-    file = path / MANIFEST
-    if not path.is_dir():
-        raise ConfigError(f"{path}: no such stream folder: run `python main.py prepare` first, or correct the path")
-    if not file.exists():
-        raise ConfigError(f"{path}: not a finished stream (no {MANIFEST}): run `python main.py prepare` to complete it")
-    try:
-        return StreamManifest.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(key) for key in first["loc"]) or "content"
-        raise ConfigError(f"{file}: {where}: {first['msg']}: prepare the stream again") from None
+def open_stream(path: str | Path, cache: CacheConfig | None = None) -> Stream:
+    """Open one split of a stream (`DATASET/STREAM/train`), a folder or a URL. Raises ConfigError when it is not a
+    finished stream, RunError when a server cannot be reached.
+
+    cache: for a URL; default: the config's defaults.
+    """
+    if not is_url(path):
+        return Stream(path)
+    from data.remote import RemoteFiles
+
+    return Stream(path, RemoteFiles(str(path), cache or CacheConfig()))

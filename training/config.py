@@ -1,13 +1,15 @@
 """The schema of a run file: the only place for a run's defaults, ranges and help text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from data.loader import DataConfig, canonical_lanes
+from data.lanes import LongDocuments
+from data.loader import canonical_lanes
 from data.masking import MaskingConfig
+from data.mixture import DataConfig, StreamShare, check_one_rule, rule_of
 from flexbert import FlexBertConfig
 from flexbert.config import PRESETS
 from schema import ConfigError, Count, Schema, did_you_mean, load_node, validate
@@ -38,6 +40,12 @@ class PhaseConfig(Schema):
     )
     rope_theta: RopeTheta = Field(default=RopeTheta(), description="raised when the context is extended")
     masking: MaskingConfig | None = Field(default=None, description="which tokens the model restores")
+    streams: dict[str, StreamShare] | None = Field(
+        default=None, min_length=1, description="the mixture: these of data.streams, and no others"
+    )
+    long_documents: LongDocuments | None = Field(
+        default=None, description="over a row's length: split into pieces, truncate to the first, or drop"
+    )
 
     @model_validator(mode="after")
     def _check_warmup(self) -> "PhaseConfig":
@@ -130,6 +138,37 @@ class RunConfig(Schema):
             if size is not None and size % lanes:
                 raise ValueError(f"phases[{number}].global_batch_size: {size} is no multiple of data.lanes {lanes}")
         return self
+
+    @model_validator(mode="after")
+    def _check_mixtures(self) -> "RunConfig":
+        shares, where, budget = dict[str, StreamShare](self.data.streams), "data", 0
+        for number, phase in enumerate(self.phases):
+            if phase.streams is not None:
+                if number:
+                    _check_tokens(shares, where, budget)
+                shares, where, budget = phase.streams, f"phases[{number}]", 0
+                for name in shares:
+                    if name not in self.data.streams:
+                        hint = did_you_mean(name, self.data.streams)
+                        raise ValueError(f"{where}.streams.{name}: no stream of data.streams, {hint}")
+                try:
+                    check_one_rule(shares)
+                except ValueError as error:
+                    raise ValueError(f"{where}.{error}") from None
+            budget += phase.tokens
+        _check_tokens(shares, where, budget)
+        return self
+
+
+def _check_tokens(shares: Mapping[str, StreamShare], where: str, budget: int) -> None:
+    """Raises ValueError when a mixture given in tokens does not add up to what its phases train on."""
+    if rule_of(shares) == "tokens":
+        total = sum(share.tokens or 0 for share in shares.values())
+        if abs(total - budget) > 0.01 * budget:
+            raise ValueError(
+                f"{where}.streams: their tokens add up to {total}, the phases with this mixture train on {budget}: "
+                "make them equal, or give weights"
+            )
 
 
 def expand_preset(node: Any) -> Any:

@@ -1,6 +1,7 @@
 """Held-out loss and masked accuracy, beside the best guess that looks at nothing: the most frequent token."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 from composer.utils import dist
 
 from data.keyed import torch_seed
-from data.loader import DataConfig, open_streams, validation_batches
+from data.loader import open_streams, validation_batches
 from data.masking import IGNORE
+from data.mixture import DataConfig, stream_weights
 from data.shards import Stream
 from flexbert import FlexBertForMaskedLM
 from training.config import EvaluationConfig
@@ -19,15 +21,17 @@ class Evaluator:
     """Evaluates a model on the validation split of every stream, on the same rows and masks every time."""
 
     def __init__(
-        self, config: EvaluationConfig, data: DataConfig, train_streams: list[Stream], max_seq_len: int, seed: int
+        self, config: EvaluationConfig, data: DataConfig, train_streams: Sequence[Stream], max_seq_len: int, seed: int
     ) -> None:
         """max_seq_len: slots per row where the config leaves it open. Raises ConfigError for a missing split."""
         self.config = config
         self.max_seq_len = config.max_seq_len or max_seq_len
         self.seed = torch_seed(seed, "validation")
         self.streams = dict(zip(data.streams, open_streams(data, "validation"), strict=True))
-        counts = [np.load(stream.path / "token_counts.npy").astype(float) for stream in train_streams]
-        mixture = sum(count * repeat for count, repeat in zip(counts, data.repeats(train_streams), strict=True))
+        counts = [np.load(BytesIO(stream.files.read("token_counts.npy"))).astype(float) for stream in train_streams]
+        tokens = {name: stream.manifest.tokens for name, stream in zip(self.streams, train_streams, strict=True)}
+        weights = stream_weights(data.streams, tokens)
+        mixture = sum(count / count.sum() * weights[name] for name, count in zip(self.streams, counts, strict=True))
         self.frequent = {name: int(np.argmax(count)) for name, count in zip(self.streams, counts, strict=True)}
         self.frequent_overall = int(np.argmax(mixture))
 

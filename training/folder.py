@@ -32,18 +32,25 @@ _FREE = (
     "checkpoint",
     "wandb",
     "data.num_workers",
+    "data.remote",
     "data.prefetch_batches",
+    "data.cache",
+    "data.cache_limit",
+    "data.download_retries",
+    "data.download_timeout",
 )
 
 
 class RunFolder:
-    """runs/NAME: config.yaml, environment.json, metrics.jsonl, checkpoints/, exports/, tensorboard/, summary.json."""
+    """runs/NAME: config.yaml, environment.json, metrics.jsonl, ledger.jsonl, checkpoints/, exports/, tensorboard/,
+    summary.json."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.exports = path / "exports"
         self.metrics = path / "metrics.jsonl"
+        self.ledger = path / "ledger.jsonl"
         self.summary = path / "summary.json"
         self._lock: TextIO | None = None
 

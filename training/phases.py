@@ -2,9 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+from data.lanes import LongDocuments
 from data.loader import LoaderConfig, LoaderPhase
 from data.masking import MaskingConfig
+from data.mixture import StreamShare
 from training.config import RunConfig
 from training.schedules import SCHEDULES, Schedule
 
@@ -25,6 +28,8 @@ class Phase:
     theta_global: float | None
     theta_local: float | None
     masking: MaskingConfig
+    streams: dict[str, StreamShare] | None
+    long_documents: LongDocuments | None
 
     @property
     def tokens_per_step(self) -> int:
@@ -50,7 +55,8 @@ class PhasePlan:
 
     def __init__(self, config: RunConfig) -> None:
         self.phases: list[Phase] = []
-        values = {"max_seq_len": 0, "global_batch_size": 0, "lr": 0.0, "masking": config.masking}
+        values: dict[str, Any] = {"max_seq_len": 0, "global_batch_size": 0, "lr": 0.0, "masking": config.masking}
+        values |= {"streams": None, "long_documents": None}
         theta: list[float | None] = [None, None]
         step = token = 0
         for phase in config.phases:
@@ -72,6 +78,8 @@ class PhasePlan:
                     theta_global=theta[0],
                     theta_local=theta[1],
                     masking=values["masking"],
+                    streams=values["streams"],
+                    long_documents=values["long_documents"],
                 )
             )
             step, token = step + steps, token + steps * per_step
@@ -104,6 +112,8 @@ class PhasePlan:
                 global_batch_size=phase.global_batch_size,
                 max_seq_len=phase.max_seq_len,
                 masking=phase.masking,
+                streams=phase.streams,
+                long_documents=phase.long_documents,
             )
             for phase in self.phases
         ]

@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from data.loader import check_tokenizer, open_streams
-from data.order import MixtureOrder
+from data.mixture import MixtureOrder, stream_weights
+from data.shards import Stream
+from data.transfer import is_url
 from flexbert.accounting import count_parameters, flops_per_token, memory_estimate
 from training.config import RunConfig
 from training.phases import PhasePlan
@@ -28,10 +30,12 @@ def dry_run(config: RunConfig, console: Console, world_size: int = 1) -> None:
     loader = plan.loader_config(config)
     streams = open_streams(config.data, "train")
     check_tokenizer(config.data, streams)
-    repeats = config.data.repeats(streams)
-    order = MixtureOrder(
-        streams, repeats, config.seed, loader.lanes, config.data.part_documents, config.data.block_documents
-    )
+    order = MixtureOrder(streams, config.data, config.seed, loader.lanes)
+    weights = []
+    for phase in loader.phases:
+        shares = config.data.streams if phase.streams is None else phase.streams
+        order.mixture(shares, phase.long_documents or config.data.long_documents, phase.max_seq_len)
+        weights.append(stream_weights(shares, order.tokens))
     console.print(f"[bold]{config.name}[/bold]: {describe_model(config)} -> {config.folder}")
 
     phases = Table("phase", *(phase.name for phase in plan.phases))
@@ -60,22 +64,39 @@ def dry_run(config: RunConfig, console: Console, world_size: int = 1) -> None:
         phases.add_row(fact, *values)
     console.print(phases)
 
-    mixture = Table("stream", "documents", "tokens", "share", "epochs in this run")
-    epoch_tokens = [stream.manifest.tokens * repeat for stream, repeat in zip(streams, repeats, strict=True)]
-    for name, stream, repeat, tokens in zip(config.data.streams, streams, repeats, epoch_tokens, strict=True):
-        passes = plan.total_tokens / max(sum(epoch_tokens), 1) * repeat
-        share = tokens / max(sum(epoch_tokens), 1)
-        manifest = stream.manifest
-        mixture.add_row(name, f"{manifest.documents:,}", f"{manifest.tokens:,}", f"{share:.1%}", f"{passes:.2f}")
+    mixture = Table("stream", "documents", "tokens", *(f"in {phase.name}" for phase in plan.phases), "passes")
+    for name, stream in zip(config.data.streams, streams, strict=True):
+        manifest, shares = stream.manifest, [weight[name] for weight in weights]
+        tokens = sum(
+            share * phase.steps * phase.tokens_per_step for share, phase in zip(shares, plan.phases, strict=True)
+        )
+        cells = [f"{manifest.documents:,}", f"{manifest.tokens:,}", *(f"{share:.1%}" for share in shares)]
+        mixture.add_row(name, *cells, f"{tokens / manifest.tokens:.2f}")
     console.print(mixture)
+    remote = [stream for stream in streams if is_url(stream.path)]
+    if remote:
+        console.print(_describe_cache(config, remote, loader.lanes), highlight=False)
     milestones = ", ".join(f"{phase.end_token:,}" for phase in plan.phases)
     console.print(
         f"total: {plan.total_tokens:,} tokens (slots) in {plan.total_steps:,} steps; {loader.lanes} lanes, "
-        f"{order.num_blocks:,} blocks an epoch\n"
+        f"blocks of about {order.block_tokens:,.0f} tokens\n"
         f"checkpoints every {config.checkpoint.interval:,} tokens, {config.checkpoint.keep} kept; "
         f"milestones (kept, evaluated, exported) at {milestones}",
         highlight=False,
     )
+
+
+def _describe_cache(config: RunConfig, remote: list[Stream], lanes: int) -> str:
+    data, shards = config.data, [shard.bytes for stream in remote for shard in stream.manifest.shards]
+    mixed = min(len(shards), lanes * len(remote) * (data.shuffle_shards or len(shards)))
+    working_set = sum(shards) / len(shards) * mixed
+    line = (
+        f"remote: {len(remote)} of {len(data.streams)} streams, {sum(shards) / 1e9:,.1f} GB; cache {data.cache} of "
+        f"{data.cache_limit / 1e9:,.1f} GB; all lanes together mix {working_set / 1e9:,.1f} GB at a time"
+    )
+    if working_set > data.cache_limit:
+        line += ": set data.shuffle_shards lower, or shards are fetched many times"
+    return line
 
 
 def model_card(config: RunConfig, plan: PhasePlan, tokens: int, evaluation: dict[str, Any] | None) -> str:

@@ -17,12 +17,13 @@ from rich.console import Console
 from torch import Tensor
 
 import flexbert
+from callbacks.ledger import Ledger
 from callbacks.metrics import MetricsLog
 from callbacks.milestones import BetweenSteps
 from callbacks.progress import ProgressLine
 from callbacks.schedule import StepSchedule
 from data.keyed import torch_seed
-from data.loader import Batch, Loader, build_loader, check_tokenizer
+from data.loader import Batch, Loader, build_loader, check_tokenizer, tokenizer_folder, worker_death
 from durable import write_file
 from flexbert import FlexBertForMaskedLM, build
 from schema import ConfigError, RunError
@@ -114,9 +115,8 @@ class Run:
         if torch.cuda.is_available():
             self.model = self.model.to(f"cuda:{dist.get_local_rank()}")
         self.optimizer = OPTIMIZERS.build(config.optimizer, model=self.model, lr=self.plan.phases[0].peak_lr)
-        self.metrics = MetricsLog(
-            self.folder.metrics, config.trainer.log_interval, list(config.data.streams), self._describe
-        )
+        self.ledger = Ledger(self.folder.ledger, list(config.data.streams))
+        self.metrics = MetricsLog(self.folder.metrics, config.trainer.log_interval, self.ledger, self._describe)
         self.seconds_before = 0.0  # of earlier processes, up to their last checkpoint
         self.started = time.monotonic()
         self.evaluation: tuple[int, dict[str, Any]] | None = None
@@ -177,7 +177,7 @@ class Run:
             self.model.set_rope_theta,
             lambda step: torch_seed(config.seed, "dropout", step, self.rank),
         )
-        callbacks = [schedule, self.metrics, between]
+        callbacks = [schedule, self.ledger, self.metrics, between]
         if self.rank == 0:
             callbacks.insert(1, ProgressLine(self.console, self.plan.total_tokens, self._describe))
         algorithms = []
@@ -234,6 +234,7 @@ class Run:
         if checkpoint is None:
             if self.rank == 0:
                 self.metrics.trim(0)
+                self.ledger.trim(0)
             return 0
         state = checkpoint.state
         if state["data"] != self.fingerprints:
@@ -244,6 +245,7 @@ class Run:
             )
         restore(checkpoint, self.model, self.optimizer)
         self.loader.load_state_dict(state["loader"])
+        self.ledger.load_state_dict(state["ledger"])
         self.metrics.load_state_dict(state["metrics"])
         self.seconds_before = state["seconds"]
         step = int(state["step"])
@@ -253,6 +255,7 @@ class Run:
         self.trainer.state.timestamp = Timestamp(batch=step, batch_in_epoch=step)
         if self.rank == 0:
             self.metrics.trim(step)
+            self.ledger.trim(step)
         return step
 
     def fit(self) -> None:
@@ -281,10 +284,12 @@ class Run:
         state = {
             "step": step,
             "loader": self.loader.state_dict(),
+            "ledger": self.ledger.state_dict(),
             "metrics": self.metrics.state_dict(),
             "data": self.fingerprints,
             "seconds": self.seconds,
         }
+        self.ledger.write(step, self.plan.tokens_before(step), state["loader"]["lanes"], self.fingerprints)
         if self.rank == 0:
             path = self.folder.checkpoints / checkpoint_name(self.plan.tokens_before(step))
             save_checkpoint(path, self.model, self.optimizer, state)
@@ -297,7 +302,7 @@ class Run:
         if self.rank == 0 and not path.exists():
             tokens = self.plan.tokens_before(step)
             card = report.model_card(self.config, self.plan, tokens, self.metrics.evaluation_at(step))
-            flexbert.to_hf(self.model, self.config.data.tokenizer, path, card=card)
+            flexbert.to_hf(self.model, tokenizer_folder(self.config.data), path, card=card)
         dist.barrier()
 
     def export_path(self, step: int) -> Path:
@@ -315,7 +320,7 @@ class Run:
             self._evaluate(step)
         self._export(step)
         assert self.evaluation is not None
-        stream_tokens = self.metrics.stream_tokens()
+        stream_tokens = self.ledger.real_tokens()
         tokens = sum(stream_tokens.values())
         summary = {
             "tokens": tokens,
@@ -323,6 +328,7 @@ class Run:
             "packing_efficiency": tokens / self.plan.total_tokens,
             "validation": self.evaluation[1],
             "stream_tokens": stream_tokens,
+            "streams": self.ledger.totals(),
             "steps": step,
             "export": str(self.export_path(step)),
             "seconds": self.seconds,
@@ -371,6 +377,8 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
         if step < run.plan.total_steps:
             run.fit()
         return run.finish()
+    except RuntimeError as error:  # PyTorch raises this in the training process at the moment when a worker dies
+        raise worker_death(error) or error from None
     except OSError as error:
         raise RunError(
             f"{folder.path}: {error.strerror or error}: {error.filename or ''} (checkpoints stay whole)"

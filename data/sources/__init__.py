@@ -1,6 +1,6 @@
 """Sources of documents, each in its own file; `SOURCES` names them."""
 
 from data.sources import builtin, code, hf, jsonl, parquet, txt  # noqa: F401 (imported to be registered)
-from data.sources.base import SOURCES, Source, Unit
+from data.sources.base import SOURCES, ColumnSource, Source, Unit
 
-__all__ = ["SOURCES", "Source", "Unit"]
+__all__ = ["SOURCES", "ColumnSource", "Source", "Unit"]

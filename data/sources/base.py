@@ -7,16 +7,15 @@ units of a source, and the documents inside each, come in a fixed order: prepare
 import gzip
 import io
 import lzma
-import os
 import zlib
 from collections.abc import Iterator, Sequence
-from glob import glob
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import zstandard
 
-from schema import ConfigError, Registry, RunError
+from data.sources.files import File, is_remote, open_raw, reason
+from schema import Registry, RunError
 
 SOURCES = Registry("source")
 
@@ -47,69 +46,55 @@ class Source(Protocol):
         ...
 
 
-def find_files(patterns: Sequence[str], suffixes: Sequence[str], ignore_dirs: Sequence[str] = ()) -> list[str]:
-    """Files that the globs match (relative to the working directory), sorted, each once.
+class ColumnSource(Source, Protocol):
+    """A source whose documents come with named columns, which filters may ask for."""
 
-    A match that is a folder stands for all files below it with one of `suffixes`, less hidden files and `ignore_dirs`.
-    Raises ConfigError when a pattern matches nothing.
-    """
-    found: set[str] = set()
-    for pattern in patterns:
-        files: list[str] = []
-        for match in glob(os.path.expanduser(pattern), recursive=True):  # noqa: PTH111, PTH207 (strings, as given)
-            if Path(match).is_file():
-                files.append(match)
-            else:
-                files += _files_below(match, suffixes, ignore_dirs)
-        if not files:
-            raise ConfigError(f"paths: nothing matches {pattern!r} (looked from {Path.cwd()})")
-        found.update(files)
-    return sorted(found)
+    def check_columns(self, unit: Unit, names: Sequence[str]) -> None:
+        """Raises ConfigError `no column ...` when the beginning of a unit shows that one is missing."""
+        ...
+
+    def read_columns(self, unit: Unit, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The documents of one unit in order, each with the values of these columns. Raises RunError like `read`."""
+        ...
 
 
-def _files_below(folder: str, suffixes: Sequence[str], ignore_dirs: Sequence[str]) -> Iterator[str]:
-    for where, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name not in ignore_dirs and not name.startswith(".")]
-        for name in names:
-            if name.endswith(tuple(suffixes)) and not name.startswith("."):
-                yield os.path.join(where, name)  # noqa: PTH118 (strings as the glob gave them)
-
-
-def file_unit(path: str) -> Unit:
+def file_unit(file: File) -> Unit:
     """A whole file as one unit."""
-    size = Path(path).stat().st_size
-    return Unit(path, 0, size, size)
+    return Unit(file.path, 0, file.bytes, file.bytes)
 
 
-def line_units(path: str) -> list[Unit]:
+def line_units(file: File) -> list[Unit]:
     """A file of lines as units: byte ranges of a plain file, the whole of a compressed one."""
-    if path.endswith(COMPRESSED_SUFFIXES):
-        return [file_unit(path)]
-    size = Path(path).stat().st_size
+    if file.path.endswith(COMPRESSED_SUFFIXES):
+        return [file_unit(file)]
+    path, size = file
     starts = range(0, size, RANGE_BYTES)
     return [Unit(path, start, min(start + RANGE_BYTES, size), min(RANGE_BYTES, size - start)) for start in starts]
 
 
-def open_bytes(path: str) -> io.BufferedIOBase | Any:
+@contextmanager
+def open_bytes(path: str) -> Iterator[Any]:
     """The decompressed content of a plain, .gz, .xz or .zst file."""
-    if path.endswith(".gz"):
-        return gzip.open(path, "rb")
-    if path.endswith(".xz"):
-        return lzma.open(path, "rb")
-    if path.endswith(".zst"):
-        return io.BufferedReader(_ZstdReader(path), 2**20)
-    return open(path, "rb")  # noqa: PTH123 (the path is a string)
+    with open_raw(path) as raw:
+        if path.endswith(".gz"):
+            yield gzip.open(raw, "rb")  # noqa: SIM115 (its only file is raw)
+        elif path.endswith(".xz"):
+            yield lzma.open(raw, "rb")  # noqa: SIM115
+        elif path.endswith(".zst"):
+            yield io.BufferedReader(_ZstdReader(raw), 2**20)
+        else:
+            yield raw
 
 
 def read_bytes(path: str) -> bytes:
     """Decompressed content of a file. Raises RunError when it cannot be read or is damaged."""
-    with _readable(path), open_bytes(path) as file:
+    with readable(path), open_bytes(path) as file:
         return file.read()
 
 
 def read_lines(unit: Unit) -> Iterator[bytes]:
     """The lines (with their ends) that start inside the unit. Raises RunError when the file is damaged."""
-    with _readable(unit.path), open_bytes(unit.path) as file:
+    with readable(unit.path), open_bytes(unit.path) as file:
         if unit.path.endswith(COMPRESSED_SUFFIXES):
             yield from file
             return
@@ -136,24 +121,28 @@ def _seek_line(file: Any, start: int) -> int:
     return file.tell()
 
 
-class _readable:
-    """Turns what reading a damaged or missing file raises into one line."""
+class readable:
+    """Turns what reading a damaged, missing or unreachable file raises into one line, a RunError."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, place: str = "") -> None:
+        self.path, self.place = path, place
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, OSError | EOFError | lzma.LZMAError | zlib.error | zstandard.ZstdError):
-            raise RunError(f"{self.path}: cannot be read: {error}") from None
+        damage = isinstance(error, OSError | EOFError | lzma.LZMAError | zlib.error | zstandard.ZstdError)
+        damage = damage or type(error).__module__.startswith("pyarrow")
+        # A URL's client may raise anything.
+        foreign = is_remote(self.path) and isinstance(error, Exception) and not isinstance(error, RunError)
+        if error is not None and (damage or foreign):
+            raise RunError(f"{self.path}: {self.place}cannot be read: {reason(self.path, error)}") from None
 
 
 class _ZstdReader(io.RawIOBase):
     """All frames of a .zst file. zstandard's own reader takes a cut-off file for a finished one; this one raises."""
 
-    def __init__(self, path: str) -> None:
-        self._file = open(path, "rb")  # noqa: PTH123, SIM115 (closed by close())
+    def __init__(self, raw: Any) -> None:
+        self._file = raw
         self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._ready, self._started = b"", False
 
@@ -175,7 +164,3 @@ class _ZstdReader(io.RawIOBase):
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

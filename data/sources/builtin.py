@@ -10,7 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from data.sources.base import SOURCES, Unit, file_unit, find_files, read_bytes
+from data.sources.base import SOURCES, Unit, file_unit, read_bytes
+from data.sources.files import find_files
 from schema import Component, ConfigError, RunError
 
 _ROOTS = {
@@ -117,7 +118,7 @@ def _list(folder: str, suffixes: list[str], ignore_dirs: list[str] | None = None
         files = find_files([str(base)], suffixes, ignore)
     except ConfigError:  # an empty folder
         return []
-    return [file_unit(file)._replace(path=folder + file[len(str(base)) :].replace(os.sep, "/")) for file in files]
+    return [file_unit(file)._replace(path=folder + file.path[len(str(base)) :].replace(os.sep, "/")) for file in files]
 
 
 def _is_documentation(path: str) -> bool:

@@ -1,13 +1,13 @@
 """Trees of source code."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from data.sources.base import SOURCES, Unit, file_unit, find_files
-from schema import Component, Count, RunError
+from data.sources.base import SOURCES, Unit, file_unit, readable
+from data.sources.files import find_files, open_raw
+from schema import Component, Count
 
 _SUFFIXES = [
     ".py",
@@ -35,7 +35,7 @@ class Code:
 
     class Config(Component):
         name: Literal["code"] = "code"
-        paths: list[str] = Field(min_length=1, description="folders, files or globs")
+        paths: list[str] = Field(min_length=1, description="folders, files or globs, also URLs")
         suffixes: list[str] = Field(_SUFFIXES, min_length=1)
         ignore_dirs: list[str] = ["__pycache__", "node_modules", "site-packages", "build", "dist", "vendor"]
         """Folder names skipped at any depth; hidden folders always are."""
@@ -51,10 +51,10 @@ class Code:
 
     def read(self, unit: Unit) -> Iterator[str]:
         try:
-            text = Path(unit.path).read_bytes().decode()
+            with readable(unit.path), open_raw(unit.path) as file:
+                content = file.read()
+            text = content.decode()
         except UnicodeDecodeError:
             return
-        except OSError as error:
-            raise RunError(f"{unit.path}: cannot be read: {error.strerror}") from None
         if "\0" not in text:
             yield text

@@ -1,6 +1,6 @@
 """Datasets of Hugging Face's `datasets` library."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -53,16 +53,27 @@ class HuggingFaceDataset:
         stops = [min(start + _ROWS_PER_UNIT, rows) for start in starts]
         return [Unit(self._where, a, b, (b - a) * row_bytes) for a, b in zip(starts, stops, strict=True)]
 
+    def check_columns(self, unit: Unit, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self._dataset.column_names:
+                raise ConfigError(
+                    f"no column {name!r} in {self._where}, {did_you_mean(name, self._dataset.column_names)}"
+                )
+
     def read(self, unit: Unit) -> Iterator[str]:
+        return (text for text, _ in self.read_columns(unit, ()))
+
+    def read_columns(self, unit: Unit, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         column = self.config.text_column
         for start in range(unit.start, unit.stop, 256):
-            for index, text in enumerate(self._dataset[start : min(start + 256, unit.stop)][column]):
+            rows = self._dataset[start : min(start + 256, unit.stop)]
+            for index, text in enumerate(rows[column]):
                 if text is not None and not isinstance(text, str):
                     kind = type(text).__name__
                     raise RunError(
                         f"{unit.path}: row {start + index}: column {column!r} holds {kind}, expected a string"
                     )
-                yield text or ""
+                yield text or "", {name: rows[name][index] for name in names}
 
     @property
     def _where(self) -> str:

@@ -1,13 +1,14 @@
 """JSON lines."""
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import orjson
 from pydantic import Field
 
-from data.sources.base import COMPRESSED_SUFFIXES, SOURCES, Unit, find_files, line_number, line_units, read_lines
-from schema import Component, RunError, did_you_mean
+from data.sources.base import COMPRESSED_SUFFIXES, SOURCES, Unit, line_number, line_units, read_lines
+from data.sources.files import find_files
+from schema import Component, ConfigError, RunError, did_you_mean
 
 
 @SOURCES.register("jsonl")
@@ -16,7 +17,7 @@ class Jsonl:
 
     class Config(Component):
         name: Literal["jsonl"] = "jsonl"
-        paths: list[str] = Field(min_length=1, description="files, folders (all *.jsonl below) or globs")
+        paths: list[str] = Field(min_length=1, description="files, folders (all *.jsonl below) or globs, also URLs")
         text_column: str = "text"
 
     def __init__(self, config: Config) -> None:
@@ -26,19 +27,38 @@ class Jsonl:
         files = find_files(self.config.paths, [".jsonl", *(".jsonl" + suffix for suffix in COMPRESSED_SUFFIXES)])
         return [unit for file in files for unit in line_units(file)]
 
+    def check_columns(self, unit: Unit, names: Sequence[str]) -> None:
+        """Looks at the first row."""
+        for _, row in self._rows(unit):
+            for name in names:
+                if isinstance(row, dict) and name not in row:
+                    raise ConfigError(f"no column {name!r} in {unit.path}, {did_you_mean(name, row)}")
+            return
+
     def read(self, unit: Unit) -> Iterator[str]:
+        return (text for text, _ in self.read_columns(unit, ()))
+
+    def read_columns(self, unit: Unit, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         column = self.config.text_column
+        for index, row in self._rows(unit):
+            if not isinstance(row, dict) or not isinstance(row.get(column), str):
+                raise RunError(f"{unit.path}:{line_number(unit, index)}: {_fault(row, column)}")
+            for name in names:
+                if name not in row:
+                    raise RunError(
+                        f"{unit.path}:{line_number(unit, index)}: no column {name!r}, {did_you_mean(name, row)}"
+                    )
+            yield row[column], {name: row[name] for name in names}
+
+    def _rows(self, unit: Unit) -> Iterator[tuple[int, Any]]:
         for index, line in enumerate(read_lines(unit)):
             line = line.removeprefix(b"\xef\xbb\xbf").strip()
             if not line:
                 continue
             try:
-                row = orjson.loads(line)
+                yield index, orjson.loads(line)
             except orjson.JSONDecodeError as error:
                 raise RunError(f"{unit.path}:{line_number(unit, index)}: not valid JSON: {error}") from None
-            if not isinstance(row, dict) or not isinstance(row.get(column), str):
-                raise RunError(f"{unit.path}:{line_number(unit, index)}: {_fault(row, column)}")
-            yield row[column]
 
 
 def _fault(row: object, column: str) -> str:

@@ -1,11 +1,12 @@
 """Parquet files."""
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 from pydantic import Field
 
-from data.sources.base import SOURCES, Unit, find_files
+from data.sources.base import SOURCES, Unit, readable
+from data.sources.files import find_files, open_raw
 from schema import Component, ConfigError, RunError, did_you_mean
 
 
@@ -15,7 +16,7 @@ class Parquet:
 
     class Config(Component):
         name: Literal["parquet"] = "parquet"
-        paths: list[str] = Field(min_length=1, description="files, folders (all *.parquet below) or globs")
+        paths: list[str] = Field(min_length=1, description="files, folders (all *.parquet below) or globs, also URLs")
         text_column: str = "text"
 
     def __init__(self, config: Config) -> None:
@@ -27,35 +28,47 @@ class Parquet:
         import pyarrow.parquet as pq
 
         units = []
-        for path in find_files(self.config.paths, [".parquet"]):
-            try:
-                file = pq.ParquetFile(path)
-            except (pa.ArrowException, OSError) as error:
-                raise RunError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
-            with file:
-                schema = file.schema_arrow
-                if self.config.text_column not in schema.names:
-                    hint = did_you_mean(self.config.text_column, schema.names)
-                    raise ConfigError(f"text_column: {path} has no column {self.config.text_column!r}, {hint}")
-                kind = schema.field(self.config.text_column).type
-                if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                    raise ConfigError(
-                        f"text_column: {path}: column {self.config.text_column!r} holds {kind}, expected strings"
-                    )
-                for group in range(file.num_row_groups):
-                    units.append(Unit(path, group, group + 1, file.metadata.row_group(group).total_byte_size))
+        for path, _ in find_files(self.config.paths, [".parquet"]):
+            with readable(path), open_raw(path) as raw, pq.ParquetFile(raw) as file:
+                schema, metadata = file.schema_arrow, file.metadata
+            if self.config.text_column not in schema.names:
+                hint = did_you_mean(self.config.text_column, schema.names)
+                raise ConfigError(f"text_column: {path} has no column {self.config.text_column!r}, {hint}")
+            kind = schema.field(self.config.text_column).type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                raise ConfigError(
+                    f"text_column: {path}: column {self.config.text_column!r} holds {kind}, expected strings"
+                )
+            for group in range(metadata.num_row_groups):
+                units.append(Unit(path, group, group + 1, metadata.row_group(group).total_byte_size))
         return units
 
-    def read(self, unit: Unit) -> Iterator[str]:
-        import pyarrow as pa
+    def check_columns(self, unit: Unit, names: Sequence[str]) -> None:
         import pyarrow.parquet as pq
 
-        try:
-            with pq.ParquetFile(unit.path) as file:
-                for batch in file.iter_batches(1024, range(unit.start, unit.stop), [self.config.text_column]):
-                    for text in batch.column(0).to_pylist():
-                        yield text or ""
-        except (pa.ArrowException, OSError) as error:
-            raise RunError(
-                f"{unit.path}: row group {unit.start}: cannot be read: {str(error).splitlines()[0]}"
-            ) from None
+        with readable(unit.path), open_raw(unit.path) as raw, pq.ParquetFile(raw) as file:
+            found = file.schema_arrow.names
+        for name in names:
+            if name not in found:
+                raise ConfigError(f"no column {name!r} in {unit.path}, {did_you_mean(name, found)}")
+
+    def read(self, unit: Unit) -> Iterator[str]:
+        return (text for text, _ in self.read_columns(unit, ()))
+
+    def read_columns(self, unit: Unit, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        import pyarrow.parquet as pq
+
+        wanted = list(dict.fromkeys([self.config.text_column, *names]))
+        with (
+            readable(unit.path, f"row group {unit.start}: "),
+            open_raw(unit.path) as raw,
+            pq.ParquetFile(raw) as file,
+        ):
+            for name in wanted:
+                if name not in file.schema_arrow.names:
+                    raise RunError(f"{unit.path}: no column {name!r}, {did_you_mean(name, file.schema_arrow.names)}")
+            for batch in file.iter_batches(1024, range(unit.start, unit.stop), wanted):
+                columns = [batch.column(name).to_pylist() for name in wanted]
+                for text, *values in zip(*columns, strict=True):
+                    row = dict(zip(wanted, (text, *values), strict=True))
+                    yield text or "", {name: row[name] for name in names}

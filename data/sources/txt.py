@@ -11,11 +11,11 @@ from data.sources.base import (
     SOURCES,
     Unit,
     file_unit,
-    find_files,
     line_units,
     read_bytes,
     read_lines,
 )
+from data.sources.files import find_files
 from schema import Component, RunError
 
 _BLANK_LINES = re.compile(r"\r?\n[ \t]*(?:\r?\n[ \t]*)+")
@@ -27,7 +27,7 @@ class Txt:
 
     class Config(Component):
         name: Literal["txt"] = "txt"
-        paths: list[str] = Field(min_length=1, description="files, folders (all *.txt below) or globs")
+        paths: list[str] = Field(min_length=1, description="files, folders (all *.txt below) or globs, also URLs")
         document: Literal["file", "paragraph", "line"] = "file"
 
     def __init__(self, config: Config) -> None:

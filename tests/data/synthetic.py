@@ -1,11 +1,14 @@
 """Streams of known content for the loader's tests, written with mosaicml-streaming's own writer."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import xxhash
 from streaming import MDSWriter
+
+from data.shards import CHUNKS, describe_shard, pack_chunks
 
 SPECIAL = {"unk": 0, "cls": 1, "sep": 2, "pad": 3, "mask": 4}
 
@@ -18,7 +21,7 @@ def documents(seed: int, count: int, longest: int, vocab_size: int = 512) -> lis
 
 
 def write_stream(
-    folder: Path, split: str, docs: list[np.ndarray], vocab_size: int = 512, shard_bytes: int = 4096
+    folder: Path, split: str, docs: list[np.ndarray], vocab_size: int = 512, shard_bytes: int = 4096, chunk: int = 1
 ) -> Path:
     """Write one split of a stream with several shards; returns its path."""
     path = folder / split
@@ -27,19 +30,24 @@ def write_stream(
         for document in docs:
             writer.write({"tokens": document.astype(dtype)})
     index = json.loads((path / "index.json").read_text())
-    shards, first = [], 0
+    shards, all_chunks, first = [], [], 0
     for entry in index["shards"]:
         name, count = entry["raw_data"]["basename"], entry["samples"]
         data = (path / name).read_bytes()
         tokens = sum(len(document) for document in docs[first : first + count])
-        digest = xxhash.xxh3_64_hexdigest(data)
-        shards.append({"file": name, "documents": count, "tokens": tokens, "bytes": len(data), "xxh3_64": digest})
+        header, chunks = describe_shard(data, np.dtype(dtype).itemsize, chunk)
+        hashes = {"xxh3_64": xxhash.xxh3_64_hexdigest(data), "header_xxh3_64": header}
+        shards.append({"file": name, "documents": count, "tokens": tokens, "bytes": len(data), **hashes})
+        all_chunks.append(chunks)
         first += count
+    chunk_file, chunk_digest = pack_chunks(all_chunks)
+    (path / CHUNKS).write_bytes(chunk_file)
     tokens = sum(map(len, docs))
     counts = np.bincount(np.concatenate([np.zeros(0, np.int64), *docs]), minlength=vocab_size).astype(np.uint64)
     np.save(path / "token_counts.npy", counts)
+    powers = Counter(len(document).bit_length() - 1 for document in docs)
     manifest = {
-        "schema_version": 1,
+        "schema_version": 2,
         "name": folder.name,
         "split": split,
         "dtype": dtype,
@@ -52,8 +60,10 @@ def write_stream(
         "bytes": 4 * tokens,
         "empty_documents": 0,
         "duplicate_documents": 0,
-        "length_histogram": {},
+        "length_histogram": {str(1 << bits): count for bits, count in sorted(powers.items())},
         "source": {"name": "synthetic"},
+        "chunk_documents": chunk,
+        "chunks_xxh3_64": chunk_digest,
         "shards": shards,
     }
     (path / "stream.json").write_text(json.dumps(manifest))

@@ -59,7 +59,7 @@ def test_one_stream(dataset: Path) -> None:
 
 def test_damage_is_found(dataset: Path) -> None:
     stream = open_stream(dataset / "a" / "train")
-    file = stream.path / stream.manifest.shards[0].file
+    file = Path(stream.path) / stream.manifest.shards[0].file
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)

@@ -1,38 +1,72 @@
-"""Keyed masking: the published split, special tokens untouched, equal for equal keys."""
+"""Keyed masking: the published generator and split, special tokens untouched, equal for equal names."""
 
+import numba
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from data.masking import IGNORE, Masker, MaskingConfig, RowKey
+from data.masking import IGNORE, Masker, MaskingConfig, RowNames, philox4x32
 
 VOCAB, SPECIAL = 64, [0, 1, 2, 3, 4, 63]
-ROWS, LENGTH = 400, 512
+ROWS, LENGTH = 400, 510
 
 
-def rows(config: MaskingConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    ids = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH))
-    masker = Masker(7, 4, SPECIAL, VOCAB)
-    pairs = [masker.mask(row, RowKey(0, 3, 512, number), config) for number, row in enumerate(ids)]
-    return ids, np.stack([pair[0] for pair in pairs]), np.stack([pair[1] for pair in pairs])
+@numba.njit
+def draw(counter: np.ndarray, key: np.uint64) -> tuple[np.uint32, np.uint32, np.uint32, np.uint32]:
+    return philox4x32(np.uint32(counter[0]), np.uint32(counter[1]), np.uint32(counter[2]), np.uint32(counter[3]), key)
 
 
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ([0, 0, 0, 0], 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            0x299F31D0A4093822,
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_known_answers(counter: list[int], key: int, expected: list[int]) -> None:
+    """The known answers of philox4x32-10 that its authors publish with Random123 (kat_vectors)."""
+    assert list(draw(np.array(counter, np.uint32), np.uint64(key))) == expected
+
+
+def names(count: int, key: int = 11, first: int = 0) -> RowNames:
+    return RowNames(np.full(count, key, np.uint64), np.arange(first, first + count).astype(np.uint32))
+
+
+def apply(
+    ids: np.ndarray, rows: RowNames, config: MaskingConfig, seed: int = 7, dtype: str = "uint16"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Masked ids and labels, both of the shape of ids (rows, length)."""
+    flat = ids.reshape(-1).astype(dtype)
+    ends = np.arange(1, len(ids) + 1) * ids.shape[1]
+    targets = Masker(seed, 4, SPECIAL, VOCAB).mask(flat, ends, rows, config)
+    labels = np.full(ids.size, IGNORE)
+    labels[targets.position] = targets.token
+    assert (np.diff(targets.position) > 0).all()
+    return flat.reshape(ids.shape).astype(np.int64), labels.reshape(ids.shape)
+
+
+def near(hits: int, trials: int, probability: float) -> bool:
+    """Within six standard deviations of the binomial: fails by chance once in 5e8 trials of a right program."""
+    return abs(hits - trials * probability) <= 6 * np.sqrt(trials * probability * (1 - probability)) + 1e-9
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 @pytest.mark.parametrize(
     "config",
     [MaskingConfig(), MaskingConfig(rate=0.15, mask_fraction=0.5, random_fraction=0.5), MaskingConfig(rate=1.0)],
 )
-def test_rates_and_split(config: MaskingConfig) -> None:
-    ids, masked, labels = rows(config)
+def test_rates_and_split(config: MaskingConfig, dtype: str) -> None:
+    ids = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH))
+    masked, labels = apply(ids, names(ROWS), config, dtype=dtype)
     special = np.isin(ids, SPECIAL)
     selected = labels != IGNORE
     assert not selected[special].any()
     assert (labels[selected] == ids[selected]).all()
     assert (masked[~selected] == ids[~selected]).all()
-
-    def near(hits: int, trials: int, probability: float) -> bool:
-        """Within six standard deviations of the binomial: fails by chance once in 5e8 trials of a right program."""
-        return abs(hits - trials * probability) <= 6 * np.sqrt(trials * probability * (1 - probability)) + 1e-9
-
     words = int((~special).sum())
     count = int(selected.sum())
     assert near(count, words, config.rate)
@@ -44,9 +78,21 @@ def test_rates_and_split(config: MaskingConfig) -> None:
     assert near(changed, count, config.random_fraction * (allowed - 1) / allowed)
 
 
+def test_every_position_is_selected_alike() -> None:
+    ids = np.full((20_000, 13), 9)
+    _, labels = apply(ids, names(20_000), MaskingConfig())
+    hits = (labels != IGNORE).sum(0)
+    assert all(near(int(count), 20_000, 0.3) for count in hits)
+    together = ((labels[:, :-1] != IGNORE) & (labels[:, 1:] != IGNORE)).sum(0)
+    assert all(near(int(count), 20_000, 0.09) for count in together)
+    below = ((labels[:-1] != IGNORE) & (labels[1:] != IGNORE)).sum(0)  # the same place of neighbouring rows
+    assert all(near(int(count), 19_999, 0.09) for count in below)
+
+
 def test_replacements_are_uniform_over_ordinary_tokens() -> None:
     config = MaskingConfig(rate=1.0, mask_fraction=0.0, random_fraction=1.0)
-    ids, masked, _ = rows(config)
+    ids = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH))
+    masked, _ = apply(ids, names(ROWS), config)
     drawn = masked[~np.isin(ids, SPECIAL)]
     assert not np.isin(drawn, SPECIAL).any()
     counts = np.bincount(drawn, minlength=VOCAB)[[token for token in range(VOCAB) if token not in SPECIAL]]
@@ -55,19 +101,31 @@ def test_replacements_are_uniform_over_ordinary_tokens() -> None:
     assert ((counts - expected) ** 2 / expected).sum() < 57 + 6 * 10.7
 
 
-def test_the_key_decides() -> None:
-    ids = np.arange(5, 60).repeat(4)
-    masker, config = Masker(7, 4, SPECIAL, VOCAB), MaskingConfig()
-    base = RowKey(0, 3, 512, 1)
-    first = masker.mask(ids, base, config)[1]
-    masker.mask(ids, RowKey(1, 0, 0, 0), config)  # drawing elsewhere in between changes nothing
-    np.testing.assert_array_equal(masker.mask(ids, base, config)[1], first)
-    np.testing.assert_array_equal(Masker(7, 4, SPECIAL, VOCAB).mask(ids, base, config)[1], first)
-    others = [RowKey(1, 3, 512, 1), RowKey(0, 4, 512, 1), RowKey(0, 3, 513, 1), RowKey(0, 3, 512, 2)]
-    different = [masker.mask(ids, key, config)[1] for key in others] + [
-        Masker(8, 4, SPECIAL, VOCAB).mask(ids, base, config)[1]
-    ]
-    assert all((labels != first).any() for labels in different)
+def test_the_name_decides() -> None:
+    ids = np.arange(5, 60).repeat(4)[None]
+    config = MaskingConfig()
+    first = apply(ids, names(1, first=3), config)
+    # The same row among others, which are of other lengths, is masked the same.
+    masker, flat = (
+        Masker(7, 4, SPECIAL, VOCAB),
+        np.concatenate([np.full(7, 9), ids[0], np.full(1, 9)]).astype(np.uint16),
+    )
+    rows = RowNames(np.array([11, 11, 5], np.uint64), np.array([2, 3, 3], np.uint32))
+    masker.mask(flat, np.array([7, 7 + ids.size, 8 + ids.size]), rows, config)
+    np.testing.assert_array_equal(flat[7:-1], first[0][0])
+    others = [names(1, first=4), names(1, key=12, first=3), names(1, key=11 + 2**40, first=3)]
+    different = [apply(ids, other, config)[1] for other in others]
+    assert all((labels != first[1]).any() for labels in different)
+    keys = {
+        Masker(seed, 4, SPECIAL, VOCAB).key(*place) for seed in (7, 8) for place in [(0, 1, 2), (1, 0, 2), (0, 2, 1)]
+    }
+    assert len(keys) == 6
+
+
+def test_no_rows() -> None:
+    rows = RowNames(np.zeros(0, np.uint64), np.zeros(0, np.uint32))
+    targets = Masker(7, 4, SPECIAL, VOCAB).mask(np.zeros(0, np.uint16), np.zeros(0, np.int64), rows, MaskingConfig())
+    assert len(targets.position) == len(targets.token) == 0
 
 
 def test_split_over_one_is_refused() -> None:

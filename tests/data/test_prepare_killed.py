@@ -7,11 +7,13 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from data.preparation import load_prepare_config, prepare
+from data.shards import open_stream
 from tests.data.test_prepare import config_file, documents, files, write_jsonl
 
 SCRIPT = """
@@ -31,6 +33,9 @@ MOMENTS = [
     "prepare.json",
     ".work/tasks",
     ".work/scan/00003.npz",
+    ".work/filters/a-2/signatures/bucket_003/00002.minhash.sig",
+    ".work/logs/a-2-pairs/completions/00001",
+    ".work/filters/a-2/clusters/*",
     ".work/plan/00001.npz",
     "tokenizer",
     "*/train/.part-*.partial",
@@ -42,12 +47,25 @@ MOMENTS = [
 ]
 
 
+def config(corpus: Path) -> Path:
+    """Two streams; in the first one filter of each kind."""
+    streams: dict[str, Any] = {
+        name: {"source": {"name": "jsonl", "paths": [str(corpus / name)]}} for name in ("a", "b")
+    }
+    streams["a"]["filters"] = [
+        {"name": "length", "min_characters": 100},
+        {"name": "minhash", "buckets": 4, "hashes_per_bucket": 4},
+    ]
+    return config_file(corpus, streams=streams)
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
     texts = documents(1200)
     for part in range(8):
-        write_jsonl(folder / "a" / f"{part}.jsonl", texts[100 * part : 100 * part + 100])
+        near = [f"{text} and a tail" for text in texts[100 * part : 100 * part + 5]]
+        write_jsonl(folder / "a" / f"{part}.jsonl", texts[100 * part : 100 * part + 100] + near)
     for part in range(4):
         write_jsonl(folder / "b" / f"{part}.jsonl", texts[700 + 120 * part : 840 + 120 * part])
     (folder / "script.py").write_text(SCRIPT)
@@ -56,8 +74,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(corpus: Path) -> dict[str, bytes]:
-    config = load_prepare_config(config_file(corpus), [f"output={corpus / 'whole'}"])
-    prepare(config, workers=1)
+    prepare(load_prepare_config(config(corpus), [f"output={corpus / 'whole'}"]), workers=1)
+    filtered = open_stream(corpus / "whole" / "a" / "train").manifest.filtered
+    assert min(filtered.values()) > 10
     return files(corpus / "whole")
 
 
@@ -67,7 +86,7 @@ class Run:
     def __init__(self, corpus: Path, output: Path) -> None:
         self.mark = uuid.uuid4().hex
         self.output = output
-        command = [sys.executable, str(corpus / "script.py"), str(config_file(corpus)), str(output)]
+        command = [sys.executable, str(corpus / "script.py"), str(config(corpus)), str(output)]
         environment = {**os.environ, "RUN_MARK": self.mark, "PYTHONPATH": str(Path.cwd())}
         self.stderr = output.with_name(f"{self.mark}.stderr")
         with self.stderr.open("w") as file:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from streaming.base.format import reader_from_json
 
-from data.shards import Stream, open_stream
+from data.shards import Stream, chunk_documents, open_stream
 from schema import ConfigError, RunError
 from tests.data.synthetic import documents, write_stream
 
@@ -69,14 +69,14 @@ def test_many_shards_open_and_fork_and_pickle(tmp_path: Path) -> None:
 
 def _damaged(tmp_path: Path) -> tuple[Stream, Path]:
     stream = open_stream(write_stream(tmp_path / "prose", "train", documents(0, 300, 100)))
-    return stream, stream.path / stream.manifest.shards[1].file
+    return stream, Path(stream.path) / stream.manifest.shards[1].file
 
 
 def test_truncated_shard(tmp_path: Path) -> None:
     stream, file = _damaged(tmp_path)
     file.write_bytes(file.read_bytes()[:-100])
     for read in (stream.check_files, lambda: stream.document(1, 0)):
-        with pytest.raises(RunError, match=rf"{file.name}: shard of stream 'prose'.*bytes"):
+        with pytest.raises(RunError, match=rf"stream 'prose': shard .*{file.name}: .*bytes.*expected"):
             read()
 
 
@@ -87,24 +87,75 @@ def test_flipped_bit(tmp_path: Path) -> None:
     file.write_bytes(data)
     stream.check_files()  # the size is right
     with pytest.raises(
-        RunError, match=rf"{file.name}: shard of stream 'prose' is damaged: expected .* xxh3_64 [0-9a-f]+, found"
+        RunError, match=rf"stream 'prose': shard .*{file.name}: damaged: .*expected xxh3_64 [0-9a-f]+, found [0-9a-f]+"
     ):
+        stream.document(1, len(stream.lengths(1)) - 1)
+
+
+@pytest.mark.parametrize("place", [2, 9])
+def test_flipped_offset(tmp_path: Path, place: int) -> None:
+    """Offsets decide the order of documents and rows: they are checked before the first length is believed."""
+    stream, file = _damaged(tmp_path)
+    data = bytearray(file.read_bytes())
+    data[place] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(RunError, match=r"damaged: offsets: expected xxh3_64 [0-9a-f]+, found [0-9a-f]+"):
+        stream.lengths(1)
+
+
+def test_foreign_shard(tmp_path: Path) -> None:
+    """Another whole shard of the same stream under this one's name."""
+    stream, file = _damaged(tmp_path)
+    file.write_bytes((file.parent / stream.manifest.shards[0].file).read_bytes())
+    with pytest.raises(RunError, match=rf"{file.name}: damaged: .*expected .*, found"):
+        stream.lengths(1)
+
+
+def test_damaged_chunk_list(tmp_path: Path) -> None:
+    stream, file = _damaged(tmp_path)
+    (file.parent / "chunks.npy").write_bytes((file.parent / "chunks.npy").read_bytes()[:-8] + b"12345678")
+    with pytest.raises(RunError, match=r"chunks.npy: damaged: expected xxh3_64"):
         stream.document(1, 0)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+def test_chunks(tmp_path: Path, chunk: int) -> None:
+    """Chunks restart with every shard; their tokens are those of their documents."""
+    docs = documents(0, 300, 100)
+    stream = open_stream(write_stream(tmp_path / "prose", "train", docs, chunk=chunk))
+    lengths = iter([len(document) for document in docs])
+    expected = []
+    for shard in stream.manifest.shards:
+        own = [next(lengths) for _ in range(shard.documents)]
+        expected += [sum(own[first : first + chunk]) for first in range(0, len(own), chunk)]
+    assert stream.chunks[:, 0].tolist() == expected
+    for shard in range(len(stream.manifest.shards)):
+        for index in range(len(stream.lengths(shard))):
+            stream.document(shard, index)
+
+
+@pytest.mark.parametrize(
+    ("count", "chunk"), [(0, 1), (131_071, 1), (131_072, 2), (1_000_000, 8), (10**8, 1024), (2 * 10**9, 2048)]
+)
+def test_chunk_sizes(count: int, chunk: int) -> None:
+    """At least 65,536 chunks where there are documents for them, and about a million at two billion documents."""
+    assert chunk_documents(count) == chunk
 
 
 def test_missing_shard(tmp_path: Path) -> None:
     stream, file = _damaged(tmp_path)
     file.unlink()
-    with pytest.raises(RunError, match=rf"{file.name}: shard of stream 'prose' is missing"):
+    with pytest.raises(RunError, match=rf"stream 'prose': shard .*{file.name}: is missing"):
         stream.check_files()
 
 
 def test_truncated_while_open(tmp_path: Path) -> None:
     stream, file = _damaged(tmp_path)
-    stream.document(1, 0)
+    last = len(stream.lengths(1)) - 1
+    stream.document(1, last)
     os.truncate(file, 64)
     with pytest.raises(RunError, match="ended early"):
-        stream.document(1, len(stream.lengths(1)) - 1)
+        stream.document(1, last)
 
 
 def test_not_a_stream(tmp_path: Path) -> None:
@@ -112,6 +163,6 @@ def test_not_a_stream(tmp_path: Path) -> None:
         open_stream(tmp_path / "nothing")
     with pytest.raises(ConfigError, match=r"not a finished stream \(no stream.json\)"):
         open_stream(tmp_path)
-    (tmp_path / "stream.json").write_text('{"schema_version": 1, "name": 3}')
+    (tmp_path / "stream.json").write_text('{"schema_version": 2, "name": 3}')
     with pytest.raises(ConfigError, match="stream.json: name"):
         open_stream(tmp_path)

@@ -43,7 +43,10 @@ data:
 phases:
   - {{name: stable, tokens: 40K, max_seq_len: 128, global_batch_size: 8, lr: 2e-3, warmup: 5K}}
   - {{name: extension, tokens: 24K, max_seq_len: 512, global_batch_size: 4, rope_theta: {{global_layers: 160000}}}}
-  - {{name: decay, tokens: 24K, schedule: one_minus_sqrt}}
+  - name: decay
+    tokens: 24K
+    schedule: one_minus_sqrt
+    streams: {{async-code: {{weight: 3}}, email-code: {{weight: 1, min_length: 100}}}}
 checkpoint: {{interval: 6K, keep: 2}}
 evaluation: {{interval: 20K, max_rows: 8}}
 trainer: {{log_interval: 1}}
@@ -61,9 +64,12 @@ def environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
-def run(arguments: list[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run(
+    arguments: list[str], timeout: float = 300, extra: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    variables = environment() | (extra or {})
     return subprocess.run(
-        arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+        arguments, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 

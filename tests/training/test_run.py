@@ -10,11 +10,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
+from data.loader import SEEN, build_loader
 from flexbert import from_hf
+from tests.data.servers import Bucket, run_moto, s3_environment
 from tests.training.runs import (
     STEPS,
     command,
@@ -26,6 +30,9 @@ from tests.training.runs import (
     write_config,
 )
 from training.checkpoint import list_checkpoints, newest_checkpoint
+from training.config import load_run_config
+from training.phases import PhasePlan
+from training.replay import inspect_step
 
 pytestmark = pytest.mark.slow
 
@@ -51,6 +58,7 @@ def test_the_run_folder_holds_everything(straight: Path) -> None:
     assert {
         "config.yaml",
         "environment.json",
+        "ledger.jsonl",
         "metrics.jsonl",
         "checkpoints",
         "exports",
@@ -93,6 +101,45 @@ def test_the_summary_agrees_with_the_metrics(straight: Path) -> None:
     assert rates[1] == pytest.approx(2e-3 * 1024 / 5000)
     assert rates[40] == rates[52] == rates[53] == 2e-3
     assert rates[STEPS] == pytest.approx(2e-3 * (0.001 + 0.999 * (1 - (11 / 12) ** 0.5)))
+
+
+def test_any_step_can_be_replayed(straight: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `inspect RUN --step N` prints is the loader's batch of that step, and names the documents it is made of."""
+    folder = straight / "runs" / "small"
+    config = load_run_config(folder / "config.yaml")
+    loader = build_loader(PhasePlan(config).loader_config(config))
+    batches = dict(enumerate(loader, 1))
+    streams = dict(zip(config.data.streams, loader.dataset.streams, strict=True))
+    manifest = loader.dataset.streams[0].manifest
+    for step in (1, 30, 41, 53, STEPS):
+        inspect_step(folder, step, 0, True, Console())
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        ids, labels = [], []
+        for line in lines:
+            ids += [manifest.cls_token_id, *line["input_ids"], manifest.sep_token_id]
+            labels += [-100, *line["labels"], -100]
+            stream = streams[line["stream"]]
+            shard = [info.file for info in stream.manifest.shards].index(line["shard"])
+            tokens = stream.document(shard, line["document"], line["start"], line["stop"])
+            both = zip(line["input_ids"], line["labels"], strict=True)
+            assert [token if label == -100 else label for token, label in both] == tokens.tolist()
+            if step > 52 and line["stream"] == "email-code":
+                assert line["length"] >= 100
+        assert ids == batches[step]["input_ids"].tolist()
+        assert labels == batches[step]["labels"].tolist()
+        assert [line["row"] for line in lines] == sorted(line["row"] for line in lines)
+    last = json.loads((folder / "ledger.jsonl").read_text().splitlines()[-1])
+    seen = np.sum([batch["seen"] for batch in batches.values()], axis=0)
+    assert last["step"] == STEPS
+    assert last["streams"] == {
+        name: dict(zip(SEEN, row.tolist(), strict=True)) for name, row in zip(streams, seen, strict=True)
+    }
+    shown = run(command("inspect", str(folder), "--step", "41", "--rows", "1"))
+    assert shown.returncode == 0, shown.stderr
+    assert "the first 1 below" in shown.stdout
+    assert "⟦" in shown.stdout
+    wrong = run(command("inspect", str(folder), "--step", "65"))
+    assert (wrong.returncode, wrong.stderr.strip()) == (2, f"error: --step: 65: {folder} has steps 1 to {STEPS}")
 
 
 def test_every_export_is_what_transformers_loads(straight: Path, dataset: Path) -> None:
@@ -317,3 +364,34 @@ def test_a_tokenizer_that_did_not_make_the_shards_is_refused(dataset: Path, tmp_
     assert done.returncode == 2
     assert "set model.vocab_size=512" in done.stderr
     assert not (tmp_path / "run" / "runs").exists()
+
+
+def test_streams_on_s3_train_alike(straight: Path, dataset: Path, tmp_path: Path) -> None:
+    """From a real S3 server, tokenizer too, with a cache that cannot hold it all: the same weights, to the last bit."""
+    folder = tmp_path / "run"
+    config = write_config(folder, dataset)
+    with run_moto() as endpoint:
+        url = Bucket(endpoint).upload(dataset, "small")
+        text = config.read_text().replace(f": {dataset}/", f": {url}/")
+        assert str(dataset) not in text
+        limit = 4 * max(file.stat().st_size for file in dataset.rglob("*.mds"))
+        remote = f"  cache: {tmp_path}/cache\n  cache_limit: {limit}\n"
+        config.write_text(text.replace("  block_documents: 10\n", f"  block_documents: 10\n{remote}"))
+        extra = {**s3_environment(endpoint), "XDG_CACHE_HOME": str(tmp_path / "home")}
+        plan = run(command("train", str(config), "--dry-run"), extra=extra)
+        done = run(command("train", str(config)), extra=extra)
+        shown = run(command("inspect", url), extra=extra)
+    assert f"remote: 2 of 2 streams, 0.0 GB; cache {tmp_path}/cache of" in plan.stdout
+    assert done.returncode == 0, done.stderr
+    assert shown.returncode == 0, shown.stderr
+    for name in ("async-code/train", "async-code/validation", "email-code/train", "email-code/validation"):
+        assert f"{name} " in shown.stdout
+    assert shown.stdout.count("of the right size") == 4
+    assert shown.stdout.count(f"{url}/tokenizer") == 4
+    assert "not the one" not in shown.stdout
+    assert metrics(folder) == metrics(straight)
+    ours, theirs = final_weights(folder), final_weights(straight)
+    assert {name: data for name, data in ours.items() if name.endswith("safetensors")} == {
+        name: data for name, data in theirs.items() if name.endswith("safetensors")
+    }
+    assert sum(file.stat().st_size for file in (tmp_path / "cache").iterdir() if file.is_file()) <= limit

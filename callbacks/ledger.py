@@ -1,0 +1,71 @@
+"""The ledger of a run: what was seen of each stream, and from where any step can be replayed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+from callbacks.lines import append_line, step_of, trim_lines
+from data.loader import SEEN
+
+
+class Ledger(Callback):
+    """Counts what the steps trained on, per stream, and writes a line to ledger.jsonl with every checkpoint.
+
+    A line: {"step", "tokens" (slots), "streams": {name: {one count for each of data.loader.SEEN}}, "data": {name:
+    fingerprint of its shards}, "lanes": cursors}.
+    Numbers depend on neither world size nor restarts. `unique_documents` is exact as long as min_length and
+    long_documents of a stream stay the same in all phases; else it is a lower bound.
+    """
+
+    def __init__(self, file: Path, stream_names: list[str]) -> None:
+        self.file, self.stream_names = file, stream_names
+        shape = (len(stream_names), len(SEEN))
+        self._reduced = torch.zeros(shape, dtype=torch.int64)  # over ranks, up to the last reduction
+        self._local = torch.zeros(shape, dtype=torch.int64)  # this rank's since then
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self._local += torch.from_numpy(state.batch["seen"])
+
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Counts of the run so far by stream, over all ranks. A collective."""
+        if dist.get_world_size() > 1:
+            summed = self._local.to("cuda" if torch.cuda.is_available() else "cpu")
+            dist.all_reduce(summed, "SUM")
+            self._local = summed.cpu()
+        self._reduced += self._local
+        self._local = torch.zeros_like(self._local)
+        rows = zip(self.stream_names, self._reduced.tolist(), strict=True)
+        return {name: dict(zip(SEEN, row, strict=True)) for name, row in rows}
+
+    def real_tokens(self) -> dict[str, int]:
+        """Tokens that are no padding, [CLS] and [SEP] among them, by stream. A collective."""
+        return {name: counts["tokens"] + 2 * counts["sequences"] for name, counts in self.totals().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values for the checkpoint. A collective."""
+        return self.totals()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._reduced = torch.tensor([[state[name][key] for key in SEEN] for name in self.stream_names])
+
+    def write(self, step: int, tokens: int, lanes: list[Any], fingerprints: dict[str, str]) -> None:
+        """Add the line of a checkpoint. A collective."""
+        line = {"step": step, "tokens": tokens, "streams": self.totals(), "data": fingerprints, "lanes": lanes}
+        if dist.get_global_rank() == 0:
+            append_line(self.file, line)
+
+    def trim(self, step: int) -> None:
+        """Drop the lines of steps that a restart will repeat (rank 0)."""
+        trim_lines(self.file, step)
+
+
+def nearest_line(file: Path, step: int) -> dict[str, Any] | None:
+    """The last line at or before `step`, from which the loader can go on; None: begin at step 0."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    known = [line for line in lines if step_of(line) <= step]
+    return json.loads(known[-1]) if known else None

@@ -1,0 +1,28 @@
+"""Files of JSON lines that belong to steps: metrics.jsonl and ledger.jsonl."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def append_line(file: Path, line: dict[str, Any]) -> None:
+    """Add a line."""
+    with file.open("a") as out:
+        out.write(json.dumps(line) + "\n")
+
+
+def trim_lines(file: Path, step: int) -> None:
+    """Drop the lines of later steps, and one torn by a kill."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    kept = [line for line in lines if step_of(line) <= step]
+    beside = file.with_suffix(".tmp")
+    beside.write_text("".join(line + "\n" for line in kept))
+    beside.replace(file)
+
+
+def step_of(line: str) -> float:
+    """The step of a line; infinite for one torn by a kill."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")

@@ -1,0 +1,123 @@
+"""Any step of a run again: which documents its global batch held, decoded, with masks shown."""
+
+import json
+import sys
+from collections.abc import Sequence
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from callbacks.ledger import nearest_line
+from data.lanes import Rows
+from data.loader import Assembler, MixtureDataset, join_pieces, tokenizer_folder
+from data.masking import IGNORE, MaskingConfig
+from data.shards import Stream
+from data.tokenizer import corpus_tokenizer
+from schema import ConfigError, validate
+from training.config import RunConfig
+from training.folder import RunFolder
+from training.phases import PhasePlan
+
+
+def inspect_step(path: Path, step: int, rows: int, as_json: bool, console: Console) -> None:
+    """Print the global batch of a run's step (1-based, as in metrics.jsonl). Reads, never writes; the run may be live.
+
+    rows: printed at most; 0: all. as_json: one JSON line for each piece instead of panels.
+    Raises ConfigError when `path` is no run or has no such step, RunError for a damaged shard.
+    """
+    folder = RunFolder(path)
+    file = path / "config.yaml"
+    if not file.exists():
+        raise ConfigError(f"{path}: no run folder (it holds no config.yaml): give runs/NAME")
+    config = validate(RunConfig, OmegaConf.to_container(OmegaConf.load(file)), file)
+    plan = PhasePlan(config)
+    if not 1 <= step <= plan.total_steps:
+        raise ConfigError(f"--step: {step}: {path} has steps 1 to {plan.total_steps}")
+    dataset = MixtureDataset(plan.loader_config(config), 0, 1)
+    line = nearest_line(folder.ledger, step - 1)
+    if line is not None:
+        for name, stream in zip(config.data.streams, dataset.streams, strict=True):
+            if line["data"][name] != stream.fingerprint:
+                raise ConfigError(f"data.streams.{name}: its shards are not those that {path} was trained on")
+        dataset.load_state_dict(line)
+    _, loader_phase, taken, _ = next(islice(dataset.plan(), step - 1 - dataset.step, None))
+    phase = plan.at(step - 1)
+    shown = rows or sum(part.count for part in taken)
+    if not as_json:
+        console.print(
+            f"{path}, step {step} ({phase.name}; tokens {plan.tokens_before(step - 1):,} to "
+            f"{plan.tokens_before(step):,}): {phase.global_batch_size} rows of {phase.max_seq_len}"
+            + (f", the first {shown} below (--rows 0: all)" if shown < phase.global_batch_size else "")
+            + "\n⟦the⟧ is masked, ⟦the→cat⟧ replaced, ⟦the=⟧ kept but to be predicted"
+        )
+    Printer(config, dataset.streams, console, as_json).show(taken, shown, phase.max_seq_len, loader_phase.masking)
+
+
+class Printer:
+    """Prints rows piece by piece."""
+
+    def __init__(self, config: RunConfig, streams: Sequence[Stream], console: Console, as_json: bool) -> None:
+        self.names, self.streams, self.console, self.as_json = list(config.data.streams), streams, console, as_json
+        self.assembler = Assembler(streams, config.seed)
+        self.tokenizer = corpus_tokenizer(tokenizer_folder(config.data))
+        self.mask = streams[0].manifest.mask_token_id
+
+    def show(self, taken: list[Rows], limit: int, max_seq_len: int, masking: MaskingConfig) -> None:
+        """The first `limit` rows of a step."""
+        row = 0
+        for part in taken:
+            for index in range(min(part.count, limit - row)):
+                self._row(row, part.take(index, 1), max_seq_len, masking)
+                row += 1
+
+    def _row(self, row: int, rows: Rows, max_seq_len: int, masking: MaskingConfig) -> None:
+        batch = self.assembler.batch([rows], max_seq_len, masking).unpack()
+        documents, pieces = join_pieces([rows])
+        bounds = batch["cu_seqlens"].tolist()
+        for number, (begin, end) in enumerate(pairwise(bounds)):
+            stream, shard = int(documents.stream[number]), int(documents.shard[number])
+            facts = {
+                "row": row,
+                "stream": self.names[stream],
+                "shard": self.streams[stream].manifest.shards[shard].file,
+                "document": int(documents.index[number]),
+                "start": int(pieces.start[number]),
+                "stop": int(pieces.stop[number]),
+                "length": int(documents.length[number]),
+                "pass": int(documents.number[number]),
+            }
+            ids, labels = (batch[key][begin + 1 : end - 1].tolist() for key in ("input_ids", "labels"))
+            if self.as_json:
+                line = {**facts, "input_ids": ids, "labels": labels, "text": self._text(ids, labels).plain}
+                sys.stdout.write(json.dumps(line) + "\n")
+            else:
+                self.console.print(Panel(self._text(ids, labels), title=_title(facts), title_align="left"))
+
+    def _text(self, ids: list[int], labels: list[int]) -> Text:
+        """Decoded text; runs of tokens that are not to be predicted are decoded together."""
+        text, plain = Text(), list[int]()
+        for token, label in zip(ids, labels, strict=True):
+            if label == IGNORE:
+                plain.append(token)
+                continue
+            text.append(self._decode(plain))
+            plain = []
+            change = "" if token == self.mask else "=" if token == label else f"→{self._decode([token])}"
+            text.append(f"⟦{self._decode([label])}{change}⟧", "bold cyan")
+        text.append(self._decode(plain))
+        return text
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _title(facts: dict[str, Any]) -> str:
+    whole = facts["stop"] - facts["start"] == facts["length"]
+    piece = "whole" if whole else f"tokens {facts['start']} to {facts['stop']} of {facts['length']}"
+    again = f", pass {facts['pass'] + 1}" if facts["pass"] else ""
+    return f"row {facts['row']}: {facts['stream']}, {facts['shard']}, document {facts['document']}, {piece}{again}"
