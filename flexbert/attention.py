@@ -54,7 +54,9 @@ class MultiHeadAttention(nn.Module):
             lt=1,
             description="dropout probability after Wo, before the residual (ModernBERT training: 0.1)",
         )
-        backend: Backend = Field("auto", description="kernel: auto (chosen by device), eager, sdpa or flash2")
+        backend: Backend = Field(
+            "auto", description="kernel: auto (chosen by device), eager, sdpa, flash2, flash3 or flex"
+        )
 
         def check(self, model: "FlexBertConfig") -> None:
             heads, shared = model.num_attention_heads, self.num_key_value_heads

@@ -5,7 +5,6 @@ only `auto` chooses.
 """
 
 import functools
-import importlib.util
 import logging
 import math
 from collections.abc import Callable
@@ -15,14 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexbert import kernels_gpu
+from flexbert.kernels_gpu import Window
 from flexbert.packed import gather_rows, spread_rows
 from flexbert.plan import AttentionPlan
 from schema import ConfigError
 
 log = logging.getLogger(__name__)
 
-Backend = Literal["auto", "eager", "sdpa", "flash2"]
-Window = tuple[int, int]
+Backend = Literal["auto", "eager", "sdpa", "flash2", "flash3", "flex"]
+_GPU = ("flash2", "flash3", "flex")
 
 
 def attend(
@@ -44,12 +45,13 @@ def attend(
     dropout_p: of the attention weights, drawn from torch's global generator.
     Raises ConfigError when the named backend cannot run here.
     """
+    alibi, drops = alibi_slopes is not None, dropout_p > 0
     if backend == "auto":
-        backend = choose_backend(queries.device.type, queries.dtype)
+        backend = choose_backend(queries.device.type, queries.dtype, alibi, drops)
     else:
-        require_backend(backend, queries.device.type, queries.dtype)
+        require_backend(backend, queries.device.type, queries.dtype, alibi, drops)
     groups = queries.shape[1] // keys.shape[1]
-    if groups > 1 and (backend != "flash2" or not queries.numel()):
+    if groups > 1 and (backend not in _GPU or not queries.numel()):
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     if not queries.numel():
         # Kernels refuse empty batches. The result must still hang on all three, for gradients of zero.
@@ -58,34 +60,41 @@ def attend(
 
 
 @functools.cache
-def choose_backend(device: str, dtype: torch.dtype) -> Backend:
-    """The kernel that `auto` stands for on a device type; logged once for each device and dtype."""
-    reason = _why_not_flash2(device, dtype)
-    backend: Backend = "sdpa" if reason else "flash2"
-    log.info("attention backend: %s (%s, %s%s)", backend, device, dtype, f"; {reason}" if reason else "")
-    return backend
+def choose_backend(device: str, dtype: torch.dtype, alibi: bool = False, drops: bool = False) -> Backend:
+    """The kernel that `auto` stands for: the first of flash3, flash2, sdpa that can run. Logged once for each case.
+
+    alibi, drops: whether it must do ALiBi, or dropout of attention weights.
+    """
+    chosen: Backend = "sdpa"
+    reasons = []
+    for backend in ("flash3", "flash2"):
+        if reason := _why_not(backend, device, dtype, alibi, drops):
+            reasons.append(reason)
+        else:
+            chosen = backend
+            break
+    why = f"; {'; '.join(dict.fromkeys(reasons))}" if reasons else ""
+    log.info("attention backend: %s (%s, %s%s)", chosen, device, dtype, why)
+    return chosen
 
 
-def require_backend(backend: Backend, device: str, dtype: torch.dtype | None = None) -> None:
-    """Raise ConfigError when a backend named in the config cannot run on a device type (with a dtype, if known)."""
-    if backend == "flash2" and (reason := _why_not_flash2(device, dtype)):
-        raise ConfigError(f"attention.backend: flash2 cannot run: {reason}: use auto, or sdpa")
+def require_backend(
+    backend: Backend, device: str, dtype: torch.dtype | None = None, alibi: bool = False, drops: bool = False
+) -> None:
+    """Raise ConfigError when a backend named in the config cannot run on a device type (with a dtype, if known), or
+    cannot do what is asked of it (see choose_backend)."""
+    if reason := _why_not(backend, device, dtype, alibi, drops):
+        raise ConfigError(f"attention.backend: {backend} cannot run: {reason}: use auto, or sdpa")
 
 
-def _why_not_flash2(device: str, dtype: torch.dtype | None) -> str:
-    if device != "cuda":
-        return f"flash-attn needs a CUDA device, not {device}"
-    if not flash_attn_installed():
-        return "the package flash-attn is not installed (pip install -r requirements-gpu.txt)"
-    if dtype not in (None, torch.float16, torch.bfloat16):
-        return f"flash-attn computes in bfloat16 or float16, not {dtype}"
-    return ""
-
-
-@functools.cache
-def flash_attn_installed() -> bool:
-    """Whether the package can be imported; it is not imported here."""
-    return importlib.util.find_spec("flash_attn") is not None
+def _why_not(backend: str, device: str, dtype: torch.dtype | None, alibi: bool, drops: bool) -> str:
+    if backend not in _GPU:
+        return ""
+    if alibi and backend == "flash3":
+        return "flash-attn 3 has no ALiBi"
+    if drops and backend != "flash2":
+        return f"{'flash-attn 3' if backend == 'flash3' else 'FlexAttention'} has no dropout of attention weights"
+    return kernels_gpu.why_not(backend, device, dtype)
 
 
 def _eager(
@@ -181,26 +190,10 @@ class _WindowBlocks(torch.autograd.Function):
         return own.flatten(0, 1)[:num_rows], None, None, None
 
 
-def _flash2(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: Window, slopes: Tensor | None, dropout_p: float
-) -> Tensor:
-    """FlashAttention-2 (arXiv 2307.08691), variable-length call: no padding, no host sync."""
-    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
-
-    return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q=plan.cu_seqlens,
-        cu_seqlens_k=plan.cu_seqlens,
-        max_seqlen_q=plan.max_seqlen,
-        max_seqlen_k=plan.max_seqlen,
-        dropout_p=dropout_p,
-        causal=False,
-        window_size=window,
-        alibi_slopes=slopes,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
-
-
-_KERNELS: dict[str, Callable[..., Tensor]] = {"eager": _eager, "sdpa": _sdpa, "flash2": _flash2}
+_KERNELS: dict[str, Callable[..., Tensor]] = {
+    "eager": _eager,
+    "sdpa": _sdpa,
+    "flash2": kernels_gpu.flash2,
+    "flash3": kernels_gpu.flash3,
+    "flex": kernels_gpu.flex,
+}

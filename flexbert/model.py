@@ -131,8 +131,8 @@ def build(config: FlexBertConfig, task: str = "mlm", *, num_labels: int | None =
     """
     if task not in _TASKS:
         raise ConfigError(f"task: {task!r} cannot be built, {did_you_mean(task, _TASKS)}")
-    if torch.get_default_device().type != "meta" and getattr(config.attention, "backend", "auto") == "flash2":
-        require_backend("flash2", "cuda" if torch.cuda.is_available() else "cpu")
+    if torch.get_default_device().type != "meta":
+        _require_kernel(config)
     config = _with_head(config, task, num_labels)
     # Modules draw their own starting weights when constructed; those not overwritten by `init` depend on the seed too.
     with torch.random.fork_rng(devices=[]):
@@ -141,6 +141,13 @@ def build(config: FlexBertConfig, task: str = "mlm", *, num_labels: int | None =
     init = INITS.build(config.init, num_hidden_layers=config.num_hidden_layers)
     init(model, seed, "encoder" if task == "encoder" else "")
     return model
+
+
+def _require_kernel(config: FlexBertConfig) -> None:
+    """Raise ConfigError for an attention backend that cannot run here."""
+    attention, device = config.attention, "cuda" if torch.cuda.is_available() else "cpu"
+    drops = getattr(attention, "probs_dropout", 0.0) > 0
+    require_backend(getattr(attention, "backend", "auto"), device, alibi=config.position.name == "alibi", drops=drops)
 
 
 def _with_head(config: FlexBertConfig, task: str, num_labels: int | None) -> FlexBertConfig:

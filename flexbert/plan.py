@@ -5,7 +5,7 @@ T packed tokens, B sequences in a bucket, L slots per sequence of a bucket.
 
 import itertools
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class AttentionPlan:
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> None:
         """cu_seqlens: (num_seqs + 1,) int32. num_tokens: its last entry, known to the caller without a sync."""
         self.cu_seqlens, self.max_seqlen, self.num_tokens = cu_seqlens, max_seqlen, num_tokens
+        self.flex_masks: dict[tuple[int, int], Any] = {}  # of kernels_gpu, by window
         self._blocks: dict[int, Blocks] = {}
         self._additive: dict[tuple[int, torch.dtype, bool], Tensor] = {}
         self._alibi: dict[tuple[int, torch.dtype], Tensor] = {}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexbert import build
-from flexbert.kernels import _KERNELS, attend, choose_backend, flash_attn_installed, require_backend
+from flexbert import build, kernels_gpu
+from flexbert.kernels import _KERNELS, attend, choose_backend, require_backend
 from flexbert.plan import AttentionPlan
 from schema import ConfigError
 from tests.flexbert.conftest import ODD_LENGTHS, batch_of, gradients, tiny
@@ -175,83 +175,188 @@ def test_auto_is_sdpa_on_cpu_and_a_named_kernel_is_never_swapped() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match=r"attention\.backend: flash2 cannot run"):
             build(tiny(attention={"backend": "flash2"}))
-    if not flash_attn_installed():
+    if not kernels_gpu.installed("flash_attn"):
         with pytest.raises(ConfigError, match="not installed"):
             require_backend("flash2", "cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"attention": {"backend": "flash3"}, "position": "alibi"}, "flash-attn 3 has no ALiBi"),
+        (
+            {"attention": {"backend": "flash3", "probs_dropout": 0.1}},
+            "flash-attn 3 has no dropout of attention weights",
+        ),
+        ({"attention": {"backend": "flex", "probs_dropout": 0.1}}, "FlexAttention has no dropout of attention weights"),
+    ],
+)
+def test_what_a_kernel_cannot_do_is_said_when_the_model_is_built(model: Any, message: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"attention\.backend: fle?a?s?h?3?x? cannot run: {message}: use auto, or sdpa"
+    ):
+        build(tiny(**model))
+
+
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    window_size: tuple[int, int],
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """What flash-attn's variable-length functions compute, in plain steps."""
+    assert q.shape[1] % k.shape[1] == 0
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    out = torch.zeros_like(q)
+    for first, last in itertools.pairwise(cu_seqlens.tolist()):
+        scores = torch.einsum("qnh,knh->nqk", q[first:last], k[first:last]) * q.shape[-1] ** -0.5
+        places = torch.arange(last - first)
+        offset = places[None, :] - places[:, None]  # key minus query
+        if alibi_slopes is not None:
+            assert alibi_slopes.dtype == torch.float32
+            scores = scores - alibi_slopes[:, None, None] * offset.abs()
+        if window_size != (-1, -1):
+            scores = scores.masked_fill((offset < -window_size[0]) | (offset > window_size[1]), float("-inf"))
+        out[first:last] = torch.einsum("nqk,knh->qnh", scores.softmax(-1), v[first:last])
+    return out
+
+
+def _flash2_stand_in(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """flash_attn 2.8.3's signature."""
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert isinstance(max_seqlen_q, int)
+    assert min(max_seqlen_q, max_seqlen_k) >= cu_seqlens_q.diff().max()
+    assert not causal
+    assert not return_attn_probs
+    assert dropout_p == softcap == 0.0
+    assert softmax_scale is block_table is None
+    return _varlen(q, k, v, cu_seqlens_q, window_size, alibi_slopes)
+
+
+def _flash3_stand_in(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> Tensor:
+    """The signature of hopper/flash_attn_interface.py."""
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert isinstance(max_seqlen_q, int)
+    assert min(max_seqlen_q, max_seqlen_k) >= cu_seqlens_q.diff().max()
+    assert not causal
+    assert not return_attn_probs
+    assert softcap == attention_chunk == 0
+    assert seqused_q is seqused_k is softmax_scale is qv is None
+    return _varlen(q, k, v, cu_seqlens_q, window_size)
 
 
 @pytest.mark.parametrize("kv_heads", [2, 1])
 @pytest.mark.parametrize("slopes", [None, SLOPES], ids=["plain", "alibi"])
 @pytest.mark.parametrize("window", [(-1, -1), (64, 64)], ids=str)
+@pytest.mark.parametrize("backend", ["flash2", "flash3"])
 def test_flash_attn_is_called_by_its_signature(
-    window: tuple[int, int], slopes: Tensor | None, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+    backend: str, window: tuple[int, int], slopes: Tensor | None, kv_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """flash-attn needs CUDA: in its place a function of flash_attn 2.8.3's signature and meaning, in plain steps."""
-
-    def flash_attn_varlen_func(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        dropout_p: float = 0.0,
-        softmax_scale: float | None = None,
-        causal: bool = False,
-        window_size: tuple[int, int] = (-1, -1),
-        softcap: float = 0.0,
-        alibi_slopes: Tensor | None = None,
-        deterministic: bool = False,
-        return_attn_probs: bool = False,
-        block_table: Tensor | None = None,
-    ) -> Tensor:
-        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-        assert isinstance(max_seqlen_q, int)
-        assert max_seqlen_q >= cu_seqlens_q.diff().max()
-        assert max_seqlen_k >= cu_seqlens_k.diff().max()
-        assert not causal
-        assert not return_attn_probs
-        assert dropout_p == softcap == 0.0
-        assert block_table is None
-        assert q.shape[1] % k.shape[1] == 0
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        out = torch.zeros_like(q)
-        scale = softmax_scale or q.shape[-1] ** -0.5
-        bounds = cu_seqlens_q.tolist()
-        for first, last in itertools.pairwise(bounds):
-            scores = torch.einsum("qnh,knh->nqk", q[first:last], k[first:last]) * scale
-            places = torch.arange(last - first)
-            offset = places[None, :] - places[:, None]  # key minus query
-            if alibi_slopes is not None:
-                assert alibi_slopes.dtype == torch.float32
-                scores = scores - alibi_slopes[:, None, None] * offset.abs()
-            if window_size != (-1, -1):
-                scores = scores.masked_fill((offset < -window_size[0]) | (offset > window_size[1]), float("-inf"))
-            out[first:last] = torch.einsum("nqk,knh->qnh", scores.softmax(-1), v[first:last])
-        return out
-
-    module: Any = types.ModuleType("flash_attn")
-    module.flash_attn_varlen_func = flash_attn_varlen_func
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    """flash-attn needs CUDA: in its place a function of its signature and meaning."""
+    if backend == "flash3" and slopes is not None:
+        pytest.skip("flash-attn 3 has no ALiBi: refused, see above")
+    module: Any = types.ModuleType("stand_in")
+    module.flash_attn_varlen_func = _flash2_stand_in if backend == "flash2" else _flash3_stand_in
+    monkeypatch.setitem(sys.modules, "flash_attn" if backend == "flash2" else "flash_attn_interface", module)
     plan = AttentionPlan(torch.tensor([0, *ODD_LENGTHS]).cumsum(0).int(), max(ODD_LENGTHS), sum(ODD_LENGTHS))
     queries, keys, values = detached(qkv_of(sum(ODD_LENGTHS)))
     keys, values = keys[:, :kv_heads], values[:, :kv_heads]
-    ours = _KERNELS["flash2"](queries, keys, values, plan, window, slopes, 0.0)
+    ours = _KERNELS[backend](queries, keys, values, plan, window, slopes, 0.0)
     expected = attend(queries, keys, values, plan, window_size=window, alibi_slopes=slopes, backend="eager")
     torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1])
+@pytest.mark.parametrize("slopes", [None, SLOPES], ids=["plain", "alibi"])
+@pytest.mark.parametrize("window", [(-1, -1), (7, 7), (64, 64)], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [LENGTHS[0], (1,), (128,), (129, 1, 0), (500, 20, 480, 20, 20, 31, 33, 370)], ids=str
+)
+def test_flex_mask_and_bias(
+    lengths: tuple[int, ...], window: tuple[int, int], slopes: Tensor | None, kv_heads: int
+) -> None:
+    """FlexAttention's kernel needs CUDA; the same call runs uncompiled here, forward and backward. That dense path looks
+    at the mask function, so which tiles are visited is held against it too."""
+    total = sum(lengths)
+    tensors = qkv_of(total)
+    few = [
+        tensor.detach()[:, :heads].requires_grad_()
+        for tensor, heads in zip(tensors, (2, kv_heads, kv_heads), strict=True)
+    ]
+    found = []
+    for backend in ("flex", "eager"):
+        plan = AttentionPlan(torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths), total)
+        keys, values = (x if backend == "flex" else x.repeat_interleave(2 // kv_heads, 1) for x in few[1:])
+        out = _KERNELS[backend](few[0], keys, values, plan, window, slopes, 0.0)
+        found.append([out, *torch.autograd.grad(out.square().sum(), few)])
+        if backend == "flex":
+            mask = plan.flex_masks[window]
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
+    side = len(mask.kv_num_blocks[0, 0]) * 128
+    needed = torch.zeros(side, side, dtype=torch.bool)
+    needed[:total, :total] = plan.dense_visible(window)
+    needed = needed.unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).any(3).any(1)
+    assert torch.equal(mask.to_dense()[0, 0].bool(), needed)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("slopes", [None, SLOPES], ids=["plain", "alibi"])
 @pytest.mark.parametrize("window", [(-1, -1), (64, 64)], ids=str)
-def test_flash_attn_itself_agrees(window: tuple[int, int], slopes: Tensor | None) -> None:
-    pytest.importorskip("flash_attn", reason="flash-attn is not installed")
+@pytest.mark.parametrize("backend", ["flash2", "flash3", "flex"])
+def test_gpu_kernels_agree(backend: Any, window: tuple[int, int], slopes: Tensor | None) -> None:
+    try:
+        require_backend(backend, "cuda", torch.bfloat16, alibi=slopes is not None)
+    except ConfigError as error:
+        pytest.skip(str(error))
     plan = AttentionPlan(torch.tensor([0, *ODD_LENGTHS]).cumsum(0).int().cuda(), max(ODD_LENGTHS), sum(ODD_LENGTHS))
     low = detached(qkv_of(sum(ODD_LENGTHS)), torch.bfloat16, "cuda")
     slopes = None if slopes is None else slopes.cuda()
-    ours = attend(*low, plan, window_size=window, alibi_slopes=slopes, backend="flash2")
+    ours = attend(*low, plan, window_size=window, alibi_slopes=slopes, backend=backend)
     exact = detached(low, device="cuda")
     expected = attend(*exact, plan, window_size=window, alibi_slopes=slopes, backend="eager")
     torch.testing.assert_close(ours.float(), expected, atol=0.03, rtol=0)

@@ -1,0 +1,350 @@
+"""Our encoder against `transformers` on this machine's CPU: training, inference, memory, share of the GEMM rate.
+
+`python -m benchmarks.encoder [--peer transformers] [--rounds 7] [--only PART,...]` prints JSON lines. Both sides hold
+the same weights, see the same tokens and the same masks, and run by turns in one process, so that noise of the machine
+meets both; figures are medians over the rounds. The peer is used as its documentation says: attention `sdpa`,
+`sparse_prediction` (ModernBERT: scores of masked tokens only), batches padded to their longest document. Training is
+forward, backward and an AdamW step (torch's fused one, both sides); bf16 is autocast with float32 weights, both sides.
+Real tokens are counted, never padding.
+"""
+
+import argparse
+import functools
+import json
+import lzma
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import flexbert
+from flexbert.accounting import flops_per_token
+
+SHARED = Path("../shared/data")
+MASKED, IGNORE = 0.3, -100
+PARTS = ("modernbert", "bert", "memory")
+DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+
+
+def modernbert_peer() -> Any:
+    """A 10-layer, 384-wide ModernBERT with the published vocabulary, random weights."""
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+    config = ModernBertConfig(
+        vocab_size=50368,
+        hidden_size=384,
+        num_hidden_layers=10,
+        num_attention_heads=6,
+        intermediate_size=576,
+        sparse_prediction=True,
+        reference_compile=False,
+        attn_implementation="sdpa",
+    )
+    return ModernBertForMaskedLM(config)
+
+
+def bert_peer() -> Any:
+    """BERT base, random weights, no dropout on either side."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(attn_implementation="sdpa", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return BertForMaskedLM(config)
+
+
+def ours_of(peer: Any) -> nn.Module:
+    """Our model with the peer's weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        peer.save_pretrained(folder)
+        return flexbert.from_hf(folder)
+
+
+def document_lengths(longest: int) -> list[int]:
+    """Tokens of real documents, cut at `longest`, in a fixed random order: as many each of abstracts (SciFact, CISI),
+    PEPs and Python modules; without ../shared those of the machine's Python modules and docstrings."""
+    from tokenizers import Tokenizer
+
+    rng = np.random.default_rng(0)
+    stdlib = sorted(Path(lzma.__file__).parent.rglob("*.py"))
+    sources = [[file.read_text("utf8", "replace") for file in rng.permutation(np.array(stdlib, object))[:200]]]
+    if SHARED.is_dir():
+        tokenizer = Tokenizer.from_file(str(SHARED / "tokenizers/gpt-neox-olmo/tokenizer.json"))
+        for name in ("scifact", "cisi"):
+            lines = (SHARED / "beir" / name / "corpus.jsonl").read_text("utf8").splitlines()
+            documents = [f"{line['title']} {line['text']}" for line in map(json.loads, lines)]
+            sources.append([documents[number] for number in rng.permutation(len(documents))[:200]])
+        with lzma.open(SHARED / "prose" / "peps.jsonl.xz", "rt", encoding="utf8") as file:
+            peps = [json.loads(line)["text"] for line in file]
+        sources.append([peps[number] for number in rng.permutation(len(peps))[:200]])
+        lengths = [len(tokenizer.encode(text).ids) for texts in sources for text in texts]
+    else:
+        import pydoc_data.topics
+
+        sources.append([str(text) for text in list(pydoc_data.topics.topics.values())[:200]])
+        lengths = [len(text) // 3 for texts in sources for text in texts]
+    cut = np.clip(np.array(lengths) + 2, 3, longest)
+    return rng.permutation(cut).tolist()
+
+
+class Batch:
+    """The same documents for both sides: packed for ours, padded to the longest for the peer."""
+
+    def __init__(self, lengths: list[int], vocab_size: int, seed: int, peer_batch: int) -> None:
+        rng = np.random.default_rng(seed)
+        documents = [rng.integers(5, vocab_size, length) for length in lengths]
+        labels = [
+            np.where(rng.random(length) < MASKED, tokens, IGNORE)
+            for length, tokens in zip(lengths, documents, strict=True)
+        ]
+        self.tokens = sum(lengths)
+        bounds = np.cumsum([0, *lengths]).astype(np.int32)
+        self.packed = {
+            "input_ids": torch.from_numpy(np.concatenate(documents)),
+            "cu_seqlens": torch.from_numpy(bounds),
+            "max_seqlen": max(lengths),
+        }
+        self.labels = torch.from_numpy(np.concatenate(labels))
+        self.masked = int((self.labels != IGNORE).sum())
+        self.padded: list[dict[str, Tensor]] = []
+        for first in range(0, len(lengths), peer_batch):
+            rows = range(first, min(first + peer_batch, len(lengths)))
+            shape = (len(rows), max(lengths[row] for row in rows))
+            ids, mask, targets = np.zeros(shape, int), np.zeros(shape, int), np.full(shape, IGNORE)
+            for place, row in enumerate(rows):
+                ids[place, : lengths[row]], mask[place, : lengths[row]] = documents[row], 1
+                targets[place, : lengths[row]] = labels[row]
+            self.padded.append(
+                {
+                    "input_ids": torch.from_numpy(ids),
+                    "attention_mask": torch.from_numpy(mask),
+                    "labels": torch.from_numpy(targets),
+                }
+            )
+
+
+class Side:
+    """One of the two models with what a step and an inference are to it."""
+
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype | None, training: Callable[..., Tensor], inference: Any
+    ) -> None:
+        self.model, self.dtype = model, dtype
+        self.training, self.inference = training, inference
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def _autocast(self) -> Any:
+        return nullcontext() if self.dtype is None else torch.autocast("cpu", dtype=self.dtype)
+
+    def step(self, batch: Batch) -> float:
+        """The loss of a training step: mean over the batch's masked tokens."""
+        self.model.train()
+        total = self.training(self.model, batch, self._autocast)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def run(self, task: str, batches: list[Batch]) -> None:
+        """Each batch once."""
+        for batch in batches:
+            self.step(batch) if task == "training" else self.infer(batch)
+
+    @torch.inference_mode()
+    def infer(self, batch: Batch) -> Tensor:
+        """Hidden states of the batch's real tokens (T, D), document by document."""
+        self.model.eval()
+        with self._autocast():
+            return self.inference(self.model, batch)
+
+
+def _our_training(model: Any, batch: Batch, autocast: Callable[[], Any]) -> float:
+    with autocast():
+        loss = model(**batch.packed, labels=batch.labels).loss
+    loss.backward()
+    return float(loss)
+
+
+def _peer_training(model: Any, batch: Batch, autocast: Callable[[], Any]) -> float:
+    total = 0.0
+    for padded in batch.padded:
+        share = int((padded["labels"] != IGNORE).sum()) / batch.masked
+        with autocast():
+            loss = model(**padded).loss * share
+        loss.backward()
+        total += float(loss)
+    return total
+
+
+def _our_inference(model: Any, batch: Batch) -> Tensor:
+    return model.encoder(**batch.packed)
+
+
+def _peer_inference(model: Any, batch: Batch) -> Tensor:
+    found = []
+    for padded in batch.padded:
+        inputs = {key: padded[key] for key in ("input_ids", "attention_mask")}
+        states = model.base_model(**inputs).last_hidden_state
+        found.append(states[padded["attention_mask"].bool()])
+    return torch.cat(found)
+
+
+def sides(make_peer: Callable[[], Any], dtype: torch.dtype | None) -> dict[str, Side]:
+    """Both sides with the same weights."""
+    torch.manual_seed(0)
+    peer = make_peer()
+    return {
+        "ours": Side(ours_of(peer), dtype, _our_training, _our_inference),
+        "peer": Side(peer, dtype, _peer_training, _peer_inference),
+    }
+
+
+def by_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each call, one after the other in each round, after one round to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def gemm_call(dtype: torch.dtype | None, size: int = 2048) -> tuple[Callable[[], Any], float]:
+    """A square product, the machine's best case, and its FLOPs."""
+    left, right = (torch.randn(size, size).to(dtype or torch.float32) for _ in range(2))
+    return lambda: left @ right, 2.0 * size**3
+
+
+def compare(name: str, make_peer: Callable[[], Any], cases: dict[str, list[Batch]], rounds: int) -> None:
+    """Print a line for each dtype, case and task."""
+    for label, dtype in DTYPES.items():
+        both = sides(make_peer, dtype)
+        gemm, gemm_flops = gemm_call(dtype)
+        for case, batches in cases.items():
+            tokens = sum(batch.tokens for batch in batches)
+            for batch in batches[:1]:
+                states = [side.infer(batch).float() for side in both.values()]
+                scale = states[1].abs().mean()
+                difference = float((states[0] - states[1]).abs().mean() / scale)
+            for task in ("training", "inference"):
+                calls = {who: functools.partial(side.run, task, batches) for who, side in both.items()}
+                took = by_turns({**calls, "gemm": gemm}, rounds)
+                line = {
+                    "model": name,
+                    "dtype": label,
+                    "case": case,
+                    "task": task,
+                    "ours_tokens_per_second": round(tokens / took["ours"]),
+                    "peer_tokens_per_second": round(tokens / took["peer"]),
+                    "ratio": round(took["peer"] / took["ours"], 2),
+                    "mean_relative_difference_of_states": float(f"{difference:.1e}"),
+                }
+                if task == "training":
+                    config = both["ours"].model.config
+                    work = sum(
+                        flops_per_token(config, length, MASKED) * length
+                        for batch in batches
+                        for length in batch.packed["cu_seqlens"].diff().tolist()
+                    )
+                    line["gemm_gflops"] = round(gemm_flops / took["gemm"] / 1e9)
+                    line["share_of_gemm_rate"] = round(work / took["ours"] / (gemm_flops / took["gemm"]), 3)
+                print(json.dumps(line), flush=True)
+
+
+def real_batches(longest: int, tokens: int, vocab_size: int, count: int, peer_batch: int) -> list[Batch]:
+    """`count` batches of real document lengths, each of about `tokens` tokens."""
+    lengths = iter(document_lengths(longest))
+    batches = []
+    for number in range(count):
+        chosen = [next(lengths)]
+        while sum(chosen) < tokens:
+            chosen.append(next(lengths))
+        batches.append(Batch(chosen, vocab_size, number, peer_batch))
+    return batches
+
+
+def compare_memory() -> None:
+    """Peak memory that a training step at 8192 tokens adds to a process that has made its imports."""
+    for label in DTYPES:
+        found = {}
+        for who in ("ours", "peer"):
+            command = [sys.executable, "-m", "benchmarks.encoder", "--memory-of", who, "--dtype", label]
+            found[who] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        print(
+            json.dumps(
+                {
+                    "model": "modernbert",
+                    "dtype": label,
+                    "case": "1 x 8192",
+                    "task": "peak memory of a training step",
+                    "ours_mb": found["ours"] >> 20,
+                    "peer_mb": found["peer"] >> 20,
+                    "ratio": round(found["ours"] / found["peer"], 2),
+                }
+            ),
+            flush=True,
+        )
+
+
+def memory_of(who: str, dtype: torch.dtype | None) -> int:
+    """Bytes: weights, gradients, activations and temporary memory of one step without the optimizer."""
+    peer = modernbert_peer()
+    with tempfile.TemporaryDirectory() as folder:
+        peer.save_pretrained(folder)
+        model: Any = flexbert.from_hf(folder) if who == "ours" else type(peer).from_pretrained(folder)
+    del peer
+    batch = Batch([8192], 50368, 0, 1)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    before = _resident()
+    autocast = nullcontext if dtype is None else lambda: torch.autocast("cpu", dtype=dtype)
+    (_our_training if who == "ours" else _peer_training)(model.train(), batch, autocast)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before + weights
+
+
+def _resident() -> int:
+    fields = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in fields.splitlines() if line.startswith("VmRSS"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", choices=["transformers"], default="transformers")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
+    parser.add_argument("--memory-of", choices=["ours", "peer"], help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    if arguments.memory_of:
+        print(memory_of(arguments.memory_of, DTYPES[arguments.dtype]))
+        return
+    parts = arguments.only.split(",")
+    if "modernbert" in parts:
+        cases = {
+            "4 x 1024": [Batch([1024] * 4, 50368, 0, 4)],
+            "1 x 8192": [Batch([8192], 50368, 0, 1)],
+            "real lengths to 1024": real_batches(1024, 8192, 50368, 2, 16),
+        }
+        compare("modernbert", modernbert_peer, cases, arguments.rounds)
+    if "memory" in parts:
+        compare_memory()
+    if "bert" in parts:
+        cases = {
+            "4 x 512": [Batch([512] * 4, 30522, 0, 4)],
+            "real lengths to 512": real_batches(512, 4096, 30522, 1, 16),
+        }
+        compare("bert-base", bert_peer, cases, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
