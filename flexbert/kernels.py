@@ -112,6 +112,9 @@ def _eager(
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: Window, slopes: Tensor | None, dropout_p: float
 ) -> Tensor:
+    if _wants_float32(q):
+        with torch.autocast("cpu", enabled=False):
+            return _sdpa(q.float(), k.float(), v.float(), plan, window, slopes, dropout_p).to(q.dtype)
     if window == (-1, -1):
         return _sdpa_global(q, k, v, plan, slopes, dropout_p)
     if window[0] != window[1]:
@@ -119,6 +122,16 @@ def _sdpa(
     if plan.max_seqlen <= window[0] + 1:
         return _sdpa_global(q, k, v, plan, slopes, dropout_p)  # no sequence is longer than one side of the window
     return _sdpa_local(q, k, v, plan, window[0], slopes, dropout_p)
+
+
+def _wants_float32(q: Tensor) -> bool:
+    """Whether torch's CPU kernel is slower in this dtype: without AMX its bfloat16 products are (by 1.2 on Zen 4)."""
+    return q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and not _has_amx()
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return torch.cpu._is_amx_tile_supported()
 
 
 def _sdpa_global(

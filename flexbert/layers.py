@@ -5,6 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexbert.products import linear
 from flexbert.registry import NORMS
 from schema import Component
 
@@ -22,6 +23,9 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias)
         self.output_parts = outputs or ((out_features,),)
         self.input_parts = inputs or ((in_features,),)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 class OutputProjection(Linear):

@@ -1,5 +1,6 @@
 """Slot `loss`: over masked tokens, without ever holding all their logits.   M masked tokens, D hidden, V vocabulary."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,12 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from flexbert.products import product
 from flexbert.registry import LOSSES
 from schema import Component
 
 # Logits alive at once. On CUDA large products matter more than memory; on the CPU a piece should stay near the caches.
 _CHUNK_ELEMENTS = {"cuda": 2**26}
-_CHUNK_ELEMENTS_DEFAULT = 2**22
+_CHUNK_ELEMENTS_DEFAULT = 2**24
 
 
 @LOSSES.register("cross_entropy")
@@ -95,11 +97,11 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden_states.device.type, enabled=False):
             lowered = weight.to(dtype)
             for logits, rows in _chunks(hidden_states, lowered, bias, dtype):
-                target = targets[rows, None]
-                log_norm = logits.logsumexp(1, keepdim=True)
-                total += _chunk_loss(logits, target, log_norm, label_smoothing, z_loss)
-                # softmax minus the smoothed one-hot, written over the logits
-                gradient = logits.sub_(log_norm).exp_()
+                target, states = targets[rows, None], hidden_states[rows].to(dtype)
+                probs, log_norm, loss = _softmax(logits, target, label_smoothing, z_loss)
+                total += loss
+                # softmax minus the smoothed one-hot, written over the probabilities
+                gradient = probs
                 if z_loss:
                     gradient *= 1 + 2 * z_loss * log_norm
                 if label_smoothing:
@@ -108,11 +110,11 @@ class _MaskedCrossEntropy(torch.autograd.Function):
                 if bias_gradient is not None:
                     bias_gradient += gradient.sum(0)
                 gradient = gradient.to(dtype)
-                hidden_gradient[rows] = gradient @ lowered
+                hidden_gradient[rows] = product(gradient, lowered.T)
                 if dtype == torch.float32:
-                    weight_gradient.addmm_(gradient.T, hidden_states[rows].to(dtype))
+                    weight_gradient.addmm_(gradient.T, states)
                 else:
-                    weight_gradient += gradient.T @ hidden_states[rows].to(dtype)
+                    weight_gradient += gradient.T @ states
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
         return total
@@ -142,11 +144,28 @@ def _chunks(
     """Float32 logits of consecutive rows, and which rows. The consumer may overwrite them."""
     weight = weight.to(dtype)
     elements = _CHUNK_ELEMENTS.get(hidden_states.device.type, _CHUNK_ELEMENTS_DEFAULT)
-    step = max(1, elements // len(weight))
-    for first in range(0, len(hidden_states), step):
-        rows = slice(first, min(first + step, len(hidden_states)))
-        logits = (hidden_states[rows].to(dtype) @ weight.T).float()
+    pieces = -(-len(hidden_states) * len(weight) // elements)
+    bounds = [len(hidden_states) * number // max(pieces, 1) for number in range(pieces + 1)]
+    for rows in (slice(first, last) for first, last in itertools.pairwise(bounds) if last > first):
+        logits = product(hidden_states[rows].to(dtype), weight).float()
         yield logits if bias is None else logits.add_(bias), rows
+
+
+def _softmax(logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities, written over the logits (m, V), log_norm (m, 1) and the chunk's loss.
+
+    One pass of torch's softmax, which keeps a row in the cache: log_norm then follows from its largest entry.
+    """
+    chosen, largest = logits.gather(1, targets), logits.amax(1, keepdim=True)
+    mean = logits.mean(1) if label_smoothing else None
+    probs = torch.softmax(logits, 1, out=logits)
+    log_norm = largest - probs.amax(1, keepdim=True).log()
+    loss = (log_norm - chosen).sum()
+    if mean is not None:
+        loss = (1 - label_smoothing) * loss + label_smoothing * (log_norm.sum() - mean.sum())
+    if z_loss:
+        loss = loss + z_loss * log_norm.square().sum()
+    return probs, log_norm, loss
 
 
 def _chunk_loss(logits: Tensor, targets: Tensor, log_norm: Tensor, label_smoothing: float, z_loss: float) -> Tensor:

@@ -127,12 +127,14 @@ class _Rotate(torch.autograd.Function):
 def _turn(states: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, direction: int) -> Tensor:
     dim = cos.shape[-1]
     turning = states if dim == states.shape[-1] else states[..., :dim]
+    turned = turning * cos
     if interleaved:
-        swapped = turning.float().unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        swapped = turning.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        turned.addcmul_(swapped, sin, value=direction)
     else:
-        first, second = turning.float().chunk(2, -1)
-        swapped = torch.cat((second, first), -1)
-    turned = torch.addcmul(turning * cos, swapped, sin, value=direction).to(states.dtype)
+        for half, other in ((slice(None, dim // 2), slice(dim // 2, None)), (slice(dim // 2, None), slice(dim // 2))):
+            turned[..., half].addcmul_(turning[..., other], sin[..., half], value=direction)
+    turned = turned.to(states.dtype)
     return turned if dim == states.shape[-1] else torch.cat((turned, states[..., dim:]), -1)
 
 
