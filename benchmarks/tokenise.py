@@ -3,8 +3,8 @@
 `python -m benchmarks.tokenise [REPEATS]` prints JSON lines. Text: the prose of ../shared/data, or where that is absent
 the builtin corpus, as documents of about 600 tokens in JSON lines. The two take turns, each REPEATS times (default 5).
 
-    ours   the whole stage: start worker processes, read and parse the JSON lines, check digests, tokenise, write and
-           hash MDS shards, count tokens, sync to disk, collect
+    ours   the whole stage: fork worker processes, load the tokenizer in each, read and parse the JSON lines, check
+           digests, tokenise, write and hash MDS shards, count tokens, sync to disk, collect
     peer   the same documents as a list in memory, `encode_batch` on them by 1,000 (Rust threads on all cores); what it
            returns is only counted. `encode_batch_fast`, which leaves out the character offsets, is measured too.
 
@@ -110,6 +110,7 @@ def main(repeats: int) -> None:
         texts = documents()
         config = set_up(folder, texts)
         output, executor = Path(config.output), Local(Local.Config(workers=None))
+        executor.start()  # as prepare does, long before this stage: the imports are done while it reads
         _claim(config, output)
         plans = _read(config, output, executor)
         tokenizer = corpus_tokenizer(output / "tokenizer")

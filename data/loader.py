@@ -6,9 +6,13 @@ moving. So neither world size, workers nor restarts change what a step trains on
 a pipe: there is no shared memory that could be left behind.
 """
 
+import os
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -350,7 +354,7 @@ class Loader:
             generator=torch.Generator(),
             worker_init_fn=_prepare_worker,
         )
-        for packed in _with_plain_deaths(batches):
+        for packed in _with_plain_deaths(iter(batches)):
             if isinstance(packed, Exception):
                 raise packed
             batch = packed.unpack()
@@ -377,12 +381,42 @@ class Loader:
         self.dataset.load_state_dict(state)
 
 
-def _with_plain_deaths(batches: Iterable[Any]) -> Iterator[Any]:
+def _with_plain_deaths(batches: Iterator[Any]) -> Iterator[Any]:
     """The batches; a worker that was killed ends them with a RunError."""
+    with _watched([worker.sentinel for worker in getattr(batches, "_workers", [])]):
+        try:
+            yield from batches
+        except RuntimeError as error:
+            raise worker_death(error) or error from None
+
+
+@contextmanager
+def _watched(sentinels: list[int]) -> Iterator[None]:
+    """While a worker is dead, remind the main thread of it every second.
+
+    PyTorch reports a death in its handler of SIGCHLD, which ends whatever the main thread waits for. But a signal that
+    comes just before a read begins does not end that read, and of a worker killed in the middle of a message the read
+    would wait for the rest for ever.
+    """
+    done, (end, close) = threading.Event(), os.pipe()
+
+    def watch() -> None:
+        wait([*sentinels, end])
+        while not done.wait(1.0):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGCHLD)
+
+    thread = threading.Thread(target=watch, name="loader-watch", daemon=True)
+    if sentinels:
+        thread.start()
     try:
-        yield from batches
-    except RuntimeError as error:
-        raise worker_death(error) or error from None
+        yield
+    finally:
+        done.set()
+        os.write(close, b"1")  # closing would not do: processes forked meanwhile have it open, too
+        if sentinels:
+            thread.join()
+        os.close(close)
+        os.close(end)
 
 
 def worker_death(error: RuntimeError) -> RunError | None:

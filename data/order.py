@@ -137,7 +137,8 @@ class StreamLine:
                 whole, piece, reached = share_out(np.maximum(stop - start, 0), wanted, cut)
                 stop[whole : whole + 1] = start[whole : whole + 1] + piece
                 token = int(edges[part + 1]) if whole == last - first else int(starts[first + whole])
-                into = int(stop[whole]) if piece else 0
+                # Behind the piece taken, or behind what an earlier block took of a document that this one leaves.
+                into = int(start[whole]) + piece if whole < last - first else 0
                 kept = np.flatnonzero(stop[: whole + (piece > 0)] > start[: whole + (piece > 0)])
                 lists.append(documents.take(kept))
                 spans.append((start[kept], stop[kept]))

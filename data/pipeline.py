@@ -78,7 +78,8 @@ class WriteShards(PipelineStep):
 @functools.lru_cache(maxsize=1)
 def _tokenizer(folder: Path, wanted: str) -> tuple[Any, TokenizerFacts]:
     """A process loads a tokenizer (of this fingerprint) once: that takes as long as tokenising a megabyte."""
-    return corpus_tokenizer(folder), tokenizer_facts(folder)
+    tokenizer = corpus_tokenizer(folder)
+    return tokenizer, tokenizer_facts(folder, tokenizer)
 
 
 class Part:

@@ -191,9 +191,9 @@ def fingerprint(folder: Path) -> str:
     return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
 
 
-def tokenizer_facts(folder: Path) -> TokenizerFacts:
-    """Ids and fingerprint of a saved tokenizer."""
-    tokenizer = corpus_tokenizer(folder)
+def tokenizer_facts(folder: Path, tokenizer: Any = None) -> TokenizerFacts:
+    """Ids and fingerprint of a saved tokenizer. tokenizer: its `corpus_tokenizer`, where that is loaded already."""
+    tokenizer = tokenizer or corpus_tokenizer(folder)
     names = json.loads((folder / "special_tokens_map.json").read_text(encoding="utf-8"))
     names = {role: token["content"] if isinstance(token, dict) else token for role, token in names.items()}
     roles = {f"{role}_token_id": tokenizer.token_to_id(names[f"{role}_token"]) for role in ROLES}

@@ -144,6 +144,38 @@ def test_every_token_once_a_pass(
     changes: list[tuple[int, int, int]],
 ) -> None:
     """Row length and batch size change at will (also as a batch-size warm-up does); then on to the end of the pass."""
+    check_every_token_once(lengths, shares, reading, formats, changes)
+
+
+few_long = st.lists(st.one_of(st.integers(1, 300), st.integers(1025, 1600)), min_size=2, max_size=4)
+
+
+@settings(slow, max_examples=8)
+@given(
+    st.lists(few_long, min_size=2, max_size=2),
+    st.sampled_from([[{}, {}, {}], [{"weight": 2}, {"weight": 3}, {}]]),
+    reading,
+    formats,
+    st.lists(st.tuples(st.integers(1, 4), st.sampled_from([4, 8]), st.sampled_from([50, 200, 3000])), max_size=3),
+)
+def test_every_token_once_a_pass_where_blocks_end_inside_documents(
+    lengths: list[list[int]],
+    shares: list[dict[str, Any]],
+    reading: dict[str, Any],
+    formats: tuple[int, int],
+    changes: list[tuple[int, int, int]],
+) -> None:
+    """Documents of over 1024 tokens are divided where a block has its share: the next block goes on inside them."""
+    check_every_token_once(lengths, shares, reading, formats, changes)
+
+
+def check_every_token_once(
+    lengths: list[list[int]],
+    shares: list[dict[str, Any]],
+    reading: dict[str, Any],
+    formats: tuple[int, int],
+    changes: list[tuple[int, int, int]],
+) -> None:
     assume(sum(map(len, lengths)) >= reading["lanes"])
     with corpus(lengths, *formats) as found:
         phases = [phase(steps, rows, length) for steps, rows, length in [*changes, (10**6, 4, 64)]]
@@ -153,10 +185,11 @@ def test_every_token_once_a_pass(
             check_rows(rows, current.max_seq_len)
             for stream, document, start, stop, number in pieces_of(found, dataset, rows):
                 assert stop <= lengths[stream][document]
-                shown.update(((stream, document, place), number) for place in range(start, stop))
+                for place in range(start, stop):
+                    shown[(stream, document, place), number] += 1
+                    assert shown[(stream, document, place), number] == 1
             if passed(dataset, lanes, 0):
                 break
-        assert max(shown.values()) == 1
         first = {token for token, number in shown if number == 0}
         assert first == {
             (stream, document, place)
