@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import flexbert
 from flexbert.accounting import flops_per_token
@@ -62,7 +62,7 @@ def bert_peer() -> Any:
     return BertForMaskedLM(config)
 
 
-def ours_of(peer: Any) -> nn.Module:
+def ours_of(peer: Any) -> Any:
     """Our model with the peer's weights."""
     with tempfile.TemporaryDirectory() as folder:
         peer.save_pretrained(folder)
@@ -135,9 +135,7 @@ class Batch:
 class Side:
     """One of the two models with what a step and an inference are to it."""
 
-    def __init__(
-        self, model: nn.Module, dtype: torch.dtype | None, training: Callable[..., Tensor], inference: Any
-    ) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype | None, training: Callable[..., float], inference: Any) -> None:
         self.model, self.dtype = model, dtype
         self.training, self.inference = training, inference
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)

@@ -100,15 +100,19 @@ def flex(
     from torch.nn.attention.flex_attention import flex_attention
 
     assert not dropout_p
-    bias = None
-    if slopes is not None:
 
-        def bias(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return score - slopes[head] * (query - key).abs()
+    def bias(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        assert slopes is not None
+        return score - slopes[head] * (query - key).abs()
 
     call: Any = _compiled_flex() if q.is_cuda else flex_attention
     tables = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    out = call(*tables, score_mod=bias, block_mask=_flex_mask(plan, window), enable_gqa=q.shape[1] != k.shape[1])
+    out = call(
+        *tables,
+        score_mod=None if slopes is None else bias,
+        block_mask=_flex_mask(plan, window),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
     return out.squeeze(0).transpose(0, 1)
 
 

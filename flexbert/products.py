@@ -30,7 +30,7 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 # An operator of our own: torch.compile would take oneDNN's for one over frozen weights.
 @torch.library.custom_op("flexbert::onednn_linear", mutates_args=())
 def _onednn_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")  # pyright: ignore[reportCallIssue]
 
 
 @_onednn_linear.register_fake
