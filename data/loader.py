@@ -6,6 +6,7 @@ moving. So neither world size, workers nor restarts change what a step trains on
 a pipe: there is no shared memory that could be left behind.
 """
 
+import mmap
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkContext
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +355,7 @@ class Loader:
             # The base seed that DataLoader draws for its workers must not touch the global generator.
             generator=torch.Generator(),
             worker_init_fn=_prepare_worker,
+            multiprocessing_context=_Fork() if workers else None,
         )
         for packed in _with_plain_deaths(iter(batches)):
             if isinstance(packed, Exception):
@@ -388,6 +391,25 @@ def _with_plain_deaths(batches: Iterator[Any]) -> Iterator[Any]:
             yield from batches
         except RuntimeError as error:
             raise worker_death(error) or error from None
+
+
+class _Event:
+    """What PyTorch ends its workers with, without a lock: they look at it all the time, and one that is killed while
+    it holds the lock of a multiprocessing.Event leaves all others, and the training process, waiting for ever."""
+
+    def __init__(self) -> None:
+        self._flag = mmap.mmap(-1, 1)  # shared by forks, without a file
+
+    def set(self) -> None:
+        self._flag[0] = 1
+
+    def is_set(self) -> bool:
+        return self._flag[0] == 1
+
+
+class _Fork(ForkContext):
+    def Event(self) -> Any:
+        return _Event()
 
 
 @contextmanager

@@ -14,7 +14,17 @@ import pytest
 import torch
 
 from data.lanes import LaneCursor
-from data.loader import SEEN, Batch, Loader, LoaderConfig, LoaderPhase, build_loader, canonical_lanes, worker_death
+from data.loader import (
+    SEEN,
+    Batch,
+    Loader,
+    LoaderConfig,
+    LoaderPhase,
+    _Event,
+    build_loader,
+    canonical_lanes,
+    worker_death,
+)
 from data.masking import IGNORE, MaskingConfig
 from data.mixture import DataConfig, StreamConfig
 from data.shards import open_stream
@@ -302,6 +312,29 @@ def test_a_killed_worker_is_one_plain_error(folder: Path, busy: bool) -> None:
 
     with pytest.raises(RunError, match=rf"DataLoader worker \(pid.* {workers[1]}\).*(killed by|exited unexp)"):
         go_on()
+
+
+def test_who_is_killed_holds_no_lock_of_the_event_that_ends_workers() -> None:
+    """A multiprocessing.Event fails this within a few kills."""
+    event = _Event()
+    for _ in range(50):
+        pid = os.fork()
+        if pid == 0:
+            while not event.is_set():
+                pass
+            os._exit(0)
+        time.sleep(0.002)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        signal.alarm(20)
+        assert not event.is_set()
+        signal.alarm(0)
+    pid = os.fork()
+    if pid == 0:
+        event.set()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert event.is_set()
 
 
 def test_a_bug_in_a_worker_ends_the_run_with_that_exception(folder: Path) -> None:
