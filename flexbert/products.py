@@ -1,7 +1,7 @@
 """Matrix products: on the CPU in float32 by oneDNN, which torch's own linear leaves to MKL.   M rows, K in, N out.
 
-On two cores of an AMD EPYC (Zen 4) oneDNN did 190 to 210 GFLOPS at the shapes of a 384-wide model where MKL did 120 to 180. In
-bfloat16 torch itself takes oneDNN.
+On two cores of an AMD EPYC (Zen 4) oneDNN did 190 to 210 GFLOPS at the shapes of a 384-wide model, MKL 120 to 180.
+In bfloat16 torch itself takes oneDNN.
 """
 
 from typing import Any
