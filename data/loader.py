@@ -6,15 +6,8 @@ moving. So neither world size, workers nor restarts change what a step trains on
 a pipe: there is no shared memory that could be left behind.
 """
 
-import mmap
-import os
-import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import wait
-from multiprocessing.context import ForkContext
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +27,8 @@ from data.packing import SPECIAL_TOKENS_PER_SEQUENCE, Spans, pack
 from data.shards import Stream, open_stream
 from data.tokenizer import fingerprint
 from data.transfer import is_url
-from schema import ConfigError, RunError, Schema
+from data.workers import Fork, Guarded, prepare_worker, with_plain_deaths
+from schema import ConfigError, Schema
 
 MAX_LANES = 64
 
@@ -325,19 +319,6 @@ def _slice(rows: list[Rows], own: range) -> list[Rows]:
     return parts
 
 
-class _GuardedDataset(IterableDataset):
-    """Hands an error of ours to the training process as a value: a DataLoader would wrap its message in a traceback."""
-
-    def __init__(self, dataset: MixtureDataset) -> None:
-        self.dataset = dataset
-
-    def __iter__(self) -> Iterator[_Packed | Exception]:
-        try:
-            yield from self.dataset
-        except (RunError, ConfigError) as error:
-            yield error
-
-
 class Loader:
     """Iterates this rank's batches; its state is the cursor behind the batch last handed out."""
 
@@ -348,16 +329,16 @@ class Loader:
         data = self.dataset.config.data
         workers = data.num_workers
         batches = DataLoader(
-            _GuardedDataset(self.dataset),
+            Guarded(self.dataset),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=data.prefetch_batches if workers else None,
             # The base seed that DataLoader draws for its workers must not touch the global generator.
             generator=torch.Generator(),
-            worker_init_fn=_prepare_worker,
-            multiprocessing_context=_Fork() if workers else None,
+            worker_init_fn=prepare_worker,
+            multiprocessing_context=Fork() if workers else None,
         )
-        for packed in _with_plain_deaths(iter(batches)):
+        for packed in with_plain_deaths(iter(batches)):
             if isinstance(packed, Exception):
                 raise packed
             batch = packed.unpack()
@@ -382,80 +363,6 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue behind the batch at which state_dict was taken. Raises ConfigError for another number of lanes."""
         self.dataset.load_state_dict(state)
-
-
-def _with_plain_deaths(batches: Iterator[Any]) -> Iterator[Any]:
-    """The batches; a worker that was killed ends them with a RunError."""
-    with _watched([worker.sentinel for worker in getattr(batches, "_workers", [])]):
-        try:
-            yield from batches
-        except RuntimeError as error:
-            raise worker_death(error) or error from None
-
-
-class _Event:
-    """What PyTorch ends its workers with, without a lock: they look at it all the time, and one that is killed while
-    it holds the lock of a multiprocessing.Event leaves all others, and the training process, waiting for ever."""
-
-    def __init__(self) -> None:
-        self._flag = mmap.mmap(-1, 1)  # shared by forks, without a file
-
-    def set(self) -> None:
-        self._flag[0] = 1
-
-    def is_set(self) -> bool:
-        return self._flag[0] == 1
-
-
-class _Fork(ForkContext):
-    def Event(self) -> Any:
-        return _Event()
-
-
-@contextmanager
-def _watched(sentinels: list[int]) -> Iterator[None]:
-    """While a worker is dead, remind the main thread of it every second.
-
-    PyTorch reports a death in its handler of SIGCHLD, which ends whatever the main thread waits for. But a signal that
-    comes just before a read begins does not end that read, and of a worker killed in the middle of a message the read
-    would wait for the rest for ever.
-    """
-    done, (end, close) = threading.Event(), os.pipe()
-
-    def watch() -> None:
-        wait([*sentinels, end])
-        while not done.wait(1.0):
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGCHLD)
-
-    thread = threading.Thread(target=watch, name="loader-watch", daemon=True)
-    if sentinels:
-        thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        os.write(close, b"1")  # closing would not do: processes forked meanwhile have it open, too
-        if sentinels:
-            thread.join()
-        os.close(close)
-        os.close(end)
-
-
-def worker_death(error: RuntimeError) -> RunError | None:
-    """What to say when PyTorch reports, wherever the training process stands, that a loader worker is gone."""
-    if not str(error).startswith("DataLoader worker"):
-        return None
-    return RunError(f"a {str(error).splitlines()[0].rstrip('.')}: if it was the kernel, for want of memory: {_LESS}")
-
-
-_LESS = "lower data.num_workers or data.prefetch_batches; the same command goes on from the newest checkpoint"
-
-
-def _prepare_worker(_worker: int) -> None:
-    """One thread, and none of the trainer's signal handlers: the training process ends its workers itself."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def build_loader(config: LoaderConfig, rank: int = 0, world_size: int = 1) -> Loader:

@@ -24,8 +24,9 @@ from data.shards import describe_shard
 from data.tokenizer import TokenizerFacts, corpus_tokenizer, fingerprint, tokenizer_facts
 from durable import sync_folder, write_file
 
-# Text given to the tokenizer at once. Its result takes some 100 times as much memory, so a longer document is cut.
-_BATCH_CHARACTERS = 2**20
+# Text given to the tokenizer at once. Its result takes some 100 times as much memory: larger batches leave the caches
+# and are slower; a document that is much longer is cut.
+_BATCH_CHARACTERS = 2**18
 _CUT_CHARACTERS = 2**22
 # Counting costs a pass over the vocabulary, which for one short document would be more than its tokenising.
 _COUNTED_DOCUMENTS = 256

@@ -23,7 +23,8 @@ from callbacks.milestones import BetweenSteps
 from callbacks.progress import ProgressLine
 from callbacks.schedule import StepSchedule
 from data.keyed import torch_seed
-from data.loader import Batch, Loader, build_loader, check_tokenizer, tokenizer_folder, worker_death
+from data.loader import Batch, Loader, build_loader, check_tokenizer, tokenizer_folder
+from data.workers import worker_death
 from durable import write_file
 from flexbert import FlexBertForMaskedLM, build
 from schema import ConfigError, RunError

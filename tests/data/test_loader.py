@@ -20,14 +20,13 @@ from data.loader import (
     Loader,
     LoaderConfig,
     LoaderPhase,
-    _Event,
     build_loader,
     canonical_lanes,
-    worker_death,
 )
 from data.masking import IGNORE, MaskingConfig
 from data.mixture import DataConfig, StreamConfig
 from data.shards import open_stream
+from data.workers import Event, worker_death
 from schema import ConfigError, RunError
 from tests.data.synthetic import SPECIAL, documents, write_stream
 
@@ -316,7 +315,7 @@ def test_a_killed_worker_is_one_plain_error(folder: Path, busy: bool) -> None:
 
 def test_who_is_killed_holds_no_lock_of_the_event_that_ends_workers() -> None:
     """A multiprocessing.Event fails this within a few kills."""
-    event = _Event()
+    event = Event()
     for _ in range(50):
         pid = os.fork()
         if pid == 0:
