@@ -1,15 +1,16 @@
 """Our encoder against `transformers` on this machine's CPU: training, inference, memory, share of the GEMM rate.
 
 `python -m benchmarks.encoder [--peer transformers] [--rounds 7] [--only PART,...]` prints JSON lines. Both sides hold
-the same weights, see the same tokens and the same masks, and run by turns in one process, so that noise of the machine
-meets both; figures are medians over the rounds. The peer is used as its documentation says: attention `sdpa`,
-`sparse_prediction` (ModernBERT: scores of masked tokens only), batches padded to their longest document. Training is
-forward, backward and an AdamW step (torch's fused one, both sides); bf16 is autocast with float32 weights, both sides.
-Real tokens are counted, never padding.
+the same weights, see the same tokens and the same masks, and run by turns, each in a process of its own, so that noise
+of the machine meets both; figures are medians over the rounds. The peer is used as its documentation says: attention
+`sdpa`, `sparse_prediction` (ModernBERT: scores of masked tokens only), batches padded to their longest document. Ours
+runs as in `main.py train`, which keeps freed memory in the process (training/allocator.py); `peer_kept` is the peer
+with that setting, too: the ratio to it is what is left of ours when the peer's user knows and does the same. Training
+is forward, backward and an AdamW step (torch's fused one, both sides); bf16 is autocast with float32 weights, both
+sides. Real tokens are counted, never padding.
 """
 
 import argparse
-import functools
 import json
 import lzma
 import resource
@@ -30,10 +31,12 @@ from torch import Tensor
 
 import flexbert
 from flexbert.accounting import flops_per_token
+from flexbert.products import product
+from training.allocator import keep_freed_memory
 
 SHARED = Path("../shared/data")
 MASKED, IGNORE = 0.3, -100
-PARTS = ("modernbert", "bert", "memory")
+PARTS = ("modernbert", "bert-base", "memory")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
@@ -195,68 +198,122 @@ def _peer_inference(model: Any, batch: Batch) -> Tensor:
     return torch.cat(found)
 
 
-def sides(make_peer: Callable[[], Any], dtype: torch.dtype | None) -> dict[str, Side]:
-    """Both sides with the same weights."""
+WHO = ("ours", "peer", "peer_kept")
+MODELS: dict[str, Callable[[], Any]] = {"modernbert": modernbert_peer, "bert-base": bert_peer}
+CASES: dict[str, dict[str, Callable[[], list[Batch]]]] = {
+    "modernbert": {
+        "4 x 1024": lambda: [Batch([1024] * 4, 50368, 0, 4)],
+        "1 x 8192": lambda: [Batch([8192], 50368, 0, 1)],
+        "real lengths to 1024": lambda: real_batches(1024, 8192, 50368, 2, 16),
+    },
+    "bert-base": {
+        "4 x 512": lambda: [Batch([512] * 4, 30522, 0, 4)],
+        "real lengths to 512": lambda: real_batches(512, 4096, 30522, 1, 16),
+    },
+}
+
+
+def serve(who: str, name: str, dtype: torch.dtype | None) -> None:
+    """One side in this process: a JSON line [case, task, folder] on stdin, what it took on stdout, till stdin ends."""
+    if who != "peer":
+        keep_freed_memory()
     torch.manual_seed(0)
-    peer = make_peer()
-    return {
-        "ours": Side(ours_of(peer), dtype, _our_training, _our_inference),
-        "peer": Side(peer, dtype, _peer_training, _peer_inference),
-    }
+    peer = MODELS[name]()
+    if who == "ours":
+        side = Side(ours_of(peer), dtype, _our_training, _our_inference)
+        del peer
+    else:
+        side = Side(peer, dtype, _peer_training, _peer_inference)
+    batches: dict[str, list[Batch]] = {}
+    gemm, gemm_flops = gemm_call(dtype)
+    for line in sys.stdin:
+        case, task, folder = json.loads(line)
+        if case not in batches:
+            batches = {case: CASES[name][case]()}
+        answer: dict[str, Any] = {"tokens": sum(batch.tokens for batch in batches[case])}
+        if task == "states":
+            answer["file"] = f"{folder}/{who}.npy"
+            np.save(answer["file"], side.infer(batches[case][0]).float().numpy())
+        elif task == "work":
+            lengths = [n for batch in batches[case] for n in batch.packed["cu_seqlens"].diff().tolist()]
+            answer["flops"] = sum(flops_per_token(side.model.config, length, MASKED) * length for length in lengths)
+        else:
+            start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
+            gemm() if task == "gemm" else side.run(task, batches[case])
+            answer["seconds"] = time.perf_counter() - start
+            answer["system_seconds"] = resource.getrusage(resource.RUSAGE_SELF).ru_stime - used.ru_stime
+            answer["flops"] = gemm_flops
+        print(json.dumps(answer), flush=True)
 
 
-def by_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, one after the other in each round, after one round to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+class Process:
+    """A side in a process of its own."""
+
+    def __init__(self, who: str, name: str, dtype: str) -> None:
+        command = [sys.executable, "-m", "benchmarks.encoder", "--serve", who, "--model", name, "--dtype", dtype]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, case: str, task: str, folder: str = "") -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps([case, task, folder]), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def gemm_call(dtype: torch.dtype | None, size: int = 2048) -> tuple[Callable[[], Any], float]:
-    """A square product, the machine's best case, and its FLOPs."""
+    """A square product by the faster library, the machine's best case, and its FLOPs."""
     left, right = (torch.randn(size, size).to(dtype or torch.float32) for _ in range(2))
-    return lambda: left @ right, 2.0 * size**3
+    if dtype is not None:
+        return lambda: left @ right, 2.0 * size**3
+    return lambda: product(left, right), 2.0 * size**3
 
 
-def compare(name: str, make_peer: Callable[[], Any], cases: dict[str, list[Batch]], rounds: int) -> None:
+def compare(name: str, cases: list[str], rounds: int) -> None:
     """Print a line for each dtype, case and task."""
-    for label, dtype in DTYPES.items():
-        both = sides(make_peer, dtype)
-        gemm, gemm_flops = gemm_call(dtype)
-        for case, batches in cases.items():
-            tokens = sum(batch.tokens for batch in batches)
-            for batch in batches[:1]:
-                states = [side.infer(batch).float() for side in both.values()]
-                scale = states[1].abs().mean()
-                difference = float((states[0] - states[1]).abs().mean() / scale)
-            for task in ("training", "inference"):
-                calls = {who: functools.partial(side.run, task, batches) for who, side in both.items()}
-                took = by_turns({**calls, "gemm": gemm}, rounds)
-                line = {
-                    "model": name,
-                    "dtype": label,
-                    "case": case,
-                    "task": task,
-                    "ours_tokens_per_second": round(tokens / took["ours"]),
-                    "peer_tokens_per_second": round(tokens / took["peer"]),
-                    "ratio": round(took["peer"] / took["ours"], 2),
-                    "mean_relative_difference_of_states": float(f"{difference:.1e}"),
-                }
-                if task == "training":
-                    config = both["ours"].model.config
-                    work = sum(
-                        flops_per_token(config, length, MASKED) * length
-                        for batch in batches
-                        for length in batch.packed["cu_seqlens"].diff().tolist()
-                    )
-                    line["gemm_gflops"] = round(gemm_flops / took["gemm"] / 1e9)
-                    line["share_of_gemm_rate"] = round(work / took["ours"] / (gemm_flops / took["gemm"]), 3)
-                print(json.dumps(line), flush=True)
+    for label in DTYPES:
+        processes = {who: Process(who, name, label) for who in WHO}
+        try:
+            for case in cases:
+                with tempfile.TemporaryDirectory() as folder:
+                    states = [np.load(processes[who].ask(case, "states", folder)["file"]) for who in ("ours", "peer")]
+                difference = float(np.abs(states[0] - states[1]).mean() / np.abs(states[1]).mean())
+                for task in ("training", "inference"):
+                    line = _case(processes, case, task, rounds)
+                    line["mean_relative_difference_of_states"] = float(f"{difference:.1e}")
+                    print(json.dumps({"model": name, "dtype": label, "case": case, "task": task, **line}), flush=True)
+        finally:
+            for process in processes.values():
+                process.close()
+
+
+def _case(processes: dict[str, Process], case: str, task: str, rounds: int) -> dict[str, Any]:
+    """By turns, after one round to warm up."""
+    took: dict[str, list[dict[str, Any]]] = {who: [] for who in (*processes, "gemm")}
+    for number in range(rounds + 1):
+        for who, process in processes.items():
+            answer = process.ask(case, task)
+            if number:
+                took[who].append(answer)
+        gemm = processes["ours"].ask(case, "gemm")
+        if number:
+            took["gemm"].append(gemm)
+    median = {who: statistics.median(each["seconds"] for each in answers) for who, answers in took.items()}
+    tokens, gemm_flops = took["ours"][0]["tokens"], took["gemm"][0]["flops"]
+    line: dict[str, Any] = {f"{who}_tokens_per_second": round(tokens / median[who]) for who in processes}
+    line["ratio"] = round(median["peer"] / median["ours"], 2)
+    line["ratio_to_peer_kept"] = round(median["peer_kept"] / median["ours"], 2)
+    if task == "training":
+        work = processes["ours"].ask(case, "work")["flops"]
+        line["gemm_gflops"] = round(gemm_flops / median["gemm"] / 1e9)
+        line["share_of_gemm_rate"] = round(work / median["ours"] / (gemm_flops / median["gemm"]), 3)
+        for who in processes:
+            line[f"{who}_system_seconds"] = round(statistics.median(each["system_seconds"] for each in took[who]), 2)
+    return line
 
 
 def real_batches(longest: int, tokens: int, vocab_size: int, count: int, peer_batch: int) -> list[Batch]:
@@ -296,6 +353,8 @@ def compare_memory() -> None:
 
 def memory_of(who: str, dtype: torch.dtype | None) -> int:
     """Bytes: weights, gradients, activations and temporary memory of one step without the optimizer."""
+    if who == "ours":
+        keep_freed_memory()
     peer = modernbert_peer()
     with tempfile.TemporaryDirectory() as folder:
         peer.save_pretrained(folder)
@@ -319,6 +378,9 @@ def main() -> None:
     parser.add_argument("--peer", choices=["transformers"], default="transformers")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
+    parser.add_argument("--cases", help="of the models, separated by commas; default: all")
+    parser.add_argument("--serve", choices=WHO, help=argparse.SUPPRESS)
+    parser.add_argument("--model", choices=list(MODELS), help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", choices=["ours", "peer"], help=argparse.SUPPRESS)
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -326,22 +388,16 @@ def main() -> None:
     if arguments.memory_of:
         print(memory_of(arguments.memory_of, DTYPES[arguments.dtype]))
         return
+    if arguments.serve:
+        serve(arguments.serve, arguments.model, DTYPES[arguments.dtype])
+        return
     parts = arguments.only.split(",")
-    if "modernbert" in parts:
-        cases = {
-            "4 x 1024": [Batch([1024] * 4, 50368, 0, 4)],
-            "1 x 8192": [Batch([8192], 50368, 0, 1)],
-            "real lengths to 1024": real_batches(1024, 8192, 50368, 2, 16),
-        }
-        compare("modernbert", modernbert_peer, cases, arguments.rounds)
+    for name in MODELS:
+        if name in parts:
+            cases = list(CASES[name]) if arguments.cases is None else arguments.cases.split(",")
+            compare(name, cases, arguments.rounds)
     if "memory" in parts:
         compare_memory()
-    if "bert" in parts:
-        cases = {
-            "4 x 512": [Batch([512] * 4, 30522, 0, 4)],
-            "real lengths to 512": real_batches(512, 4096, 30522, 1, 16),
-        }
-        compare("bert-base", bert_peer, cases, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from durable import write_file
 from flexbert import FlexBertForMaskedLM, build
 from schema import ConfigError, RunError
 from training import report
+from training.allocator import keep_freed_memory
 from training.checkpoint import checkpoint_name, newest_checkpoint, remove_old_checkpoints, restore, save_checkpoint
 from training.config import RunConfig
 from training.evaluation import Evaluator, flat
@@ -358,6 +359,7 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
     folder = RunFolder(config.folder)
     rank = dist.get_global_rank()
     quiet_libraries()
+    keep_freed_memory()
     folder.check_config(config)
     summary = folder.finished()
     if summary is not None:
