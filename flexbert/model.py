@@ -46,11 +46,13 @@ class FlexBertForMaskedLM(nn.Module):
         max_seqlen: int,
         labels: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        num_masked: int | None = None,
     ) -> MaskedLMOutput:
         """Scores of every token, or, with labels, the mean loss over this batch's masked tokens.
 
         input_ids: (T,) int64. cu_seqlens: (num_seqs + 1,) int32. max_seqlen: tokens of the longest sequence.
         labels: (T,) int64, -100 = not masked. token_type_ids: (T,) int64; None: all 0.
+        num_masked: how many labels are not -100; then the host never waits for the device. None: it is counted.
         The head runs on masked tokens only and their logits never exist all at once. Without masked tokens the loss is
         0 and every parameter still gets a gradient, of zeros: DDP waits for it.
         Raises ValueError for other shapes and dtypes.
@@ -59,7 +61,7 @@ class FlexBertForMaskedLM(nn.Module):
         weight, bias = self.head.decoder(self.encoder.token_table)
         if labels is None:
             return MaskedLMOutput(None, nn.functional.linear(self.head(hidden_states), weight, bias), hidden_states)
-        masked, targets = _masked(hidden_states, labels)
+        masked, targets = _masked(hidden_states, labels, num_masked)
         loss = self.loss(self.head(masked), weight, bias, targets) / max(len(targets), 1)
         return MaskedLMOutput(loss, None, hidden_states)
 
@@ -86,13 +88,15 @@ class FlexBertForMaskedLM(nn.Module):
         self.encoder.set_rope_theta(global_theta, local_theta)
 
 
-def _masked(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states (M, D) and labels (M,) of the masked tokens."""
+def _masked(hidden_states: Tensor, labels: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """Hidden states (M, D) and labels (M,) of the masked tokens. count: M, where the caller knows it."""
     if labels.shape != hidden_states.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(
             f"expected labels {tuple(hidden_states.shape[:1])} int64, got {tuple(labels.shape)} {labels.dtype}"
         )
-    index = (labels != IGNORE).nonzero().squeeze(1)
+    real = labels != IGNORE
+    # Sorting puts the masked tokens first, in order, and does not ask the device how many there are.
+    index = real.nonzero().squeeze(1) if count is None else real.argsort(descending=True, stable=True)[:count]
     return gather_rows(hidden_states, index), labels.index_select(0, index)
 
 

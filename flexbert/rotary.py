@@ -86,7 +86,7 @@ class RotaryAngles:
         key = (theta, position_ids.device)
         table = self._tables.get(key)
         if table is None or table.shape[1] < max_seqlen:
-            with torch.no_grad(), torch.autocast(position_ids.device.type, enabled=False):
+            with torch.no_grad():
                 table = _angle_table(config, theta, self.head_dim, max(max_seqlen, 512), position_ids.device)
             self._tables[key] = table
         cos, sin = table.index_select(1, position_ids).unsqueeze(2)

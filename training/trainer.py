@@ -48,7 +48,13 @@ class MaskedLanguageModel(ComposerModel):
         self.model = model
 
     def forward(self, batch: Batch) -> Any:
-        return self.model(batch["input_ids"], batch["cu_seqlens"], batch["max_seqlen"], labels=batch["labels"])
+        return self.model(
+            batch["input_ids"],
+            batch["cu_seqlens"],
+            batch["max_seqlen"],
+            labels=batch["labels"],
+            num_masked=batch["masked"],
+        )
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """Mean over the microbatch's masked tokens; Composer weighs it by their count, so the step's loss and gradient
