@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from flexbert.layers import build_norm
+from flexbert.layers import add_residual, build_norm
 from flexbert.plan import AttentionPlan
 from flexbert.positions import Positions
 from flexbert.registry import ATTENTIONS, BLOCKS, MLPS, ModelComponent
@@ -69,8 +69,9 @@ class PreNormBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions) -> Tensor:
         """(T, D) -> (T, D)."""
-        hidden_states = hidden_states + self.attn(self.attn_norm(hidden_states), plan, positions)
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        attended = self.attn(self.attn_norm(hidden_states), plan, positions)
+        hidden_states = add_residual(hidden_states, attended)
+        return add_residual(hidden_states, self.mlp(self.mlp_norm(hidden_states)))
 
 
 @BLOCKS.register("postnorm")
@@ -91,8 +92,8 @@ class PostNormBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions) -> Tensor:
         """(T, D) -> (T, D)."""
-        hidden_states = self.attn_norm(hidden_states + self.attn(hidden_states, plan, positions))
-        return self.mlp_norm(hidden_states + self.mlp(hidden_states))
+        hidden_states = self.attn_norm(add_residual(hidden_states, self.attn(hidden_states, plan, positions)))
+        return self.mlp_norm(add_residual(hidden_states, self.mlp(hidden_states)))
 
 
 @BLOCKS.register("parallel")
@@ -114,7 +115,7 @@ class ParallelBlock(nn.Module):
     def forward(self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions) -> Tensor:
         """(T, D) -> (T, D)."""
         normed = self.norm(hidden_states)
-        return hidden_states + self.attn(normed, plan, positions) + self.mlp(normed)
+        return add_residual(add_residual(hidden_states, self.attn(normed, plan, positions)), self.mlp(normed))
 
 
 @BLOCKS.register("sandwich")
@@ -137,5 +138,5 @@ class SandwichBlock(nn.Module):
     def forward(self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions) -> Tensor:
         """(T, D) -> (T, D)."""
         attended = self.attn(self.attn_norm(hidden_states), plan, positions)
-        hidden_states = hidden_states + self.attn_out_norm(attended)
-        return hidden_states + self.mlp_out_norm(self.mlp(self.mlp_norm(hidden_states)))
+        hidden_states = add_residual(hidden_states, self.attn_out_norm(attended))
+        return add_residual(hidden_states, self.mlp_out_norm(self.mlp(self.mlp_norm(hidden_states))))

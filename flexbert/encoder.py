@@ -1,6 +1,8 @@
 """The encoder: embedding, blocks, final norm.   B batch, S seq, T packed tokens, D hidden."""
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flexbert.config import FlexBertConfig
 from flexbert.layers import build_norm
@@ -25,6 +27,8 @@ class FlexBertEncoder(nn.Module):
         )
         needs_norm = self.layers[-1].needs_final_norm
         self.final_norm = build_norm(config.norm, config.hidden_size) if needs_norm else nn.Identity()
+        self.recompute_every = 0
+        """Every n-th block keeps its input only, and runs again in backward (arXiv 1604.06174); 0: none does."""
 
     @property
     def token_table(self) -> Tensor:
@@ -45,8 +49,11 @@ class FlexBertEncoder(nn.Module):
         added = self.position.embed(plan.position_ids, max_seqlen)
         hidden_states = self.embedding(input_ids, added, token_type_ids)
         positions = self.position.for_attention(plan.position_ids, max_seqlen)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, plan, positions)
+        for index, layer in enumerate(self.layers):
+            if self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled():
+                hidden_states = checkpoint(layer, hidden_states, plan, positions, use_reentrant=False)
+            else:
+                hidden_states = layer(hidden_states, plan, positions)
         return self.final_norm(hidden_states)
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
@@ -55,6 +62,13 @@ class FlexBertEncoder(nn.Module):
         types = None if token_type_ids is None else token_type_ids.flatten().index_select(0, packed.slots)
         hidden_states = self(packed.input_ids, packed.cu_seqlens, packed.max_seqlen, types)
         return pad(hidden_states, packed.slots, *input_ids.shape)
+
+    def compile_blocks(self) -> None:
+        """Compile each block by itself with torch.compile, for batches of few different T: each T compiles anew (on two
+        CPU cores half a minute). Attention stays the kernel it is. Names of parameters do not change."""
+        torch._dynamo.config.cache_size_limit = 64  # kinds of blocks times lengths; 8 by default
+        for layer in self.layers:
+            layer.compile(dynamic=False)
 
     def set_rope_theta(self, global_theta: float | None = None, local_theta: float | None = None) -> None:
         """Change the base of the rotary angles from the next forward on, here and in `config`; None: as it is.

@@ -26,6 +26,7 @@ Backend = Literal["auto", "eager", "sdpa", "flash2", "flash3", "flex"]
 _GPU = ("flash2", "flash3", "flex")
 
 
+@torch.compiler.disable  # kernels of their own, over plans whose shapes change with every batch
 def attend(
     queries: Tensor,
     keys: Tensor,

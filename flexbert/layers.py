@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,6 +39,12 @@ class OutputProjection(Linear):
 def dropout(hidden_states: Tensor, probability: float, training: bool) -> Tensor:
     """Dropout that costs nothing when it is off."""
     return F.dropout(hidden_states, probability) if training and probability > 0 else hidden_states
+
+
+def add_residual(stream: Tensor, branch: Tensor) -> Tensor:
+    """stream + branch, in the stream's dtype: under autocast it stays float32 while branches are bfloat16."""
+    # Inductor of torch 2.7 would make one addmm of a product and a sum, which refuses to mix dtypes.
+    return stream + (branch.to(stream.dtype) if torch.compiler.is_compiling() else branch)
 
 
 def build_norm(config: Component, hidden_size: int) -> Any:

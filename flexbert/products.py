@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_AVAILABLE = torch.backends.mkldnn.is_available()
+
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """rows @ weight.T + bias, differentiable once: (..., K), (N, K), (N,) or None -> (..., N)."""
@@ -43,7 +45,7 @@ def _onednn(rows: Tensor, weight: Tensor) -> bool:
         rows.device.type == "cpu"
         and rows.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.is_available()
+        and _AVAILABLE
         and rows.numel() > 0
         and weight.numel() > 0
     )

@@ -61,6 +61,12 @@ class TrainerConfig(Schema):
     microbatch_size: int | None = Field(
         default=None, ge=1, description="rows per forward-backward on each rank; default: all of a step's"
     )
+    compile: bool = Field(
+        default=False, description="torch.compile each block; for CUDA: on the CPU it gains a few percent at most"
+    )
+    activation_checkpointing: int = Field(
+        default=0, ge=0, description="every n-th block is computed again in backward, to save memory; 0: none is"
+    )
     gradient_clip_norm: float | None = Field(default=None, gt=0, description="global norm (ModernBERT: none)")
     log_interval: int = Field(default=10, ge=1, description="steps between lines of metrics.jsonl and the loggers")
 

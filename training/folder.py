@@ -29,6 +29,8 @@ _FREE = (
     "runs",
     "trainer.microbatch_size",
     "trainer.log_interval",
+    "trainer.compile",
+    "trainer.activation_checkpointing",
     "checkpoint",
     "wandb",
     "data.num_workers",

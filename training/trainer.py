@@ -36,6 +36,7 @@ from training.evaluation import Evaluator, flat
 from training.folder import RunFolder
 from training.optim import OPTIMIZERS
 from training.phases import PhasePlan
+from training.static_shapes import fill_slots
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +44,13 @@ log = logging.getLogger(__name__)
 class MaskedLanguageModel(ComposerModel):
     """The encoder as Composer sees it: one child, fed with the loader's batches."""
 
-    def __init__(self, model: FlexBertForMaskedLM) -> None:
+    def __init__(self, model: FlexBertForMaskedLM, static_shapes: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.static_shapes = model, static_shapes
 
     def forward(self, batch: Batch) -> Any:
+        if self.static_shapes and self.training:
+            batch = fill_slots(batch)
         return self.model(
             batch["input_ids"],
             batch["cu_seqlens"],
@@ -122,6 +125,9 @@ class Run:
         self.model = build(config.model, seed=torch_seed(config.seed, "init"))
         if torch.cuda.is_available():
             self.model = self.model.to(f"cuda:{dist.get_local_rank()}")
+        self.model.encoder.recompute_every = config.trainer.activation_checkpointing
+        if config.trainer.compile:
+            self.model.encoder.compile_blocks()
         self.optimizer = OPTIMIZERS.build(config.optimizer, model=self.model, lr=self.plan.phases[0].peak_lr)
         self.ledger = Ledger(self.folder.ledger, list(config.data.streams))
         self.metrics = MetricsLog(self.folder.metrics, config.trainer.log_interval, self.ledger, self._describe)
@@ -194,7 +200,7 @@ class Run:
 
             algorithms.append(GradientClipping("norm", config.trainer.gradient_clip_norm))
         return Trainer(
-            model=MaskedLanguageModel(self.model),
+            model=MaskedLanguageModel(self.model, config.trainer.compile),
             train_dataloader=data,
             max_duration=f"{self.plan.total_steps}ba",
             optimizers=self.optimizer,

@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 from data.loader import SEEN, build_loader
-from flexbert import from_hf
+from flexbert import FlexBertConfig, build, from_hf
 from tests.data.servers import Bucket, run_moto, s3_environment
 from tests.training.runs import (
     STEPS,
@@ -33,6 +33,7 @@ from training.checkpoint import list_checkpoints, newest_checkpoint
 from training.config import load_run_config
 from training.phases import PhasePlan
 from training.replay import inspect_step
+from training.static_shapes import fill_slots
 
 pytestmark = pytest.mark.slow
 
@@ -226,21 +227,36 @@ def test_two_processes_train_the_same(straight: Path, dataset: Path, tmp_path: P
     assert left["validation"]["masked_tokens"] == right["validation"]["masked_tokens"]
 
 
-def test_microbatches_change_only_rounding(dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_how_a_step_is_computed_changes_only_rounding(dataset: Path, tmp_path: Path) -> None:
+    """Microbatches of any size, blocks computed again in backward, compiled blocks over batches of one size."""
     losses = []
-    for rows in (8, 3, 1):
-        config = write_config(tmp_path / str(rows), dataset)
+    for number, ways in enumerate(("=8", "=3 activation_checkpointing=2", "=1", "=8 compile=true")):
+        settings = [f"trainer.{way}" for way in f"microbatch_size{ways}".split()]
+        config = write_config(tmp_path / str(number), dataset)
         config.write_text(config.read_text().replace(", out_dropout: 0.1", ""))
-        done = run(
-            command(
-                "train", str(config), f"trainer.microbatch_size={rows}", "phases.0.tokens=10K", "phases.0.warmup=1K"
-            )
-        )
+        settings += ["phases.0.tokens=8K", "phases.0.warmup=1K", "phases.1.tokens=8K", "phases.2.tokens=8K"]
+        settings += ["phases.1.max_seq_len=256"]
+        done = run(command("train", str(config), *settings), timeout=600)
         assert done.returncode == 0, done.stderr
-        losses.append(list(metrics(tmp_path / str(rows)).values()))
-    assert len(losses[0]) == 10 + 24
-    assert losses[1] == pytest.approx(losses[0], rel=2e-4)
-    assert losses[2] == pytest.approx(losses[0], rel=2e-4)
+        losses.append(list(metrics(tmp_path / str(number)).values()))
+    assert len(losses[0]) == 3 * 8
+    for others in losses[1:]:
+        assert others == pytest.approx(losses[0], rel=2e-4)
+
+
+def test_a_batch_filled_to_its_slots_gives_the_same_loss() -> None:
+    config = FlexBertConfig.from_yaml("modernbert-tiny")
+    model = build(config)
+    ids = torch.arange(20, 57)
+    batch = {"input_ids": ids, "labels": torch.where(ids % 3 == 0, ids, -100), "cu_seqlens": torch.tensor([0, 30, 37])}
+    batch |= {"cu_seqlens": batch["cu_seqlens"].int(), "max_seqlen": 30, "sequences": [1, 1], "slots": 64}
+    filled = fill_slots(batch)
+    assert len(filled["input_ids"]) == len(filled["labels"]) == filled["cu_seqlens"][-1] == 64
+    assert fill_slots(filled) is filled
+    names = ("input_ids", "cu_seqlens", "max_seqlen", "labels")
+    plain, same = (model(*(each[name] for name in names)).loss for each in (batch, filled))
+    torch.testing.assert_close(same, plain)
 
 
 def test_another_config_is_refused_on_resume(straight: Path) -> None:
