@@ -75,9 +75,7 @@ def _phase_facts(
     rows = phase.global_batch_size // world_size
     rows = min(config.trainer.microbatch_size or rows, rows)
     flops = flops_per_token(config.model, phase.max_seq_len, phase.masking.rate)
-    half = config.trainer.precision == "amp_bf16" or (
-        config.trainer.precision == "auto" and torch.cuda.is_available()
-    )
+    half = config.trainer.precision == "amp_bf16" or (config.trainer.precision == "auto" and torch.cuda.is_available())
     memory = memory_estimate(config.model, rows * phase.max_seq_len, phase.masking.rate, 2 if half else 4)
     steps = [segment.tokens_per_step for segment in phase.segments]
     return {

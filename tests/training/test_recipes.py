@@ -33,11 +33,13 @@ def warmup_steps(start: int, target: int, step: int, tokens: float, max_seq_len:
     return len(sizes) * tokens / (max_seq_len * sum(sizes)), len(sizes)
 
 
-def printed(config: RunConfig, **options: float) -> dict[str, list[str]]:
+def printed(
+    config: RunConfig, tokens_per_second: float | None = None, price_per_hour: float | None = None
+) -> dict[str, list[str]]:
     """The dry run's table by fact, and its other lines under ''. The data are not there, and it says so."""
     console = Console(width=400, record=True, file=io.StringIO())
     with pytest.raises(ConfigError, match=r"^data\.streams\.[\w-]+\.path: "):
-        dry_run(config, console, **options)
+        dry_run(config, console, 1, tokens_per_second, price_per_hour)
     facts: dict[str, list[str]] = {"": []}
     for line in console.export_text().splitlines():
         cells = [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
