@@ -88,9 +88,21 @@ def train(
     config: Config,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, start nothing")] = False,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(min=1e-3, help="with --dry-run: of all processes together; gives hours")
+    ] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="with --tokens-per-second: of all machines together; gives the cost")
+    ] = None,
 ) -> None:
     """Pretrain an encoder, or continue where the same command was interrupted."""
     with plain_errors():
+        from schema import ConfigError
+
+        if tokens_per_second is not None and not dry_run:
+            raise ConfigError("--tokens-per-second: only says something with --dry-run")
+        if price_per_hour is not None and tokens_per_second is None:
+            raise ConfigError("--price-per-hour: needs --tokens-per-second")
         from rich.console import Console
 
         from training.config import load_run_config
@@ -98,11 +110,12 @@ def train(
         run = load_run_config(config, overrides or [])
         # Rank 0 speaks; the launchers set RANK.
         console = Console(quiet=os.environ.get("RANK", "0") != "0")
-        from training import report
-
         if dry_run:
-            report.dry_run(run, console)
+            from training.dry_run import dry_run as show
+
+            show(run, console, int(os.environ.get("WORLD_SIZE", "1")), tokens_per_second, price_per_hour)
             return
+        from training import report
         from training.trainer import train as start
 
         summary = start(run, console)

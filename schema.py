@@ -47,7 +47,9 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
 class Schema(BaseModel):
     """Base of every config: frozen, strict types, no unknown keys. Defaults are validated like given values."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False, serialize_by_alias=True
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -6,8 +6,10 @@ moving. So neither world size, workers nor restarts change what a step trains on
 a pipe: there is no shared memory that could be left behind.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,11 @@ len(SEEN)) int64 numpy array. Training batches also carry cursors: {lane: LaneCu
 
 
 class LoaderPhase(Schema):
-    """What the loader must know of one phase."""
+    """What the loader must know of one phase, or of a part of it with the same batch size."""
 
+    number: int | None = Field(
+        default=None, ge=0, description="of the run file's phase; default: its place in the list"
+    )
     steps: int = Field(ge=0)
     global_batch_size: int = Field(ge=1, description="rows per step over all ranks")
     max_seq_len: int = Field(ge=3, description="slots per row: [CLS], [SEP] and at least one token")
@@ -228,26 +233,28 @@ class MixtureDataset(IterableDataset):
     ) -> None:
         """streams: open ones, in the config's order; default: those of the config's paths. Raises ConfigError when the
         batch sizes, lanes and world size do not fit each other."""
-        for number, phase in enumerate(config.phases):
-            key, rows = f"phases[{number}].global_batch_size", phase.global_batch_size
+        for index, phase in enumerate(config.phases):
+            key, rows = f"{_place(index, phase)}.global_batch_size", phase.global_batch_size
             if rows % config.lanes:
                 raise ConfigError(f"{key}: {rows} is no multiple of data.lanes {config.lanes}")
             if rows % world_size:
-                raise ConfigError(f"{key}: {rows} is no multiple of {world_size} ranks")
+                hint = "give multiples, also in a batch_size_warmup (from, step)"
+                raise ConfigError(f"{key}: {rows} is no multiple of {world_size} ranks: {hint}")
         self.config, self.rank, self.world_size = config, rank, world_size
         self.streams = open_streams(config.data, "train") if streams is None else streams
         self.order = MixtureOrder(self.streams, config.data, config.seed, config.lanes)
-        self.mixtures = [self._mixture(number, phase) for number, phase in enumerate(config.phases)]
+        self.mixtures = [self._mixture(index, phase) for index, phase in enumerate(config.phases)]
+        self._ends = list(accumulate(phase.steps for phase in config.phases))
         self.step = 0
         self.cursors = {lane: LaneCursor() for lane in range(config.lanes)}
 
-    def _mixture(self, number: int, phase: LoaderPhase) -> Mixture:
+    def _mixture(self, index: int, phase: LoaderPhase) -> Mixture:
         data = self.config.data
         shares: Mapping[str, StreamShare] = data.streams if phase.streams is None else phase.streams
         try:
             return self.order.mixture(shares, phase.long_documents or data.long_documents, phase.max_seq_len)
         except ConfigError as error:
-            where = "data" if phase.streams is None else f"phases[{number}]"
+            where = "data" if phase.streams is None else _place(index, phase)
             raise ConfigError(f"{where}.{error}") from None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -263,14 +270,11 @@ class MixtureDataset(IterableDataset):
     @property
     def total_steps(self) -> int:
         """Steps of all phases."""
-        return sum(phase.steps for phase in self.config.phases)
+        return self._ends[-1]
 
     def _phase(self, step: int) -> tuple[LoaderPhase, Mixture]:
-        for phase, mixture in zip(self.config.phases, self.mixtures, strict=True):
-            if step < phase.steps:
-                return phase, mixture
-            step -= phase.steps
-        raise IndexError(step)
+        index = bisect_right(self._ends, step)
+        return self.config.phases[index], self.mixtures[index]
 
     def _rank_rows(self, phase: LoaderPhase) -> dict[int, range]:
         """For each lane this rank reads: which of the lane's rows in a batch are its own. The lanes are the same in
@@ -306,6 +310,11 @@ class MixtureDataset(IterableDataset):
                 batch = assembler.batch(rows, phase.max_seq_len, phase.masking)
                 batch.cursors = {lane: lanes[lane].cursor.to_list() for lane in lanes}
                 yield batch
+
+
+def _place(index: int, phase: LoaderPhase) -> str:
+    """The phase's key in the run file."""
+    return f"phases[{index if phase.number is None else phase.number}]"
 
 
 def _slice(rows: list[Rows], own: range) -> list[Rows]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flexbert.config import FlexBertConfig
+from flexbert.config import FlexBertConfig, without_init
 from flexbert.model import FlexBertForMaskedLM, build
 
 
@@ -63,7 +63,7 @@ def _cached(key: str) -> FlexBertForMaskedLM:
 
 
 def _on_meta(config: FlexBertConfig) -> FlexBertForMaskedLM:
-    return _cached(config.model_dump_json())
+    return _cached(without_init(config).model_dump_json())
 
 
 def _linear_weights(module: nn.Module) -> int:

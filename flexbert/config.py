@@ -145,4 +145,12 @@ class FlexBertConfig(Schema):
         return self.model_dump()
 
 
+def without_init(config: FlexBertConfig) -> FlexBertConfig:
+    """The config with plain starting weights: for a model whose weights come from elsewhere, or are never looked at.
+
+    What `init` says of them costs nothing then, and may name a folder that is not there.
+    """
+    return config.model_copy(update={"init": INITS.parse("default")})
+
+
 TOKEN_IDS = tuple(name for name in FlexBertConfig.model_fields if name.endswith("_token_id"))

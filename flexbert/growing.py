@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 import xxhash
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from flexbert.layers import Parts
@@ -39,8 +39,6 @@ class Grow:
     """Starting weights from a smaller model. A head that the source has not (another task's) starts fresh."""
 
     class Config(Component):
-        model_config = ConfigDict(serialize_by_alias=True)
-
         source: str = Field(
             alias="from", description="folder of an export, or a run's checkpoints/tokens-N beside its config.yaml"
         )

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from data.lanes import LongDocuments
 from data.loader import canonical_lanes
@@ -13,7 +13,9 @@ from data.mixture import DataConfig, StreamShare, check_one_rule, rule_of
 from flexbert import FlexBertConfig
 from flexbert.config import PRESETS
 from schema import ConfigError, Count, Schema, did_you_mean, load_node, validate
+from training.batch_sizes import BatchSizeWarmup
 from training.optim import OPTIMIZERS
+from training.origin import Origin, named_origin
 from training.schedules import SCHEDULES
 
 
@@ -33,6 +35,9 @@ class PhaseConfig(Schema):
     )
     max_seq_len: int | None = Field(default=None, ge=8, description="slots per row")
     global_batch_size: int | None = Field(default=None, ge=1, description="rows per step over all ranks")
+    batch_size_warmup: BatchSizeWarmup | None = Field(
+        default=None, description="fewer rows per step at first: {from: 768, tokens: 50B}; not inherited"
+    )
     lr: float | None = Field(default=None, gt=0, description="peak learning rate of the phase")
     warmup: Count = Field(default=0, description="tokens over which lr rises linearly from 0 at the phase's start")
     schedule: Annotated[Any, *SCHEDULES.slot()] = Field(
@@ -51,6 +56,11 @@ class PhaseConfig(Schema):
     def _check_warmup(self) -> "PhaseConfig":
         if self.warmup > self.tokens:
             raise ValueError(f"warmup of {self.warmup} tokens is longer than the phase of {self.tokens}: shorten it")
+        if self.batch_size_warmup is not None and self.batch_size_warmup.tokens > self.tokens:
+            raise ValueError(
+                f"batch_size_warmup of {self.batch_size_warmup.tokens} tokens is longer than the phase of "
+                f"{self.tokens}: shorten it"
+            )
         return self
 
 
@@ -102,6 +112,9 @@ class RunConfig(Schema):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="the run folder is RUNS/NAME")
     runs: str = Field(default="runs", description="folder of all runs")
     seed: int = Field(default=17, ge=0, description="key of every random draw")
+    origin: Annotated[Origin, BeforeValidator(named_origin)] | None = Field(
+        default=None, alias="from", description="a checkpoint, run or Hugging Face folder to start from: a branch"
+    )
     model: FlexBertConfig = Field(description="a preset of configs/model, or `preset` with overrides, or all fields")
     data: DataConfig
     masking: MaskingConfig = Field(default=MaskingConfig(), description="for phases that do not say otherwise")
@@ -116,6 +129,14 @@ class RunConfig(Schema):
     def folder(self) -> Path:
         """Where everything the run writes goes."""
         return Path(self.runs) / self.name
+
+    @property
+    def lanes(self) -> int:
+        """data.lanes, or its default for the batch sizes of the phases, those of warmups among them."""
+        warmups = [phase.batch_size_warmup for phase in self.phases if phase.batch_size_warmup is not None]
+        sizes = [size for warmup in warmups for size in (warmup.start, warmup.step)]
+        sizes += [phase.global_batch_size for phase in self.phases]
+        return self.data.lanes or canonical_lanes([size for size in sizes if size is not None] or [1])
 
     @model_validator(mode="after")
     def _check_phases(self) -> "RunConfig":
@@ -138,11 +159,22 @@ class RunConfig(Schema):
 
     @model_validator(mode="after")
     def _check_batches(self) -> "RunConfig":
-        sizes = [phase.global_batch_size for phase in self.phases if phase.global_batch_size is not None]
-        lanes = self.data.lanes or canonical_lanes(sizes or [1])
-        for number, size in enumerate(phase.global_batch_size for phase in self.phases):
-            if size is not None and size % lanes:
-                raise ValueError(f"phases[{number}].global_batch_size: {size} is no multiple of data.lanes {lanes}")
+        lanes, target = self.lanes, 1
+        for number, phase in enumerate(self.phases):
+            target = phase.global_batch_size or target
+            sizes = {"global_batch_size": phase.global_batch_size}
+            where, warmup = f"phases[{number}].", phase.batch_size_warmup
+            if warmup is not None:
+                step = warmup.step or lanes
+                if warmup.start >= target:
+                    raise ValueError(f"{where}batch_size_warmup.from: {warmup.start} is not under {target} rows")
+                for key, size in (("batch_size_warmup.from", warmup.start), ("global_batch_size", target)):
+                    if size % step:
+                        raise ValueError(f"{where}{key}: {size} is no multiple of batch_size_warmup.step {step}")
+                sizes |= {"batch_size_warmup.from": warmup.start, "batch_size_warmup.step": warmup.step}
+            for key, size in sizes.items():
+                if size is not None and size % lanes:
+                    raise ValueError(f"{where}{key}: {size} is no multiple of data.lanes {lanes}")
         return self
 
     @model_validator(mode="after")

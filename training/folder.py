@@ -45,7 +45,7 @@ _FREE = (
 
 class RunFolder:
     """runs/NAME: config.yaml, environment.json, metrics.jsonl, ledger.jsonl, checkpoints/, exports/, tensorboard/,
-    summary.json."""
+    summary.json, and of a branch origin.json."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,6 +54,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.ledger = path / "ledger.jsonl"
         self.summary = path / "summary.json"
+        self.origin = path / "origin.json"
         self._lock: TextIO | None = None
 
     def finished(self) -> dict[str, Any] | None:

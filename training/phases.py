@@ -1,6 +1,6 @@
 """Phases resolved to steps: everything about step k that the config decides, without looking at data or state."""
 
-import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,18 +8,28 @@ from data.lanes import LongDocuments
 from data.loader import LoaderConfig, LoaderPhase
 from data.masking import MaskingConfig
 from data.mixture import StreamShare
+from training.batch_sizes import runs_of_steps
 from training.config import RunConfig
 from training.schedules import SCHEDULES, Schedule
 
 
 @dataclass(frozen=True)
-class Phase:
-    """A phase with nothing left to inherit. Tokens are slots: global_batch_size x max_seq_len a step."""
+class Segment:
+    """Consecutive steps of a phase with the same number of rows. Tokens are slots: rows x max_seq_len a step."""
 
-    name: str
     first_step: int
     steps: int
     first_token: int
+    rows: int
+    tokens_per_step: int
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase with nothing left to inherit. Tokens are slots: rows x max_seq_len a step."""
+
+    name: str
+    segments: tuple[Segment, ...]
     max_seq_len: int
     global_batch_size: int
     peak_lr: float
@@ -32,22 +42,43 @@ class Phase:
     long_documents: LongDocuments | None
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.global_batch_size * self.max_seq_len
+    def first_step(self) -> int:
+        return self.segments[0].first_step
+
+    @property
+    def first_token(self) -> int:
+        return self.segments[0].first_token
 
     @property
     def end_step(self) -> int:
-        return self.first_step + self.steps
+        return self.segments[-1].first_step + self.segments[-1].steps
 
     @property
     def end_token(self) -> int:
-        return self.first_token + self.steps * self.tokens_per_step
+        return self.tokens_before(self.end_step)
+
+    @property
+    def steps(self) -> int:
+        return self.end_step - self.first_step
+
+    @property
+    def tokens(self) -> int:
+        return self.end_token - self.first_token
+
+    def segment(self, step: int) -> Segment:
+        """The segment of a step of this phase; the last one for steps behind its end."""
+        return self.segments[bisect_right(self.segments, step, key=lambda segment: segment.first_step) - 1]
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens of the run before a step of this phase."""
+        segment = self.segment(step)
+        return segment.first_token + (step - segment.first_step) * segment.tokens_per_step
 
     def lr(self, step: int) -> float:
         """Learning rate of a step of this phase. Warmup: linear, reaching the peak with the step that completes it."""
-        done = (step - self.first_step) * self.tokens_per_step
-        rise = min(1.0, (done + self.tokens_per_step) / self.warmup) if self.warmup else 1.0
-        return self.peak_lr * rise * self.schedule(done / (self.steps * self.tokens_per_step))
+        done = self.tokens_before(step) - self.first_token
+        rise = min(1.0, (done + self.segment(step).tokens_per_step) / self.warmup) if self.warmup else 1.0
+        return self.peak_lr * rise * self.schedule(done / self.tokens)
 
 
 class PhasePlan:
@@ -62,14 +93,20 @@ class PhasePlan:
         for phase in config.phases:
             values |= {key: value for key in values if (value := getattr(phase, key)) is not None}
             theta = [phase.rope_theta.global_layers or theta[0], phase.rope_theta.local_layers or theta[1]]
-            per_step = values["global_batch_size"] * values["max_seq_len"]
-            steps = math.ceil(phase.tokens / per_step)
+            segments: list[Segment] = []
+            for rows, steps in runs_of_steps(
+                phase.batch_size_warmup,
+                (phase.batch_size_warmup and phase.batch_size_warmup.step) or config.lanes,
+                values["global_batch_size"],
+                values["max_seq_len"],
+                phase.tokens,
+            ):
+                segments.append(Segment(step, steps, token, rows, rows * values["max_seq_len"]))
+                step, token = step + steps, token + steps * rows * values["max_seq_len"]
             self.phases.append(
                 Phase(
                     name=phase.name,
-                    first_step=step,
-                    steps=steps,
-                    first_token=token,
+                    segments=tuple(segments),
                     max_seq_len=values["max_seq_len"],
                     global_batch_size=values["global_batch_size"],
                     peak_lr=values["lr"],
@@ -82,7 +119,6 @@ class PhasePlan:
                     long_documents=values["long_documents"],
                 )
             )
-            step, token = step + steps, token + steps * per_step
         self.total_steps, self.total_tokens = step, token
 
     def at(self, step: int) -> Phase:
@@ -91,8 +127,11 @@ class PhasePlan:
 
     def tokens_before(self, step: int) -> int:
         """Tokens (slots) of all steps before this one."""
-        phase = self.at(step)
-        return phase.first_token + (step - phase.first_step) * phase.tokens_per_step
+        return self.at(step).tokens_before(step)
+
+    def rows_at(self, step: int) -> int:
+        """Rows of the global batch of a step."""
+        return self.at(step).segment(step).rows
 
     def is_milestone(self, step: int) -> bool:
         """True when `step` steps complete a phase."""
@@ -104,17 +143,30 @@ class PhasePlan:
             return False
         return self.tokens_before(step) // interval > self.tokens_before(step - 1) // interval
 
+    def checkpoints(self, phase: Phase, interval: int) -> int:
+        """Checkpoints that a phase's steps write: where they cross a multiple of `interval` tokens, and at its end."""
+        count = 0
+        for segment in phase.segments:
+            end = segment.first_token + segment.steps * segment.tokens_per_step
+            crossed = end // interval - segment.first_token // interval
+            count += min(crossed, segment.steps)  # a step writes one, however many multiples it crosses
+        return count + (not self.crosses(phase.end_step, interval))
+
     def loader_config(self, config: RunConfig) -> LoaderConfig:
         """What the loader needs to know of the run."""
         phases = [
             LoaderPhase(
-                steps=phase.steps,
-                global_batch_size=phase.global_batch_size,
+                number=number,
+                steps=segment.steps,
+                global_batch_size=segment.rows,
                 max_seq_len=phase.max_seq_len,
                 masking=phase.masking,
                 streams=phase.streams,
                 long_documents=phase.long_documents,
             )
-            for phase in self.phases
+            for number, phase in enumerate(self.phases)
+            for segment in phase.segments
         ]
-        return LoaderConfig(seed=config.seed, data=config.data, phases=phases)
+        return LoaderConfig(
+            seed=config.seed, data=config.data.model_copy(update={"lanes": config.lanes}), phases=phases
+        )

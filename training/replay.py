@@ -51,8 +51,8 @@ def inspect_step(path: Path, step: int, rows: int, as_json: bool, console: Conso
     if not as_json:
         console.print(
             f"{path}, step {step} ({phase.name}; tokens {plan.tokens_before(step - 1):,} to "
-            f"{plan.tokens_before(step):,}): {phase.global_batch_size} rows of {phase.max_seq_len}"
-            + (f", the first {shown} below (--rows 0: all)" if shown < phase.global_batch_size else "")
+            f"{plan.tokens_before(step):,}): {loader_phase.global_batch_size} rows of {phase.max_seq_len}"
+            + (f", the first {shown} below (--rows 0: all)" if shown < loader_phase.global_batch_size else "")
             + "\n⟦the⟧ is masked, ⟦the→cat⟧ replaced, ⟦the=⟧ kept but to be predicted"
         )
     Printer(config, dataset.streams, console, as_json).show(taken, shown, phase.max_seq_len, loader_phase.masking)

@@ -1,4 +1,4 @@
-"""What a run tells people: the dry-run plan, the model card, the loss curve and the closing table."""
+"""What a run tells people: the model card, the loss curve and the closing table."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data.loader import check_tokenizer, open_streams
-from data.mixture import MixtureOrder, stream_weights
-from data.shards import Stream
-from data.transfer import is_url
-from flexbert.accounting import count_parameters, flops_per_token, memory_estimate
+from flexbert.accounting import count_parameters
 from training.config import RunConfig
 from training.phases import PhasePlan
 
@@ -19,84 +15,6 @@ from training.phases import PhasePlan
 def describe_model(config: RunConfig) -> str:
     model = config.model
     return f"{count_parameters(model):,} parameters ({model.num_hidden_layers} layers, width {model.hidden_size})"
-
-
-def dry_run(config: RunConfig, console: Console, world_size: int = 1) -> None:
-    """Print the resolved run: model, phases with steps, mixture with epochs, memory, checkpoints. Writes nothing.
-
-    Raises ConfigError like a real start would.
-    """
-    plan = PhasePlan(config)
-    loader = plan.loader_config(config)
-    streams = open_streams(config.data, "train")
-    check_tokenizer(config.data, streams)
-    order = MixtureOrder(streams, config.data, config.seed, loader.lanes)
-    weights = []
-    for phase in loader.phases:
-        shares = config.data.streams if phase.streams is None else phase.streams
-        order.mixture(shares, phase.long_documents or config.data.long_documents, phase.max_seq_len)
-        weights.append(stream_weights(shares, order.tokens))
-    console.print(f"[bold]{config.name}[/bold]: {describe_model(config)} -> {config.folder}")
-
-    phases = Table("phase", *(phase.name for phase in plan.phases))
-    facts: dict[str, list[str]] = {}
-    for phase, given in zip(plan.phases, config.phases, strict=True):
-        rows = phase.global_batch_size // world_size
-        rows = min(config.trainer.microbatch_size or rows, rows)
-        flops = flops_per_token(config.model, phase.max_seq_len, phase.masking.rate)
-        memory = memory_estimate(config.model, rows * phase.max_seq_len, phase.masking.rate)
-        column = {
-            "tokens": f"{phase.steps * phase.tokens_per_step:,}",
-            "steps": f"{phase.steps:,}",
-            "rows x length": f"{phase.global_batch_size} x {phase.max_seq_len}",
-            "tokens per step": f"{phase.tokens_per_step:,}",
-            "learning rate": f"{phase.peak_lr:g} {given.schedule.name}",
-            "warmup tokens": f"{phase.warmup:,}",
-            "RoPE theta, global": f"{phase.theta_global or 'as the model'}",
-            "RoPE theta, local": f"{phase.theta_local or 'as the model'}",
-            "masking rate": f"{phase.masking.rate:g}",
-            "FLOPs per token": f"{flops / 1e9:.3f} G",
-            "memory per rank": f"{memory / 2**30:.2f} GiB in microbatches of {rows}",
-        }
-        for fact, value in column.items():
-            facts.setdefault(fact, []).append(value)
-    for fact, values in facts.items():
-        phases.add_row(fact, *values)
-    console.print(phases)
-
-    mixture = Table("stream", "documents", "tokens", *(f"in {phase.name}" for phase in plan.phases), "passes")
-    for name, stream in zip(config.data.streams, streams, strict=True):
-        manifest, shares = stream.manifest, [weight[name] for weight in weights]
-        tokens = sum(
-            share * phase.steps * phase.tokens_per_step for share, phase in zip(shares, plan.phases, strict=True)
-        )
-        cells = [f"{manifest.documents:,}", f"{manifest.tokens:,}", *(f"{share:.1%}" for share in shares)]
-        mixture.add_row(name, *cells, f"{tokens / manifest.tokens:.2f}")
-    console.print(mixture)
-    remote = [stream for stream in streams if is_url(stream.path)]
-    if remote:
-        console.print(_describe_cache(config, remote, loader.lanes), highlight=False)
-    milestones = ", ".join(f"{phase.end_token:,}" for phase in plan.phases)
-    console.print(
-        f"total: {plan.total_tokens:,} tokens (slots) in {plan.total_steps:,} steps; {loader.lanes} lanes, "
-        f"blocks of about {order.block_tokens:,.0f} tokens\n"
-        f"checkpoints every {config.checkpoint.interval:,} tokens, {config.checkpoint.keep} kept; "
-        f"milestones (kept, evaluated, exported) at {milestones}",
-        highlight=False,
-    )
-
-
-def _describe_cache(config: RunConfig, remote: list[Stream], lanes: int) -> str:
-    data, shards = config.data, [shard.bytes for stream in remote for shard in stream.manifest.shards]
-    mixed = min(len(shards), lanes * len(remote) * (data.shuffle_shards or len(shards)))
-    working_set = sum(shards) / len(shards) * mixed
-    line = (
-        f"remote: {len(remote)} of {len(data.streams)} streams, {sum(shards) / 1e9:,.1f} GB; cache {data.cache} of "
-        f"{data.cache_limit / 1e9:,.1f} GB; all lanes together mix {working_set / 1e9:,.1f} GB at a time"
-    )
-    if working_set > data.cache_limit:
-        line += ": set data.shuffle_shards lower, or shards are fetched many times"
-    return line
 
 
 def model_card(config: RunConfig, plan: PhasePlan, tokens: int, evaluation: dict[str, Any] | None) -> str:

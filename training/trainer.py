@@ -27,10 +27,19 @@ from data.loader import Batch, Loader, build_loader, check_tokenizer, tokenizer_
 from data.workers import worker_death
 from durable import write_file
 from flexbert import FlexBertForMaskedLM, build
+from flexbert.config import without_init
 from schema import ConfigError, RunError
 from training import report
 from training.allocator import keep_freed_memory
-from training.checkpoint import checkpoint_name, newest_checkpoint, remove_old_checkpoints, restore, save_checkpoint
+from training.branching import read_origin
+from training.checkpoint import (
+    checkpoint_name,
+    list_checkpoints,
+    newest_checkpoint,
+    remove_old_checkpoints,
+    restore,
+    save_checkpoint,
+)
 from training.config import RunConfig
 from training.evaluation import Evaluator, flat
 from training.folder import RunFolder
@@ -122,7 +131,15 @@ class Run:
         self.evaluator = Evaluator(
             config.evaluation, config.data, train_streams, self.plan.phases[0].max_seq_len, config.seed
         )
-        self.model = build(config.model, seed=torch_seed(config.seed, "init"))
+        # Before anything is written: a branch that cannot start leaves no trace. A resumed one needs no origin.
+        resumed = bool(list_checkpoints(self.folder.checkpoints))
+        self.start = None if resumed else read_origin(config)
+        if self.start is not None:
+            self.start.check_data(config, self.fingerprints, manifest.tokenizer_fingerprint)
+        self.origin: dict[str, Any] | None = None
+        self.tokenizer = manifest.tokenizer_fingerprint
+        fresh = not resumed and self.start is None
+        self.model = build(config.model if fresh else without_init(config.model), seed=torch_seed(config.seed, "init"))
         if torch.cuda.is_available():
             self.model = self.model.to(f"cuda:{dist.get_local_rank()}")
         self.model.encoder.recompute_every = config.trainer.activation_checkpointing
@@ -157,12 +174,13 @@ class Run:
 
     def _describe(self, step: int) -> dict[str, Any]:
         """Schedule facts after `step` steps."""
-        phase = self.plan.at(step - 1 if step else 0)
+        last = step - 1 if step else 0
+        phase = self.plan.at(last)
         return {
             "tokens": self.plan.tokens_before(step),
             "phase": phase.name,
             "max_seq_len": phase.max_seq_len,
-            "global_batch_size": phase.global_batch_size,
+            "global_batch_size": self.plan.rows_at(last),
         }
 
     def _build_trainer(self) -> Trainer:
@@ -189,7 +207,7 @@ class Run:
         schedule = StepSchedule(
             self.plan.at,
             self.model.set_rope_theta,
-            lambda step: torch_seed(config.seed, "dropout", step, self.rank),
+            lambda step: torch_seed(config.seed, "dropout", self.steps_before + step, self.rank),
         )
         callbacks = [schedule, self.ledger, self.metrics, between]
         if self.rank == 0:
@@ -246,9 +264,7 @@ class Run:
         """Load the newest whole checkpoint, if any, into everything. Returns the number of finished steps."""
         checkpoint = newest_checkpoint(self.folder.checkpoints)
         if checkpoint is None:
-            if self.rank == 0:
-                self.metrics.trim(0)
-                self.ledger.trim(0)
+            self._begin()
             return 0
         state = checkpoint.state
         if state["data"] != self.fingerprints:
@@ -261,7 +277,7 @@ class Run:
         self.loader.load_state_dict(state["loader"])
         self.ledger.load_state_dict(state["ledger"])
         self.metrics.load_state_dict(state["metrics"])
-        self.seconds_before = state["seconds"]
+        self.seconds_before, self.origin = state["seconds"], state.get("origin")
         step = int(state["step"])
         if step:
             phase = self.plan.at(step - 1)
@@ -271,6 +287,24 @@ class Run:
             self.metrics.trim(step)
             self.ledger.trim(step)
         return step
+
+    def _begin(self) -> None:
+        """Start at step 0; a branch with its origin's state, which becomes its own first checkpoint. A collective."""
+        if self.rank == 0:
+            self.metrics.trim(0)
+            self.ledger.trim(-1)
+        if self.start is None:
+            return
+        self.start.apply(self.model, self.optimizer, self.loader)
+        self.origin, self.start = self.start.record, None
+        if self.rank == 0:
+            write_file(self.folder.origin, json.dumps(self.origin, indent=1))
+        self._save(0)
+
+    @property
+    def steps_before(self) -> int:
+        """Steps of the runs that this one continues: random draws go on from there."""
+        return self.origin["steps"] if self.origin else 0
 
     def fit(self) -> None:
         """Train to the end of the last phase."""
@@ -301,6 +335,8 @@ class Run:
             "ledger": self.ledger.state_dict(),
             "metrics": self.metrics.state_dict(),
             "data": self.fingerprints,
+            "tokenizer": self.tokenizer,
+            "origin": self.origin,
             "seconds": self.seconds,
         }
         self.ledger.write(step, self.plan.tokens_before(step), state["loader"]["lanes"], self.fingerprints)
@@ -384,7 +420,8 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
         run.open()
         step = run.resume()
         if rank == 0:
-            where = f"resuming after step {step}" if step else "starting"
+            begun = f"starting from {run.origin['from']}" if run.origin else "starting"
+            where = f"resuming after step {step}" if step else begun
             console.print(
                 f"{folder.path}: {where}, {run.plan.total_steps} steps, {report.describe_model(config)}",
                 highlight=False,

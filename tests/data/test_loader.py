@@ -339,7 +339,7 @@ def test_who_is_killed_holds_no_lock_of_the_event_that_ends_workers() -> None:
 def test_a_bug_in_a_worker_ends_the_run_with_that_exception(folder: Path) -> None:
     loader = build_loader(config(folder, PHASES, {"num_workers": 2}))
     loader.dataset.mixtures = []  # as if ours: the workers' copies have nothing to take a phase's mixture from
-    with pytest.raises(ValueError, match="zip.. argument 2 is shorter"):
+    with pytest.raises(IndexError, match="list index out of range"):
         next(iter(loader))
 
 

@@ -1,0 +1,179 @@
+"""The recipes of configs/pretrain against what was published: steps worked out here by hand from rows, lengths, tokens."""
+
+import io
+import re
+from math import ceil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from flexbert import build
+from flexbert.accounting import count_parameters, flops_per_token
+from flexbert.config import without_init
+from schema import ConfigError
+from tests.training.runs import command, run
+from training.config import RunConfig, load_run_config
+from training.dry_run import dry_run
+from training.phases import PhasePlan
+
+FOLDER = Path(__file__).parent.parent.parent / "configs" / "pretrain"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+
+
+def recipe(name: str, *overrides: str) -> tuple[RunConfig, PhasePlan]:
+    config = load_run_config(FOLDER / f"{name}.yaml", overrides)
+    return config, PhasePlan(config)
+
+
+def warmup_steps(start: int, target: int, step: int, tokens: float, max_seq_len: int) -> tuple[float, float]:
+    """(steps, tolerance): each size as often, tokens / (length x sum of sizes); each rounded to whole steps."""
+    sizes = range(start, target, step)
+    return len(sizes) * tokens / (max_seq_len * sum(sizes)), len(sizes)
+
+
+def printed(
+    config: RunConfig, tokens_per_second: float | None = None, price_per_hour: float | None = None
+) -> dict[str, list[str]]:
+    """The dry run's table by fact, and its other lines under ''. The data are not there, and it says so."""
+    console = Console(width=400, record=True, file=io.StringIO())
+    with pytest.raises(ConfigError, match=r"^data\.streams\.[\w-]+\.path: "):
+        dry_run(config, console, 1, tokens_per_second, price_per_hour)
+    facts: dict[str, list[str]] = {"": []}
+    for line in console.export_text().splitlines():
+        cells = [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
+        if cells:
+            facts[cells[0]] = cells[1:]
+        else:
+            facts[""].append(line)
+    return facts
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_every_recipe_builds(file: Path) -> None:
+    config = load_run_config(file)
+    assert config.name == file.stem
+    with torch.device("meta"):
+        model = build(without_init(config.model))
+    assert sum(parameter.numel() for parameter in model.parameters()) == count_parameters(config.model)
+    facts = printed(config)
+    assert facts["phase"] == [phase.name for phase in config.phases]
+    assert any(line.startswith("mixture: unknown, ") for line in facts[""])
+
+
+def test_the_recipes_asked_for_are_there() -> None:
+    names = {file.stem for file in RECIPES}
+    assert names >= {"modernbert-base", "modernbert-large", "modernbert-large-rollback", "mosaicbert-base", "cramming"}
+    assert names >= {"bert-base", "nomicbert", "gte-en-mlm-base", "ettin-17m", "ettin-32m", "ettin-68m"}
+
+
+# (rows, length, tokens) of the phases with a constant batch size, and the steps that papers and cards print
+@pytest.mark.parametrize(
+    ("name", "phases", "steps", "parameters"),
+    [
+        ("bert-base", [(256, 128, None), (256, 512, None)], [900_000, 100_000], 110e6),
+        ("mosaicbert-base", [(4096, 128, None), (4096, 128, None)], [4_200, 65_800], 137e6),
+        ("nomicbert", [(4096, 2048, None), (4096, 2048, None)], [6_000, 94_000], 137e6),
+        ("gte-en-mlm-base", [(4096, 2048, None), (1024, 8192, None)], [70_000, 20_000], 137e6),
+        ("modernbert-base", [None, (576, 8192, 250e9), (576, 8192, 50e9)], None, 149e6),
+        ("modernbert-large", [None, (4928, 1024, 819e9), (616, 8192, 250e9), (624, 8192, 50e9)], None, 395e6),
+        ("modernbert-large-rollback", [(4928, 1024, 819e9), (616, 8192, 250e9), (624, 8192, 50e9)], None, 395e6),
+        ("cramming", [None, (8192, 128, 5e9)], None, 120e6),
+        ("ettin-17m", [None, (4608, 7999, 250e9), (4608, 7999, 50e9)], None, 17e6),
+        ("ettin-32m", [None, (4608, 7999, 250e9), (4608, 7999, 50e9)], None, 32e6),
+        ("ettin-68m", [None, (4608, 7999, 250e9), (4608, 7999, 50e9)], None, 68.5e6),
+    ],
+)
+def test_steps_are_the_published_ones(
+    name: str, phases: list[tuple[int, int, float | None] | None], steps: list[int] | None, parameters: float
+) -> None:
+    config, plan = recipe(name)
+    facts = printed(config)
+    assert count_parameters(config.model) == pytest.approx(parameters, rel=0.01)
+    for number, phase in enumerate(phases):
+        if phase is None:
+            continue
+        rows, length, tokens = phase
+        wanted = steps[number] if steps else ceil((tokens or 0) / (rows * length))
+        assert facts["tokens per step"][number] == f"{rows * length:,}"
+        assert facts["steps"][number] == f"{wanted:,}"
+        assert facts["tokens"][number] == f"{wanted * rows * length:,}"
+        assert facts["rows x length"][number] == f"{rows} x {length}"
+    assert plan.total_steps == sum(int(cell.replace(",", "")) for cell in facts["steps"])
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "target", "step", "warmup", "tokens", "length"),
+    [
+        ("modernbert-base", 768, 4608, 64, 50e9, 1.719e12, 1024),
+        ("modernbert-large", 448, 4928, 8, 10e9, 900e9, 1024),
+        ("ettin-17m", 576, 4608, 64, 125e9, 1.7e12, 1024),
+        ("ettin-32m", 512, 4608, 64, 100e9, 1.7e12, 1024),
+        ("ettin-68m", 384, 4608, 64, 75e9, 1.7e12, 1024),
+    ],
+)
+def test_first_phases_with_their_batch_warmup(
+    name: str, start: int, target: int, step: int, warmup: float, tokens: float, length: int
+) -> None:
+    config, plan = recipe(name)
+    facts, first = printed(config), plan.phases[0]
+    rising, tolerance = warmup_steps(start, target, step, warmup, length)
+    assert first.segments[-1].first_step == pytest.approx(rising, abs=tolerance)
+    assert first.steps == pytest.approx(rising + (tokens - warmup) / (target * length), abs=tolerance)
+    assert 0 <= first.tokens - tokens < target * length
+    assert facts["rows x length"][0] == f"{start} to {target} x {length}"
+    assert facts["tokens per step"][0] == f"{start * length:,} to {target * length:,}"
+
+
+def test_modernbert_is_the_papers_table() -> None:
+    config, plan = recipe("modernbert-base")
+    assert [phase.tokens for phase in config.phases] == [1_719_000_000_000, 250_000_000_000, 50_000_000_000]
+    assert [phase.peak_lr for phase in plan.phases] == [8e-4, 3e-4, 3e-4]
+    assert (plan.phases[0].warmup, plan.phases[0].masking.rate) == (3_000_000_000, 0.3)
+    assert config.model.position.global_theta == 10000
+    assert [phase.theta_global for phase in plan.phases] == [None, 160000, 160000]
+    end = plan.phases[2]
+    assert end.lr(end.end_step - 1) == pytest.approx(3e-4 * 0.001, rel=0.1)
+    optimizer = config.optimizer
+    assert (optimizer.name, optimizer.beta1, optimizer.beta2, optimizer.eps) == ("stableadamw", 0.9, 0.98, 1e-6)
+    assert (optimizer.weight_decay, optimizer.decouple_lr) == (1e-5, True)
+    large, large_plan = recipe("modernbert-large")
+    assert (large_plan.phases[0].peak_lr, large_plan.phases[0].warmup) == (5e-4, 2_000_000_000)
+    assert sum(phase.tokens for phase in large.phases[:2]) == 1_719_000_000_000
+    assert (large.model.init.method, large.model.init.rescale) == ("tile_center", False)
+    assert large.model.init.source == f"runs/modernbert-base/exports/tokens-{plan.phases[0].end_token}"
+    back, back_plan = recipe("modernbert-large-rollback")
+    assert back.origin is not None
+    assert back.origin.checkpoint == f"runs/modernbert-large/checkpoints/tokens-{large_plan.phases[0].end_token}"
+    assert {phase.peak_lr for phase in back_plan.phases} == {5e-5}
+    assert (back.optimizer.weight_decay, back.lanes) == (1e-6, large.lanes)
+    assert back_plan.phases[0].tokens == large_plan.phases[1].tokens
+
+
+def test_hours_cost_flops_and_checkpoints_on_paper() -> None:
+    config, plan = recipe("modernbert-base")
+    facts = printed(config, tokens_per_second=2.5e6, price_per_hour=20)
+    for number, phase in enumerate(plan.phases):
+        hours = phase.tokens / 2.5e6 / 3600
+        assert float(facts["hours"][number]) == pytest.approx(hours, abs=0.06)
+        assert float(facts["cost"][number].replace(",", "")) == pytest.approx(20 * hours, abs=0.01)
+        flops = flops_per_token(config.model, phase.max_seq_len, 0.3) * phase.tokens
+        assert float(facts["FLOPs"][number]) == pytest.approx(flops, rel=1e-3)
+    # one for each 10B tokens passed, and one at the end of each phase, where 10B tokens are not passed
+    assert [int(cell) for cell in facts["checkpoints"]] == [171 + 1, 25 + 1, 5 + 1]
+    hours = plan.total_tokens / 2.5e6 / 3600
+    assert any(f"hours {hours:,.1f}, cost {20 * hours:,.2f}" in line for line in facts[""])
+
+
+def test_the_command_prints_the_plan_and_then_what_is_absent() -> None:
+    done = run(command("train", str(FOLDER / "modernbert-large.yaml"), "--dry-run", "--tokens-per-second", "1e6"))
+    assert done.returncode == 2
+    assert f" {recipe('modernbert-large')[1].phases[0].steps:,} " in done.stdout
+    assert "250.0" in done.stdout  # hours of the first phase: 900B / 1M / 3600
+    lines = done.stderr.strip().splitlines()
+    assert [line.split(":")[1].strip() for line in lines] == ["data.streams.web.path", "init.from"]
+    for wrong in (["--tokens-per-second", "1e6"], ["--dry-run", "--price-per-hour", "20"]):
+        done = run(command("train", str(FOLDER / "modernbert-base.yaml"), *wrong))
+        assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
+        assert f"error: {wrong[-2]}: " in done.stderr

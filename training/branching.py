@@ -1,0 +1,231 @@
+"""Branches: runs that start from another run's checkpoint, or from a Hugging Face folder (the run file's `from`).
+
+A branch counts its own steps and tokens from 0; its phases are what follows. By default weights, optimizer and the
+data's place go on, so a branch whose phases repeat the rest of its origin's gives the same weights to the last bit.
+It saves what it starts with as its own first checkpoint: from then on it does not need its origin.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from data.loader import Loader, tokenizer_folder
+from data.tokenizer import corpus_tokenizer
+from flexbert import FlexBertConfig, FlexBertForMaskedLM, from_hf
+from schema import ConfigError, RunError, did_you_mean, load_node, validate
+from training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, restore
+from training.config import RunConfig
+from training.phases import PhasePlan
+
+log = logging.getLogger(__name__)
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_ORDER = ("part_documents", "block_documents", "shuffle_shards")  # of the data's config: they decide the order
+_HARMLESS = ("init.", "loss.", "max_position_embeddings", "position.global_theta", "position.local_theta")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a branch begins with, verified and known to fit its config.
+
+    checkpoint: None for weights only. record: for origin.json: the folder, its hash, the run's name, steps (of the
+    optimizer, over all ancestors) and tokens (slots, over all ancestors), and whether the data go on.
+    """
+
+    record: dict[str, Any]
+    weights: dict[str, Tensor]
+    checkpoint: Checkpoint | None
+    parent: RunConfig | None
+    tokenizer: str | None  # fingerprint, of a checkpoint
+
+    def check_data(self, config: RunConfig, fingerprints: Mapping[str, str], tokenizer: str) -> None:
+        """Raise ConfigError when ids mean other tokens here, or when the data cannot go on where they stood.
+
+        fingerprints: of the streams' shards, by name. tokenizer: fingerprint of what made them.
+        """
+        where = self.record["from"]
+        if self.checkpoint is None and self.parent is None:
+            _check_vocabulary(Path(where), tokenizer_folder(config.data))
+        elif self.tokenizer not in (None, tokenizer):
+            raise ConfigError(
+                f"data.tokenizer: {config.data.tokenizer}: is not the tokenizer that {where} was trained with: "
+                "prepare the streams with that one"
+            )
+        if self.record["data"] == "restart":
+            return
+        assert self.checkpoint is not None
+        assert self.parent is not None
+        theirs, ours = dict[str, Any](self.checkpoint.state["data"]), dict[str, Any](fingerprints)
+        lanes = len(self.checkpoint.state["loader"]["lanes"])
+        faults = [("seed", config.seed, self.parent.seed), ("data.lanes", config.lanes, lanes)]
+        faults += [(f"data.{key}", getattr(config.data, key), getattr(self.parent.data, key)) for key in _ORDER]
+        faults += [("data.streams", list(ours), list(theirs))]
+        faults += [
+            (f"data.streams.{name}", f"shards {shards}", f"shards {theirs.get(name)}") for name, shards in ours.items()
+        ]
+        for key, here, there in faults:
+            if here != there:
+                raise ConfigError(
+                    f"{key}: {here} here, {there} where {where} was trained: make them equal, or "
+                    "say `from: {checkpoint: ..., data: restart}`"
+                )
+
+    def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Loader) -> None:
+        """Put it into everything, in place; the optimizer keeps its own config's hyperparameters."""
+        if self.checkpoint is None:
+            model.load_state_dict(self.weights, strict=False)
+            return
+        # `setup` is optimi's mark that its step counter, which is in the group too, has begun.
+        given = [
+            {key: group[key] for key in optimizer.defaults if key in group and key != "setup"}
+            for group in optimizer.param_groups
+        ]
+        restore(self.checkpoint, model, optimizer)
+        for group, values in zip(optimizer.param_groups, given, strict=True):
+            group.update(values)
+        if self.record["data"] == "continue":
+            loader.load_state_dict({"step": 0, "lanes": self.checkpoint.state["loader"]["lanes"]})
+
+
+def read_origin(config: RunConfig) -> Start | None:
+    """What `from` names, None without it. Raises ConfigError, starting with the key, when it is missing, damaged or of
+    another architecture or optimizer."""
+    if config.origin is None:
+        return None
+    folder = Path(config.origin.checkpoint)
+    if folder.resolve().is_relative_to(config.folder.resolve()):
+        raise ConfigError(f"from: {folder}: is this run's own folder: give the branch a name of its own")
+    return _read_hf(config, folder) if (folder / "config.json").is_file() else _read_run(config, folder)
+
+
+def _read_hf(config: RunConfig, folder: Path) -> Start:
+    try:
+        model = from_hf(folder)
+    except ConfigError as error:
+        raise ConfigError(f"from: {error}") from None
+    _check_model(model.config, model.config, dict(model.state_dict()), config, str(folder))
+    record = {
+        "from": str(folder),
+        "xxh3_64": _hash([folder / "config.json", *sorted(folder.glob("*.safetensors"))]),
+        "run": None,
+        "steps": 0,
+        "tokens": 0,
+        "data": "restart",
+    }
+    return Start(record, dict(model.state_dict()), None, None, None)
+
+
+def _read_run(config: RunConfig, folder: Path) -> Start:
+    assert config.origin is not None
+    try:
+        checkpoint = _find_checkpoint(folder)
+    except RunError as error:
+        raise ConfigError(f"from: {error}") from None
+    path, state = checkpoint.path, checkpoint.state
+    file = path.parent.parent / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"from: {path}: its run's {file} is missing: keep the checkpoint in its run folder")
+    parent = validate(RunConfig, load_node(file), file)
+    plan = PhasePlan(parent)
+    step = int(state["step"])
+    phase = plan.at(max(step - 1, 0))
+    theta = {"global_theta": phase.theta_global, "local_theta": phase.theta_local}
+    theirs = parent.model.position.model_copy(update={key: value for key, value in theta.items() if value})
+    trained = parent.model.model_copy(update={"position": theirs})
+    _check_model(parent.model, trained, checkpoint.model, config, str(path))
+    weights_only = config.origin.weights_only
+    if not weights_only and config.optimizer.name != parent.optimizer.name:
+        raise ConfigError(
+            f"optimizer: {config.optimizer.name!r} here, {parent.optimizer.name!r} in the state of {path}: give "
+            "that, or say `from: {checkpoint: ..., weights_only: true}`"
+        )
+    before = state.get("origin") or {"steps": 0, "tokens": 0}
+    record = {
+        "from": str(path),
+        "xxh3_64": _hash([path / "manifest.json"]),
+        "run": parent.name,
+        "steps": 0 if weights_only else before["steps"] + step,
+        "tokens": before["tokens"] + plan.tokens_before(step),
+        "data": "restart" if weights_only else config.origin.data,
+    }
+    return Start(record, checkpoint.model, None if weights_only else checkpoint, parent, state.get("tokenizer"))
+
+
+def _find_checkpoint(folder: Path) -> Checkpoint:
+    """Of a checkpoint's or a run's folder. Raises ConfigError when it is neither, RunError when damaged."""
+    if (folder / "manifest.json").is_file():
+        return load_checkpoint(folder)
+    if (folder / "checkpoints").is_dir():
+        newest = newest_checkpoint(folder / "checkpoints")
+        if newest is None:
+            raise ConfigError(f"from: {folder}: has no checkpoint yet: let it train up to one")
+        return newest
+    near = {path.name for path in folder.parent.iterdir()} if folder.parent.is_dir() else set()
+    hint = did_you_mean(folder.name, near) if near else "give runs/NAME/checkpoints/tokens-N"
+    raise ConfigError(f"from: {folder}: neither a checkpoint, a run nor a Hugging Face folder: {hint}")
+
+
+def _check_model(
+    theirs: FlexBertConfig, trained: FlexBertConfig, weights: Mapping[str, Tensor], config: RunConfig, where: str
+) -> None:
+    """Raise ConfigError where weights of config `theirs` are not of this run's model; say what else differs.
+
+    trained: theirs with the RoPE thetas that were last in use.
+    """
+    ours = config.model
+    here, there = _leaves(ours.to_dict()), _leaves(theirs.to_dict())
+    differing = [key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
+    for key in differing:
+        if key in _SIZES or (key.endswith(".name") and not key.startswith(_HARMLESS)):
+            raise ConfigError(
+                f"model.{key}: {here.get(key)} here, {there.get(key)} in {where}: a branch keeps the architecture"
+            )
+    with torch.device("meta"):
+        names = {name: tuple(weight.shape) for name, weight in FlexBertForMaskedLM(ours).named_parameters()}
+    for name in sorted(names.keys() ^ weights.keys()):
+        raise ConfigError(f"from: {where}: {name} is {'missing there' if name in names else 'not in this model'}")
+    for name, shape in names.items():
+        if tuple(weights[name].shape) != shape:
+            raise ConfigError(f"from: {where}: {name} is {tuple(weights[name].shape)} there, {shape} here")
+    for key in differing:
+        if not key.startswith(_HARMLESS) and not key.endswith(("dropout", "_token_id", "backend")):
+            log.warning("model.%s: %s here, %s in %s", key, here.get(key), there.get(key), where)
+    for layers in ("global", "local"):
+        was, now = (getattr(model.position, f"{layers}_theta", None) for model in (trained, ours))
+        if getattr(config.phases[0].rope_theta, f"{layers}_layers") is None and was != now:
+            raise ConfigError(
+                f"phases[0].rope_theta.{layers}_layers: {where} was trained at {was:g}, this model has {now:g}: say "
+                "which"
+            )
+
+
+def _check_vocabulary(folder: Path, ours: Path) -> None:
+    if not (folder / "tokenizer.json").is_file():
+        log.warning("from: %s: holds no tokenizer.json: whether its tokens are the streams' cannot be checked", folder)
+        return
+    here, there = (corpus_tokenizer(path).get_vocab() for path in (ours, folder))
+    if here != there:
+        token = min((here.items() ^ there.items()), key=lambda pair: (pair[1], pair[0]))[0]
+        raise ConfigError(
+            f"data.tokenizer: {ours}: is not the tokenizer of {folder}: {token!r} is {here.get(token)} here, "
+            f"{there.get(token)} there: prepare the streams with that one"
+        )
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in node.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _hash(files: list[Path]) -> str:
+    digest = xxhash.xxh3_64()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

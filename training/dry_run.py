@@ -1,0 +1,169 @@
+"""`train CONFIG --dry-run`: the run on paper. First what the run file alone decides, then what needs the data."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from data.loader import LoaderConfig, check_tokenizer, open_streams
+from data.mixture import MixtureOrder, stream_weights
+from data.shards import Stream
+from data.transfer import is_url
+from flexbert import build
+from flexbert.accounting import count_parameters, flops_per_token, memory_estimate
+from schema import ConfigError
+from training.branching import read_origin
+from training.config import PhaseConfig, RunConfig
+from training.phases import Phase, PhasePlan
+from training.report import describe_model
+
+_CHECKPOINT_BYTES = 12  # of a parameter: float32 weight and two moments
+
+
+def dry_run(
+    config: RunConfig,
+    console: Console,
+    world_size: int = 1,
+    tokens_per_second: float | None = None,
+    price_per_hour: float | None = None,
+) -> None:
+    """Print the resolved run: model, phases with steps, FLOPs and memory, checkpoints, mixture. Writes nothing.
+
+    tokens_per_second: of all ranks, for the hours; price_per_hour: of all machines, for the cost. What the run file
+    alone decides is printed even where data or starting weights are absent.
+    Raises ConfigError, a line for each reason, when a real start would; RunError for damaged shards.
+    """
+    plan = PhasePlan(config)
+    loader = plan.loader_config(config)
+    console.print(f"[bold]{config.name}[/bold]: {describe_model(config)} -> {config.folder}")
+    table = Table("phase", *(phase.name for phase in plan.phases))
+    columns = [
+        _phase_facts(config, plan, phase, given, world_size) | _price(phase.tokens, tokens_per_second, price_per_hour)
+        for phase, given in zip(plan.phases, config.phases, strict=True)
+    ]
+    for fact in columns[0]:
+        table.add_row(fact, *(column[fact] for column in columns))
+    console.print(table)
+    _print_totals(config, plan, console, _price(plan.total_tokens, tokens_per_second, price_per_hour))
+
+    faults: list[str] = []
+    with _collected(faults):
+        _print_mixture(config, plan, loader, console)
+    with _collected(faults), torch.device("meta"):
+        if config.origin is None:
+            build(config.model)  # sees whether the weights that it grows from are there
+    with _collected(faults):
+        read_origin(config)
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+@contextmanager
+def _collected(faults: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        faults.append(str(error))
+
+
+def _phase_facts(
+    config: RunConfig, plan: PhasePlan, phase: Phase, given: PhaseConfig, world_size: int
+) -> dict[str, str]:
+    rows = phase.global_batch_size // world_size
+    rows = min(config.trainer.microbatch_size or rows, rows)
+    flops = flops_per_token(config.model, phase.max_seq_len, phase.masking.rate)
+    half = config.trainer.precision == "amp_bf16" or (config.trainer.precision == "auto" and torch.cuda.is_available())
+    memory = memory_estimate(config.model, rows * phase.max_seq_len, phase.masking.rate, 2 if half else 4)
+    steps = [segment.tokens_per_step for segment in phase.segments]
+    return {
+        "tokens": f"{phase.tokens:,}",
+        "steps": f"{phase.steps:,}",
+        "rows x length": f"{_span(phase.segments[0].rows, phase.segments[-1].rows, '{}')} x {phase.max_seq_len}",
+        "tokens per step": _span(steps[0], steps[-1], "{:,}"),
+        "batch sizes": f"{len(steps)}, over {given.batch_size_warmup.tokens:,}" if given.batch_size_warmup else "1",
+        "learning rate": f"{phase.peak_lr:g} {given.schedule.name}",
+        "warmup tokens": f"{phase.warmup:,}",
+        "RoPE theta, global": f"{phase.theta_global or 'as the model'}",
+        "RoPE theta, local": f"{phase.theta_local or 'as the model'}",
+        "masking rate": f"{phase.masking.rate:g}",
+        "checkpoints": f"{plan.checkpoints(phase, config.checkpoint.interval):,}",
+        "FLOPs per token": f"{flops / 1e9:.3f} G",
+        "FLOPs": f"{flops * phase.tokens:.3e}",
+        "memory per rank": f"{memory / 2**30:.2f} GiB in microbatches of {rows}",
+    }
+
+
+def _span(first: int, last: int, form: str) -> str:
+    return form.format(last) if first == last else f"{form.format(first)} to {form.format(last)}"
+
+
+def _price(tokens: int, tokens_per_second: float | None, price_per_hour: float | None) -> dict[str, str]:
+    """Time and cost of so many tokens, as far as they can be told."""
+    if tokens_per_second is None:
+        return {}
+    hours = tokens / tokens_per_second / 3600
+    return {"hours": f"{hours:,.1f}"} | ({} if price_per_hour is None else {"cost": f"{hours * price_per_hour:,.2f}"})
+
+
+def _print_totals(config: RunConfig, plan: PhasePlan, console: Console, price: dict[str, str]) -> None:
+    size = count_parameters(config.model) * _CHECKPOINT_BYTES / 1e9
+    flops = sum(
+        flops_per_token(config.model, phase.max_seq_len, phase.masking.rate) * phase.tokens for phase in plan.phases
+    )
+    milestones = ", ".join(f"{phase.end_token:,}" for phase in plan.phases)
+    said = "".join(f", {name} {value}" for name, value in price.items())
+    console.print(
+        f"total: {plan.total_tokens:,} tokens (slots) in {plan.total_steps:,} steps; {config.lanes} lanes; "
+        f"{flops:.3e} FLOPs{said}\n"
+        f"checkpoints every {config.checkpoint.interval:,} tokens, {config.checkpoint.keep} kept; "
+        f"milestones (kept, evaluated, exported) at {milestones}; {size:,.2f} GB each",
+        highlight=False,
+    )
+
+
+def _print_mixture(config: RunConfig, plan: PhasePlan, loader: LoaderConfig, console: Console) -> None:
+    absent = [name for name, stream in config.data.streams.items() if not _is_there(stream.path)]
+    if absent:
+        console.print(
+            f"mixture: unknown, {len(absent)} of {len(config.data.streams)} streams are absent: {', '.join(absent)}",
+            highlight=False,
+        )
+    streams = open_streams(config.data, "train")
+    check_tokenizer(config.data, streams)
+    order = MixtureOrder(streams, config.data, config.seed, loader.lanes)
+    weights = []
+    for phase in plan.phases:
+        shares = config.data.streams if phase.streams is None else phase.streams
+        order.mixture(shares, phase.long_documents or config.data.long_documents, phase.max_seq_len)
+        weights.append(stream_weights(shares, order.tokens))
+    mixture = Table("stream", "documents", "tokens", *(f"in {phase.name}" for phase in plan.phases), "passes")
+    for name, stream in zip(config.data.streams, streams, strict=True):
+        manifest, shares = stream.manifest, [weight[name] for weight in weights]
+        tokens = sum(share * phase.tokens for share, phase in zip(shares, plan.phases, strict=True))
+        cells = [f"{manifest.documents:,}", f"{manifest.tokens:,}", *(f"{share:.1%}" for share in shares)]
+        mixture.add_row(name, *cells, f"{tokens / manifest.tokens:.2f}")
+    console.print(mixture)
+    console.print(f"blocks of about {order.block_tokens:,.0f} tokens", highlight=False)
+    remote = [stream for stream in streams if is_url(stream.path)]
+    if remote:
+        console.print(_describe_cache(config, remote, loader.lanes), highlight=False)
+
+
+def _is_there(path: str) -> bool:
+    return is_url(path) or Path(path).is_dir()
+
+
+def _describe_cache(config: RunConfig, remote: list[Stream], lanes: int) -> str:
+    data, shards = config.data, [shard.bytes for stream in remote for shard in stream.manifest.shards]
+    mixed = min(len(shards), lanes * len(remote) * (data.shuffle_shards or len(shards)))
+    working_set = sum(shards) / len(shards) * mixed
+    line = (
+        f"remote: {len(remote)} of {len(data.streams)} streams, {sum(shards) / 1e9:,.1f} GB; cache {data.cache} of "
+        f"{data.cache_limit / 1e9:,.1f} GB; all lanes together mix {working_set / 1e9:,.1f} GB at a time"
+    )
+    if working_set > data.cache_limit:
+        line += ": set data.shuffle_shards lower, or shards are fetched many times"
+    return line
