@@ -1,0 +1,186 @@
+"""What our training step costs over a bare loop, and how long a checkpoint stops it.
+
+`python -m benchmarks.overhead [--rounds 10] [--steps 10] [KEY=VALUE ...]` prints JSON lines. Two processes take turns,
+a round of so many steps each, so that noise of the machine meets both:
+
+    run    the real one, configs/demo.yaml as `main.py train` runs it: loader with its workers, Composer, all callbacks
+           and loggers, metrics of every step (ten times as many as by default), guards
+    bare   the same model, optimizer and batches in a loop: forward, backward, optimizer step, zero_grad
+
+`overhead` is the median over the rounds of run / bare - 1, in wall-clock time. Then the run goes on by itself, saves at
+every tenth step, and `blocked` is the median time of a step with a save, less that of a step without one.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from rich.console import Console
+
+from data.loader import build_loader
+from training.allocator import keep_freed_memory
+from training.config import RunConfig, load_run_config
+from training.phases import PhasePlan
+from training.trainer import Run, quiet_libraries
+
+ROOT = Path(__file__).parent.parent
+WARM = 3
+
+
+def config_of(runs: Path, steps: int, save_every: int | None, overrides: list[str]) -> RunConfig:
+    """The demo's first phase, so many steps long."""
+    per_step = 4 * 512
+    interval = save_every * per_step if save_every else steps * per_step * 10
+    return load_run_config(
+        ROOT / "configs" / "demo.yaml",
+        [
+            f"runs={runs}",
+            f"phases=[{{name: stable, tokens: {steps * per_step}, max_seq_len: 512, global_batch_size: 4, lr: 1e-3}}]",
+            f"checkpoint.interval={interval}",
+            "evaluation={max_rows: 4, max_seq_len: 512}",
+            "trainer.log_interval=1",
+            *overrides,
+        ],
+    )
+
+
+class Gate(Callback):
+    """Before each round waits for a line on stdin, and answers with the seconds it took."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.done, self.start = steps, -WARM, 0.0
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        if self.done >= 0 and self.done % self.steps == 0:
+            if self.done:
+                print(json.dumps(time.perf_counter() - self.start), flush=True)
+            sys.stdin.readline()
+            self.start = time.perf_counter()
+        self.done += 1
+
+
+class Watch(Callback):
+    """Seconds from the end of each step to the end of the next, whatever happens between."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def run_steps(config: RunConfig, *watching: Callback) -> Run:
+    """The real run, watched."""
+    quiet_libraries()
+    keep_freed_memory()
+    run = Run(config, Console(quiet=True))
+    run.open()
+    run.resume()
+    # First in the list: what other callbacks do before a step belongs to the step.
+    run.trainer.state.callbacks[:0] = list(watching)
+    try:
+        run.fit()
+    finally:
+        run.close()
+    return run
+
+
+def bare(config: RunConfig, steps: int) -> None:
+    """A loop over batches that are there before it starts."""
+    keep_freed_memory()
+    run = Run(config, Console(quiet=True))
+    model, optimizer = run.model, run.optimizer
+    loader = build_loader(PhasePlan(config).loader_config(config))
+    batches = [batch for batch, _ in zip(loader, range(steps), strict=False)]
+    start = 0.0
+    for number in itertools.count(-WARM):
+        if number >= 0 and number % steps == 0:
+            if number:
+                print(json.dumps(time.perf_counter() - start), flush=True)
+            if not sys.stdin.readline():
+                return
+            start = time.perf_counter()
+        batch = batches[number % steps]
+        names = ("input_ids", "cu_seqlens", "max_seqlen", "labels")
+        loss = model(*(batch[name] for name in names), num_masked=batch["masked"]).loss
+        assert loss is not None
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def blocked(runs: Path, overrides: list[str]) -> dict[str, Any]:
+    """Times of steps with and without a save."""
+    every, count = 10, 80
+    watch = Watch()
+    run_steps(config_of(runs, count, every, overrides), watch)
+    spans = [after - before for before, after in zip(watch.ends, watch.ends[1:], strict=False)]
+    saving = [span for step, span in enumerate(spans, 1) if step % every == 0]
+    plain = [span for step, span in enumerate(spans, 1) if step % every and step > WARM]
+    step = statistics.median(plain)
+    return {
+        "step_seconds": round(step, 4),
+        "blocked_seconds": round(statistics.median(saving) - step, 4),
+        "blocked_share_of_a_step": round(statistics.median(saving) / step - 1, 3),
+        "saves": len(saving),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=10, help="of a round")
+    parser.add_argument("--serve", choices=["run", "bare", "blocked"], help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", help="of the run: KEY=VALUE")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        steps = (arguments.rounds + 1) * arguments.steps + 10
+        if arguments.serve == "run":
+            run_steps(config_of(Path(folder), steps, None, arguments.overrides), Gate(arguments.steps))
+        elif arguments.serve == "bare":
+            bare(config_of(Path(folder), steps, None, arguments.overrides), arguments.steps)
+        elif arguments.serve == "blocked":
+            print(json.dumps(blocked(Path(folder), arguments.overrides)))
+        else:
+            compare(arguments.rounds, arguments.steps, arguments.overrides)
+
+
+def compare(rounds: int, steps: int, overrides: list[str]) -> None:
+    """Let the two take turns, and print what it gave."""
+    command = [sys.executable, "-m", "benchmarks.overhead", "--rounds", str(rounds), "--steps", str(steps), *overrides]
+    processes = {
+        who: subprocess.Popen([*command, "--serve", who], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for who in ("run", "bare")
+    }
+    took: dict[str, list[float]] = {who: [] for who in processes}
+    for _ in range(rounds):
+        for who, process in processes.items():
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            took[who].append(float(process.stdout.readline()) / steps)
+    for process in processes.values():
+        process.kill()
+        process.wait()
+    ratios = [run / bare for run, bare in zip(took["run"], took["bare"], strict=True)]
+    found = {f"{who}_step_seconds": round(statistics.median(values), 4) for who, values in took.items()}
+    found |= {"overhead": round(statistics.median(ratios) - 1, 4), "rounds": [round(ratio - 1, 3) for ratio in ratios]}
+    print(json.dumps({"benchmark": "overhead", "steps_of_a_round": steps, **found}), flush=True)
+    saved = subprocess.run([*command, "--serve", "blocked"], check=True, capture_output=True, text=True)
+    print(json.dumps({"benchmark": "overhead", **json.loads(saved.stdout.splitlines()[-1])}))
+
+
+if __name__ == "__main__":
+    main()
