@@ -29,6 +29,9 @@ _FREE = (
     "runs",
     "trainer.microbatch_size",
     "trainer.log_interval",
+    "trainer.max_bad_steps",
+    "trainer.spike_guard",  # what it skipped is in the ledger, whatever it says now
+    "trainer.hang_timeout",
     "checkpoint",
     "wandb",
     "data.num_workers",
