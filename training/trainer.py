@@ -148,7 +148,7 @@ class Run:
             self.saver.join()
         finally:
             if self._trainer is not None:
-                self._trainer.close()
+                self._trainer.engine.close()  # Trainer.close is a collective: after an error the others are elsewhere
             self.folder.close()
 
     def _say(self, text: str) -> None:
@@ -282,6 +282,7 @@ class Run:
             self.trainer.fit()
             if self.faults.preempted:
                 self.saver.settle_last()
+                self.trainer.close()  # together: a launcher kills the rest when the first rank is gone
                 raise SystemExit(signals.EXIT_PREEMPTED)
             step = self.resume() if self.faults.rolled_back else self.plan.total_steps
 
