@@ -75,7 +75,7 @@ class Saver:
         try:
             write_checkpoint(*job)
             self._failures = 0
-            remove_old_checkpoints(self.folder, self.config, self.is_permanent)
+            remove_old_checkpoints(self.folder, self.config, self.is_permanent, job[0])
         except (RunError, OSError) as error:
             self._failed = job
             self._failures += 1
@@ -85,10 +85,19 @@ class Saver:
             self._crash = error
 
 
-def remove_old_checkpoints(folder: Path, config: CheckpointConfig, is_permanent: Callable[[int], bool]) -> None:
+def remove_old_checkpoints(
+    folder: Path, config: CheckpointConfig, is_permanent: Callable[[int], bool], newest: Path
+) -> None:
     """Delete all but the permanent ones, and of the others the newest `keep` and the `keep_best` of the lowest
-    validation loss (of equal ones the newest)."""
+    validation loss (of equal ones the newest).
+
+    newest: just written. What is there of later steps was skipped as damaged, and must not count as one of `keep`.
+    """
     paths = list_checkpoints(folder)
+    later = paths[paths.index(newest) + 1 :]
+    for path in later:
+        remove_folder(path)
+    paths = paths[: -len(later) or None]
     facts = {path: _facts(path) for path in paths}
     paths = [path for path in paths if not is_permanent(facts[path][0])]
     judged = [path for path in reversed(paths) if facts[path][1] is not None]

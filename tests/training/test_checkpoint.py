@@ -128,14 +128,18 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_retention(tmp_path: Path) -> None:
-    """Newest 2 of those not permanent (20 and 30 are), and the best one: 40, not the permanent 20 nor the equal 5."""
+    """Newest 3 of those not permanent (20 and 30 are), and the best one: 40, not the permanent 20 nor the equal 5."""
     losses = {5: 2.0, 20: 1.0, 30: None, 40: 2.0, 100: 3.0, 110: None}
     for tokens, loss in losses.items():
         saved(tmp_path, tokens, loss)
-    remove_old_checkpoints(tmp_path, CheckpointConfig(keep=2, keep_best=1), lambda step: step in (20, 30))
-    assert [tokens_of(path) for path in list_checkpoints(tmp_path)] == [20, 30, 40, 100, 110]
-    remove_old_checkpoints(tmp_path, CheckpointConfig(keep=1), lambda step: step == 30)
-    assert [tokens_of(path) for path in list_checkpoints(tmp_path)] == [30, 110]
+    saved(tmp_path, 120)
+    damaged = saved(tmp_path, 130)
+    (damaged / "state.json").unlink()
+    for_ever = {20, 30}.__contains__
+    remove_old_checkpoints(tmp_path, CheckpointConfig(keep=3, keep_best=1), for_ever, tmp_path / "tokens-120")
+    assert [tokens_of(path) for path in list_checkpoints(tmp_path)] == [20, 30, 40, 100, 110, 120]
+    remove_old_checkpoints(tmp_path, CheckpointConfig(keep=1), lambda step: step == 30, tmp_path / "tokens-120")
+    assert [tokens_of(path) for path in list_checkpoints(tmp_path)] == [30, 120]
 
 
 @contextmanager

@@ -9,22 +9,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.training.runs import ROOT, command, environment, metrics, prepare_dataset, write_config
+from tests.training.runs import ROOT, environment, launched, metrics, prepare_dataset, rank, write_config
 from training.checkpoint import list_checkpoints, load_checkpoint
 
 pytestmark = pytest.mark.slow
-LAUNCHER = [str(Path(command()[0]).parent / "composer"), "-n", "2"]
 
 
 def launch(config: Path, *overrides: str) -> "subprocess.Popen[str]":
-    arguments = [*LAUNCHER, *command("train", str(config), *overrides)[1:]]
+    arguments = launched(2, "train", str(config), *overrides)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(arguments, cwd=ROOT, env=environment(), **pipes)
-
-
-def rank(launcher: "subprocess.Popen[str]", number: int) -> psutil.Process:
-    children = psutil.Process(launcher.pid).children()
-    return next(child for child in children if child.environ().get("RANK") == str(number))
 
 
 def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[str]") -> None:
@@ -42,7 +36,7 @@ def test_one_rank_stops_hangs_or_dies(tmp_path: Path) -> None:
 
     process = launch(config)
     wait_for_step(folder, 3, process)
-    rank(process, 1).send_signal(signal.SIGUSR1)
+    rank(process.pid, 1).send_signal(signal.SIGUSR1)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 85, output
     last = max(metrics(folder, "tokens"))
@@ -53,7 +47,7 @@ def test_one_rank_stops_hangs_or_dies(tmp_path: Path) -> None:
     process = launch(config, "trainer.hang_timeout=5")
     wait_for_step(folder, last + 2, process)
     begin = time.monotonic()
-    rank(process, 1).send_signal(signal.SIGSTOP)
+    rank(process.pid, 1).send_signal(signal.SIGSTOP)
     output = process.communicate(timeout=90)[0]
     assert time.monotonic() - begin < 60
     assert process.returncode == 1, output
@@ -67,7 +61,7 @@ def test_one_rank_stops_hangs_or_dies(tmp_path: Path) -> None:
 
     process = launch(config)
     wait_for_step(folder, max(metrics(folder, "tokens")) + 2, process)
-    rank(process, 0).kill()
+    rank(process.pid, 0).kill()
     output = process.communicate(timeout=90)[0]
     assert process.returncode != 0
     assert "error: another rank's process ended" in output
