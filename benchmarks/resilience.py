@@ -68,8 +68,8 @@ class Course:
         self.folder, self.disk, self.dice = folder, disk, dice
         self.checkpoints = folder / "runs" / "small" / "checkpoints"
         self._command = launched(2, "train", str(config), *overrides)
-        self.log = folder.parent / "killed.log"
-        self.cut_off: Path | None = None
+        self.log = disk.folder.with_name("killed.log")
+        self.cut_off = set[Path]()  # and not written again since
 
     @property
     def step(self) -> int:
@@ -114,9 +114,11 @@ class Course:
         victim.wait_for_rest()
         self.disk.empty()
         facts["half_written"] = len(list(self.checkpoints.glob(UNFINISHED + "*")))
-        rest = [path for path in list_checkpoints(self.checkpoints) if path != self.cut_off]
-        facts["unreadable"] = sum(not _is_whole(path) for path in rest)
-        self.cut_off = self._cut_off() if how == HOW[4] else None
+        damaged = {path for path in list_checkpoints(self.checkpoints) if not _is_whole(path)}
+        facts["unreadable"] = len(damaged - self.cut_off)
+        self.cut_off &= damaged
+        if how == HOW[4]:
+            self._cut_off()
         return {"step": self.step, **facts}
 
     def _full_disk(self, victim: Victim) -> dict[str, Any]:
@@ -130,13 +132,13 @@ class Course:
             "said": "NOT WRITTEN" in (text := self.log.read_text()) or "error: " in text,
         }
 
-    def _cut_off(self) -> Path | None:
+    def _cut_off(self) -> None:
         """Damage the newest checkpoint, if there is another whole one."""
         *others, newest = [path for path in list_checkpoints(self.checkpoints) if _is_whole(path)]
         if others:
             file = self.dice.choice(sorted(newest.iterdir()))
             os.truncate(file, self.dice.randrange(file.stat().st_size))
-        return newest if others else None
+            self.cut_off.add(newest)
 
 
 def _is_whole(path: Path) -> bool:
@@ -164,11 +166,11 @@ def resilience(folder: Path, kills: int, dice: random.Random) -> Iterator[dict[s
         hows, done = [HOW[number % len(HOW)] for number in range(kills)], 0
         dice.shuffle(hows)
         for how in hows:
-            damaged, facts = course.cut_off, course.kill(how)
+            damaged, facts = set(course.cut_off), course.kill(how)
             if facts is None:
                 break
             text = course.log.read_text()
-            assert damaged is None or f"SKIPPING DAMAGED CHECKPOINT {damaged}" in text, text[-2000:]
+            assert all(f"SKIPPING DAMAGED CHECKPOINT {path}" in text for path in damaged), text[-2000:]
             done += 1
             yield {"kill": done, "how": how, **facts}
         victim = course.start()

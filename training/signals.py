@@ -34,17 +34,19 @@ def listen() -> None:
 
 @contextmanager
 def from_start_up() -> Iterator[None]:
-    """Listen while the block runs; its heavy imports may replace the handlers until it calls `listen` again."""
-    before = {number: signal.getsignal(number) for number in _NUMBERS}
+    """Listen while the block runs; its heavy imports may replace the handlers until it calls `listen` again.
+
+    After it the process ends by itself, and a launcher that asks it to must not change its exit code.
+    """
+    _State.received = _State.finishing = False
     listen()
     try:
         yield
     except SystemExit as stop:
         raise SystemExit(EXIT_PREEMPTED if stop.code in _OF_COMPOSER else stop.code) from None
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        _State.received = _State.finishing = False
+        for number in _NUMBERS:
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
 
 
 def finish_steps() -> None:

@@ -152,10 +152,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _seed_and_handlers() -> Iterator[None]:
-    """What `main.py train` does around a run."""
+def _signal_handlers() -> Iterator[None]:
+    """What `main.py train` does around a run, in a process that lives on."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    before = [signal.getsignal(number) for number in numbers]
     with signals.from_start_up():
         yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 def run(folder: Path, dataset: Path, *overrides: str) -> dict[str, Any]:
