@@ -1,6 +1,6 @@
 """FlexBERT's front door: `python main.py COMMAND ...`.
 
-Exit codes: 0 done, 1 failed while running, 2 wrong usage or config.
+Exit codes: 0 done, 1 failed while running, 2 wrong usage or config, 85 (training.signals) asked to stop and saved.
 """
 
 import os
@@ -39,9 +39,9 @@ def plain_errors() -> Iterator[None]:
         print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr, flush=True)
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
     except (KeyboardInterrupt, SystemExit) as stop:
-        # Composer turns SIGINT and SIGTERM into SystemExit(128 + number).
+        # Composer turns SIGINT and SIGTERM into SystemExit(128 + number); 85: training.signals.EXIT_PREEMPTED.
         code = stop.code if isinstance(stop, SystemExit) else 130
-        if code in (130, 143):
+        if code in (85, 130, 143):
             print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
         raise typer.Exit(code if isinstance(code, int) else 1) from None
 
@@ -95,8 +95,13 @@ def train(
         float | None, typer.Option(min=0, help="with --tokens-per-second: of all machines together; gives the cost")
     ] = None,
 ) -> None:
-    """Pretrain an encoder, or continue where the same command was interrupted."""
-    with plain_errors():
+    """Pretrain an encoder, or continue where the same command was interrupted.
+
+    SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C: it finishes the step, saves and exits with code 85. Ctrl-C twice: at once.
+    """
+    from training import signals
+
+    with plain_errors(), signals.from_start_up():
         from schema import ConfigError
 
         if tokens_per_second is not None and not dry_run:

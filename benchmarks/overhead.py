@@ -27,6 +27,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from rich.console import Console
 
+from callbacks.watchdog import Watchdog
 from data.loader import build_loader
 from training.allocator import keep_freed_memory
 from training.config import RunConfig, load_run_config
@@ -83,22 +84,24 @@ def run_steps(config: RunConfig, *watching: Callback) -> Run:
     """The real run, watched."""
     quiet_libraries()
     keep_freed_memory()
-    run = Run(config, Console(quiet=True))
+    watchdog = Watchdog(config.trainer.hang_timeout)
+    run = Run(config, Console(quiet=True), watchdog)
     run.open()
-    run.resume()
+    step = run.resume()
     # First in the list: what other callbacks do before a step belongs to the step.
     run.trainer.state.callbacks[:0] = list(watching)
     try:
-        run.fit()
+        run.fit(step)
     finally:
         run.close()
+        watchdog.stop()
     return run
 
 
 def bare(config: RunConfig, steps: int) -> None:
     """A loop over batches that are there before it starts."""
     keep_freed_memory()
-    run = Run(config, Console(quiet=True))
+    run = Run(config, Console(quiet=True), Watchdog(config.trainer.hang_timeout))
     model, optimizer = run.model, run.optimizer
     loader = build_loader(PhasePlan(config).loader_config(config))
     batches = [batch for batch, _ in zip(loader, range(steps), strict=False)]

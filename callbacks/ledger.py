@@ -9,15 +9,19 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from callbacks.guards import step_loss
 from callbacks.lines import append_line, step_of, trim_lines
 from data.loader import SEEN
+from durable import sync
 
 
 class Ledger(Callback):
-    """Counts what the steps trained on, per stream, and writes a line to ledger.jsonl with every checkpoint.
+    """Counts what the steps trained on, per stream, and writes a line to ledger.jsonl with every checkpoint. Steps that
+    were not applied are not counted.
 
     A line: {"step", "tokens" (slots), "streams": {name: {one count for each of data.loader.SEEN}}, "data": {name:
-    fingerprint of its shards}, "lanes": cursors}.
+    fingerprint of its shards}, "lanes": cursors}. A rollback adds {"step": gone back to, "skip": [first, last] steps
+    not trained on, "spike": what was seen}; it stays for ever, so that restarts and replays know.
     Numbers depend on neither world size nor restarts. `unique_documents` is exact as long as min_length and
     long_documents of a stream stay the same in all phases; else it is a lower bound.
     """
@@ -29,7 +33,8 @@ class Ledger(Callback):
         self._local = torch.zeros(shape, dtype=torch.int64)  # this rank's since then
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        self._local += torch.from_numpy(state.batch["seen"])
+        if step_loss(state) is not None:
+            self._local += torch.from_numpy(state.batch["seen"])
 
     def totals(self) -> dict[str, dict[str, int]]:
         """Counts of the run so far by stream, over all ranks. A collective."""
@@ -59,13 +64,28 @@ class Ledger(Callback):
         if dist.get_global_rank() == 0:
             append_line(self.file, line)
 
+    def write_skip(self, step: int, skip: range, spike: dict[str, Any]) -> None:
+        """Add the line of a rollback to `step`, synced: what follows depends on it (rank 0)."""
+        append_line(self.file, {"step": step, "skip": [skip.start, skip.stop - 1], "spike": spike})
+        sync(self.file)
+
+    def skips(self) -> list[range]:
+        """The steps that rollbacks have taken out of the run (1-based), read from the file."""
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        known = [json.loads(line) for line in lines if _is_skip(line)]
+        return [range(line["skip"][0], line["skip"][1] + 1) for line in known]
+
     def trim(self, step: int) -> None:
         """Drop the lines of steps that a restart will repeat (rank 0)."""
-        trim_lines(self.file, step)
+        trim_lines(self.file, step, keep=_is_skip)
+
+
+def _is_skip(line: str) -> bool:
+    return '"skip": [' in line and step_of(line) < float("inf")
 
 
 def nearest_line(file: Path, step: int) -> dict[str, Any] | None:
     """The last line at or before `step`, from which the loader can go on; None: begin at step 0."""
     lines = file.read_text().splitlines() if file.exists() else []
-    known = [line for line in lines if step_of(line) <= step]
+    known = [line for line in lines if step_of(line) <= step and not _is_skip(line)]
     return json.loads(known[-1]) if known else None

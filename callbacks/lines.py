@@ -1,6 +1,7 @@
 """Files of JSON lines that belong to steps: metrics.jsonl and ledger.jsonl."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ def append_line(file: Path, line: dict[str, Any]) -> None:
         out.write(json.dumps(line) + "\n")
 
 
-def trim_lines(file: Path, step: int) -> None:
-    """Drop the lines of later steps, and one torn by a kill."""
+def trim_lines(file: Path, step: int, keep: Callable[[str], bool] = lambda line: False) -> None:
+    """Drop the lines of later steps but those to keep, and one torn by a kill."""
     lines = file.read_text().splitlines() if file.exists() else []
-    kept = [line for line in lines if step_of(line) <= step]
+    kept = [line for line in lines if step_of(line) <= step or keep(line)]
     beside = file.with_suffix(".tmp")
     beside.write_text("".join(line + "\n" for line in kept))
     beside.replace(file)

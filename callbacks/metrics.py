@@ -10,6 +10,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from callbacks.guards import StepGuard, step_loss
 from callbacks.ledger import Ledger
 from callbacks.lines import append_line, step_of, trim_lines
 
@@ -19,7 +20,8 @@ class MetricsLog(Callback):
 
     | logged | unit | event, interval |
     |---|---|---|
-    | loss | nats per masked token, mean over the steps since the last line | BATCH_END, every log_interval steps |
+    | loss | nats per masked token, mean over steps applied since the last line, or null | BATCH_END, log_interval |
+    | bad_steps | steps of the run not applied because loss or gradient was not finite | same |
     | lr, phase, max_seq_len, global_batch_size | - , name, slots, rows | same |
     | tokens, real_tokens | slots; tokens that are no padding | same |
     | tokens_per_second | real tokens / s since the last line, all ranks, without evaluation and saving | same |
@@ -28,11 +30,16 @@ class MetricsLog(Callback):
     """
 
     def __init__(
-        self, file: Path, log_interval: int, ledger: Ledger, describe: Callable[[int], dict[str, Any]]
+        self,
+        file: Path,
+        log_interval: int,
+        ledger: Ledger,
+        guard: StepGuard,
+        describe: Callable[[int], dict[str, Any]],
     ) -> None:
         """describe: schedule facts of a step (phase, tokens, max_seq_len, global_batch_size)."""
         self.file, self.log_interval, self.describe = file, log_interval, describe
-        self.ledger = ledger
+        self.ledger, self.guard = ledger, guard
         self.latest: dict[str, Any] = {}
         self.train_seconds = 0.0
         self._window = {"loss": 0.0, "steps": 0}
@@ -59,8 +66,10 @@ class MetricsLog(Callback):
         self._window_seconds += now - self._mark
         self.train_seconds += now - self._mark
         self._mark = now
-        self._window["loss"] += float(state.total_loss_dict["loss/train/total"])
-        self._window["steps"] += 1
+        loss = step_loss(state)
+        if loss is not None:
+            self._window["loss"] += loss
+            self._window["steps"] += 1
         step = state.timestamp.batch.value
         if step % self.log_interval == 0:
             self._write_line(step, state, logger)
@@ -81,11 +90,12 @@ class MetricsLog(Callback):
         line = {
             "step": step,
             **self.describe(step),
-            "loss": self._window["loss"] / self._window["steps"],
+            "loss": self._window["loss"] / self._window["steps"] if self._window["steps"] else None,
             "lr": state.optimizers[0].param_groups[0]["lr"],
             "real_tokens": real_tokens,
             "tokens_per_second": (real_tokens - self._window_tokens) / self._window_seconds,
             "data_wait": self._window_wait / self._window_seconds,
+            "bad_steps": self.guard.bad_steps,
         }
         self._window = {"loss": 0.0, "steps": 0}
         self._window_tokens, self._window_seconds, self._window_wait = real_tokens, 0.0, 0.0

@@ -9,8 +9,8 @@ from composer.loggers import Logger
 class BetweenSteps(Callback):
     """Runs `actions` after a step, in order. An action is (due(step), run(step)); step counts finished steps.
 
-    Evaluation comes before the checkpoint (a kill between them repeats it), the export after it (a restart that finds
-    itself on a milestone without export makes it first, see `fit_start`).
+    Evaluation comes before the checkpoint (a kill between them repeats it), the export after it. A restart that finds
+    itself on a step whose evaluation or export is not there makes it first, see `fit_start`.
     """
 
     def __init__(
@@ -18,17 +18,23 @@ class BetweenSteps(Callback):
         actions: list[tuple[Callable[[int], bool], Callable[[int], None]]],
         on_resume: Callable[[int], None],
         after: Callable[[], None],
+        leave: Callable[[int], bool],
     ) -> None:
-        """on_resume: called with the step at which fit starts. after: called when any action ran."""
-        self.actions, self.on_resume, self.after = actions, on_resume, after
+        """on_resume: called with the step at which fit starts. after: called when any action ran. leave: called first
+        after each step; True ends the fit here, without the actions."""
+        self.actions, self.on_resume, self.after, self.leave = actions, on_resume, after, leave
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self.on_resume(state.timestamp.batch.value)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        step = state.timestamp.batch.value
-        due = [run for is_due, run in self.actions if is_due(step)]
-        for run in due:
-            run(step)
-        if due:
+        step, acted = state.timestamp.batch.value, False
+        if self.leave(step):
+            state.stop_training()
+            return
+        for is_due, run in self.actions:
+            if is_due(step):
+                run(step)
+                acted = True
+        if acted:
             self.after()

@@ -9,6 +9,8 @@ from composer.loggers import Logger
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from callbacks.guards import step_loss
+
 _SECONDS_BETWEEN_LINES = 15.0
 _SMOOTHING_STEPS = 50
 
@@ -42,9 +44,10 @@ class ProgressLine(Callback):
             self._progress.start()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        loss = float(state.total_loss_dict["loss/train/total"])
-        self._steps = min(self._steps + 1, _SMOOTHING_STEPS)
-        self._loss += (loss - self._loss) / self._steps
+        loss = step_loss(state)
+        if loss is not None:
+            self._steps = min(self._steps + 1, _SMOOTHING_STEPS)
+            self._loss += (loss - self._loss) / self._steps
         step = state.timestamp.batch.value
         facts = self.describe(step)
         tokens, now = facts["tokens"], time.monotonic()

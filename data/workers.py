@@ -96,8 +96,16 @@ def worker_death(error: RuntimeError) -> RunError | None:
 _LESS = "lower data.num_workers or data.prefetch_batches; the same command goes on from the newest checkpoint"
 
 
+_SECONDS_AFTER_SIGTERM = 300
+
+
 def prepare_worker(_worker: int) -> None:
-    """One thread, and none of the trainer's signal handlers: the training process ends its workers itself."""
+    """One thread, and none of the trainer's signal handlers: the training process ends its workers itself.
+
+    A scheduler sends SIGTERM and the like to all processes of a job; a worker that obeyed would take the run's last
+    step and checkpoint with it. So SIGTERM kills it only after a while, if it is still there then.
+    """
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: signal.alarm(_SECONDS_AFTER_SIGTERM))

@@ -1,4 +1,5 @@
-"""Checkpoints: written whole or not at all, verified by hash when read, never unpickled.
+"""Checkpoints: written whole or not at all, verified by hash when read, never unpickled: tensors are read as
+safetensors, everything else as JSON, and no other file in the folder is looked into.
 
 checkpoints/tokens-N/ holds model.safetensors, optimizer.safetensors, state.json (step, loader cursors, counters) and
 manifest.json (size and xxh3_64 of each file). N counts tokens (slots) trained.
@@ -7,6 +8,7 @@ manifest.json (size and xxh3_64 of each file). N counts tokens (slots) trained.
 import json
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from durable import new_folder, remove_folder, write_file
+from callbacks.agree import from_rank_0, on_any_rank
+from durable import new_folder, write_file
 from schema import RunError
 
 log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -50,16 +54,31 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("tokens-*") if re.fullmatch(r"tokens-\d+", path.name)), key=tokens_of)
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Snapshot:
+    """Copies in host memory of what a checkpoint holds: training may go on while they are written."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    optimizer_scalars: dict[str, Any]
+
+
+def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
+    """Cost: one copy of parameters and optimizer state to host memory."""
+    model_state = {name: _copy(tensor) for name, tensor in _unshared(model.state_dict()).items()}
+    return Snapshot(model_state, *_flatten_optimizer(model, optimizer))
+
+
+def write_checkpoint(path: Path, snapshot: Snapshot, state: dict[str, Any]) -> None:
     """Write a checkpoint; it appears under `path` only when every byte is on disk. state: JSON values.
 
     Raises RunError (a full disk, ...) with nothing left behind and older checkpoints untouched.
     """
-    tensors, scalars = _flatten_optimizer(model, optimizer)
     try:
         with new_folder(path) as folder:
-            save_file(_unshared(model.state_dict()), folder / "model.safetensors")
-            save_file(tensors, folder / "optimizer.safetensors")
+            save_file(snapshot.model, folder / "model.safetensors")
+            save_file(snapshot.optimizer, folder / "optimizer.safetensors")
+            scalars = snapshot.optimizer_scalars
             write_file(folder / "state.json", json.dumps({"optimizer": scalars, "run": state}, indent=1))
             files = {file.name: _digest(file) for file in sorted(folder.iterdir())}
             write_file(folder / _MANIFEST, json.dumps({"schema_version": SCHEMA_VERSION, "files": files}, indent=1))
@@ -76,33 +95,38 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise RunError(f"{path / _MANIFEST}: missing or damaged checkpoint manifest") from None
     if version != SCHEMA_VERSION:
         raise RunError(f"{path}: checkpoint format {version}, this FlexBERT reads {SCHEMA_VERSION}")
-    for name, expected in files.items():
-        found = _digest(path / name) if (path / name).is_file() else None
-        if found != expected:
+    for name in sorted({*_FILES, *files}):
+        expected, found = files.get(name), _digest(path / name) if (path / name).is_file() else None
+        if found != expected or found is None:
             raise RunError(f"{path / name}: damaged checkpoint file: expected {expected}, found {found}")
-    state = json.loads((path / "state.json").read_text())
-    return Checkpoint(
-        path,
-        load_file(path / "model.safetensors"),
-        load_file(path / "optimizer.safetensors"),
-        state["optimizer"],
-        state["run"],
-    )
+    try:
+        state = json.loads((path / "state.json").read_text())
+        model, optimizer = (load_file(path / name) for name in _FILES[:2])
+        return Checkpoint(path, model, optimizer, state["optimizer"], state["run"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        # whole by its hashes, but not written by write_checkpoint
+        raise RunError(f"{path}: no checkpoint of FlexBERT's format: {error}") from None
 
 
-def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint; damaged ones are skipped with a loud line. None when there is none at all.
+def newest_checkpoint(folder: Path, accept: Callable[[dict[str, Any]], bool] = lambda state: True) -> Checkpoint | None:
+    """The newest whole checkpoint whose state is accepted; damaged ones are skipped with a loud line. None when there
+    is none at all. A collective: all ranks get the same one, which each of them could read whole.
 
-    Raises RunError when there are checkpoints and all are damaged: starting over silently would hide the loss.
+    Raises RunError when there are checkpoints and none is of use: starting over silently would hide the loss.
     """
-    paths = list_checkpoints(folder)
+    paths = [Path(path) for path in from_rank_0([str(path) for path in list_checkpoints(folder)])]
     for path in reversed(paths):
+        checkpoint, problem = None, f"{path}: another rank could not read it"
         try:
-            return load_checkpoint(path)
+            checkpoint = load_checkpoint(path)
         except RunError as error:
-            log.warning("SKIPPING DAMAGED CHECKPOINT %s", error)
+            problem = str(error)
+        if on_any_rank(checkpoint is None):
+            log.warning("SKIPPING DAMAGED CHECKPOINT %s", problem)
+        elif checkpoint is not None and accept(checkpoint.state):
+            return checkpoint
     if paths:
-        raise RunError(f"{folder}: all {len(paths)} checkpoints are damaged: remove the folder to start over")
+        raise RunError(f"{folder}: none of the {len(paths)} checkpoints is whole: remove the folder to start over")
     return None
 
 
@@ -120,13 +144,6 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
         ) from None
 
 
-def remove_old_checkpoints(folder: Path, keep: int, milestones: set[int]) -> None:
-    """Delete all but the newest `keep` checkpoints and those whose token count is a milestone."""
-    paths = [path for path in list_checkpoints(folder) if tokens_of(path) not in milestones]
-    for path in paths[:-keep]:
-        remove_folder(path)
-
-
 def _digest(file: Path) -> dict[str, Any]:
     data = file.read_bytes()
     return {"bytes": len(data), "xxh3_64": xxhash.xxh3_64_hexdigest(data)}
@@ -140,8 +157,13 @@ def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if tensor.numel() and tensor.data_ptr() in seen:
             continue
         seen[tensor.data_ptr()] = name
-        kept[name] = tensor.detach().cpu().contiguous()
+        kept[name] = tensor
     return kept
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """In host memory, contiguous, of its own."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _flatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -152,14 +174,14 @@ def _flatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"state/{names[parameter]}/{key}"] = value.detach().cpu().clone()
+                tensors[f"state/{names[parameter]}/{key}"] = _copy(value)
             else:
                 scalars["state"].setdefault(names[parameter], {})[key] = value
     for number, group in enumerate(optimizer.param_groups):
         plain = {"params": [names[parameter] for parameter in group["params"]]}
         for key, value in group.items():
             if isinstance(value, Tensor):
-                tensors[f"group/{number}/{key}"] = value.detach().cpu().clone()
+                tensors[f"group/{number}/{key}"] = _copy(value)
             elif key != "params":
                 plain[key] = value
         scalars["groups"].append(plain)

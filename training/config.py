@@ -64,6 +64,25 @@ class PhaseConfig(Schema):
         return self
 
 
+class SpikeGuardConfig(Schema):
+    """Rolls back when the loss jumps, and skips the steps that did it. `spike_guard: {}` switches it on."""
+
+    sigmas: float = Field(default=6.0, gt=0, description="standard deviations over the running mean (OLMo-core: 6)")
+    window: int = Field(default=128, ge=8, description="steps in mean and deviation; half of them must be there")
+    skip: int = Field(
+        default=16,
+        ge=1,
+        description="steps not trained on: the one that spiked and those before it (PaLM: 200 to 500, "
+        "arXiv 2204.02311, section 5.1)",
+    )
+
+    @model_validator(mode="after")
+    def _check_skip(self) -> "SpikeGuardConfig":
+        if self.skip > self.window // 2:
+            raise ValueError(f"skip of {self.skip} steps is over half the window of {self.window}: lower it")
+        return self
+
+
 class TrainerConfig(Schema):
     """How steps are computed; none of it changes what is trained on."""
 
@@ -79,13 +98,29 @@ class TrainerConfig(Schema):
     )
     gradient_clip_norm: float | None = Field(default=None, gt=0, description="global norm (ModernBERT: none)")
     log_interval: int = Field(default=10, ge=1, description="steps between lines of metrics.jsonl and the loggers")
+    max_bad_steps: int = Field(
+        default=10,
+        ge=1,
+        description="steps in a row with a loss or gradient not finite (none applied) that end the run",
+    )
+    spike_guard: SpikeGuardConfig | None = Field(default=None, description="absent: off; {}: on, with its defaults")
+    hang_timeout: float = Field(
+        default=1800.0, gt=0, description="seconds without a step (evaluation, save and export in it) that end the run"
+    )
 
 
 class CheckpointConfig(Schema):
     """When the state is saved. Milestones, one at the end of each phase, are kept for ever and exported."""
 
     interval: Count = Field(default=1_000_000_000, gt=0, description="tokens between checkpoints")
-    keep: int = Field(default=2, ge=1, description="newest checkpoints kept besides milestones")
+    keep: int = Field(default=2, ge=1, description="newest checkpoints kept besides those kept for ever")
+    keep_every: Count | None = Field(default=None, gt=0, description="tokens between checkpoints kept for ever")
+    keep_best: int = Field(
+        default=0, ge=0, description="of the lowest validation loss, kept too; over 0: every evaluation is saved"
+    )
+    max_failures: int = Field(
+        default=3, ge=1, description="writes in a row that fail and end the run; before, training goes on without"
+    )
 
 
 class EvaluationConfig(Schema):

@@ -31,6 +31,9 @@ _FREE = (
     "trainer.log_interval",
     "trainer.compile",
     "trainer.activation_checkpointing",
+    "trainer.max_bad_steps",
+    "trainer.spike_guard",  # what it skipped is in the ledger, whatever it says now
+    "trainer.hang_timeout",
     "checkpoint",
     "wandb",
     "data.num_workers",

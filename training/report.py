@@ -68,7 +68,7 @@ def draw_curves(metrics: Path, picture: Path, plan: PhasePlan) -> None:
     from matplotlib.ticker import EngFormatter
 
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    train = [line for line in lines if "loss" in line]
+    train = [line for line in lines if line.get("loss") is not None]
     held_out = [line for line in lines if "validation" in line]
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=110)
     for number, phase in enumerate(plan.phases):

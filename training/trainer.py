@@ -22,6 +22,7 @@ from callbacks.metrics import MetricsLog
 from callbacks.milestones import BetweenSteps
 from callbacks.progress import ProgressLine
 from callbacks.schedule import StepSchedule
+from callbacks.watchdog import Watchdog
 from data.keyed import torch_seed
 from data.loader import Batch, Loader, build_loader, check_tokenizer, tokenizer_folder
 from data.workers import worker_death
@@ -29,25 +30,18 @@ from durable import write_file
 from flexbert import FlexBertForMaskedLM, build
 from flexbert.config import without_init
 from schema import ConfigError, RunError
-from training import report
+from training import report, signals
 from training.allocator import keep_freed_memory
 from training.branching import read_origin
-from training.checkpoint import (
-    checkpoint_name,
-    list_checkpoints,
-    newest_checkpoint,
-    remove_old_checkpoints,
-    restore,
-    save_checkpoint,
-)
+from training.checkpoint import checkpoint_name, list_checkpoints, restore, take_snapshot
 from training.config import RunConfig
 from training.evaluation import Evaluator, flat
+from training.faults import COLLECTIVE_MARGIN, Faults, lost_rank
 from training.folder import RunFolder
 from training.optim import OPTIMIZERS
 from training.phases import PhasePlan
+from training.saving import Saver
 from training.static_shapes import fill_slots
-
-log = logging.getLogger(__name__)
 
 
 class MaskedLanguageModel(ComposerModel):
@@ -111,8 +105,8 @@ def count_tokens(batch: Batch) -> dict[str, int]:
 class Run:
     """A run in this process: built by `train`, torn down at its end."""
 
-    def __init__(self, config: RunConfig, console: Console) -> None:
-        self.config, self.console = config, console
+    def __init__(self, config: RunConfig, console: Console, watchdog: Watchdog) -> None:
+        self.config, self.console, self.watchdog = config, console, watchdog
         self.plan = PhasePlan(config)
         self.folder = RunFolder(config.folder)
         self.rank, self.world_size = dist.get_global_rank(), dist.get_world_size()
@@ -147,10 +141,15 @@ class Run:
             self.model.encoder.compile_blocks()
         self.optimizer = OPTIMIZERS.build(config.optimizer, model=self.model, lr=self.plan.phases[0].peak_lr)
         self.ledger = Ledger(self.folder.ledger, list(config.data.streams))
-        self.metrics = MetricsLog(self.folder.metrics, config.trainer.log_interval, self.ledger, self._describe)
+        self.saver = Saver(self.folder.checkpoints, config.checkpoint, self._is_permanent)
+        self.faults = Faults(config, self.plan, self.saver, self.ledger, self._say, split_batch, self._dropout_seed)
+        self.metrics = MetricsLog(
+            self.folder.metrics, config.trainer.log_interval, self.ledger, self.faults.guard, self._describe
+        )
         self.seconds_before = 0.0  # of earlier processes, up to their last checkpoint
         self.started = time.monotonic()
         self.evaluation: tuple[int, dict[str, Any]] | None = None
+        self._evaluated = 0  # the step of the last evaluation, also of one before a restart
         self._trainer: Trainer | None = None
 
     @property
@@ -167,10 +166,20 @@ class Run:
         self._trainer = self._build_trainer()
 
     def close(self) -> None:
-        """Let loggers finish and others into the folder."""
-        if self._trainer is not None:
-            self._trainer.close()
-        self.folder.close()
+        """Let the checkpoint under way and the loggers finish, and others into the folder."""
+        try:
+            self.saver.join()
+        finally:
+            if self._trainer is not None:
+                self._trainer.engine.close()  # Trainer.close is a collective: after an error the others are elsewhere
+            self.folder.close()
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _dropout_seed(self, step: int) -> int:
+        """Of a step on this rank."""
+        return torch_seed(self.config.seed, "dropout", self.steps_before + step, self.rank)
 
     def _describe(self, step: int) -> dict[str, Any]:
         """Schedule facts after `step` steps."""
@@ -201,17 +210,14 @@ class Run:
                 (self._checkpoint_due, self._save),
                 (self.plan.is_milestone, self._export),
             ],
-            on_resume=lambda step: self._export(step) if self.plan.is_milestone(step) else None,
+            on_resume=self._catch_up,
             after=self.metrics.start_clock,
+            leave=lambda step: self.faults.leave(step, self._save),
         )
-        schedule = StepSchedule(
-            self.plan.at,
-            self.model.set_rope_theta,
-            lambda step: torch_seed(config.seed, "dropout", self.steps_before + step, self.rank),
-        )
-        callbacks = [schedule, self.ledger, self.metrics, between]
+        schedule = StepSchedule(self.plan.at, self.model.set_rope_theta, self._dropout_seed)
+        callbacks = [self.faults.guard, schedule, self.watchdog, self.ledger, self.metrics, between]
         if self.rank == 0:
-            callbacks.insert(1, ProgressLine(self.console, self.plan.total_tokens, self._describe))
+            callbacks.insert(3, ProgressLine(self.console, self.plan.total_tokens, self._describe))
         algorithms = []
         if config.trainer.gradient_clip_norm is not None:
             from composer.algorithms import GradientClipping
@@ -262,7 +268,7 @@ class Run:
 
     def resume(self) -> int:
         """Load the newest whole checkpoint, if any, into everything. Returns the number of finished steps."""
-        checkpoint = newest_checkpoint(self.folder.checkpoints)
+        checkpoint = self.faults.checkpoint()
         if checkpoint is None:
             self._begin()
             return 0
@@ -277,6 +283,8 @@ class Run:
         self.loader.load_state_dict(state["loader"])
         self.ledger.load_state_dict(state["ledger"])
         self.metrics.load_state_dict(state["metrics"])
+        self.faults.load_state_dict(state["faults"])
+        self._evaluated = state["evaluated"]
         self.seconds_before, self.origin = state["seconds"], state.get("origin")
         step = int(state["step"])
         if step:
@@ -306,29 +314,49 @@ class Run:
         """Steps of the runs that this one continues: random draws go on from there."""
         return self.origin["steps"] if self.origin else 0
 
-    def fit(self) -> None:
-        """Train to the end of the last phase."""
-        self.trainer.fit()
+    def fit(self, step: int) -> None:
+        """Train from `step` to the end of the last phase. Raises SystemExit(EXIT_PREEMPTED) when asked to stop."""
+        while step < self.plan.total_steps:
+            self.faults.check_start()
+            self.trainer.state.max_duration = f"{self.plan.total_steps}ba"
+            self.trainer.fit()
+            if self.faults.preempted:
+                self.saver.settle_last()
+                self.trainer.close()  # together: a launcher kills the rest when the first rank is gone
+                raise SystemExit(signals.EXIT_PREEMPTED)
+            step = self.resume() if self.faults.rolled_back else self.plan.total_steps
 
     def _evaluation_due(self, step: int) -> bool:
         return self.plan.is_milestone(step) or self.plan.crosses(step, self.config.evaluation.interval)
 
     def _checkpoint_due(self, step: int) -> bool:
-        return self.plan.is_milestone(step) or self.plan.crosses(step, self.config.checkpoint.interval)
+        options = self.config.checkpoint
+        best = options.keep_best > 0 and self._evaluated == step
+        return best or self._is_permanent(step) or self.plan.crosses(step, options.interval)
+
+    def _is_permanent(self, step: int) -> bool:
+        """Whether the checkpoint after `step` steps is kept for ever."""
+        return self.plan.is_milestone(step) or self.plan.crosses(step, self.config.checkpoint.keep_every)
+
+    def _catch_up(self, step: int) -> None:
+        """What an interruption just after this step left out."""
+        if step and self._evaluation_due(step) and self._evaluated != step:
+            self._evaluate(step)
+        if self.plan.is_milestone(step):
+            self._export(step)
 
     def _evaluate(self, step: int) -> None:
         result = self.evaluator.evaluate(self.model)
-        self.evaluation = (step, result)
+        self.evaluation, self._evaluated = (step, result), step
         self.metrics.append({"step": step, "tokens": self.plan.tokens_before(step), "validation": result})
         self.trainer.logger.log_metrics(flat(result))
-        self.console.print(
+        self._say(
             f"           validation after {self.plan.tokens_before(step):,} tokens: loss {result['loss']:.3f}, "
-            f"masked accuracy {result['masked_accuracy']:.1%} (most frequent token: {result['unigram_accuracy']:.1%})",
-            highlight=False,
-            soft_wrap=True,
+            f"masked accuracy {result['masked_accuracy']:.1%} (most frequent token: {result['unigram_accuracy']:.1%})"
         )
 
     def _save(self, step: int) -> None:
+        self.saver.settle()
         state = {
             "step": step,
             "loader": self.loader.state_dict(),
@@ -338,14 +366,14 @@ class Run:
             "tokenizer": self.tokenizer,
             "origin": self.origin,
             "seconds": self.seconds,
+            "faults": self.faults.state_dict(),
+            "evaluated": self._evaluated,
+            "validation_loss": self.evaluation[1]["loss"] if self.evaluation and self.evaluation[0] == step else None,
         }
         self.ledger.write(step, self.plan.tokens_before(step), state["loader"]["lanes"], self.fingerprints)
         if self.rank == 0:
             path = self.folder.checkpoints / checkpoint_name(self.plan.tokens_before(step))
-            save_checkpoint(path, self.model, self.optimizer, state)
-            milestones = {phase.end_token for phase in self.plan.phases}
-            remove_old_checkpoints(self.folder.checkpoints, self.config.checkpoint.keep, milestones)
-        dist.barrier()
+            self.saver.start(path, take_snapshot(self.model, self.optimizer), state)
 
     def _export(self, step: int) -> None:
         path = self.export_path(step)
@@ -364,7 +392,8 @@ class Run:
         return self.seconds_before + time.monotonic() - self.started
 
     def finish(self) -> dict[str, Any]:
-        """Last evaluation, export and summary of a run whose steps are done. Returns the summary."""
+        """Last checkpoint, evaluation, export and summary of a run whose steps are done. Returns the summary."""
+        self.saver.settle_last()
         step = self.plan.total_steps
         if self.evaluation is None or self.evaluation[0] != step:
             self._evaluate(step)
@@ -414,9 +443,16 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
         if rank == 0:
             console.print(f"{folder.path}: this run is finished ({summary['steps']} steps); nothing to do")
         return summary
-    dist.initialize_dist("gpu" if torch.cuda.is_available() else "cpu")
-    run = Run(config, console)
+    signals.listen()
+    # The watchdog speaks before a collective gives up by itself.
+    timeout = config.trainer.hang_timeout
+    dist.initialize_dist("gpu" if torch.cuda.is_available() else "cpu", timeout + COLLECTIVE_MARGIN)
+    signals.finish_steps()
+    watchdog = Watchdog(timeout)
+    run = None
     try:
+        watchdog.meet()
+        run = Run(config, console, watchdog)
         run.open()
         step = run.resume()
         if rank == 0:
@@ -426,14 +462,15 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
                 f"{folder.path}: {where}, {run.plan.total_steps} steps, {report.describe_model(config)}",
                 highlight=False,
             )
-        if step < run.plan.total_steps:
-            run.fit()
+        run.fit(step)
         return run.finish()
     except RuntimeError as error:  # PyTorch raises this in the training process at the moment when a worker dies
-        raise worker_death(error) or error from None
+        raise worker_death(error) or lost_rank(error) or error from None
     except OSError as error:
         raise RunError(
             f"{folder.path}: {error.strerror or error}: {error.filename or ''} (checkpoints stay whole)"
         ) from error
     finally:
-        run.close()
+        if run is not None:
+            run.close()
+        watchdog.stop()

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).parent.parent.parent
 PYTHON_LIBRARY = Path(os.__file__).parent
 
@@ -56,6 +58,17 @@ STEPS = 40 + 12 + 12
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "main.py"), *arguments]
+
+
+def launched(processes: int, *arguments: str) -> list[str]:
+    """The same command with so many processes."""
+    return [str(Path(sys.executable).parent / "composer"), "-n", str(processes), *command(*arguments)[1:]]
+
+
+def rank(launcher: int, number: int) -> psutil.Process:
+    """A rank of a launcher's process id."""
+    children = psutil.Process(launcher).children()
+    return next(child for child in children if child.environ().get("RANK") == str(number))
 
 
 def environment() -> dict[str, str]:

@@ -1,0 +1,154 @@
+"""Steps that must not be applied: a loss or gradient that is not finite, batches that a loss spike was traced to."""
+
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from callbacks.agree import on_any_rank
+from schema import RunError
+
+_LOSS = "loss/train/total"
+
+
+def step_loss(state: State) -> float | None:
+    """The loss of the step just finished; None when the step was not applied (StepGuard's callback runs first)."""
+    loss = float(state.total_loss_dict[_LOSS])
+    return loss if math.isfinite(loss) else None
+
+
+class Spike(NamedTuple):
+    """A loss far above the steps before. step: 1-based, as in metrics.jsonl."""
+
+    step: int
+    loss: float
+    mean: float
+    sigma: float
+
+
+class SpikeDetector:
+    """Loss over the running mean plus k standard deviations of the last steps that were applied.
+
+    Rule and defaults (6 sigma, 128 steps, silent until half of them are there) are those of OLMo-core's
+    SkipStepOptimizer, which leaves such a step out; ours is rolled back, since a loss is high because of the updates
+    before it as well. The window begins anew with every phase: rows and masking change, and the loss with them.
+    """
+
+    def __init__(self, sigmas: float, window: int) -> None:
+        self.sigmas, self.window = sigmas, window
+        self._losses: list[float] = []
+        self._phase = ""
+
+    def look(self, step: int, loss: float, phase: str) -> Spike | None:
+        """Judge a step's loss by those before it, and remember it."""
+        if phase != self._phase:
+            self._losses, self._phase = [], phase
+        spike = None
+        if len(self._losses) >= self.window // 2:
+            mean, sigma = statistics.fmean(self._losses), statistics.stdev(self._losses)
+            if loss > mean + self.sigmas * sigma:
+                spike = Spike(step, loss, mean, sigma)
+        self._losses = [*self._losses, loss][-self.window :]
+        return spike
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values for the checkpoint."""
+        return {"losses": self._losses, "phase": self._phase}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._losses, self._phase = list(state["losses"]), state["phase"]
+
+
+class StepGuard(Callback):
+    """Stands between Composer and `optimizer.step`, where loss and gradient of the global batch are there and nothing
+    has changed yet. Must be the first callback: the others see by `step_loss` whether the step was applied.
+
+    A step is applied when the loss and the gradient's norm are finite on every rank: one all-reduce and one host sync a
+    step. Otherwise parameters and optimizer state stay as they are. A step to be skipped runs neither forward nor
+    backward; it still counts as a step, so that the step number keeps deciding everything else.
+
+    | logged | unit | event |
+    |---|---|---|
+    | nothing; `bad_steps`, so far, is in the lines of metrics.jsonl | | |
+    """
+
+    def __init__(
+        self,
+        max_bad_steps: int,
+        phase_of: Callable[[int], str],
+        culprit: Callable[[State], str],
+        detector: SpikeDetector | None,
+    ) -> None:
+        """phase_of: name by step (0-based). culprit: names the first bad module; a collective."""
+        self.max_bad_steps, self.phase_of, self.culprit, self.detector = max_bad_steps, phase_of, culprit, detector
+        self.bad_steps = 0
+        self.skipped: list[range] = []  # 1-based steps
+        self.spike: Spike | None = None  # of the step just finished
+        self._in_a_row = 0
+        self._applied = True
+        self._wrapped = False
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        (optimizer,) = state.optimizers
+        if self._wrapped:
+            return
+        self._wrapped, apply = True, optimizer.step
+
+        def step(closure: Callable[[], float]) -> float:
+            number = state.timestamp.batch.value + 1
+            if any(number in steps for steps in self.skipped):
+                self._applied = False
+                return 0.0
+            loss = closure()
+            self._applied = not on_any_rank(_not_finite(loss, optimizer))
+            if self._applied:
+                self._in_a_row = 0
+                apply()
+            else:
+                self._count_bad(number, state)
+            return loss
+
+        optimizer.step = step  # pyright: ignore[reportAttributeAccessIssue]
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.spike = None
+        if not self._applied:
+            state.total_loss_dict = {**state.total_loss_dict, _LOSS: math.nan}
+        elif self.detector is not None:
+            step, loss = state.timestamp.batch.value, float(state.total_loss_dict[_LOSS])
+            self.spike = self.detector.look(step, loss, self.phase_of(step - 1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values for the checkpoint."""
+        detector = self.detector and self.detector.state_dict()
+        return {"bad_steps": self.bad_steps, "in_a_row": self._in_a_row, "detector": detector}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.bad_steps, self._in_a_row = state["bad_steps"], state["in_a_row"]
+        if self.detector is not None:
+            self.detector.load_state_dict(state["detector"] or SpikeDetector(1.0, 2).state_dict())
+
+    def _count_bad(self, number: int, state: State) -> None:
+        self.bad_steps += 1
+        self._in_a_row += 1
+        if self._in_a_row >= self.max_bad_steps:
+            raise RunError(
+                f"step {number}: loss or gradient not finite in {self._in_a_row} steps in a row "
+                f"(trainer.max_bad_steps), none of them applied; {self.culprit(state)}: lower lr, or look at the rows "
+                f"with `inspect RUN --step {number}`"
+            )
+
+
+def _not_finite(loss: float, optimizer: torch.optim.Optimizer) -> bool | Tensor:
+    """On this rank. A norm that overflows float32 (1e38) counts as infinite."""
+    gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None]
+    if not math.isfinite(loss) or not local:
+        return not math.isfinite(loss)
+    return ~torch.isfinite(torch.nn.utils.get_total_norm(local))

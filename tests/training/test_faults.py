@@ -1,0 +1,261 @@
+"""Faults in one process: bad steps, spikes, signals. Real Composer, real runs; the process is the test's own."""
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composer.core import DataSpec, State
+from composer.models import ComposerModel
+from composer.trainer import Trainer
+from rich.console import Console
+from torch import Tensor, nn
+
+from callbacks.culprit import name_culprit
+from callbacks.guards import SpikeDetector, StepGuard
+from callbacks.ledger import nearest_line
+from schema import RunError
+from tests.training.runs import final_weights, metrics, prepare_dataset, write_config
+from training import signals
+from training.checkpoint import list_checkpoints
+from training.config import load_run_config
+from training.trainer import train
+
+ONE_PHASE = ["phases.0.tokens=40K", "phases.1.tokens=2K", "phases.2.tokens=2K"]
+
+
+class Root(nn.Module):
+    """Finite at 0, with an infinite derivative there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(min=0).sqrt()
+
+
+class Toy(ComposerModel):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.first, self.root, self.last = nn.Linear(3, 4, bias=False), Root(), nn.Linear(4, 1, bias=False)
+        for layer in (self.first, self.last):
+            layer.weight.data = torch.rand(layer.weight.shape, generator=generator) + 0.1
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.last(self.root(self.first(batch)))
+
+    def loss(self, outputs: Tensor, batch: Tensor) -> Tensor:
+        return (outputs - 1).square().mean()
+
+
+def toy_batch(number: int) -> Tensor:
+    return torch.rand(4, 3, generator=torch.Generator().manual_seed(number)) + 0.1
+
+
+def fit(batches: list[Tensor], guard: StepGuard) -> Toy:
+    model = Toy()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    data = DataSpec(batches, get_num_samples_in_batch=len)
+    trainer = Trainer(
+        model=model,
+        train_dataloader=data,
+        max_duration=f"{len(batches)}ba",
+        optimizers=optimizer,
+        callbacks=[guard],
+        device_train_microbatch_size=2,
+        progress_bar=False,
+        seed=1,
+    )
+    try:
+        trainer.fit()
+    finally:
+        trainer.close()
+    return model
+
+
+def guard_of(max_bad_steps: int = 3) -> StepGuard:
+    def culprit(state: State) -> str:
+        assert isinstance(state.model, nn.Module)
+        return name_culprit(state, state.model, state.batch.split(2), 0)
+
+    return StepGuard(max_bad_steps, lambda step: "only", culprit, None)
+
+
+def plain_loop(batches: list[Tensor]) -> Toy:
+    """The reference: PyTorch alone, on these batches."""
+    model = Toy()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for batch in batches:
+        optimizer.zero_grad()
+        for part in batch.split(2):
+            (model.loss(model(part), part) / 2).backward()
+        optimizer.step()
+    return model
+
+
+BAD = {"nan loss": torch.full((4, 3), math.nan), "infinite gradient": torch.zeros(4, 3)}
+
+
+@pytest.mark.parametrize("kind", sorted(BAD))
+def test_a_bad_step_changes_nothing(kind: str) -> None:
+    """Weights after good, bad and skipped steps equal those of a plain loop over the good ones, so Adam's moments and
+    step counts were left alone, too."""
+    batches = [toy_batch(number) for number in range(8)]
+    poisoned = list(batches)
+    poisoned[2] = poisoned[3] = poisoned[6] = BAD[kind]
+    guard = guard_of()
+    guard.skipped = [range(5, 6)]
+    found = fit(poisoned, guard)
+    expected = plain_loop([batches[number] for number in (0, 1, 5, 7)])
+    for ours, theirs in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert guard.bad_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("nan loss", r"first \(Linear\), in the forward"),
+        ("infinite gradient", r"first.weight \(Linear\), in the backward"),
+    ],
+)
+def test_bad_steps_in_a_row_end_the_run_and_name_the_module(kind: str, named: str) -> None:
+    batches = [toy_batch(0), BAD[kind], toy_batch(1), *[BAD[kind]] * 4]
+    with pytest.raises(RunError, match=rf"step 6: .* 3 steps in a row .* first bad module: {named} pass \(rank 0\)"):
+        fit(batches, guard_of())
+
+
+def test_the_spike_rule() -> None:
+    """By hand: of losses 1, 3, 1, 3, ... the mean is 2 and the sample deviation of eight is sqrt(8/7)."""
+    detector = SpikeDetector(sigmas=2.0, window=8)
+    assert all(detector.look(step, 1.0 + 2 * (step % 2), "a") is None for step in range(8))
+    limit = 2 + 2 * math.sqrt(8 / 7)
+    copy = SpikeDetector(2.0, 8)
+    copy.load_state_dict(json.loads(json.dumps(detector.state_dict())))
+    assert copy.look(8, limit - 1e-6, "a") is None
+    spike = detector.look(8, limit + 1e-6, "a")
+    assert spike is not None
+    assert spike.sigma == pytest.approx(math.sqrt(8 / 7))
+    assert detector.look(9, 100.0, "b") is None  # another phase: nothing to compare with
+    assert all(detector.look(10 + step, 100.0 + step % 2, "b") is None for step in range(3))
+    assert detector.look(13, 200.0, "b") is not None  # half a window is enough
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_dataset(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers() -> Iterator[None]:
+    """What `main.py train` does around a run, in a process that lives on."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    before = [signal.getsignal(number) for number in numbers]
+    with signals.from_start_up():
+        yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def run(folder: Path, dataset: Path, *overrides: str) -> dict[str, Any]:
+    config = load_run_config(write_config(folder, dataset), [*ONE_PHASE, *overrides])
+    return train(config, Console(quiet=True))
+
+
+def at_step(folder: Path, step: int, act: Callable[[], None]) -> threading.Thread:
+    """Act as soon as metrics.jsonl holds the step."""
+
+    def watch() -> None:
+        end = time.monotonic() + 60
+        while max(metrics(folder, "tokens"), default=0) < step and time.monotonic() < end:
+            time.sleep(0.002)
+        act()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_signals_save_and_the_rest_is_bit_equal(dataset: Path, tmp_path: Path) -> None:
+    """Stopped four times by each of the signals, also where an evaluation is due: the same weights and metrics."""
+    options = ["evaluation.interval=1K", "checkpoint.interval=1B"]
+    run(tmp_path / "straight", dataset, *options)
+    folder, stops = tmp_path / "stopped", []
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        last = max(metrics(folder, "tokens"), default=0)
+        watcher = at_step(folder, last + 5, lambda number=number: os.kill(os.getpid(), number))
+        with signals.from_start_up(), pytest.raises(SystemExit) as stop:
+            run(folder, dataset, *options)
+        watcher.join()
+        assert stop.value.code == signals.EXIT_PREEMPTED == 85
+        newest = list_checkpoints(folder / "runs/small/checkpoints")[-1]
+        stops.append(json.loads((newest / "state.json").read_text())["run"]["step"])
+        assert stops[-1] == max(metrics(folder, "tokens")) >= last + 5  # of the step just finished
+    run(folder, dataset, *options)
+    assert sorted(set(stops)) == stops
+    assert final_weights(folder) == final_weights(tmp_path / "straight")
+    for key in ("loss", "tokens", "validation"):
+        assert metrics(folder, key) == metrics(tmp_path / "straight", key)
+
+
+def test_a_spike_is_rolled_back_and_its_steps_are_skipped_for_ever(dataset: Path, tmp_path: Path) -> None:
+    """The weights are those of a run without the guard, to whose ledger the same steps are added by hand: late, when it
+    has checkpoints of the history that is given up by it, as when a kill comes just after the ledger's line."""
+    guard = "trainer.spike_guard={sigmas: 0.5, window: 8, skip: 3}"
+    options = ["checkpoint.interval=2K", "checkpoint.keep=99"]
+    folder = tmp_path / "guarded"
+    ledger = folder / "runs/small/ledger.jsonl"
+    run(folder, dataset, guard, *options)
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    known = [line for line in lines if "skip" in line]
+    skips = [line["skip"] for line in known]
+    first, last = skips[0]
+    assert last - first == 2
+    assert known[0]["spike"]["loss"] > known[0]["spike"]["mean"] + 0.5 * known[0]["spike"]["sigma"]
+    losses = metrics(folder)
+    skipped = {step for first, last in skips for step in range(first, last + 1)}
+    assert {step for step, loss in losses.items() if loss is None} == skipped
+    assert "lanes" in (nearest_line(ledger, first) or {})
+
+    told = tmp_path / "told"
+    watcher = at_step(told, last + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with signals.from_start_up(), pytest.raises(SystemExit):
+        run(told, dataset, *options)
+    watcher.join()
+    given_up = list_checkpoints(told / "runs/small/checkpoints")[-1]
+    assert json.loads((given_up / "state.json").read_text())["run"]["step"] > last
+    with (told / "runs/small/ledger.jsonl").open("a") as out:
+        out.write("".join(json.dumps(line) + "\n" for line in known))
+    run(told, dataset, *options)
+    assert weights(told) == weights(folder)
+    assert metrics(told) == losses
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in final_weights(folder).items() if name.endswith("safetensors")}
+
+
+def test_a_run_that_diverges_stops_with_the_module_named(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        RunError, match=r"step 4: .* 3 steps in a row .* first bad module: model\.\S+ \(\w+\), in the forward"
+    ):
+        run(tmp_path, dataset, "phases.0.lr=1e30", "phases.0.warmup=0", "trainer.max_bad_steps=3")
+    assert metrics(tmp_path, "bad_steps") == {1: 0, 2: 1, 3: 2}
+    assert [loss is None for loss in metrics(tmp_path).values()] == [False, True, True]
+
+
+def test_checkpoints_for_ever_and_the_best(dataset: Path, tmp_path: Path) -> None:
+    run(tmp_path, dataset, "checkpoint.interval=1K", "checkpoint.keep=1", "checkpoint.keep_every=10K", "checkpoint.keep_best=1", "evaluation.interval=5K")  # fmt: skip
+    ends = {40 * 1024, 41 * 1024 + 1024, 44 * 1024 + 0}
+    losses = {step: result["loss"] for step, result in metrics(tmp_path, "validation").items()}
+    tokens = metrics(tmp_path, "tokens")
+    kept = {int(path.name[7:]) for path in list_checkpoints(tmp_path / "runs/small/checkpoints")}
+    multiples = {-(-n * 10_000 // 1024) * 1024 for n in (1, 2, 3, 4)}
+    assert multiples <= kept
+    assert tokens[min(losses, key=lambda step: losses[step])] in kept
+    assert len(kept) <= len(multiples | ends) + 2

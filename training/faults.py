@@ -1,0 +1,128 @@
+"""What a run does when something goes wrong, or when it is asked to stop: one object that the trainer asks."""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from composer.core import State
+from composer.utils import dist
+from torch.nn.parallel import DistributedDataParallel
+
+from callbacks.agree import from_rank_0, on_any_rank
+from callbacks.culprit import name_culprit
+from callbacks.guards import Spike, SpikeDetector, StepGuard
+from callbacks.ledger import Ledger
+from data.loader import Batch
+from durable import remove_folder
+from schema import RunError
+from training import signals
+from training.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint, tokens_of
+from training.config import RunConfig
+from training.phases import PhasePlan
+from training.saving import Saver
+
+COLLECTIVE_MARGIN = 60.0  # seconds by which a collective waits longer than the watchdog, which says more
+
+
+class Faults:
+    """Bad steps, loss spikes, signals; with them, which checkpoint a run goes on from."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: PhasePlan,
+        saver: Saver,
+        ledger: Ledger,
+        say: Callable[[str], None],
+        split_batch: Callable[[Batch, int | float], list[Batch]],
+        dropout_seed: Callable[[int], int],
+    ) -> None:
+        """say: prints a line, on rank 0. dropout_seed: of a step on this rank."""
+        self.plan, self.saver, self.ledger, self.say = plan, saver, ledger, say
+        self.options = config.trainer.spike_guard
+        self.preempted = self.rolled_back = False
+        self._split_batch, self._dropout_seed = split_batch, dropout_seed
+        detector = SpikeDetector(self.options.sigmas, self.options.window) if self.options else None
+        self.guard = StepGuard(config.trainer.max_bad_steps, lambda step: plan.at(step).name, self._culprit, detector)
+
+    def checkpoint(self) -> Checkpoint | None:
+        """The newest whole one of this run's history: one that knows nothing of a rollback to before it is of a
+        history that was given up. Learns from the ledger what to skip. A collective."""
+        self.guard.skipped = skipped = from_rank_0(self.ledger.skips())
+        return newest_checkpoint(
+            self.saver.folder,
+            lambda state: all(
+                state["step"] < steps.start or _pair(steps) in state["faults"]["skipped"] for steps in skipped
+            ),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values for the checkpoint."""
+        return {**self.guard.state_dict(), "skipped": [_pair(steps) for steps in self.guard.skipped]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.guard.load_state_dict(state)
+
+    def check_start(self) -> None:
+        """Raises SystemExit(EXIT_PREEMPTED) when a rank was asked to stop before the first step. A collective."""
+        if on_any_rank(signals.received()):
+            raise SystemExit(signals.EXIT_PREEMPTED)
+
+    def leave(self, step: int, save: Callable[[int], None]) -> bool:
+        """Whether training leaves its loop after this step: rolled back, or asked to stop on any rank, and saved. A
+        collective."""
+        spike = self.guard.spike
+        self.rolled_back = spike is not None and self._roll_back(spike)
+        self.preempted = not self.rolled_back and on_any_rank(signals.received())
+        if self.preempted:
+            save(step)
+        return self.rolled_back or self.preempted
+
+    def _roll_back(self, spike: Spike) -> bool:
+        """Take the spike's steps out of the run, so that `checkpoint` gives one from before them.
+
+        Returns False, with a line that says why, when that is not possible, or was just done and did not help.
+        """
+        assert self.options is not None
+        self.saver.settle()
+        skip = range(spike.step - self.options.skip + 1, spike.step + 1)
+        limit = self.plan.tokens_before(skip.start - 1)
+        before = [path for path in list_checkpoints(self.saver.folder) if tokens_of(path) <= limit]
+        target = from_rank_0(before[-1].name if before else None)
+        what = f"LOSS SPIKE in step {spike.step}: {spike.loss:.4f}, mean {spike.mean:.4f}, sigma {spike.sigma:.4f}"
+        if any(steps.stop + self.options.window > spike.step for steps in self.guard.skipped):
+            self.say(f"{what}; steps just before were skipped already, so it is not their rows: training goes on")
+        elif target is None:
+            self.say(f"{what}; no checkpoint is older than the {len(skip)} steps to skip: training goes on")
+        else:
+            self.say(f"{what}; back to {target}, and steps {skip.start} to {spike.step} are skipped")
+            if dist.get_global_rank() == 0:
+                step = bisect_left(range(self.plan.total_steps), tokens_of(Path(target)), key=self.plan.tokens_before)
+                self.ledger.write_skip(step, skip, spike._asdict())
+                for path in list_checkpoints(self.saver.folder):
+                    if tokens_of(path) > limit:
+                        remove_folder(path)
+            dist.barrier()
+            return True
+        return False
+
+    def _culprit(self, state: State) -> str:
+        microbatches = self._split_batch(state.batch, state.device_train_microbatch_size or 1)
+        model = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
+        seed = self._dropout_seed(state.timestamp.batch.value)
+        return name_culprit(state, model, microbatches, seed)
+
+
+def _pair(steps: range) -> list[int]:
+    """First and last."""
+    return [steps.start, steps.stop - 1]
+
+
+def lost_rank(error: RuntimeError) -> RunError | None:
+    """What to say when a collective fails since another rank's process is gone."""
+    if not any(f"Connection {how} by peer" in str(error) for how in ("closed", "reset")):
+        return None
+    return RunError(
+        "another rank's process ended, and says why itself; the same command goes on from the newest checkpoint"
+    )

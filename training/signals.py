@@ -1,0 +1,63 @@
+"""Signals that ask a run to stop: it finishes its step, saves, and exits with EXIT_PREEMPTED.
+
+SIGTERM, SIGUSR1, SIGUSR2 and a first Ctrl-C, sent to any rank or to all, as often as you like. A second Ctrl-C ends the
+process at once, as a kill would: the newest whole checkpoint stays. Before the ranks have met (imports) there is
+nothing to save, and the process exits with the same code at once.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+EXIT_PREEMPTED = 85  # errno.ERESTART on Linux: run the same command again; no shell or launcher uses it
+_NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+_OF_COMPOSER = (128 + signal.SIGTERM, 128 + signal.SIGINT)
+
+
+class _State:
+    received = False
+    finishing = False  # a step is finished first
+
+
+def received() -> bool:
+    """Whether this process was asked to stop."""
+    return _State.received
+
+
+def listen() -> None:
+    """Take the signals. Call it again after `import composer`, which sets its own handlers of SIGTERM and SIGINT."""
+    for number in _NUMBERS:
+        if not (number == signal.SIGINT and _State.received):
+            signal.signal(number, _ask)
+
+
+@contextmanager
+def from_start_up() -> Iterator[None]:
+    """Listen while the block runs; its heavy imports may replace the handlers until it calls `listen` again.
+
+    After it the process ends by itself, and a launcher that asks it to must not change its exit code.
+    """
+    _State.received = _State.finishing = False
+    listen()
+    try:
+        yield
+    except SystemExit as stop:
+        raise SystemExit(EXIT_PREEMPTED if stop.code in _OF_COMPOSER else stop.code) from None
+    finally:
+        for number in _NUMBERS:
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
+
+
+def finish_steps() -> None:
+    """From here on a signal is only noted; whoever trains asks `received` after each step."""
+    _State.finishing = True
+    listen()
+
+
+def _ask(number: int, _frame: FrameType | None) -> None:
+    _State.received = True
+    if number == signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if not _State.finishing:
+        raise SystemExit(EXIT_PREEMPTED)
