@@ -7,7 +7,7 @@ a pipe: there is no shared memory that could be left behind.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -284,6 +284,11 @@ class MixtureDataset(IterableDataset):
         lanes = range(begin // per_lane, -(-end // per_lane))
         return {lane: range(max(begin - lane * per_lane, 0), min(end - lane * per_lane, per_lane)) for lane in lanes}
 
+    @property
+    def own_lanes(self) -> Set[int]:
+        """The lanes this rank reads."""
+        return self._rank_rows(self.config.phases[0]).keys()
+
     def plan(self) -> Iterator[tuple[int, LoaderPhase, list[Rows], dict[int, Lane]]]:
         """This rank's rows of every step from self.step on, and its lanes behind them; reads no tokens."""
         lanes: dict[int, Lane] = {}
@@ -360,7 +365,9 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Step and every lane's cursor, as JSON values. With several ranks: a collective, call it on all of them."""
-        moved = {lane: cursor.to_list() for lane, cursor in self.dataset.cursors.items() if cursor != LaneCursor()}
+        # Of its own lanes: those that other ranks read stand, on this one, where they stood when it was resumed.
+        own = self.dataset.own_lanes
+        moved = {lane: cursor.to_list() for lane, cursor in self.dataset.cursors.items() if lane in own}
         gathered: list[Any] = [moved]
         if self.dataset.world_size > 1:
             gathered = [None] * self.dataset.world_size

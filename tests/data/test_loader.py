@@ -167,6 +167,36 @@ def at_pass(loader: Loader, number: int) -> bool:
     )
 
 
+def _states_over_restarts(folder: Path, store: Path, rank: int, out: "multiprocessing.Queue[Any]") -> None:
+    """In one of two processes: each state comes from a loader that was resumed from the one before."""
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    states: list[Any] = []
+    for _ in range(4):
+        loader = build_loader(config(folder, PHASES, {"lanes": 4}), rank, 2)
+        if states:
+            loader.load_state_dict(states[-1])
+        list(zip(range(3), loader, strict=False))
+        states.append(loader.state_dict())
+    if rank == 0:
+        out.put(states)
+
+
+def test_two_ranks_resume_again_and_again(folder: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    out = context.Queue()
+    ranks = [
+        context.Process(target=_states_over_restarts, args=(folder, tmp_path / "store", rank, out), daemon=True)
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    found = out.get(timeout=60)
+    for process in ranks:
+        process.join(60)
+    one = build_loader(config(folder, PHASES, {"lanes": 4}))
+    assert found == [one.state_dict() for step, _ in enumerate(one, 1) if step % 3 == 0][:4]
+
+
 def test_a_pass_shows_every_token_once(folder: Path) -> None:
     """One lane and one row per step: a pass of all streams ends on a row border, so counts can be compared exactly."""
     loader = build_loader(config(folder, [(9, 1, 64), (3, 1, 300), (10_000, 1, 128)], {"lanes": 1}))
