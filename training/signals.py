@@ -45,6 +45,7 @@ def from_start_up() -> Iterator[None]:
     except SystemExit as stop:
         raise SystemExit(EXIT_PREEMPTED if stop.code in _OF_COMPOSER else stop.code) from None
     finally:
+        _State.received = _State.finishing = False
         for number in _NUMBERS:
             signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
 
