@@ -1,6 +1,7 @@
 """Files of JSON lines that belong to steps: metrics.jsonl and ledger.jsonl."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,17 @@ def trim_lines(file: Path, step: int) -> None:
     beside = file.with_suffix(".tmp")
     beside.write_text("".join(line + "\n" for line in kept))
     beside.replace(file)
+
+
+def flat(node: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """The numbers in nested mappings under names for loggers: PREFIX/loss, PREFIX/streams/NAME/loss, ..."""
+    values: dict[str, float] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            values |= flat(value, f"{prefix}/{key}")
+        elif isinstance(value, int | float):
+            values[f"{prefix}/{key}"] = value
+    return values
 
 
 def step_of(line: str) -> float:

@@ -79,6 +79,14 @@ class TrainerConfig(Schema):
     )
     gradient_clip_norm: float | None = Field(default=None, gt=0, description="global norm (ModernBERT: none)")
     log_interval: int = Field(default=10, ge=1, description="steps between lines of metrics.jsonl and the loggers")
+    peak_flops: float | None = Field(
+        default=None,
+        gt=0,
+        description="FLOP/s that one device can do at best, for mfu; default: flexbert.peaks by its name",
+    )
+    price_per_hour: float | None = Field(
+        default=None, ge=0, description="of all machines together, in any currency: logs the cost so far and to the end"
+    )
 
 
 class CheckpointConfig(Schema):

@@ -31,6 +31,8 @@ _FREE = (
     "trainer.log_interval",
     "trainer.compile",
     "trainer.activation_checkpointing",
+    "trainer.peak_flops",
+    "trainer.price_per_hour",
     "checkpoint",
     "wandb",
     "data.num_workers",

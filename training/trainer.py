@@ -18,6 +18,7 @@ from torch import Tensor
 
 import flexbert
 from callbacks.ledger import Ledger
+from callbacks.lines import flat
 from callbacks.metrics import MetricsLog
 from callbacks.milestones import BetweenSteps
 from callbacks.progress import ProgressLine
@@ -41,8 +42,9 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.config import RunConfig
-from training.evaluation import Evaluator, flat
+from training.evaluation import Evaluator
 from training.folder import RunFolder
+from training.gauges import build_gauges
 from training.optim import OPTIMIZERS
 from training.phases import PhasePlan
 from training.static_shapes import fill_slots
@@ -82,12 +84,13 @@ def split_batch(batch: Batch, rows: int | float) -> list[Batch]:
     parts = []
     ends = torch.cumsum(torch.tensor([0, *sequences]), 0).tolist()
     slots_per_row = batch["slots"] // len(sequences)
-    bounds = batch["cu_seqlens"].cpu()
+    bounds, first_masked = batch["cu_seqlens"].cpu(), 0
     for first in range(0, len(sequences), step):
         last = min(first + step, len(sequences))
         begin, end = int(bounds[ends[first]]), int(bounds[ends[last]])
         cu_seqlens = batch["cu_seqlens"][ends[first] : ends[last] + 1] - begin
         labels = batch["labels"][begin:end]
+        last_masked = first_masked + int((labels != -100).sum())
         parts.append(
             {
                 **batch,
@@ -97,9 +100,11 @@ def split_batch(batch: Batch, rows: int | float) -> list[Batch]:
                 "max_seqlen": int(bounds[ends[first] : ends[last] + 1].diff().max()),
                 "sequences": sequences[first:last],
                 "slots": (last - first) * slots_per_row,
-                "masked": int((labels != -100).sum()),
+                "masked": last_masked - first_masked,
+                "masked_streams": batch["masked_streams"][first_masked:last_masked],
             }
         )
+        first_masked = last_masked
     return parts
 
 
@@ -147,7 +152,10 @@ class Run:
             self.model.encoder.compile_blocks()
         self.optimizer = OPTIMIZERS.build(config.optimizer, model=self.model, lr=self.plan.phases[0].peak_lr)
         self.ledger = Ledger(self.folder.ledger, list(config.data.streams))
-        self.metrics = MetricsLog(self.folder.metrics, config.trainer.log_interval, self.ledger, self._describe)
+        self.gauges = build_gauges(config, self.plan, self.model, lambda: self.seconds)
+        self.metrics = MetricsLog(
+            self.folder.metrics, config.trainer.log_interval, self.ledger, self._describe, self.gauges
+        )
         self.seconds_before = 0.0  # of earlier processes, up to their last checkpoint
         self.started = time.monotonic()
         self.evaluation: tuple[int, dict[str, Any]] | None = None
@@ -209,20 +217,15 @@ class Run:
             self.model.set_rope_theta,
             lambda step: torch_seed(config.seed, "dropout", self.steps_before + step, self.rank),
         )
-        callbacks = [schedule, self.ledger, self.metrics, between]
+        callbacks = [schedule, self.ledger, *self.gauges, self.metrics, between]
         if self.rank == 0:
-            callbacks.insert(1, ProgressLine(self.console, self.plan.total_tokens, self._describe))
-        algorithms = []
-        if config.trainer.gradient_clip_norm is not None:
-            from composer.algorithms import GradientClipping
-
-            algorithms.append(GradientClipping("norm", config.trainer.gradient_clip_norm))
+            latest = lambda: self.metrics.latest  # noqa: E731
+            callbacks.insert(1, ProgressLine(self.console, self.plan.total_tokens, self._describe, latest))
         return Trainer(
             model=MaskedLanguageModel(self.model, config.trainer.compile),
             train_dataloader=data,
             max_duration=f"{self.plan.total_steps}ba",
             optimizers=self.optimizer,
-            algorithms=algorithms,
             callbacks=callbacks,
             loggers=self._loggers(),
             run_name=config.name,
@@ -320,7 +323,7 @@ class Run:
         result = self.evaluator.evaluate(self.model)
         self.evaluation = (step, result)
         self.metrics.append({"step": step, "tokens": self.plan.tokens_before(step), "validation": result})
-        self.trainer.logger.log_metrics(flat(result))
+        self.trainer.logger.log_metrics(flat(result, "validation"))
         self.console.print(
             f"           validation after {self.plan.tokens_before(step):,} tokens: loss {result['loss']:.3f}, "
             f"masked accuracy {result['masked_accuracy']:.1%} (most frequent token: {result['unigram_accuracy']:.1%})",
