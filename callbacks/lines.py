@@ -1,7 +1,7 @@
 """Files of JSON lines that belong to steps: metrics.jsonl and ledger.jsonl."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,13 @@ def append_line(file: Path, line: dict[str, Any]) -> None:
     """Add a line."""
     with file.open("a") as out:
         out.write(json.dumps(line) + "\n")
+
+
+def read_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """All lines; one that is being written, or torn by a kill, is left out. None when there is no file."""
+    for line in file.read_text().splitlines() if file.exists() else []:
+        if step_of(line) < float("inf"):
+            yield json.loads(line)
 
 
 def trim_lines(file: Path, step: int) -> None:

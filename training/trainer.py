@@ -42,6 +42,7 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.config import RunConfig
+from training.curves import draw_curves
 from training.evaluation import Evaluator
 from training.folder import RunFolder
 from training.gauges import build_gauges
@@ -388,7 +389,7 @@ class Run:
             "train_seconds": self.metrics.train_seconds,
         }
         if self.rank == 0:
-            report.draw_curves(self.folder.metrics, self.folder.path / "loss.png", self.plan)
+            draw_curves(self.folder.metrics, self.folder.curves, self.plan)
             write_file(self.folder.summary, json.dumps(summary, indent=1))
         return summary
 
