@@ -161,8 +161,8 @@ def load_node(
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    node = _read_yaml(Path(path), ())
     try:
+        node = _read_yaml(Path(path), ())
         values = [_parse_override(override) for override in overrides]
         # A whole section given by an override (`model=modernbert-base`) counts before the keys inside it.
         for key, value in sorted(values, key=lambda pair: pair[0].count(".")):
@@ -174,7 +174,9 @@ def load_node(
         return cast("dict[str, Any]", OmegaConf.to_container(node, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise ConfigError(f"{path}: {where}{str(error).splitlines()[0]}") from None
+        raise ConfigError(_short(f"{path}: {where}{str(error).splitlines()[0]}")) from None
+    except RecursionError:
+        raise ConfigError(f"{path}: sections lie too deep in each other, or in themselves: flatten them") from None
     except (TypeError, AttributeError, IndexError, ValueError) as error:  # an override that goes through a plain value
         raise ConfigError(f"{path}: override does not fit the file: {error}") from None
 
@@ -184,7 +186,7 @@ def validate(schema: type[S], node: Any, path: str | Path) -> S:
     try:
         return schema.model_validate(node)
     except ValidationError as error:
-        raise ConfigError("\n".join(dict.fromkeys(f"{path}: {line}" for line in explain(error)))) from None
+        raise ConfigError("\n".join(dict.fromkeys(_short(f"{path}: {line}") for line in explain(error)))) from None
 
 
 def explain(error: ValidationError) -> list[str]:
@@ -207,12 +209,16 @@ def explain(error: ValidationError) -> list[str]:
 
 def _read_yaml(path: Path, parents: tuple[Path, ...]) -> Any:
     """The file merged over its `defaults`. Raises ConfigError for a missing file, a syntax error or a circle."""
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import DictConfig, ListConfig, OmegaConf
     from yaml import MarkedYAMLError, YAMLError
 
-    if path.resolve() in parents:
+    try:
+        there, includes_itself = path.is_file(), path.resolve() in parents
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise ConfigError(_short(f"{path}: {getattr(error, 'strerror', None) or error}")) from None
+    if includes_itself:
         raise ConfigError(f"{path}: defaults: the file includes itself")
-    if not path.is_file():
+    if not there:
         siblings = {str(file) for file in path.parent.glob("*.yaml")} if path.parent.is_dir() else set()
         hint = f", {did_you_mean(str(path), siblings)}" if siblings else ""
         raise ConfigError(f"{path}: no such file{hint}")
@@ -232,8 +238,16 @@ def _read_yaml(path: Path, parents: tuple[Path, ...]) -> Any:
     defaults = node.pop("defaults", [])
     if isinstance(defaults, str):
         defaults = [defaults]
+    if not isinstance(defaults, list | ListConfig) or not all(isinstance(base, str) and base for base in defaults):
+        raise ConfigError(_short(f"{path}: defaults: expected a file or a list of files, got {defaults!r}"))
     bases = [_read_yaml(path.parent / base, (*parents, path.resolve())) for base in defaults]
     return OmegaConf.merge(*bases, node)
+
+
+def _short(line: str) -> str:
+    """One line, of no more than 1000 characters that all can be printed."""
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+    return line if len(line) <= 1000 else f"{line[:600]} ... {line[-350:]}"
 
 
 def _parse_override(override: str) -> tuple[str, Any]:

@@ -36,7 +36,7 @@ def draw_curves(metrics: Path, picture: Path, plan: PhasePlan) -> None:
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import EngFormatter, MaxNLocator
+    from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
     lines = list(read_lines(metrics))
     train = [line for line in lines if line.get("loss") is not None]
@@ -69,10 +69,14 @@ def draw_curves(metrics: Path, picture: Path, plan: PhasePlan) -> None:
         axes[3].text(
             0.5, 0.5, "the model has no rotary positions", transform=axes[3].transAxes, ha="center", va="center"
         )
-    axes[1].yaxis.set_major_formatter(EngFormatter(sep=""))
-    for axis in (axes[1], axes[2], axes[4]):
-        axis.set_ylim(bottom=0)
-        axis.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=axis is not axes[1]))
+    axes[1].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes[1].yaxis.set_major_locator(MaxNLocator(nbins=4))
+    axes[1].set_ylim(bottom=0)
+    for axis, key in ((axes[2], "global_batch_size"), (axes[4], "max_seq_len")):
+        values = sorted({line[key] for line in train})
+        axis.set_ylim(0, 1.15 * values[-1])
+        if len(values) < 5:
+            axis.set_yticks(values)
     axes[4].xaxis.set_major_formatter(EngFormatter(sep=""))
     axes[4].set_xlabel("tokens")
     figure.align_ylabels()

@@ -35,7 +35,10 @@ _LEAST_MEMORY, _LEAST_DISK, _LEAST_SHARED = 4 * _GB, 5 * _GB, 1 * _GB
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table. ok: fine; -: does not apply; warn: training works, but look at it; FAIL: exit code 1. fix: what to do."""
+    """One line of the table. fix: what to do.
+
+    ok: fine; -: does not apply; warn: training works, but look at it; FAIL: exit code 1.
+    """
 
     name: str
     state: Literal["ok", "-", "warn", "FAIL"]
