@@ -30,11 +30,22 @@ S = TypeVar("S", bound=BaseModel)
 
 
 class ConfigError(Exception):
-    """The user's input is wrong: each line of the message names file, key, what is wrong and the fix. Exit code 2."""
+    """The user's input is wrong: each line of the message names file, key, what is wrong and the fix. Exit code 2.
+
+    What of the input cannot be printed is shown escaped, and a line longer than 2000 characters loses its middle.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(_printable(line) for line in message.split("\n")))
 
 
 class RunError(Exception):
     """The run cannot go on (damaged shard, full disk, ...): one line that names what and where. Exit code 1."""
+
+
+def _printable(line: str) -> str:
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+    return line if len(line) <= 2000 else f"{line[:1200]} ... {line[-780:]}"
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
@@ -174,7 +185,7 @@ def load_node(
         return cast("dict[str, Any]", OmegaConf.to_container(node, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise ConfigError(_short(f"{path}: {where}{str(error).splitlines()[0]}")) from None
+        raise ConfigError(f"{path}: {where}{str(error).splitlines()[0]}") from None
     except RecursionError:
         raise ConfigError(f"{path}: sections lie too deep in each other, or in themselves: flatten them") from None
     except (TypeError, AttributeError, IndexError, ValueError) as error:  # an override that goes through a plain value
@@ -186,7 +197,7 @@ def validate(schema: type[S], node: Any, path: str | Path) -> S:
     try:
         return schema.model_validate(node)
     except ValidationError as error:
-        raise ConfigError("\n".join(dict.fromkeys(_short(f"{path}: {line}") for line in explain(error)))) from None
+        raise ConfigError("\n".join(dict.fromkeys(f"{path}: {line}" for line in explain(error)))) from None
 
 
 def explain(error: ValidationError) -> list[str]:
@@ -215,7 +226,7 @@ def _read_yaml(path: Path, parents: tuple[Path, ...]) -> Any:
     try:
         there, includes_itself = path.is_file(), path.resolve() in parents
     except (OSError, ValueError) as error:  # a name that no file can have
-        raise ConfigError(_short(f"{path}: {getattr(error, 'strerror', None) or error}")) from None
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if includes_itself:
         raise ConfigError(f"{path}: defaults: the file includes itself")
     if not there:
@@ -239,15 +250,9 @@ def _read_yaml(path: Path, parents: tuple[Path, ...]) -> Any:
     if isinstance(defaults, str):
         defaults = [defaults]
     if not isinstance(defaults, list | ListConfig) or not all(isinstance(base, str) and base for base in defaults):
-        raise ConfigError(_short(f"{path}: defaults: expected a file or a list of files, got {defaults!r}"))
+        raise ConfigError(f"{path}: defaults: expected a file or a list of files, got {defaults!r}")
     bases = [_read_yaml(path.parent / base, (*parents, path.resolve())) for base in defaults]
     return OmegaConf.merge(*bases, node)
-
-
-def _short(line: str) -> str:
-    """One line, of no more than 1000 characters that all can be printed."""
-    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
-    return line if len(line) <= 1000 else f"{line[:600]} ... {line[-350:]}"
 
 
 def _parse_override(override: str) -> tuple[str, Any]:

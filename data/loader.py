@@ -6,6 +6,7 @@ moving. So neither world size, workers nor restarts change what a step trains on
 a pipe: there is no shared memory that could be left behind.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class LoaderConfig(Schema):
 
 def canonical_lanes(batch_sizes: Sequence[int]) -> int:
     """The largest power of two up to 64 that divides every batch size."""
-    divisor = int(np.gcd.reduce(np.array(batch_sizes, np.int64)))
+    divisor = math.gcd(*batch_sizes)
     return min(MAX_LANES, divisor & -divisor)
 
 
