@@ -6,6 +6,7 @@ Shared by every room, like schema.py.
 import fcntl
 import os
 import shutil
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,21 @@ def lock(file: Path, owner: Path, doing: str) -> TextIO:
     handle.write(str(os.getpid()))
     handle.flush()
     return handle
+
+
+def holder(file: Path) -> int | None:
+    """The other process that holds the `lock` on a file, on whatever host it is; None: nobody. Takes nothing.
+
+    Not for the process that holds it: closing a file ends all of the process's own locks on it (fcntl(2)).
+    """
+    if not file.exists():
+        return None
+    # struct flock of Linux: type, whence, start, length (0: to the end), pid
+    layout = "hhqqi4x"
+    with file.open("rb") as handle:
+        question = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind, *_, pid = struct.unpack(layout, fcntl.fcntl(handle, fcntl.F_GETLK, question))
+    return None if kind == fcntl.F_UNLCK else pid
 
 
 def write_file(path: Path, data: str | bytes) -> None:

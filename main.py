@@ -128,6 +128,50 @@ def train(
 
 
 @app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="a run file: its streams, disk room and run folder are checked too")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check this machine: cores, memory, versions, devices, attention kernels, disk, data; and say what to do."""
+    with plain_errors():
+        from rich.console import Console
+
+        from training.config import load_run_config
+        from training.doctor import doctor as run
+
+        fine = run(load_run_config(config, overrides or []) if config is not None else None, Console())
+    raise typer.Exit(0 if fine else 1)
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="a run folder: runs/NAME", metavar="RUN")],
+    json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+) -> None:
+    """Show where a run stands, live or dead: phase, loss, speed, ETA, newest checkpoint and whether it is whole."""
+    with plain_errors():
+        from rich.console import Console
+
+        from training.status import status as show
+
+        show(run, json, Console())
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="a run folder: runs/NAME", metavar="RUN")],
+    output: Annotated[Path | None, typer.Option(help="the picture; default: RUN/curves.png")] = None,
+) -> None:
+    """Draw a run's curves against tokens: loss, learning rate, batch size, RoPE theta, sequence length."""
+    with plain_errors():
+        from training.curves import report as draw
+
+        print(draw(run, output))
+
+
+@app.command()
 def demo() -> None:
     """Prepare the text this machine already holds, pretrain a small encoder on it, export it and fill masks."""
     with plain_errors():

@@ -30,11 +30,22 @@ S = TypeVar("S", bound=BaseModel)
 
 
 class ConfigError(Exception):
-    """The user's input is wrong: each line of the message names file, key, what is wrong and the fix. Exit code 2."""
+    """The user's input is wrong: each line of the message names file, key, what is wrong and the fix. Exit code 2.
+
+    What of the input cannot be printed is shown escaped, and a line longer than 2000 characters loses its middle.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(_printable(line) for line in message.split("\n")))
 
 
 class RunError(Exception):
     """The run cannot go on (damaged shard, full disk, ...): one line that names what and where. Exit code 1."""
+
+
+def _printable(line: str) -> str:
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+    return line if len(line) <= 2000 else f"{line[:1200]} ... {line[-780:]}"
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
@@ -161,8 +172,8 @@ def load_node(
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    node = _read_yaml(Path(path), ())
     try:
+        node = _read_yaml(Path(path), ())
         values = [_parse_override(override) for override in overrides]
         # A whole section given by an override (`model=modernbert-base`) counts before the keys inside it.
         for key, value in sorted(values, key=lambda pair: pair[0].count(".")):
@@ -175,6 +186,8 @@ def load_node(
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise ConfigError(f"{path}: {where}{str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: sections lie too deep in each other, or in themselves: flatten them") from None
     except (TypeError, AttributeError, IndexError, ValueError) as error:  # an override that goes through a plain value
         raise ConfigError(f"{path}: override does not fit the file: {error}") from None
 
@@ -207,12 +220,16 @@ def explain(error: ValidationError) -> list[str]:
 
 def _read_yaml(path: Path, parents: tuple[Path, ...]) -> Any:
     """The file merged over its `defaults`. Raises ConfigError for a missing file, a syntax error or a circle."""
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import DictConfig, ListConfig, OmegaConf
     from yaml import MarkedYAMLError, YAMLError
 
-    if path.resolve() in parents:
+    try:
+        there, includes_itself = path.is_file(), path.resolve() in parents
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if includes_itself:
         raise ConfigError(f"{path}: defaults: the file includes itself")
-    if not path.is_file():
+    if not there:
         siblings = {str(file) for file in path.parent.glob("*.yaml")} if path.parent.is_dir() else set()
         hint = f", {did_you_mean(str(path), siblings)}" if siblings else ""
         raise ConfigError(f"{path}: no such file{hint}")
@@ -232,6 +249,8 @@ def _read_yaml(path: Path, parents: tuple[Path, ...]) -> Any:
     defaults = node.pop("defaults", [])
     if isinstance(defaults, str):
         defaults = [defaults]
+    if not isinstance(defaults, list | ListConfig) or not all(isinstance(base, str) and base for base in defaults):
+        raise ConfigError(f"{path}: defaults: expected a file or a list of files, got {defaults!r}")
     bases = [_read_yaml(path.parent / base, (*parents, path.resolve())) for base in defaults]
     return OmegaConf.merge(*bases, node)
 

@@ -1,7 +1,7 @@
 """Files of JSON lines that belong to steps: metrics.jsonl and ledger.jsonl."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,13 @@ def append_line(file: Path, line: dict[str, Any]) -> None:
         out.write(json.dumps(line) + "\n")
 
 
+def read_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """All lines; one that is being written, or torn by a kill, is left out. None when there is no file."""
+    for line in file.read_text().splitlines() if file.exists() else []:
+        if step_of(line) < float("inf"):
+            yield json.loads(line)
+
+
 def trim_lines(file: Path, step: int, keep: Callable[[str], bool] = lambda line: False) -> None:
     """Drop the lines of later steps but those to keep, and one torn by a kill."""
     lines = file.read_text().splitlines() if file.exists() else []
@@ -19,6 +26,17 @@ def trim_lines(file: Path, step: int, keep: Callable[[str], bool] = lambda line:
     beside = file.with_suffix(".tmp")
     beside.write_text("".join(line + "\n" for line in kept))
     beside.replace(file)
+
+
+def flat(node: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """The numbers in nested mappings under names for loggers: PREFIX/loss, PREFIX/streams/NAME/loss, ..."""
+    values: dict[str, float] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            values |= flat(value, f"{prefix}/{key}")
+        elif isinstance(value, int | float):
+            values[f"{prefix}/{key}"] = value
+    return values
 
 
 def step_of(line: str) -> float:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from callbacks.gauge import Gauge, Window
 from callbacks.guards import StepGuard, step_loss
 from callbacks.ledger import Ledger
-from callbacks.lines import append_line, step_of, trim_lines
+from callbacks.lines import append_line, flat, step_of, trim_lines
 
 
 class MetricsLog(Callback):
@@ -24,8 +25,8 @@ class MetricsLog(Callback):
     | bad_steps | steps of the run not applied because loss or gradient was not finite | same |
     | lr, phase, max_seq_len, global_batch_size | - , name, slots, rows | same |
     | tokens, real_tokens | slots; tokens that are no padding | same |
-    | tokens_per_second | real tokens / s since the last line, all ranks, without evaluation and saving | same |
-    | data_wait | share of that time spent waiting for the loader, rank 0 | same |
+    | data_wait | share of the time without evaluation and saving that the loader is waited for, rank 0 | same |
+    | what each gauge says | see there | same |
     | validation | see evaluation | when evaluated |
     """
 
@@ -36,14 +37,17 @@ class MetricsLog(Callback):
         ledger: Ledger,
         guard: StepGuard,
         describe: Callable[[int], dict[str, Any]],
+        gauges: Sequence[Gauge] = (),
     ) -> None:
-        """describe: schedule facts of a step (phase, tokens, max_seq_len, global_batch_size)."""
+        """describe: schedule facts of a step (phase, tokens, max_seq_len, global_batch_size).
+        gauges: callbacks that come before this one."""
         self.file, self.log_interval, self.describe = file, log_interval, describe
-        self.ledger, self.guard = ledger, guard
+        self.ledger, self.guard, self.gauges = ledger, guard, gauges
         self.latest: dict[str, Any] = {}
         self.train_seconds = 0.0
         self._window = {"loss": 0.0, "steps": 0}
         self._window_tokens, self._window_seconds, self._window_wait = 0, 0.0, 0.0
+        self._window_start = 0  # slots of the run at its first step
         self._mark = time.monotonic()
 
     def trim(self, step: int) -> None:
@@ -52,6 +56,7 @@ class MetricsLog(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._window_tokens = sum(self.ledger.real_tokens().values())
+        self._window_start = self.describe(state.timestamp.batch.value)["tokens"]
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -75,33 +80,40 @@ class MetricsLog(Callback):
             self._write_line(step, state, logger)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values for the checkpoint."""
+        """JSON values for the checkpoint. A collective."""
         return {
             "train_seconds": self.train_seconds,
             "window": dict(self._window),
+            "gauges": {type(gauge).__name__: gauge.state_dict() for gauge in self.gauges},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.train_seconds = state["train_seconds"]
         self._window = dict(state["window"])
+        for gauge in self.gauges:
+            gauge.load_state_dict(state["gauges"].get(type(gauge).__name__, {}))
 
     def _write_line(self, step: int, state: State, logger: Logger) -> None:
-        real_tokens = sum(self.ledger.real_tokens().values())
+        real_tokens, facts = sum(self.ledger.real_tokens().values()), self.describe(step)
+        slots, tokens = facts["tokens"] - self._window_start, real_tokens - self._window_tokens
+        window = Window(step, facts["tokens"], slots, tokens, self._window_seconds)
         line = {
             "step": step,
-            **self.describe(step),
+            **facts,
             "loss": self._window["loss"] / self._window["steps"] if self._window["steps"] else None,
             "lr": state.optimizers[0].param_groups[0]["lr"],
             "real_tokens": real_tokens,
-            "tokens_per_second": (real_tokens - self._window_tokens) / self._window_seconds,
             "data_wait": self._window_wait / self._window_seconds,
             "bad_steps": self.guard.bad_steps,
         }
+        for gauge in self.gauges:
+            line |= gauge.read(window)
         self._window = {"loss": 0.0, "steps": 0}
         self._window_tokens, self._window_seconds, self._window_wait = real_tokens, 0.0, 0.0
+        self._window_start = facts["tokens"]
         self.latest = line
         self.append(line)
-        logger.log_metrics({f"train/{key}": value for key, value in line.items() if isinstance(value, int | float)})
+        logger.log_metrics(flat(line, "train"))
 
     def evaluation_at(self, step: int) -> dict[str, Any] | None:
         """The evaluation after `step` steps, from metrics.jsonl: also one made before a restart (rank 0)."""

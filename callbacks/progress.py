@@ -18,11 +18,19 @@ _SMOOTHING_STEPS = 50
 class ProgressLine(Callback):
     """Rank 0 only. Logs nothing.
 
-    loss: mean over the last 50 steps or so. tokens/s: slots of the steps since the last evaluation or save.
+    loss: mean over the last 50 steps or so. tokens/s: slots, evaluations and saves included. Gradient norm, MFU,
+    share of time waiting for data, memory and cost: of the newest line of metrics.jsonl.
     """
 
-    def __init__(self, console: Console, total_tokens: int, describe: Callable[[int], dict[str, Any]]) -> None:
-        self.console, self.total_tokens, self.describe = console, total_tokens, describe
+    def __init__(
+        self,
+        console: Console,
+        total_tokens: int,
+        describe: Callable[[int], dict[str, Any]],
+        latest: Callable[[], dict[str, Any]],
+    ) -> None:
+        """latest: the newest line of metrics.jsonl by this process, or nothing yet."""
+        self.console, self.total_tokens, self.describe, self.latest = console, total_tokens, describe, latest
         self._progress: Progress | None = None
         self._loss = 0.0
         self._steps = 0
@@ -54,7 +62,7 @@ class ProgressLine(Callback):
         speed = (tokens - self._first_tokens) / (now - self._start)
         lr = state.optimizers[0].param_groups[0]["lr"]
         done = f"{_short(tokens)}/{_short(self.total_tokens)} tokens"
-        text = f"{done}  {_short(speed)} tokens/s  loss {self._loss:.3f}  lr {lr:.1e}"
+        text = f"{done}  {_short(speed)} tokens/s  loss {self._loss:.3f}  lr {lr:.1e}{_extras(self.latest())}"
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=tokens, phase=facts["phase"], text=text)
         elif now - self._last_line >= _SECONDS_BETWEEN_LINES or tokens == self.total_tokens:
@@ -73,6 +81,20 @@ class ProgressLine(Callback):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _extras(line: dict[str, Any]) -> str:
+    """What is worth a look of a line of metrics.jsonl."""
+    memory = line.get("cuda_peak_bytes", line.get("host_memory_bytes"))
+    parts = [
+        ("grad_norm", lambda value: f"grad {value:.2f}"),
+        ("mfu", lambda value: f"MFU {value:.1%}"),
+        ("data_wait", lambda value: f"wait {value:.0%}"),
+    ]
+    texts = [show(line[key]) for key, show in parts if line.get(key) is not None]
+    texts += [f"{memory / 2**30:.1f} GiB"] if memory is not None else []
+    texts += [f"cost {line['cost']:,.2f} of {line['cost_to_end']:,.2f}"] if "cost" in line else []
+    return "".join(f"  {text}" for text in texts)
 
 
 def _short(number: float) -> str:

@@ -6,6 +6,7 @@ moving. So neither world size, workers nor restarts change what a step trains on
 a pipe: there is no shared memory that could be left behind.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -36,8 +37,9 @@ MAX_LANES = 64
 
 Batch = dict[str, Any]
 """input_ids, labels (total_tokens,) int64; cu_seqlens (documents + 1,) int32; max_seqlen int; sequences: documents of
-each row, list of ints; slots: rows x max_seq_len, int; masked: number of labels not ignored, int; seen: (streams,
-len(SEEN)) int64 numpy array. Training batches also carry cursors: {lane: LaneCursor as a list} after the batch."""
+each row, list of ints; slots: rows x max_seq_len, int; masked: number of labels not ignored, int; masked_streams:
+(masked,) int16, the stream of each; seen: (streams, len(SEEN)) int64 numpy array. Training batches also carry
+cursors: {lane: LaneCursor as a list} after the batch."""
 
 
 class LoaderPhase(Schema):
@@ -69,7 +71,7 @@ class LoaderConfig(Schema):
 
 def canonical_lanes(batch_sizes: Sequence[int]) -> int:
     """The largest power of two up to 64 that divides every batch size."""
-    divisor = int(np.gcd.reduce(np.array(batch_sizes, np.int64)))
+    divisor = math.gcd(*batch_sizes)
     return min(MAX_LANES, divisor & -divisor)
 
 
@@ -139,6 +141,7 @@ class _Packed:
     ids: NDArray[np.unsignedinteger]
     targets: Targets
     lengths: NDArray[np.int32]
+    streams: NDArray[np.int16]
     sequences: list[int]
     slots: int
     seen: NDArray[np.int64]
@@ -158,6 +161,7 @@ class _Packed:
             "sequences": self.sequences,
             "slots": self.slots,
             "masked": len(self.targets.position),
+            "masked_streams": torch.from_numpy(np.repeat(self.streams, self.lengths)[self.targets.position]),
             "seen": self.seen,
             "cursors": self.cursors,
         }
@@ -203,6 +207,7 @@ class Assembler:
             ids=ids,
             targets=targets,
             lengths=lengths.astype(np.int32),
+            streams=documents.stream.astype(np.int16),
             sequences=sequences.tolist(),
             slots=len(sequences) * max_seq_len,
             seen=count_seen(documents, pieces, len(self.streams)),

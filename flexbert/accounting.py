@@ -1,9 +1,12 @@
 """What a model costs, from its config alone: parameters, FLOPs and memory. Everything is built on the meta device."""
 
 import functools
+from collections import Counter
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from flexbert.config import FlexBertConfig, without_init
@@ -16,21 +19,24 @@ def count_parameters(config: FlexBertConfig) -> int:
 
 
 def flops_per_token(config: FlexBertConfig, seq_len: int, masked_fraction: float) -> float:
-    """Floating-point operations of forward and backward, per token of sequences of `seq_len` tokens.
+    """Floating-point operations of forward and backward, per token of sequences of `seq_len` tokens (batch_flops)."""
+    return batch_flops(config, [seq_len], masked_fraction * seq_len) / seq_len
 
-    3 * (2 * W_layers + sum over layers of 4 * D * K + masked_fraction * 2 * (W_head + V * D)), where W counts the
-    weights of linear layers, D is hidden_size and K the mean number of keys a token sees: seq_len in global layers, in
-    local ones the window less what falls off the sequence's ends. A multiply-add is 2 operations and backward twice
+
+def batch_flops(config: FlexBertConfig, lengths: ArrayLike, masked: float) -> float:
+    """Floating-point operations of forward and backward over packed sequences of these lengths, `masked` tokens masked.
+
+    Per token: 3 * (2 * W_layers + sum over layers of 4 * D * K + masked share * 2 * (W_head + V * D)), where W counts
+    the weights of linear layers, D is hidden_size and K the number of keys a token sees: its sequence in global layers,
+    in local ones the window less what falls off the sequence's ends. A multiply-add is 2 operations and backward twice
     forward (Kaplan et al. 2020, arXiv 2001.08361, sec. 2.1); 4 * D * K: products with keys and values (PaLM, arXiv
     2204.02311, app. B). Norms, activations, softmax and the embedding lookup are left out (about 1 % at base size).
     """
-    model = _on_meta(config)
-    forward = 2.0 * _linear_weights(model.encoder)
-    windows = [module.window_size for module in model.encoder.modules() if hasattr(module, "window_size")]
-    forward += 4.0 * config.hidden_size * sum(_mean_keys(window, seq_len) for window in windows)
-    tied_decoder = config.vocab_size * config.hidden_size if getattr(config.head, "tied", True) else 0
-    forward += masked_fraction * 2.0 * (_linear_weights(model.head) + tied_decoder)
-    return 3.0 * forward
+    sizes = np.asarray(lengths, np.float64)
+    encoder_weights, head_weights, windows = _work(config.model_dump_json())
+    pairs = sum(layers * _keys(window, sizes).sum() for window, layers in windows.items())
+    forward = 2.0 * encoder_weights * sizes.sum() + 4.0 * config.hidden_size * pairs + 2.0 * head_weights * masked
+    return float(3.0 * forward)
 
 
 def memory_estimate(
@@ -70,10 +76,22 @@ def _linear_weights(module: nn.Module) -> int:
     return sum(child.weight.numel() for child in module.modules() if isinstance(child, nn.Linear))
 
 
-@functools.lru_cache(maxsize=64)
-def _mean_keys(window_size: Any, seq_len: int) -> float:
-    """Keys that a token of a sequence sees in a layer, on average over the sequence."""
-    left, right = window_size
-    if left < 0:
-        return float(seq_len)
-    return sum(min(place + right, seq_len - 1) - max(place - left, 0) + 1 for place in range(seq_len)) / seq_len
+@functools.lru_cache(maxsize=8)
+def _work(key: str) -> tuple[int, int, dict[tuple[int, int], int]]:
+    """Linear weights that each token meets, those that each masked token meets, and the layers of each window size."""
+    model, config = _cached(key), FlexBertConfig.model_validate_json(key)
+    attentions: list[Any] = [module for module in model.encoder.modules() if hasattr(module, "window_size")]
+    windows = Counter(tuple(module.window_size) for module in attentions)
+    tied_decoder = config.vocab_size * config.hidden_size if getattr(config.head, "tied", True) else 0
+    return _linear_weights(model.encoder), _linear_weights(model.head) + tied_decoder, dict(windows)
+
+
+def _keys(window_size: tuple[int, int], lengths: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Keys that all tokens of a sequence of each length see together in a layer."""
+    if window_size[0] < 0:
+        return lengths**2
+    # On each side: token p from the end sees min(side, p) tokens.
+    return lengths + sum(
+        np.where(lengths > side, side * lengths - side * (side + 1) / 2, lengths * (lengths - 1) / 2)
+        for side in window_size
+    )

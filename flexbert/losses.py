@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -15,6 +15,18 @@ from schema import Component
 # Logits alive at once. On CUDA large products matter more than memory; on the CPU a piece should stay near the caches.
 _CHUNK_ELEMENTS = {"cuda": 2**26}
 _CHUNK_ELEMENTS_DEFAULT = 2**24
+
+
+class TokenScores(NamedTuple):
+    """For the callee to fill in: what a loss knows about each masked token anyway. Without gradients."""
+
+    losses: Tensor  # (M,) float32, plain cross entropy in nats
+    hits: Tensor  # (M,) bool: no entry of the vocabulary scores higher than the target
+
+    @classmethod
+    def empty(cls, targets: Tensor) -> "TokenScores":
+        """For the targets (M,)."""
+        return cls(torch.empty_like(targets, dtype=torch.float32), torch.empty_like(targets, dtype=torch.bool))
 
 
 @LOSSES.register("cross_entropy")
@@ -32,10 +44,17 @@ class CrossEntropy:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def __call__(self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scores: TokenScores | None = None,
+    ) -> Tensor:
         """A float32 scalar; 0 for no tokens. Shapes: see masked_cross_entropy."""
         smoothing, z_loss = self.config.label_smoothing, self.config.z_loss
-        return masked_cross_entropy(hidden_states, weight, bias, targets, smoothing, z_loss)
+        return masked_cross_entropy(hidden_states, weight, bias, targets, smoothing, z_loss, scores)
 
 
 def masked_cross_entropy(
@@ -45,10 +64,11 @@ def masked_cross_entropy(
     targets: Tensor,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    scores: TokenScores | None = None,
 ) -> Tensor:
     """The sum that CrossEntropy states, for logits = hidden_states @ weight.T + bias; 0 for no tokens.
 
-    hidden_states: (M, D). weight: (V, D). bias: (V,) or None. targets: (M,) int64 in [0, V).
+    hidden_states: (M, D). weight: (V, D). bias: (V,) or None. targets: (M,) int64 in [0, V). scores: filled if given.
     The products run in autocast's dtype if it is on, everything else in float32. Gradients are computed along with the
     loss, chunk by chunk, and only scaled in backward: exact, and no chunk's logits are made twice.
     """
@@ -56,12 +76,13 @@ def masked_cross_entropy(
     if not (torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)):
         total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         for logits, rows in _chunks(hidden_states, weight, bias, dtype):
-            total += _chunk_loss(
-                logits, targets[rows, None], logits.logsumexp(1, keepdim=True), label_smoothing, z_loss
-            )
+            target, log_norm = targets[rows, None], logits.logsumexp(1, keepdim=True)
+            if scores is not None:
+                _fill(scores, rows, logits.gather(1, target), logits.amax(1, keepdim=True), log_norm)
+            total += _chunk_loss(logits, target, log_norm, label_smoothing, z_loss)
         return total
     return _MaskedCrossEntropy.apply(  # pyright: ignore[reportReturnType]
-        hidden_states, weight, bias, targets, dtype, label_smoothing, z_loss
+        hidden_states, weight, bias, targets, dtype, label_smoothing, z_loss, scores
     )
 
 
@@ -89,6 +110,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         label_smoothing: float,
         z_loss: float,
+        scores: TokenScores | None,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         hidden_gradient = torch.empty_like(hidden_states)
@@ -98,7 +120,10 @@ class _MaskedCrossEntropy(torch.autograd.Function):
             lowered = weight.to(dtype)
             for logits, rows in _chunks(hidden_states, lowered, bias, dtype):
                 target, states = targets[rows, None], hidden_states[rows].to(dtype)
-                probs, log_norm, loss = _softmax(logits, target, label_smoothing, z_loss)
+                chosen, largest = logits.gather(1, target), logits.amax(1, keepdim=True)
+                probs, log_norm, loss = _softmax(logits, chosen, largest, label_smoothing, z_loss)
+                if scores is not None:
+                    _fill(scores, rows, chosen, largest, log_norm)
                 total += loss
                 # softmax minus the smoothed one-hot, written over the probabilities
                 gradient = probs
@@ -129,7 +154,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
             hidden_gradient * scale.to(hidden_gradient.dtype),
             (weight_gradient * scale).to(weight_dtype),
             None if bias_gradient is None else (bias_gradient * scale).to(bias_dtype),
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -151,12 +176,20 @@ def _chunks(
         yield logits if bias is None else logits.add_(bias), rows
 
 
-def _softmax(logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+def _fill(scores: TokenScores, rows: slice, chosen: Tensor, largest: Tensor, log_norm: Tensor) -> None:
+    """All (m, 1). A tie for the best score is a hit: with logits of bfloat16 products an argmax would pick by place."""
+    scores.losses[rows] = (log_norm - chosen).squeeze(1)
+    scores.hits[rows] = (chosen == largest).squeeze(1)
+
+
+def _softmax(
+    logits: Tensor, chosen: Tensor, largest: Tensor, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities, on the CPU written over the logits (m, V), log_norm (m, 1) and the chunk's loss.
 
-    One pass of torch's softmax, which keeps a row in the cache: log_norm then follows from its largest entry.
+    chosen, largest: logits of the targets and of the best, (m, 1). One pass of torch's softmax, which keeps a row in
+    the cache: log_norm then follows from its largest entry.
     """
-    chosen, largest = logits.gather(1, targets), logits.amax(1, keepdim=True)
     mean = logits.mean(1) if label_smoothing else None
     # Only the CPU's kernel is tested here with one tensor for both.
     probs = torch.softmax(logits, 1, out=logits if logits.device.type == "cpu" else None)

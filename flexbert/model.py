@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from flexbert.config import FlexBertConfig
 from flexbert.encoder import FlexBertEncoder
 from flexbert.kernels import require_backend
-from flexbert.losses import masked_evaluation
+from flexbert.losses import TokenScores, masked_evaluation
 from flexbert.packed import gather_rows
 from flexbert.registry import HEADS, INITS, LOSSES
 from flexbert.tasks import FlexBertForSequenceClassification, FlexBertForTokenClassification
@@ -23,6 +23,7 @@ class MaskedLMOutput(NamedTuple):
     loss: Tensor | None  # float32 scalar, nats per masked token; None without labels
     logits: Tensor | None  # (T, V); None with labels
     hidden_states: Tensor  # (T, D), after the final norm
+    scores: TokenScores | None = None  # of each masked token, in order; None without labels
 
 
 class FlexBertForMaskedLM(nn.Module):
@@ -62,8 +63,9 @@ class FlexBertForMaskedLM(nn.Module):
         if labels is None:
             return MaskedLMOutput(None, nn.functional.linear(self.head(hidden_states), weight, bias), hidden_states)
         masked, targets = _masked(hidden_states, labels, num_masked)
-        loss = self.loss(self.head(masked), weight, bias, targets) / max(len(targets), 1)
-        return MaskedLMOutput(loss, None, hidden_states)
+        scores = TokenScores.empty(targets)
+        loss = self.loss(self.head(masked), weight, bias, targets, scores) / max(len(targets), 1)
+        return MaskedLMOutput(loss, None, hidden_states, scores)
 
     @torch.no_grad()
     def evaluate(

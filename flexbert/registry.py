@@ -10,7 +10,7 @@
 | mlp | module: (T, D) -> (T, D) | hidden_size, intermediate_size |
 | block | module: (hidden_states, plan, positions) -> (T, D); class attribute `needs_final_norm` | model, layer_index |
 | head | heads.Head (task mlm), or heads.TaskHead; class attribute `task` | model |
-| loss | callable: (hidden_states (M, D), weight (V, D), bias (V,) or None, targets (M,)) -> sum, float32 scalar | |
+| loss | callable: (hidden_states (M, D), weight (V, D), bias (V,) or None, targets (M,), scores to fill) -> sum | |
 | init | callable: (module, seed, prefix) -> None | num_hidden_layers |
 
 `model` is the FlexBertConfig, as it is for the layer in question.

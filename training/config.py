@@ -107,6 +107,14 @@ class TrainerConfig(Schema):
     hang_timeout: float = Field(
         default=1800.0, gt=0, description="seconds without a step (evaluation, save and export in it) that end the run"
     )
+    peak_flops: float | None = Field(
+        default=None,
+        gt=0,
+        description="FLOP/s that one device can do at best, for mfu; default: flexbert.peaks by its name",
+    )
+    price_per_hour: float | None = Field(
+        default=None, ge=0, description="of all machines together, in any currency: logs the cost so far and to the end"
+    )
 
 
 class CheckpointConfig(Schema):

@@ -1,6 +1,6 @@
 """Held-out loss and masked accuracy, beside the best guess that looks at nothing: the most frequent token."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
@@ -83,15 +83,3 @@ def _means(sums: torch.Tensor) -> dict[str, Any]:
         "unigram_accuracy": hits / count,
         "masked_tokens": int(masked),
     }
-
-
-def flat(evaluation: Mapping[str, Any], prefix: str = "validation") -> dict[str, float]:
-    """Names for loggers: validation/loss, validation/STREAM/loss, ..."""
-    values: dict[str, float] = {}
-    for key, value in evaluation.items():
-        if isinstance(value, Mapping):
-            for name, inner in value.items():
-                values |= flat(inner, f"{prefix}/{name}")
-        else:
-            values[f"{prefix}/{key}"] = value
-    return values

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from omegaconf import OmegaConf
 
 from durable import lock, remove_unfinished, write_file
-from schema import ConfigError, validate
+from schema import ConfigError, load_node, validate
 from training.config import RunConfig
 
 _PACKAGES = (
@@ -34,6 +34,8 @@ _FREE = (
     "trainer.max_bad_steps",
     "trainer.spike_guard",  # what it skipped is in the ledger, whatever it says now
     "trainer.hang_timeout",
+    "trainer.peak_flops",
+    "trainer.price_per_hour",
     "checkpoint",
     "wandb",
     "data.num_workers",
@@ -48,7 +50,7 @@ _FREE = (
 
 class RunFolder:
     """runs/NAME: config.yaml, environment.json, metrics.jsonl, ledger.jsonl, checkpoints/, exports/, tensorboard/,
-    summary.json, and of a branch origin.json."""
+    summary.json, curves.png, and of a branch origin.json."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,20 +60,27 @@ class RunFolder:
         self.ledger = path / "ledger.jsonl"
         self.summary = path / "summary.json"
         self.origin = path / "origin.json"
+        self.curves = path / "curves.png"
+        self.lock = path / ".lock"
         self._lock: TextIO | None = None
 
     def finished(self) -> dict[str, Any] | None:
         """The summary of a finished run, else None."""
         return json.loads(self.summary.read_text()) if self.summary.exists() else None
 
+    def recorded_config(self) -> RunConfig:
+        """The config that the run was last started with. Raises ConfigError when this is no run folder."""
+        file = self.path / "config.yaml"
+        if not file.exists():
+            raise ConfigError(f"{self.path}: no run folder (it holds no config.yaml): give runs/NAME")
+        return validate(RunConfig, load_node(file), file)
+
     def check_config(self, config: RunConfig) -> None:
         """Raises ConfigError naming what differs when the folder was begun with a config that trains otherwise."""
         file = self.path / "config.yaml"
         if not file.exists():
             return
-        before = _flatten(
-            validate(RunConfig, OmegaConf.to_container(OmegaConf.load(file)), file).model_dump(mode="json")
-        )
+        before = _flatten(self.recorded_config().model_dump(mode="json"))
         now = _flatten(config.model_dump(mode="json"))
         changed = [
             f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
@@ -90,7 +99,7 @@ class RunFolder:
         """
         for folder in (self.path, self.checkpoints, self.exports):
             folder.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(self.path / ".lock", self.path, "training this run")
+        self._lock = lock(self.lock, self.path, "training this run")
         for folder in (self.path, self.checkpoints, self.exports):
             remove_unfinished(folder)
         write_file(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))

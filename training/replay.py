@@ -7,7 +7,6 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
@@ -18,7 +17,7 @@ from data.loader import Assembler, MixtureDataset, join_pieces, tokenizer_folder
 from data.masking import IGNORE, MaskingConfig
 from data.shards import Stream
 from data.tokenizer import corpus_tokenizer
-from schema import ConfigError, validate
+from schema import ConfigError
 from training.config import RunConfig
 from training.folder import RunFolder
 from training.phases import PhasePlan
@@ -31,10 +30,7 @@ def inspect_step(path: Path, step: int, rows: int, as_json: bool, console: Conso
     Raises ConfigError when `path` is no run or has no such step, RunError for a damaged shard.
     """
     folder = RunFolder(path)
-    file = path / "config.yaml"
-    if not file.exists():
-        raise ConfigError(f"{path}: no run folder (it holds no config.yaml): give runs/NAME")
-    config = validate(RunConfig, OmegaConf.to_container(OmegaConf.load(file)), file)
+    config = folder.recorded_config()
     plan = PhasePlan(config)
     if not 1 <= step <= plan.total_steps:
         raise ConfigError(f"--step: {step}: {path} has steps 1 to {plan.total_steps}")

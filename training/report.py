@@ -1,7 +1,5 @@
-"""What a run tells people: the model card, the loss curve and the closing table."""
+"""What a run tells people: the model card and the closing table."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -59,49 +57,6 @@ def model_card(config: RunConfig, plan: PhasePlan, tokens: int, evaluation: dict
     return "\n".join(lines)
 
 
-def draw_curves(metrics: Path, picture: Path, plan: PhasePlan) -> None:
-    """Loss against tokens, with held-out points and the phases shaded, as a PNG."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import EngFormatter
-
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    train = [line for line in lines if line.get("loss") is not None]
-    held_out = [line for line in lines if "validation" in line]
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=110)
-    for number, phase in enumerate(plan.phases):
-        axes.axvspan(phase.first_token, phase.end_token, color="0.5", alpha=0.06 + 0.08 * (number % 2), lw=0)
-        axes.text(
-            (phase.first_token + phase.end_token) / 2,
-            0.985,
-            f"{phase.name}\n{phase.max_seq_len} x {phase.global_batch_size}",
-            transform=axes.get_xaxis_transform(),
-            ha="center",
-            va="top",
-            fontsize=8,
-        )
-    axes.plot([line["tokens"] for line in train], [line["loss"] for line in train], lw=1, label="training")
-    axes.plot(
-        [line["tokens"] for line in held_out],
-        [line["validation"]["loss"] for line in held_out],
-        "o-",
-        ms=4,
-        label="held-out, 15% masked" if held_out else None,
-    )
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("loss (nats per masked token)")
-    axes.legend(loc="lower left")
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    beside = picture.with_suffix(".tmp.png")
-    figure.savefig(beside)
-    plt.close(figure)
-    beside.replace(picture)
-
-
 def closing_table(config: RunConfig, summary: dict[str, Any], console: Console) -> None:
     """The figures of summary.json, where each artifact lies, and what to try next."""
     validation = summary["validation"]
@@ -133,6 +88,6 @@ def closing_table(config: RunConfig, summary: dict[str, Any], console: Console) 
     facts.add_row("time", f"{summary['seconds']:.0f} s ({summary['train_seconds']:.0f} s of training steps)")
     facts.add_row("export", summary["export"])
     facts.add_row("checkpoints", str(config.folder / "checkpoints"))
-    facts.add_row("loss curve", str(config.folder / "loss.png"))
+    facts.add_row("curves", str(config.folder / "curves.png"))
     facts.add_row("metrics", f"{config.folder / 'metrics.jsonl'}, {config.folder / 'tensorboard'}")
     console.print(facts, highlight=False)

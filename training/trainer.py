@@ -18,6 +18,7 @@ from torch import Tensor
 
 import flexbert
 from callbacks.ledger import Ledger
+from callbacks.lines import flat
 from callbacks.metrics import MetricsLog
 from callbacks.milestones import BetweenSteps
 from callbacks.progress import ProgressLine
@@ -35,9 +36,11 @@ from training.allocator import keep_freed_memory
 from training.branching import read_origin
 from training.checkpoint import checkpoint_name, list_checkpoints, restore, take_snapshot
 from training.config import RunConfig
-from training.evaluation import Evaluator, flat
+from training.curves import draw_curves
+from training.evaluation import Evaluator
 from training.faults import COLLECTIVE_MARGIN, Faults, lost_rank
 from training.folder import RunFolder
+from training.gauges import build_gauges
 from training.optim import OPTIMIZERS
 from training.phases import PhasePlan
 from training.saving import Saver
@@ -76,12 +79,13 @@ def split_batch(batch: Batch, rows: int | float) -> list[Batch]:
     parts = []
     ends = torch.cumsum(torch.tensor([0, *sequences]), 0).tolist()
     slots_per_row = batch["slots"] // len(sequences)
-    bounds = batch["cu_seqlens"].cpu()
+    bounds, first_masked = batch["cu_seqlens"].cpu(), 0
     for first in range(0, len(sequences), step):
         last = min(first + step, len(sequences))
         begin, end = int(bounds[ends[first]]), int(bounds[ends[last]])
         cu_seqlens = batch["cu_seqlens"][ends[first] : ends[last] + 1] - begin
         labels = batch["labels"][begin:end]
+        last_masked = first_masked + int((labels != -100).sum())
         parts.append(
             {
                 **batch,
@@ -91,9 +95,11 @@ def split_batch(batch: Batch, rows: int | float) -> list[Batch]:
                 "max_seqlen": int(bounds[ends[first] : ends[last] + 1].diff().max()),
                 "sequences": sequences[first:last],
                 "slots": (last - first) * slots_per_row,
-                "masked": int((labels != -100).sum()),
+                "masked": last_masked - first_masked,
+                "masked_streams": batch["masked_streams"][first_masked:last_masked],
             }
         )
+        first_masked = last_masked
     return parts
 
 
@@ -143,8 +149,14 @@ class Run:
         self.ledger = Ledger(self.folder.ledger, list(config.data.streams))
         self.saver = Saver(self.folder.checkpoints, config.checkpoint, self._is_permanent)
         self.faults = Faults(config, self.plan, self.saver, self.ledger, self._say, split_batch, self._dropout_seed)
+        self.gauges = build_gauges(config, self.plan, self.model, lambda: self.seconds)
         self.metrics = MetricsLog(
-            self.folder.metrics, config.trainer.log_interval, self.ledger, self.faults.guard, self._describe
+            self.folder.metrics,
+            config.trainer.log_interval,
+            self.ledger,
+            self.faults.guard,
+            self._describe,
+            self.gauges,
         )
         self.seconds_before = 0.0  # of earlier processes, up to their last checkpoint
         self.started = time.monotonic()
@@ -215,20 +227,15 @@ class Run:
             leave=lambda step: self.faults.leave(step, self._save),
         )
         schedule = StepSchedule(self.plan.at, self.model.set_rope_theta, self._dropout_seed)
-        callbacks = [self.faults.guard, schedule, self.watchdog, self.ledger, self.metrics, between]
+        callbacks = [self.faults.guard, schedule, self.watchdog, self.ledger, *self.gauges, self.metrics, between]
         if self.rank == 0:
-            callbacks.insert(3, ProgressLine(self.console, self.plan.total_tokens, self._describe))
-        algorithms = []
-        if config.trainer.gradient_clip_norm is not None:
-            from composer.algorithms import GradientClipping
-
-            algorithms.append(GradientClipping("norm", config.trainer.gradient_clip_norm))
+            latest = lambda: self.metrics.latest  # noqa: E731
+            callbacks.insert(3, ProgressLine(self.console, self.plan.total_tokens, self._describe, latest))
         return Trainer(
             model=MaskedLanguageModel(self.model, config.trainer.compile),
             train_dataloader=data,
             max_duration=f"{self.plan.total_steps}ba",
             optimizers=self.optimizer,
-            algorithms=algorithms,
             callbacks=callbacks,
             loggers=self._loggers(),
             run_name=config.name,
@@ -349,7 +356,7 @@ class Run:
         result = self.evaluator.evaluate(self.model)
         self.evaluation, self._evaluated = (step, result), step
         self.metrics.append({"step": step, "tokens": self.plan.tokens_before(step), "validation": result})
-        self.trainer.logger.log_metrics(flat(result))
+        self.trainer.logger.log_metrics(flat(result, "validation"))
         self._say(
             f"           validation after {self.plan.tokens_before(step):,} tokens: loss {result['loss']:.3f}, "
             f"masked accuracy {result['masked_accuracy']:.1%} (most frequent token: {result['unigram_accuracy']:.1%})"
@@ -414,7 +421,7 @@ class Run:
             "train_seconds": self.metrics.train_seconds,
         }
         if self.rank == 0:
-            report.draw_curves(self.folder.metrics, self.folder.path / "loss.png", self.plan)
+            draw_curves(self.folder.metrics, self.folder.curves, self.plan)
             write_file(self.folder.summary, json.dumps(summary, indent=1))
         return summary
 

@@ -1,10 +1,11 @@
 """Counts against built models, a hand calculation, and tensors that autograd really keeps."""
 
+import numpy as np
 import pytest
 import torch
 
 from flexbert import FlexBertConfig, build
-from flexbert.accounting import _mean_keys, count_parameters, flops_per_token, memory_estimate
+from flexbert.accounting import _keys, batch_flops, count_parameters, flops_per_token, memory_estimate
 from tests.flexbert.conftest import batch_of, tiny
 
 
@@ -16,11 +17,11 @@ def test_parameters_are_counted_exactly() -> None:
 
 @pytest.mark.parametrize("seq_len", [1, 2, 10, 64, 65, 66, 129, 500])
 @pytest.mark.parametrize("side", [1, 3, 64])
-def test_mean_keys_counts_what_a_window_sees(seq_len: int, side: int) -> None:
+def test_keys_are_what_a_window_sees(seq_len: int, side: int) -> None:
     places = torch.arange(seq_len)
     seen = ((places[:, None] - places[None, :]).abs() <= side).sum().item()
-    assert _mean_keys((side, side), seq_len) == pytest.approx(seen / seq_len)
-    assert _mean_keys((-1, -1), seq_len) == seq_len
+    assert _keys((side, side), np.array([seq_len, seq_len], float)).tolist() == [seen, seen]
+    assert _keys((-1, -1), np.array([seq_len], float)) == seq_len**2
 
 
 def test_flops_of_base_by_hand() -> None:
@@ -30,6 +31,14 @@ def test_flops_of_base_by_hand() -> None:
     head = 0.3 * 2 * (768 * 768 + 768 * 50368)
     assert flops_per_token(config, 1024, 0.3) == pytest.approx(3 * (2 * matrices + attention + head))
     assert flops_per_token(config, 8192, 0.3) > flops_per_token(config, 1024, 0.3)
+
+
+def test_flops_of_a_packed_batch_are_those_of_its_sequences() -> None:
+    config = FlexBertConfig.from_yaml("modernbert-base")
+    lengths, masked = [1024, 10, 300, 129], [300, 0, 100, 30]
+    parts = [flops_per_token(config, size, part / size) * size for size, part in zip(lengths, masked, strict=True)]
+    assert batch_flops(config, lengths, sum(masked)) == pytest.approx(sum(parts), rel=1e-12)
+    assert batch_flops(config, [sum(lengths)], sum(masked)) > 1.02 * sum(parts)  # packing is not one long sequence
 
 
 @pytest.mark.parametrize("lengths", [(512,) * 4, (100, 400, 30, 482, 512, 5, 7, 500)], ids=str)

@@ -66,7 +66,7 @@ def test_the_run_folder_holds_everything(straight: Path) -> None:
         "tensorboard",
         "summary.json",
     } <= names
-    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert any((folder / "tensorboard").rglob("events.out.tfevents.*"))
     assert not list(folder.rglob(".unfinished-*"))
     assert json.loads((folder / "environment.json").read_text())["packages"]["torch"].startswith("2.7.0")

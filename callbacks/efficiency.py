@@ -1,0 +1,52 @@
+"""How fast training goes, and what share of the hardware's peak that is."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from composer.core import State
+from composer.loggers import Logger
+from composer.utils import dist
+from numpy.typing import NDArray
+
+from callbacks.gauge import Gauge, Window, over_ranks
+
+
+class Efficiency(Gauge):
+    """Speed in tokens and in operations.
+
+    | logged | unit | event, interval |
+    |---|---|---|
+    | tokens_per_second | real tokens / s since the last line, all ranks, less evaluation and saving | BATCH_END |
+    | slots_per_second | the same with padding | same |
+    | flops_per_second | of the model on these very sequences and masked tokens, all ranks | same |
+    | mfu | model FLOPs utilisation: that over the peak of all devices (PaLM, arXiv 2204.02311, app. B); absent without
+      a known peak | same |
+
+    Sequences are packed and do not see each other, so attention's share counts what they see, not whole rows.
+    """
+
+    def __init__(self, flops: Callable[[NDArray[np.int64], int], float], peak_flops: float | None) -> None:
+        """flops: of forward and backward over sequences of these lengths with that many masked tokens.
+        peak_flops: of one device, in FLOP/s."""
+        self.flops, self.peak_flops = flops, peak_flops
+        self._lengths: list[NDArray[np.int64]] = []
+        self._masked = 0
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self._lengths.append(np.diff(state.batch["cu_seqlens"].cpu().numpy()))
+        self._masked += state.batch["masked"]
+
+    def read(self, window: Window) -> dict[str, Any]:
+        flops = self.flops(np.concatenate([np.zeros(0, np.int64), *self._lengths]), self._masked)
+        rate = float(over_ranks(torch.tensor([flops], dtype=torch.float64))) / window.seconds
+        self._lengths, self._masked = [], 0
+        line = {
+            "tokens_per_second": window.real_tokens / window.seconds,
+            "slots_per_second": window.slots / window.seconds,
+            "flops_per_second": rate,
+        }
+        if self.peak_flops is not None:
+            line["mfu"] = rate / (self.peak_flops * dist.get_world_size())
+        return line

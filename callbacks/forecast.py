@@ -1,0 +1,52 @@
+"""When a run will be done, and what it costs until then."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from composer.core import State
+from composer.loggers import Logger
+
+from callbacks.gauge import Gauge, Window
+
+_LINES = 100  # the pace is that of so many lines: it follows a new phase, and evens out evaluations and checkpoints
+
+
+class Forecast(Gauge):
+    """
+    | logged | unit | event, interval |
+    |---|---|---|
+    | eta_seconds | wall-clock seconds to the end of the last phase, evaluations and checkpoints included | line |
+    | cost, cost_to_end | in the unit of trainer.price_per_hour: so far; of the whole run by this pace | line |
+
+    Cost counts the run's processes from start to end, start-up included, not what a kill threw away nor a queue's wait.
+    """
+
+    def __init__(
+        self,
+        total_tokens: int,
+        tokens_at: Callable[[int], int],
+        seconds: Callable[[], float],
+        price_per_hour: float | None,
+    ) -> None:
+        """total_tokens: slots of the run. tokens_at: slots before a step. seconds: wall clock of the run so far.
+        price_per_hour: of all machines together."""
+        self.total_tokens, self.tokens_at, self.seconds = total_tokens, tokens_at, seconds
+        self.price_per_hour = price_per_hour
+        self._pace: deque[tuple[float, int]] = deque(maxlen=_LINES + 1)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._pace.clear()
+        self._pace.append((time.monotonic(), self.tokens_at(state.timestamp.batch.value)))
+
+    def read(self, window: Window) -> dict[str, Any]:
+        self._pace.append((time.monotonic(), window.tokens))
+        (begin, first), (now, last) = self._pace[0], self._pace[-1]
+        eta = (self.total_tokens - last) * (now - begin) / (last - first)
+        line = {"eta_seconds": eta}
+        if self.price_per_hour is not None:
+            seconds = self.seconds()
+            line["cost"] = seconds / 3600 * self.price_per_hour
+            line["cost_to_end"] = (seconds + eta) / 3600 * self.price_per_hour
+        return line

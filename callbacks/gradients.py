@@ -1,0 +1,68 @@
+"""Gradients and what they do to the weights: norm, clipping, update-to-weight ratio."""
+
+import math
+from typing import Any
+
+import torch
+from composer.core import State
+from composer.loggers import Logger
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from callbacks.gauge import Gauge, Window, over_ranks
+
+_SAMPLE = 2**14  # weights of a matrix that are compared; the ratio is then within about 1 % of that of all
+
+
+class Gradients(Gauge):
+    """Clips by the global norm, where the run says so, and measures the step that a line is written for.
+
+    | logged | unit | event, interval |
+    |---|---|---|
+    | grad_norm | 2-norm of the gradient of the line's step, before clipping; null: not finite | AFTER_TRAIN_BATCH |
+    | update_ratio | 2-norm of that step's change of all matrices over the 2-norm of the matrices | BATCH_END |
+
+    The ratio looks at up to 16,384 weights of each matrix, evenly spaced: there is no copy of the model. Weight decay
+    is part of the change; a step that is not applied changes nothing.
+    """
+
+    def __init__(self, log_interval: int, clip_norm: float | None) -> None:
+        self.log_interval, self.clip_norm = log_interval, clip_norm
+        self._norm: Tensor | None = None
+        self._samples: list[tuple[Tensor, Tensor, float]] = []  # weights, what they were, weights that each stands for
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        due = (state.timestamp.batch.value + 1) % self.log_interval == 0
+        if not due and self.clip_norm is None:
+            return
+        parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        if due:
+            self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            samples = [_sample(parameter.detach()) for parameter in parameters if parameter.ndim > 1]
+            self._samples = [(sample, sample.clone(), scale) for sample, scale in samples]
+
+    def read(self, window: Window) -> dict[str, Any]:
+        if self._norm is None:
+            return {}
+        norm = float(self._norm)
+        sums = torch.zeros(2, dtype=torch.float64, device=self._norm.device)
+        for now, before, scale in self._samples:
+            sums += scale * torch.stack([(now - before).double().square().sum(), before.double().square().sum()])
+        # Where every rank has all weights, both sums grow alike.
+        change, weight = over_ranks(sums).tolist()
+        self._norm, self._samples = None, []
+        ratio = math.sqrt(change / weight) if weight else 0.0
+        return {key: x if math.isfinite(x) else None for key, x in (("grad_norm", norm), ("update_ratio", ratio))}
+
+
+def _sample(matrix: Tensor) -> tuple[Tensor, float]:
+    """A view of at most _SAMPLE weights, of all columns, and the number of weights that each of them stands for."""
+    local = matrix.to_local() if isinstance(matrix, DTensor) else matrix
+    stride = -(-local.numel() // _SAMPLE) or 1
+    while math.gcd(stride, local.shape[-1]) > 1:
+        stride += 1
+    sample = local.flatten()[::stride]
+    return sample, local.numel() / max(len(sample), 1)

@@ -1,0 +1,44 @@
+"""What a run measures beside its loss: the gauges of callbacks/, made for a config."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from callbacks.efficiency import Efficiency
+from callbacks.forecast import Forecast
+from callbacks.gauge import Gauge, Reading
+from callbacks.gradients import Gradients
+from callbacks.memory import Memory
+from callbacks.streams import StreamScores
+from flexbert import FlexBertForMaskedLM
+from flexbert.accounting import batch_flops
+from flexbert.peaks import peak_flops
+from training.config import RunConfig
+from training.phases import PhasePlan
+
+
+def build_gauges(
+    config: RunConfig, plan: PhasePlan, model: FlexBertForMaskedLM, seconds: Callable[[], float]
+) -> list[Gauge]:
+    """In the order in which their values stand in a line. seconds: wall clock of the run so far."""
+    trainer = config.trainer
+    peak = trainer.peak_flops
+    if peak is None and torch.cuda.is_available():
+        peak = peak_flops(torch.cuda.get_device_name())
+    return [
+        Reading(lambda: _rope_theta(model)),
+        StreamScores(list(config.data.streams)),
+        Gradients(trainer.log_interval, trainer.gradient_clip_norm),
+        Efficiency(lambda lengths, masked: batch_flops(config.model, lengths, masked), peak),
+        Memory(),
+        Forecast(plan.total_tokens, plan.tokens_before, seconds, trainer.price_per_hour),
+    ]
+
+
+def _rope_theta(model: FlexBertForMaskedLM) -> dict[str, Any]:
+    """rope_theta: {global, local}, as the model has them now; nothing for other positions."""
+    position = model.config.position
+    if not hasattr(position, "global_theta"):
+        return {}
+    return {"rope_theta": {"global": position.global_theta, "local": position.local_theta}}

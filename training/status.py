@@ -1,0 +1,175 @@
+"""How a run stands, read from its folder alone: live or dead, near or done. Writes nothing and holds no lock."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from durable import holder
+from schema import RunError
+from training.checkpoint import list_checkpoints, load_checkpoint, tokens_of
+from training.config import RunConfig
+from training.folder import RunFolder
+from training.phases import PhasePlan
+
+_BLOCK = 1 << 16
+
+
+def status(path: Path, as_json: bool, console: Console) -> None:
+    """Print where a run stands. Raises ConfigError when `path` is no run folder."""
+    facts = read_status(path)
+    if as_json:
+        sys.stdout.write(json.dumps(facts, indent=1) + "\n")
+    else:
+        console.print(_table(facts), highlight=False)
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """Plain values, null where nothing is known yet:
+
+    state ("training", "finished", "stopped", "not started"), process (its id, of the host that trains), phase, step,
+    steps, tokens, total_tokens, loss, tokens_per_second, eta_seconds (else what it would take from here),
+    last_line_age_seconds, metrics (the newest line), checkpoint {path, tokens, whole, problem, age_seconds},
+    checkpoints (how many there are), validation (the newest), mixture {stream: share of real tokens so far}.
+    """
+    folder = RunFolder(path)
+    config = folder.recorded_config()
+    plan, process, summary = PhasePlan(config), holder(folder.lock), folder.finished()
+    line = next((line for line in _backwards(folder.metrics) if "loss" in line), {})
+    validation = next((line for line in _backwards(folder.metrics) if "validation" in line), None)
+    # A line that a kill left behind the newest checkpoint is trained again, but it is the last that is known.
+    step = plan.total_steps if summary else line.get("step", 0)
+    if process is not None:
+        state = "training"
+    elif summary is not None:
+        state = "finished"
+    else:
+        state = "stopped" if line or list_checkpoints(folder.checkpoints) else "not started"
+    return {
+        "run": str(path),
+        "state": state,
+        "process": process,
+        "phase": plan.at(max(step - 1, 0)).name,
+        "step": step,
+        "steps": plan.total_steps,
+        "tokens": plan.tokens_before(step),
+        "total_tokens": plan.total_tokens,
+        "loss": line.get("loss"),
+        "tokens_per_second": line.get("tokens_per_second"),
+        "eta_seconds": 0.0 if summary else line.get("eta_seconds"),
+        "last_line_age_seconds": _age(folder.metrics),
+        "metrics": line or None,
+        **_checkpoint(folder),
+        "validation": validation and {"step": validation["step"], **validation["validation"]},
+        "mixture": _mixture(folder, config),
+    }
+
+
+def _checkpoint(folder: RunFolder) -> dict[str, Any]:
+    """The newest checkpoint, verified by its hashes."""
+    for attempt in range(2):
+        paths = list_checkpoints(folder.checkpoints)
+        if not paths:
+            break
+        newest, problem = paths[-1], None
+        try:
+            load_checkpoint(newest)
+        except RunError as error:
+            problem = str(error)
+        # A live run may have removed it, for newer ones, while it was read.
+        if newest.exists() or attempt:
+            facts = {"path": str(newest), "tokens": tokens_of(newest), "whole": problem is None, "problem": problem}
+            return {"checkpoint": facts | {"age_seconds": _age(newest)}, "checkpoints": len(paths)}
+    return {"checkpoint": None, "checkpoints": 0}
+
+
+def _mixture(folder: RunFolder, config: RunConfig) -> dict[str, float] | None:
+    """Share of each stream in the tokens of the newest line of the ledger that counts them."""
+    line = next((line for line in _backwards(folder.ledger) if "streams" in line), None)
+    if line is None:
+        return None
+    tokens = {name: line["streams"][name]["tokens"] for name in config.data.streams if name in line["streams"]}
+    total = sum(tokens.values())
+    return {name: count / total for name, count in tokens.items()} if total else None
+
+
+def _backwards(file: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file of JSON lines, last first; one that is being written, or torn by a kill, is left out."""
+    if not file.exists():
+        return
+    with file.open("rb") as handle:
+        position, rest = handle.seek(0, os.SEEK_END), b""
+        while position or rest:
+            size = min(_BLOCK, position)
+            position -= size
+            handle.seek(position)
+            first, *lines = (handle.read(size) + rest).split(b"\n")
+            rest = first if position else b""
+            for line in reversed(lines if position else [first, *lines]):
+                try:
+                    node = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(node, dict):
+                    yield node
+
+
+def _age(path: Path) -> float | None:
+    try:
+        return max(time.time() - path.stat().st_mtime, 0.0)
+    except OSError:
+        return None
+
+
+def _table(facts: dict[str, Any]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    state, age = facts["state"], facts["last_line_age_seconds"]
+    if facts["process"] is not None:
+        state += f" (process {facts['process']})"
+    elif state == "stopped":
+        state += ": the same `train` command goes on from the newest checkpoint"
+    rows = {"run": facts["run"], "state": state}
+    rows["phase"] = f"{facts['phase']}, step {facts['step']:,} of {facts['steps']:,}"
+    rows["tokens"] = (
+        f"{facts['tokens']:,} of {facts['total_tokens']:,} slots ({facts['tokens'] / facts['total_tokens']:.1%})"
+    )
+    line = facts["metrics"] or {}
+    if facts["loss"] is not None:
+        rows["loss"] = f"{facts['loss']:.4f}" + (f", {_duration(age)} ago" if age is not None else "")
+    for name, scores in line.get("streams", {}).items():
+        rows[f"  {name}"] = f"{scores['loss']:.4f}, masked accuracy {scores['masked_accuracy']:.1%}"
+    if facts["tokens_per_second"] is not None:
+        rows["speed"] = f"{facts['tokens_per_second']:,.0f} tokens/s, {line['data_wait']:.1%} of the time without data"
+        rows["speed"] += f", MFU {line['mfu']:.1%}" if "mfu" in line else ""
+    if facts["eta_seconds"] is not None and state != "finished":
+        rows["ETA"] = _duration(facts["eta_seconds"]) + ("" if facts["process"] is not None else " once it runs")
+    if "cost" in line:
+        rows["cost"] = f"{line['cost']:,.2f}, to the end {line['cost_to_end']:,.2f}"
+    rows["checkpoint"] = "none yet"
+    if checkpoint := facts["checkpoint"]:
+        whole = (
+            "whole" if checkpoint["whole"] else f"DAMAGED ({checkpoint['problem']}): the run will take the one before"
+        )
+        age = "" if checkpoint["age_seconds"] is None else f", {_duration(checkpoint['age_seconds'])} old"
+        rows["checkpoint"] = f"{checkpoint['path']}: {whole}{age}; {facts['checkpoints']} kept"
+    if validation := facts["validation"]:
+        rows["validation"] = (
+            f"after step {validation['step']:,}: loss {validation['loss']:.4f}, "
+            f"masked accuracy {validation['masked_accuracy']:.1%}"
+        )
+    if facts["mixture"]:
+        rows["mixture so far"] = ", ".join(f"{name} {share:.1%}" for name, share in facts["mixture"].items())
+    for key, value in rows.items():
+        table.add_row(key, value)
+    return table
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
