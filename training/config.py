@@ -61,6 +61,7 @@ class PhaseConfig(Schema):
                 f"batch_size_warmup of {self.batch_size_warmup.tokens} tokens is longer than the phase of "
                 f"{self.tokens}: shorten it"
             )
+        self.schedule.check(self.warmup)
         return self
 
 
