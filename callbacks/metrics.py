@@ -26,7 +26,7 @@ class MetricsLog(Callback):
     | tokens, real_tokens | slots; tokens that are no padding | same |
     | tokens_per_second | real tokens / s since the last line, all ranks, without evaluation and saving | same |
     | data_wait | share of that time spent waiting for the loader, rank 0 | same |
-    | validation | see evaluation | when evaluated |
+    | validation, validation_ema | see evaluation; of the averaged weights | when evaluated |
     """
 
     def __init__(
@@ -103,11 +103,11 @@ class MetricsLog(Callback):
         self.append(line)
         logger.log_metrics({f"train/{key}": value for key, value in line.items() if isinstance(value, int | float)})
 
-    def evaluation_at(self, step: int) -> dict[str, Any] | None:
+    def evaluation_at(self, step: int, key: str = "validation") -> dict[str, Any] | None:
         """The evaluation after `step` steps, from metrics.jsonl: also one made before a restart (rank 0)."""
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         found = [json.loads(line) for line in lines if step_of(line) == step]
-        return next((line["validation"] for line in found if "validation" in line), None)
+        return next((line[key] for line in found if key in line), None)
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl (rank 0)."""

@@ -2,13 +2,14 @@
 safetensors, everything else as JSON, and no other file in the folder is looked into.
 
 checkpoints/tokens-N/ holds model.safetensors, optimizer.safetensors, state.json (step, loader cursors, counters) and
-manifest.json (size and xxh3_64 of each file). N counts tokens (slots) trained.
+manifest.json (size and xxh3_64 of each file); with an average of the weights also ema.safetensors. N counts tokens
+(slots) trained.
 """
 
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from schema import RunError
 
 log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
+_EMA = "ema.safetensors"
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 SCHEMA_VERSION = 2
 
@@ -38,6 +40,7 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     optimizer_scalars: dict[str, Any]
     state: dict[str, Any]
+    ema: dict[str, Tensor]
 
 
 def checkpoint_name(tokens: int) -> str:
@@ -61,12 +64,16 @@ class Snapshot:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     optimizer_scalars: dict[str, Any]
+    ema: dict[str, Tensor]
 
 
-def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
-    """Cost: one copy of parameters and optimizer state to host memory."""
+def take_snapshot(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor] | None = None
+) -> Snapshot:
+    """ema: averaged weights by name. Cost: one copy of parameters, optimizer state and these to host memory."""
     model_state = {name: _copy(tensor) for name, tensor in _unshared(model.state_dict()).items()}
-    return Snapshot(model_state, *_flatten_optimizer(model, optimizer))
+    averaged = {name: _copy(tensor) for name, tensor in (ema or {}).items()}
+    return Snapshot(model_state, *_flatten_optimizer(model, optimizer), averaged)
 
 
 def write_checkpoint(path: Path, snapshot: Snapshot, state: dict[str, Any]) -> None:
@@ -78,6 +85,8 @@ def write_checkpoint(path: Path, snapshot: Snapshot, state: dict[str, Any]) -> N
         with new_folder(path) as folder:
             save_file(snapshot.model, folder / "model.safetensors")
             save_file(snapshot.optimizer, folder / "optimizer.safetensors")
+            if snapshot.ema:
+                save_file(snapshot.ema, folder / _EMA)
             scalars = snapshot.optimizer_scalars
             write_file(folder / "state.json", json.dumps({"optimizer": scalars, "run": state}, indent=1))
             files = {file.name: _digest(file) for file in sorted(folder.iterdir())}
@@ -102,7 +111,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         state = json.loads((path / "state.json").read_text())
         model, optimizer = (load_file(path / name) for name in _FILES[:2])
-        return Checkpoint(path, model, optimizer, state["optimizer"], state["run"])
+        ema = load_file(path / _EMA) if _EMA in files else {}
+        return Checkpoint(path, model, optimizer, state["optimizer"], state["run"], ema)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         # whole by its hashes, but not written by write_checkpoint
         raise RunError(f"{path}: no checkpoint of FlexBERT's format: {error}") from None

@@ -29,7 +29,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     """U V^T of a matrix U S V^T, but for singular values in about [0.7, 1.2] instead of 1; zeros stay zeros.
 
     Newton-Schulz: X = aX + (bA + cA^2) X, A = X X^T, five times from X = matrix / its Frobenius norm, along the shorter
-    side. Singular values under about 1e-3 of that norm stay smaller. The result has the input's dtype; the products are
+    side. Singular values under about 2e-3 of that norm stay smaller. The result has the input's dtype; the products are
     in bfloat16 on CUDA, as in the original, and float32 or better elsewhere.
     """
     a, b, c = _COEFFICIENTS

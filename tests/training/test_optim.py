@@ -12,7 +12,7 @@ from torch import nn
 
 from flexbert import FlexBertConfig, FlexBertForMaskedLM, build
 from flexbert.layers import block_matrices
-from training.checkpoint import load_checkpoint, restore, save_checkpoint
+from training.checkpoint import load_checkpoint, restore, take_snapshot, write_checkpoint
 from training.muon import orthogonalise
 from training.optim import OPTIMIZERS
 
@@ -80,7 +80,7 @@ def test_every_optimizer_learns_by_closure(name: str) -> None:
 
 
 def test_decoupled_adamw_is_composers() -> None:
-    """Ten steps with a learning rate that rises and falls. Measured: 3e-8 apart."""
+    """Ten steps with a learning rate that rises and falls. Measured: 1.2e-7 apart."""
     from composer.optim import DecoupledAdamW
 
     ours, theirs = tiny(), tiny()
@@ -112,8 +112,8 @@ def test_decoupled_decay_is_relative_to_the_phases_peak() -> None:
 
 @pytest.mark.parametrize("shape", [(16, 16), (12, 40), (40, 12), (5, 1), (64, 512)])
 def test_newton_schulz_keeps_the_singular_vectors(shape: tuple[int, int]) -> None:
-    """NS(U S V^T) = U p(S) V^T, p the five-fold polynomial: exactly UV^T but for singular values in [0.68, 1.14], all
-    that are over 1/400 of the Frobenius norm (the blog's fig.: 0.7 to 1.2)."""
+    """NS(U S V^T) = U p(S) V^T, p the five-fold polynomial: UV^T but for singular values in [0.68, 1.21] of all that
+    are over 1/400 of the Frobenius norm: what that polynomial makes of [1/400, 1] (the blog's: 0.7 to 1.2)."""
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     found = orthogonalise(matrix)
@@ -124,7 +124,7 @@ def test_newton_schulz_keeps_the_singular_vectors(shape: tuple[int, int]) -> Non
     singular = torch.linalg.svdvals(found)[s / s.norm() > 1 / 400]
     assert len(singular) >= len(s) - 1
     assert float(singular.min()) > 0.68
-    assert float(singular.max()) < 1.14
+    assert float(singular.max()) < 1.21
     deviation = torch.linalg.norm(found - u @ vh) / math.sqrt(len(s))
     assert float(deviation) < 0.32
     assert not orthogonalise(torch.zeros(shape)).any()
@@ -249,7 +249,7 @@ def test_continuing_equals_not_stopping(tmp_path: Path, name: str) -> None:
     steps(straight, make(name, straight), range(8))
     optimizer = make(name, first)
     steps(first, optimizer, range(5))
-    save_checkpoint(tmp_path / "tokens-5", first, optimizer, {})
+    write_checkpoint(tmp_path / "tokens-5", take_snapshot(first, optimizer), {})
     optimizer = make(name, second)
     restore(load_checkpoint(tmp_path / "tokens-5"), second, optimizer)
     steps(second, optimizer, range(5, 8))
