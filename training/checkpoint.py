@@ -9,8 +9,8 @@ manifest.json (size and xxh3_64 of each file); with an average of the weights al
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class Snapshot:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     optimizer_scalars: dict[str, Any]
-    ema: dict[str, Tensor]
+    ema: dict[str, Tensor] = field(default_factory=dict)
 
 
 def take_snapshot(
@@ -95,8 +95,11 @@ def write_checkpoint(path: Path, snapshot: Snapshot, state: dict[str, Any]) -> N
         raise RunError(f"{path}: checkpoint could not be written: {error}; older ones are whole") from error
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint. Raises RunError naming the file that is missing or damaged."""
+def verify_checkpoint(path: Path, names: Iterable[str] | None = None) -> set[str]:
+    """Compare the files of a checkpoint, or those of these names, with their hashes. Returns the names of all.
+
+    Raises RunError naming the file that is missing or damaged. Cost: reads them once, a part at a time.
+    """
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
         files, version = dict(manifest["files"]), manifest["schema_version"]
@@ -104,10 +107,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise RunError(f"{path / _MANIFEST}: missing or damaged checkpoint manifest") from None
     if version != SCHEMA_VERSION:
         raise RunError(f"{path}: checkpoint format {version}, this FlexBERT reads {SCHEMA_VERSION}")
-    for name in sorted({*_FILES, *files}):
+    for name in sorted({*_FILES, *files} if names is None else names):
         expected, found = files.get(name), _digest(path / name) if (path / name).is_file() else None
         if found != expected or found is None:
             raise RunError(f"{path / name}: damaged checkpoint file: expected {expected}, found {found}")
+    return set(files)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint. Raises RunError naming the file that is missing or damaged."""
+    files = verify_checkpoint(path)
     try:
         state = json.loads((path / "state.json").read_text())
         model, optimizer = (load_file(path / name) for name in _FILES[:2])
@@ -155,8 +164,11 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
 
 
 def _digest(file: Path) -> dict[str, Any]:
-    data = file.read_bytes()
-    return {"bytes": len(data), "xxh3_64": xxhash.xxh3_64_hexdigest(data)}
+    digest = xxhash.xxh3_64()
+    with file.open("rb") as handle:
+        while part := handle.read(1 << 24):
+            digest.update(part)
+        return {"bytes": handle.tell(), "xxh3_64": digest.hexdigest()}
 
 
 def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
