@@ -172,6 +172,27 @@ def report(
 
 
 @app.command()
+def average(
+    sources: Annotated[
+        list[Path], typer.Argument(help="a run (runs/NAME), or checkpoints (.../tokens-N)", metavar="RUN|CHECKPOINT...")
+    ],
+    output: Annotated[Path, typer.Option(help="the folder to write, which transformers loads")],
+    last: Annotated[int | None, typer.Option(help="of a run: its newest K checkpoints", metavar="K")] = None,
+    tokens: Annotated[str | None, typer.Option(help="of a run: those with these tokens", metavar="N1,N2,...")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="a share for each, oldest first for a run; default: alike", metavar="W1,W2,...")
+    ] = None,
+) -> None:
+    """Average the weights of checkpoints of one architecture and export the result."""
+    with plain_errors():
+        from rich.console import Console
+
+        from training.averaging import average as run
+
+        run(sources, output, last, tokens, weights, Console(highlight=False))
+
+
+@app.command()
 def demo() -> None:
     """Prepare the text this machine already holds, pretrain a small encoder on it, export it and fill masks."""
     with plain_errors():

@@ -27,7 +27,7 @@ class MetricsLog(Callback):
     | tokens, real_tokens | slots; tokens that are no padding | same |
     | data_wait | share of the time without evaluation and saving that the loader is waited for, rank 0 | same |
     | what each gauge says | see there | same |
-    | validation | see evaluation | when evaluated |
+    | validation, validation_ema | see evaluation; of the averaged weights | when evaluated |
     """
 
     def __init__(
@@ -115,11 +115,11 @@ class MetricsLog(Callback):
         self.append(line)
         logger.log_metrics(flat(line, "train"))
 
-    def evaluation_at(self, step: int) -> dict[str, Any] | None:
+    def evaluation_at(self, step: int, key: str = "validation") -> dict[str, Any] | None:
         """The evaluation after `step` steps, from metrics.jsonl: also one made before a restart (rank 0)."""
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         found = [json.loads(line) for line in lines if step_of(line) == step]
-        return next((line["validation"] for line in found if "validation" in line), None)
+        return next((line[key] for line in found if key in line), None)
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl (rank 0)."""

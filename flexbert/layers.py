@@ -1,5 +1,7 @@
 """Small parts that several components share."""
 
+import math
+import re
 from typing import Any
 
 import torch
@@ -34,6 +36,17 @@ class OutputProjection(Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, inputs: Parts = ()) -> None:
         super().__init__(in_features, out_features, bias, inputs=inputs)
+
+
+def block_matrices(model: nn.Module) -> dict[nn.Parameter, list[int]]:
+    """The weights (outputs, inputs) of linear layers in the blocks, in the model's order, and the rows of each of their
+    parts: [D, D, D] for queries, keys and values in one matrix, [F, F] for the halves of a gated mlp."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and re.search(r"\blayers\.\d+\.", path):
+            parts: Parts = getattr(module, "output_parts", ((module.out_features,),))
+            found[module.weight] = [math.prod(part) for part in parts]
+    return found
 
 
 def dropout(hidden_states: Tensor, probability: float, training: bool) -> Tensor:

@@ -2,14 +2,15 @@
 safetensors, everything else as JSON, and no other file in the folder is looked into.
 
 checkpoints/tokens-N/ holds model.safetensors, optimizer.safetensors, state.json (step, loader cursors, counters) and
-manifest.json (size and xxh3_64 of each file). N counts tokens (slots) trained.
+manifest.json (size and xxh3_64 of each file); with an average of the weights also ema.safetensors. N counts tokens
+(slots) trained.
 """
 
 import json
 import logging
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from schema import RunError
 
 log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
+_EMA = "ema.safetensors"
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 SCHEMA_VERSION = 2
 
@@ -38,6 +40,7 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     optimizer_scalars: dict[str, Any]
     state: dict[str, Any]
+    ema: dict[str, Tensor]
 
 
 def checkpoint_name(tokens: int) -> str:
@@ -61,12 +64,16 @@ class Snapshot:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     optimizer_scalars: dict[str, Any]
+    ema: dict[str, Tensor] = field(default_factory=dict)
 
 
-def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
-    """Cost: one copy of parameters and optimizer state to host memory."""
+def take_snapshot(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor] | None = None
+) -> Snapshot:
+    """ema: averaged weights by name. Cost: one copy of parameters, optimizer state and these to host memory."""
     model_state = {name: _copy(tensor) for name, tensor in _unshared(model.state_dict()).items()}
-    return Snapshot(model_state, *_flatten_optimizer(model, optimizer))
+    averaged = {name: _copy(tensor) for name, tensor in (ema or {}).items()}
+    return Snapshot(model_state, *_flatten_optimizer(model, optimizer), averaged)
 
 
 def write_checkpoint(path: Path, snapshot: Snapshot, state: dict[str, Any]) -> None:
@@ -78,6 +85,8 @@ def write_checkpoint(path: Path, snapshot: Snapshot, state: dict[str, Any]) -> N
         with new_folder(path) as folder:
             save_file(snapshot.model, folder / "model.safetensors")
             save_file(snapshot.optimizer, folder / "optimizer.safetensors")
+            if snapshot.ema:
+                save_file(snapshot.ema, folder / _EMA)
             scalars = snapshot.optimizer_scalars
             write_file(folder / "state.json", json.dumps({"optimizer": scalars, "run": state}, indent=1))
             files = {file.name: _digest(file) for file in sorted(folder.iterdir())}
@@ -86,8 +95,11 @@ def write_checkpoint(path: Path, snapshot: Snapshot, state: dict[str, Any]) -> N
         raise RunError(f"{path}: checkpoint could not be written: {error}; older ones are whole") from error
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint. Raises RunError naming the file that is missing or damaged."""
+def verify_checkpoint(path: Path, names: Iterable[str] | None = None) -> set[str]:
+    """Compare the files of a checkpoint, or those of these names, with their hashes. Returns the names of all.
+
+    Raises RunError naming the file that is missing or damaged. Cost: reads them once, a part at a time.
+    """
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
         files, version = dict(manifest["files"]), manifest["schema_version"]
@@ -95,14 +107,21 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise RunError(f"{path / _MANIFEST}: missing or damaged checkpoint manifest") from None
     if version != SCHEMA_VERSION:
         raise RunError(f"{path}: checkpoint format {version}, this FlexBERT reads {SCHEMA_VERSION}")
-    for name in sorted({*_FILES, *files}):
+    for name in sorted({*_FILES, *files} if names is None else names):
         expected, found = files.get(name), _digest(path / name) if (path / name).is_file() else None
         if found != expected or found is None:
             raise RunError(f"{path / name}: damaged checkpoint file: expected {expected}, found {found}")
+    return set(files)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint. Raises RunError naming the file that is missing or damaged."""
+    files = verify_checkpoint(path)
     try:
         state = json.loads((path / "state.json").read_text())
         model, optimizer = (load_file(path / name) for name in _FILES[:2])
-        return Checkpoint(path, model, optimizer, state["optimizer"], state["run"])
+        ema = load_file(path / _EMA) if _EMA in files else {}
+        return Checkpoint(path, model, optimizer, state["optimizer"], state["run"], ema)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         # whole by its hashes, but not written by write_checkpoint
         raise RunError(f"{path}: no checkpoint of FlexBERT's format: {error}") from None
@@ -145,8 +164,11 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
 
 
 def _digest(file: Path) -> dict[str, Any]:
-    data = file.read_bytes()
-    return {"bytes": len(data), "xxh3_64": xxhash.xxh3_64_hexdigest(data)}
+    digest = xxhash.xxh3_64()
+    with file.open("rb") as handle:
+        while part := handle.read(1 << 24):
+            digest.update(part)
+        return {"bytes": handle.tell(), "xxh3_64": digest.hexdigest()}
 
 
 def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:

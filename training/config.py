@@ -61,6 +61,7 @@ class PhaseConfig(Schema):
                 f"batch_size_warmup of {self.batch_size_warmup.tokens} tokens is longer than the phase of "
                 f"{self.tokens}: shorten it"
             )
+        self.schedule.check(self.warmup)
         return self
 
 
@@ -141,6 +142,16 @@ class EvaluationConfig(Schema):
     masking: MaskingConfig = Field(default=MaskingConfig(rate=0.15), description="BERT's rate, whatever training uses")
 
 
+class EmaConfig(Schema):
+    """An exponential moving average of the weights, on when the run file has this section.
+
+    It is saved, evaluated (validation_ema) and exported (exports/tokens-N-ema) beside the weights, and moves nothing.
+    """
+
+    decay: float = Field(gt=0, lt=1, description="share of itself that the average keeps at an update, such as 0.999")
+    every: Count | None = Field(default=None, gt=0, description="tokens between updates; absent: after each step")
+
+
 class WandbConfig(Schema):
     """Weights & Biases logging, on when the run file has this section."""
 
@@ -166,6 +177,7 @@ class RunConfig(Schema):
     trainer: TrainerConfig = TrainerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    ema: EmaConfig | None = None
     wandb: WandbConfig | None = None
 
     @property

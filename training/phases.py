@@ -78,7 +78,7 @@ class Phase:
         """Learning rate of a step of this phase. Warmup: linear, reaching the peak with the step that completes it."""
         done = self.tokens_before(step) - self.first_token
         rise = min(1.0, (done + self.segment(step).tokens_per_step) / self.warmup) if self.warmup else 1.0
-        return self.peak_lr * rise * self.schedule(done / self.tokens)
+        return self.peak_lr * rise * self.schedule(done / self.tokens, self.warmup / self.tokens)
 
 
 class PhasePlan:

@@ -15,8 +15,13 @@ def describe_model(config: RunConfig) -> str:
     return f"{count_parameters(model):,} parameters ({model.num_hidden_layers} layers, width {model.hidden_size})"
 
 
-def model_card(config: RunConfig, plan: PhasePlan, tokens: int, evaluation: dict[str, Any] | None) -> str:
-    """README.md of an export: what it is, what it saw, how good it is, how to load it."""
+def model_card(
+    config: RunConfig, plan: PhasePlan, tokens: int, evaluation: dict[str, Any] | None, note: str | None = None
+) -> str:
+    """README.md of an export: what it is, what it saw, how good it is, how to load it.
+
+    note: how these weights were made from those of the run.
+    """
     model = config.model
     lines = [
         "---",
@@ -30,6 +35,7 @@ def model_card(config: RunConfig, plan: PhasePlan, tokens: int, evaluation: dict
         "",
         f"Trained on {tokens:,} of {plan.total_tokens:,} planned tokens of: {', '.join(config.data.streams)}.",
         "",
+        *([note, ""] if note else []),
         "| phase | tokens | row length | rows per step | peak learning rate | masking rate |",
         "|---|---|---|---|---|---|",
     ]

@@ -11,27 +11,58 @@ SCHEDULES = Registry("schedule")
 
 
 class Schedule(Protocol):
-    """progress in [0, 1): share of the phase's tokens trained before the step. Returns the factor of the phase's lr."""
+    """The factor of the phase's lr in a step, besides that of the warmup.
 
-    def __call__(self, progress: float) -> float: ...
+    progress in [0, 1): share of the phase's tokens trained before the step. warmup in [0, 1]: share of the phase's
+    tokens over which lr rises.
+    """
+
+    def __call__(self, progress: float, warmup: float) -> float: ...
+
+
+class ScheduleConfig(Component):
+    """Base of the entries' Config."""
+
+    def check(self, warmup: int) -> None:
+        """Raise ValueError `schedule: what is wrong: fix` for a phase whose warmup, in tokens, does not fit."""
 
 
 @SCHEDULES.register("constant")
 class Constant:
     """Factor 1: the stable part of warmup-stable-decay."""
 
-    class Config(Component):
+    class Config(ScheduleConfig):
         pass
 
     def __init__(self, config: Config) -> None:
         pass
 
-    def __call__(self, progress: float) -> float:
+    def __call__(self, progress: float, warmup: float) -> float:
         return 1.0
 
 
+@SCHEDULES.register("inverse_sqrt")
+class InverseSqrt:
+    """sqrt(w / t) after t tokens of the phase, from t = w on, w its warmup; before that 1, so lr has no jump.
+
+    Vaswani et al. 2017, arXiv 1706.03762, eq. 3, where lr is 1 / sqrt(d_model * w): min(t^-0.5, t * w^-1.5) over
+    w^-0.5. It needs no end, so a phase may be lengthened without moving what was trained.
+    """
+
+    class Config(ScheduleConfig):
+        def check(self, warmup: int) -> None:
+            if warmup == 0:
+                raise ValueError("schedule: inverse_sqrt falls from the end of the warmup on: set warmup")
+
+    def __init__(self, config: Config) -> None:
+        pass
+
+    def __call__(self, progress: float, warmup: float) -> float:
+        return math.sqrt(warmup / max(warmup, progress))
+
+
 class _Falling:
-    class Config(Component):
+    class Config(ScheduleConfig):
         final: float = Field(default=0.001, ge=0, le=1, description="factor at the end of the phase")
 
     def __init__(self, config: Config) -> None:
@@ -41,7 +72,7 @@ class _Falling:
         """From 1 at progress 0 to 0 at progress 1."""
         raise NotImplementedError
 
-    def __call__(self, progress: float) -> float:
+    def __call__(self, progress: float, warmup: float) -> float:
         return self.final + (1 - self.final) * self.shape(progress)
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 import flexbert
+from callbacks.ema import WeightAverage
 from callbacks.ledger import Ledger
 from callbacks.lines import flat
 from callbacks.metrics import MetricsLog
@@ -158,6 +159,7 @@ class Run:
             self._describe,
             self.gauges,
         )
+        self.ema = None if config.ema is None else WeightAverage(self.model, config.ema.decay, self._ema_due)
         self.seconds_before = 0.0  # of earlier processes, up to their last checkpoint
         self.started = time.monotonic()
         self.evaluation: tuple[int, dict[str, Any]] | None = None
@@ -227,7 +229,16 @@ class Run:
             leave=lambda step: self.faults.leave(step, self._save),
         )
         schedule = StepSchedule(self.plan.at, self.model.set_rope_theta, self._dropout_seed)
-        callbacks = [self.faults.guard, schedule, self.watchdog, self.ledger, *self.gauges, self.metrics, between]
+        callbacks = [
+            self.faults.guard,
+            schedule,
+            self.watchdog,
+            self.ledger,
+            *self.gauges,
+            self.metrics,
+            *([self.ema] if self.ema else []),
+            between,
+        ]
         if self.rank == 0:
             latest = lambda: self.metrics.latest  # noqa: E731
             callbacks.insert(3, ProgressLine(self.console, self.plan.total_tokens, self._describe, latest))
@@ -290,6 +301,8 @@ class Run:
         self.loader.load_state_dict(state["loader"])
         self.ledger.load_state_dict(state["ledger"])
         self.metrics.load_state_dict(state["metrics"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"], checkpoint.ema)
         self.faults.load_state_dict(state["faults"])
         self._evaluated = state["evaluated"]
         self.seconds_before, self.origin = state["seconds"], state.get("origin")
@@ -333,6 +346,10 @@ class Run:
                 raise SystemExit(signals.EXIT_PREEMPTED)
             step = self.resume() if self.faults.rolled_back else self.plan.total_steps
 
+    def _ema_due(self, step: int) -> bool:
+        assert self.config.ema is not None
+        return self.config.ema.every is None or self.plan.crosses(step, self.config.ema.every)
+
     def _evaluation_due(self, step: int) -> bool:
         return self.plan.is_milestone(step) or self.plan.crosses(step, self.config.evaluation.interval)
 
@@ -355,11 +372,19 @@ class Run:
     def _evaluate(self, step: int) -> None:
         result = self.evaluator.evaluate(self.model)
         self.evaluation, self._evaluated = (step, result), step
-        self.metrics.append({"step": step, "tokens": self.plan.tokens_before(step), "validation": result})
+        line = {"step": step, "tokens": self.plan.tokens_before(step), "validation": result}
         self.trainer.logger.log_metrics(flat(result, "validation"))
+        averaged = ""
+        if self.ema is not None and self.ema.updates:
+            with self.ema.swapped_in():
+                line["validation_ema"] = self.evaluator.evaluate(self.model)
+            self.trainer.logger.log_metrics(flat(line["validation_ema"], "validation_ema"))
+            averaged = f"; of the averaged weights: loss {line['validation_ema']['loss']:.3f}"
+        self.metrics.append(line)
         self._say(
             f"           validation after {self.plan.tokens_before(step):,} tokens: loss {result['loss']:.3f}, "
             f"masked accuracy {result['masked_accuracy']:.1%} (most frequent token: {result['unigram_accuracy']:.1%})"
+            f"{averaged}"
         )
 
     def _save(self, step: int) -> None:
@@ -374,24 +399,34 @@ class Run:
             "origin": self.origin,
             "seconds": self.seconds,
             "faults": self.faults.state_dict(),
+            "ema": self.ema and self.ema.state_dict(),
             "evaluated": self._evaluated,
             "validation_loss": self.evaluation[1]["loss"] if self.evaluation and self.evaluation[0] == step else None,
         }
         self.ledger.write(step, self.plan.tokens_before(step), state["loader"]["lanes"], self.fingerprints)
         if self.rank == 0:
             path = self.folder.checkpoints / checkpoint_name(self.plan.tokens_before(step))
-            self.saver.start(path, take_snapshot(self.model, self.optimizer), state)
+            self.saver.start(path, take_snapshot(self.model, self.optimizer, self.ema and self.ema.tensors()), state)
 
     def _export(self, step: int) -> None:
-        path = self.export_path(step)
+        self._write_export(step, self.export_path(step), "validation", None)
+        if self.ema is not None and self.ema.updates:
+            note = (
+                f"These weights are an exponential moving average of the training's: decay {self.ema.decay:g}, "
+                f"{self.ema.updates:,} updates."
+            )
+            with self.ema.swapped_in():
+                self._write_export(step, self.export_path(step, "-ema"), "validation_ema", note)
+
+    def _write_export(self, step: int, path: Path, evaluation: str, note: str | None) -> None:
         if self.rank == 0 and not path.exists():
-            tokens = self.plan.tokens_before(step)
-            card = report.model_card(self.config, self.plan, tokens, self.metrics.evaluation_at(step))
+            facts = self.metrics.evaluation_at(step, evaluation)
+            card = report.model_card(self.config, self.plan, self.plan.tokens_before(step), facts, note)
             flexbert.to_hf(self.model, tokenizer_folder(self.config.data), path, card=card)
         dist.barrier()
 
-    def export_path(self, step: int) -> Path:
-        return self.folder.exports / checkpoint_name(self.plan.tokens_before(step))
+    def export_path(self, step: int, suffix: str = "") -> Path:
+        return self.folder.exports / (checkpoint_name(self.plan.tokens_before(step)) + suffix)
 
     @property
     def seconds(self) -> float:

@@ -21,9 +21,15 @@ def documents(seed: int, count: int, longest: int, vocab_size: int = 512) -> lis
 
 
 def write_stream(
-    folder: Path, split: str, docs: list[np.ndarray], vocab_size: int = 512, shard_bytes: int = 4096, chunk: int = 1
+    folder: Path,
+    split: str,
+    docs: list[np.ndarray],
+    vocab_size: int = 512,
+    shard_bytes: int = 4096,
+    chunk: int = 1,
+    tokenizer: str = "synthetic",
 ) -> Path:
-    """Write one split of a stream with several shards; returns its path."""
+    """Write one split of a stream with several shards; returns its path. tokenizer: its fingerprint."""
     path = folder / split
     dtype = "uint16" if vocab_size <= 65536 else "uint32"
     with MDSWriter(out=str(path), columns={"tokens": f"ndarray:{dtype}"}, size_limit=shard_bytes) as writer:
@@ -51,7 +57,7 @@ def write_stream(
         "name": folder.name,
         "split": split,
         "dtype": dtype,
-        "tokenizer_fingerprint": "synthetic",
+        "tokenizer_fingerprint": tokenizer,
         "vocab_size": vocab_size,
         **{f"{name}_token_id": value for name, value in SPECIAL.items()},
         "special_ids": list(SPECIAL.values()),

@@ -1,0 +1,186 @@
+"""Averages of checkpoints, as exports: the newest of a run (arXiv 2209.14981), milestones, or any of one architecture.
+
+Weights are summed in float64, tensor by tensor over all checkpoints, and rounded to float32 once: memory holds one
+model, however many there are.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors import safe_open
+from torch import Tensor
+
+import flexbert
+from data.loader import tokenizer_folder
+from flexbert import FlexBertConfig, build
+from flexbert.config import without_init
+from schema import ConfigError, RunError, load_node, parse_count, validate
+from training import report
+from training.checkpoint import checkpoint_name, list_checkpoints, verify_checkpoint
+from training.config import RunConfig
+from training.phases import PhasePlan
+
+_WEIGHTS, _STATE = "model.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A verified checkpoint. model: its run's architecture, with the RoPE thetas that were in use."""
+
+    path: Path
+    run: RunConfig
+    plan: PhasePlan
+    tokens: int
+    model: FlexBertConfig
+    tokenizer: str | None  # fingerprint
+
+
+def average(
+    sources: Sequence[Path],
+    output: Path,
+    last: int | None,
+    tokens: str | None,
+    weights: str | None,
+    console: Console,
+) -> None:
+    """Write the weighted mean of checkpoints to `output`, a folder that transformers loads, with a card that says so.
+
+    sources: one run's folder, with `last` or `tokens` (comma-separated) to say which of its checkpoints; or two or more
+    checkpoints. weights: comma-separated, one for each, of any sum; None: alike.
+    Raises ConfigError, naming the option, for what does not fit; RunError for a damaged checkpoint. Then nothing is
+    written.
+    """
+    if output.exists():
+        raise ConfigError(f"--output: {output}: exists: choose another folder, or remove it")
+    paths = _choose(sources, last, tokens)
+    shares = _parse_weights(weights, len(paths))
+    read = [_read(path) for path in paths]
+    _check_alike(read)
+    newest = max(read, key=lambda source: source.tokens)
+    with torch.device("meta"):
+        model = build(newest.model)
+    model.load_state_dict(weighted_mean([path / _WEIGHTS for path in paths], shares), assign=True)
+    parts = ", ".join(
+        f"{source.run.name}/{checkpoint_name(source.tokens)} ({share:.4g})"
+        for source, share in zip(read, shares, strict=True)
+    )
+    note = f"These weights are an average of those of {len(paths)} checkpoints, with their shares: {parts}."
+    card = report.model_card(newest.run, newest.plan, newest.tokens, None, note)
+    flexbert.to_hf(model, tokenizer_folder(newest.run.data), output, card=card)
+    console.print(f"{output}: the average of {parts}", soft_wrap=True)
+
+
+def weighted_mean(files: Sequence[Path], shares: Sequence[float]) -> dict[str, Tensor]:
+    """sum(share * weights) of safetensors files with the same names and shapes, in float64, rounded to float32."""
+    with ExitStack() as stack:
+        opened: list[Any] = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        mean, names = {}, opened[0].keys()
+        for name in names:
+            total = torch.zeros(opened[0].get_slice(name).get_shape(), dtype=torch.float64)
+            for file, share in zip(opened, shares, strict=True):
+                total.add_(file.get_tensor(name), alpha=share)
+            mean[name] = total.float()
+    return mean
+
+
+def _choose(sources: Sequence[Path], last: int | None, tokens: str | None) -> list[Path]:
+    """The checkpoints' folders."""
+    for source in sources:
+        if not source.is_dir():
+            raise ConfigError(f"{source}: no such folder: give a run (runs/NAME) or its checkpoints/tokens-N")
+    runs = [source for source in sources if (source / "checkpoints").is_dir()]
+    if not runs:
+        if last is not None or tokens is not None:
+            raise ConfigError(f"--{'last' if last is not None else 'tokens'}: chooses from a run, not from checkpoints")
+        chosen = list(sources)
+    elif len(sources) > 1:
+        raise ConfigError(f"{runs[0]}: is a run among {len(sources)} folders: give one run, or checkpoints only")
+    else:
+        chosen = _choose_of_run(runs[0], last, tokens)
+    resolved = [path.resolve() for path in chosen]
+    twice = [path for number, path in enumerate(chosen) if path.resolve() in resolved[:number]]
+    if twice:
+        raise ConfigError(f"{twice[0]}: is given twice: use --weights to count it more")
+    if len(chosen) < 2:
+        raise ConfigError(f"{chosen[0]}: is one checkpoint: an average needs two or more")
+    return chosen
+
+
+def _choose_of_run(run: Path, last: int | None, tokens: str | None) -> list[Path]:
+    there = list_checkpoints(run / "checkpoints")
+    if (last is None) == (tokens is None):
+        raise ConfigError(f"{run}: is a run: give either --last K or --tokens N1,N2 to choose from its checkpoints")
+    if last is not None:
+        if not 2 <= last <= len(there):
+            raise ConfigError(f"--last: {last}: give 2 to {len(there)}, so many checkpoints are in {run}")
+        return there[-last:]
+    chosen = []
+    for part in str(tokens).split(","):
+        try:
+            path = run / "checkpoints" / checkpoint_name(parse_count(part))
+        except ValueError as error:
+            raise ConfigError(f"--tokens: {error}") from None
+        if path not in there:
+            names = ", ".join(path.name.removeprefix("tokens-") for path in there)
+            raise ConfigError(f"--tokens: {part}: no such checkpoint in {run}, it has: {names}")
+        chosen.append(path)
+    return chosen
+
+
+def _parse_weights(weights: str | None, count: int) -> list[float]:
+    """One share for each checkpoint; together 1."""
+    if weights is None:
+        return [1 / count] * count
+    try:
+        values = [float(part) for part in weights.split(",")]
+    except ValueError:
+        raise ConfigError(f"--weights: {weights}: expected numbers such as 1,2,1") from None
+    if len(values) != count:
+        raise ConfigError(f"--weights: {len(values)} for {count} checkpoints: give one for each")
+    if not all(math.isfinite(value) and value >= 0 for value in values) or not any(values):
+        raise ConfigError(f"--weights: {weights}: must be 0 or more, and not all 0")
+    return [value / sum(values) for value in values]
+
+
+def _read(path: Path) -> _Source:
+    if not (path / "manifest.json").is_file():
+        raise ConfigError(f"{path}: is no checkpoint (it has no manifest.json): give runs/NAME/checkpoints/tokens-N")
+    verify_checkpoint(path, (_WEIGHTS, _STATE))
+    file = path.parent.parent / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{path}: its run's {file} is missing: keep the checkpoint in its run folder")
+    run = validate(RunConfig, load_node(file), file)
+    try:
+        state = json.loads((path / _STATE).read_text())["run"]
+        step = int(state["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path / _STATE}: no state of a run: {error}") from None
+    plan = PhasePlan(run)
+    phase = plan.at(max(step - 1, 0))
+    thetas = {"global_theta": phase.theta_global, "local_theta": phase.theta_local}
+    model = without_init(run.model)
+    position = model.position.model_copy(update={key: theta for key, theta in thetas.items() if theta is not None})
+    model = model.model_copy(update={"position": position})
+    return _Source(path, run, plan, plan.tokens_before(step), model, state.get("tokenizer"))
+
+
+def _check_alike(sources: Sequence[_Source]) -> None:
+    """Raise ConfigError naming what differs when they are not of one architecture and tokenizer."""
+    first = sources[0]
+    for source in sources[1:]:
+        ours, theirs = source.model.to_dict(), first.model.to_dict()
+        for key in ours:
+            if key not in ("init", "loss") and ours[key] != theirs[key]:
+                raise ConfigError(
+                    f"{source.path}: model.{key} is {ours[key]}, in {first.path} it is {theirs[key]}: only checkpoints "
+                    "of one architecture, with the same RoPE theta, have an average"
+                )
+        if source.tokenizer != first.tokenizer:
+            raise ConfigError(f"{source.path}: another tokenizer than {first.path}: their tokens have other meanings")
