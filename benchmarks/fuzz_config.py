@@ -3,13 +3,15 @@
 Each case is a run file of configs/ with one to three mutations, taken through what `train --dry-run` does. Counted as
 failures: anything raised but ConfigError; a line of its message that does not begin with the file, or, where the file
 is fine but data or starting weights are not there, with the key; a file that is accepted though it holds a key that the
-run does not know. Every case follows from its number and the seed. Prints a JSON line; exit code 1 for failures.
+run does not know; a case that takes 30 s. Every case follows from its number and the seed. Prints a JSON line; exit
+code 1 for failures.
 """
 
 import io
 import json
 import random
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -29,6 +31,7 @@ from training.config import RunConfig, load_run_config
 from training.dry_run import dry_run
 
 ROOT = Path(__file__).parent.parent
+SECONDS = 30  # in which every case must be done; most take 10 ms
 SCALARS: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 7, -0.0, 0.5, 1e-300, -3.7, 1e308, 2**31, 2**63, 2**64, -(2**63), 10**30, 10**400),
     *(float("nan"), float("inf"), float("-inf")),
@@ -65,6 +68,7 @@ def fuzz(
     count: int, seed: int, load: Callable[[Path], RunConfig] = load_run_config, files: list[Path] | None = None
 ) -> Result:
     """Load `count` mutated run files. load: what is tested."""
+    signal.signal(signal.SIGALRM, _too_slow)
     sources = [path.read_text() for path in files or run_files()]
     result = Result()
     with tempfile.TemporaryDirectory() as folder:
@@ -75,6 +79,7 @@ def fuzz(
             path.write_bytes(text.encode("utf-8", "surrogatepass"))
             result.cases += 1
             result.mutations.update(mutations)
+            signal.alarm(SECONDS)
             try:
                 config = load(path)
                 result.accepted += 1
@@ -87,9 +92,15 @@ def fuzz(
             except BaseException as error:
                 last = traceback.extract_tb(error.__traceback__)[-1]
                 problem = f"{type(error).__name__}: {str(error)[:200]} at {last.filename}:{last.lineno}"
+            finally:
+                signal.alarm(0)
             if problem is not None:
                 result.failures.append((case, mutations, problem))
     return result
+
+
+def _too_slow(*_: Any) -> None:
+    raise TimeoutError(f"took over {SECONDS} seconds")
 
 
 def _unknown_key_of(text: str, config: RunConfig) -> str | None:

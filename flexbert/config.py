@@ -56,12 +56,18 @@ class InitialLayers(Schema):
 class FlexBertConfig(Schema):
     """An encoder and its head. Sizes have Hugging Face names; a slot takes a name or a mapping with `name`."""
 
-    vocab_size: int = Field(ge=1, description="entries of the token table; a multiple of 64 is fastest on GPUs")
-    hidden_size: int = Field(768, ge=1, description="width of the residual stream")
-    num_hidden_layers: int = Field(12, ge=1, description="blocks")
+    vocab_size: int = Field(
+        ge=1, le=2**24, description="entries of the token table; a multiple of 64 is fastest on GPUs"
+    )
+    hidden_size: int = Field(768, ge=1, le=2**17, description="width of the residual stream")
+    num_hidden_layers: int = Field(12, ge=1, le=2000, description="blocks")
     num_attention_heads: int = Field(12, ge=1, description="heads per attention layer; must divide hidden_size")
-    intermediate_size: int = Field(3072, ge=1, description="width inside the mlp; of one half, in a gated one")
-    max_position_embeddings: int = Field(512, ge=1, description="longest sequence the model is meant for, in tokens")
+    intermediate_size: int = Field(
+        3072, ge=1, le=2**19, description="width inside the mlp; of one half, in a gated one"
+    )
+    max_position_embeddings: int = Field(
+        512, ge=1, le=2**24, description="longest sequence the model is meant for, in tokens"
+    )
 
     pad_token_id: TokenId = Field(None, description="padding in exports; null: the tokenizer's")
     bos_token_id: TokenId = Field(None, description="begin of text in exports; null: the tokenizer's, else [CLS]")

@@ -137,7 +137,7 @@ def build(config: FlexBertConfig, task: str = "mlm", *, num_labels: int | None =
     """
     if task not in _TASKS:
         raise ConfigError(f"task: {task!r} cannot be built, {did_you_mean(task, _TASKS)}")
-    if torch.get_default_device().type != "meta":
+    if torch.empty(0).device.type != "meta":  # torch.get_default_device overlooks `with torch.device`
         _require_kernel(config)
     config = _with_head(config, task, num_labels)
     # Modules draw their own starting weights when constructed; those not overwritten by `init` depend on the seed too.

@@ -37,7 +37,7 @@ def test_help_lists_the_commands_without_heavy_imports() -> None:
     )
     *text, imported = done.stdout.splitlines()
     assert json.loads(imported) == []
-    for command in ("prepare", "inspect", "train", "average", "demo"):
+    for command in ("prepare", "inspect", "train", "doctor", "status", "report", "average", "demo"):
         assert any(command in line for line in text)
 
 

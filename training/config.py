@@ -33,8 +33,9 @@ class PhaseConfig(Schema):
     tokens: Count = Field(
         gt=0, description="budget in slots: global_batch_size x max_seq_len a step, rounded up to whole steps"
     )
-    max_seq_len: int | None = Field(default=None, ge=8, description="slots per row")
-    global_batch_size: int | None = Field(default=None, ge=1, description="rows per step over all ranks")
+    # Upper bounds here and in flexbert/config.py are far over anything trained: they catch a slip of the keyboard.
+    max_seq_len: int | None = Field(default=None, ge=8, le=2**24, description="slots per row")
+    global_batch_size: int | None = Field(default=None, ge=1, le=2**20, description="rows per step over all ranks")
     batch_size_warmup: BatchSizeWarmup | None = Field(
         default=None, description="fewer rows per step at first: {from: 768, tokens: 50B}; not inherited"
     )

@@ -192,8 +192,8 @@ def _disk(config: RunConfig | None) -> Iterator[Check]:
     except OSError as error:
         fix = f"set runs: to a folder of yours, or chown {there}"
         yield Check("run folder", "FAIL", f"{folder}: {error.strerror}", fix)
-    free, needed = shutil.disk_usage(there).free, _LEAST_DISK
-    why = ""
+        return
+    free, needed, why = shutil.disk_usage(there).free, _LEAST_DISK, ""
     if config is not None:
         parameters, milestones = count_parameters(config.model), len(config.phases)
         # float32: a checkpoint holds the weights and two moments of each, an export the weights

@@ -6,6 +6,7 @@ import torch
 
 from flexbert import FlexBertConfig, build
 from flexbert.accounting import _keys, batch_flops, count_parameters, flops_per_token, memory_estimate
+from flexbert.peaks import peak_flops
 from tests.flexbert.conftest import batch_of, tiny
 
 
@@ -31,6 +32,20 @@ def test_flops_of_base_by_hand() -> None:
     head = 0.3 * 2 * (768 * 768 + 768 * 50368)
     assert flops_per_token(config, 1024, 0.3) == pytest.approx(3 * (2 * matrices + attention + head))
     assert flops_per_token(config, 8192, 0.3) > flops_per_token(config, 1024, 0.3)
+
+
+def test_devices_are_told_apart() -> None:
+    names = (
+        "NVIDIA H100 80GB HBM3",
+        "NVIDIA H100 PCIe",
+        "NVIDIA H200",
+        "NVIDIA A100-SXM4-80GB",
+        "NVIDIA A10",
+        "NVIDIA L4",
+    )
+    assert [peak_flops(name) for name in names] == [989.5e12, 756e12, 989.5e12, 312e12, 125e12, 121e12]
+    assert peak_flops("NVIDIA RTX A4000") is None  # no A40
+    assert peak_flops("NVIDIA GeForce GTX 1080") is None
 
 
 def test_flops_of_a_packed_batch_are_those_of_its_sequences() -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from flexbert import FlexBertConfig, build, losses
-from flexbert.losses import masked_cross_entropy
+from flexbert.losses import TokenScores, masked_cross_entropy
 from flexbert.registry import LOSSES
 from flexbert.rotary import Rotation, rotate
 from schema import ConfigError
@@ -35,6 +35,27 @@ def test_chunked_loss_is_plain_cross_entropy(chunk: int, with_bias: bool, monkey
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
     with torch.no_grad():
         torch.testing.assert_close(masked_cross_entropy(hidden, weight, bias, targets), expected, atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_scores_are_those_of_each_token(chunk: int, gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the loss adds to the cross entropy; a tie for the best score is a hit."""
+    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS_DEFAULT", chunk * 50)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(65, 8, generator=generator).requires_grad_(gradients)
+    weight, targets = torch.randn(50, 8, generator=generator), torch.randint(0, 50, (65,), generator=generator)
+    first = int(F.linear(hidden[0], weight).argmax())
+    weight = torch.cat([weight, weight[first : first + 1]])
+    logits = F.linear(hidden, weight).detach()
+    targets[::2] = logits.argmax(1)[::2]
+    targets[targets == first] = 50  # the other of two that tie
+    assert targets[0] == 50
+    scores = TokenScores.empty(targets)
+    masked_cross_entropy(hidden, weight, None, targets, 0.1, 1e-2, scores)
+    torch.testing.assert_close(scores.losses, F.cross_entropy(logits, targets, reduction="none"), atol=1e-5, rtol=1e-5)
+    assert torch.equal(scores.hits, logits.gather(1, targets[:, None]).squeeze(1) == logits.max(1).values)
+    assert 33 <= scores.hits.sum() < 65
 
 
 @pytest.mark.parametrize(("smoothing", "z_loss"), [(0.1, 0.0), (0.0, 1e-2), (0.3, 1e-3)])

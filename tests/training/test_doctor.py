@@ -1,0 +1,143 @@
+"""`main.py doctor`: what is fine is called fine, and each fault that is planted is found, with what to do."""
+
+import functools
+import shutil
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from torch import Tensor
+from typer.testing import CliRunner
+
+from data.tokenizer import fingerprint
+from flexbert import kernels, parity
+from main import app
+from tests.data.servers import free_port
+from tests.data.synthetic import documents, write_stream
+from training import doctor
+from training.config import load_run_config
+
+RUN = """
+name: small
+runs: {folder}/runs
+model: {{preset: modernbert-tiny, vocab_size: 512}}
+data:
+  tokenizer: {folder}/tokenizer
+  cache: {folder}/cache
+  cache_limit: 100mb
+  download_retries: 0
+  streams: {{near: {{path: {folder}/near}}}}
+phases: [{{name: only, tokens: 1M, max_seq_len: 128, global_batch_size: 4, lr: 1e-3}}]
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A run file that fits this machine; its stream and tokenizer are there."""
+    for split in ("train", "validation"):
+        manifest = write_stream(tmp_path / "near", split, documents(0, 50, 50)) / "stream.json"
+        (tmp_path / "tokenizer").mkdir(exist_ok=True)
+        (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+        made_by = fingerprint(tmp_path / "tokenizer")
+        manifest.write_text(manifest.read_text().replace('"synthetic"', f'"{made_by}"', 1))
+    file = tmp_path / "run.yaml"
+    file.write_text(RUN.format(folder=tmp_path))
+    return file
+
+
+def checks(config: Path, *overrides: str) -> tuple[bool, dict[str, list[str]], str]:
+    """(nothing failed, cells by the name of the check, all that was printed)."""
+    console = Console(record=True, width=300, quiet=False, force_terminal=False)
+    fine = doctor.doctor(load_run_config(config, overrides), console)
+    text = console.export_text()
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    return fine, {row[0]: row[1:] for row in rows}, text
+
+
+def test_a_machine_that_fits_is_fine(config: Path) -> None:
+    fine, rows, text = checks(config)
+    assert fine, text
+    assert rows["requirements.txt"][0] == "ok"
+    assert rows["attention: sdpa"][0] == "ok"
+    assert "differs from eager by" in rows["attention: sdpa"][1]
+    assert rows["stream near"][0] == rows["tokenizer"][0] == rows["run folder"][0] == "ok"
+    assert not (config.parent / "runs").exists()
+    assert "nothing stands against training" in text
+
+
+def test_faults_of_the_run_file_are_found(config: Path, tmp_path: Path) -> None:
+    missing = f"data.streams.far.path={tmp_path}/far"
+    fine, rows, _ = checks(config, missing, "runs=/proc/nowhere", "model.vocab_size=576")
+    assert not fine
+    assert rows["stream far"][0] == "FAIL"
+    assert "no such stream folder" in rows["stream far"][1] + rows["stream far"][2]
+    assert rows["stream near"][0] == "ok"
+    assert rows["run folder"][0] == "FAIL"
+    assert rows["vocabulary"][0] == "FAIL"
+    assert "model.vocab_size=512" in rows["vocabulary"][2]
+    fine, rows, _ = checks(config, "model.attention.backend=flash2", "data.cache_limit=100tb")
+    assert not fine
+    assert rows["attention: flash2"][0] == "FAIL"
+    assert "sdpa" in rows["attention: flash2"][2]
+
+
+def test_a_kernel_that_computes_otherwise_is_found(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that sees one token too far to the left of its windows, which no shape or range would show."""
+    right = kernels._KERNELS["sdpa"]
+
+    def wrong(q: Tensor, k: Tensor, v: Tensor, plan: Any, window: tuple[int, int], *rest: Any) -> Tensor:
+        return right(q, k, v, plan, window if window == (-1, -1) else (window[0] + 1, window[1] + 1), *rest)
+
+    assert parity.disagreement("sdpa", "cpu").error < 1e-5
+    monkeypatch.setitem(kernels._KERNELS, "sdpa", wrong)
+    fine, rows, _ = checks(config)
+    assert not fine
+    assert rows["attention: sdpa"][0] == "FAIL"
+
+
+def test_other_versions_are_found(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "requirements.txt").write_text("# pins\n-c constraints.txt\nnumpy==0.1\nno-such-package==1.0\ntyper\n")
+    (tmp_path / "requirements-gpu.txt").write_text("flash-attn==2.8.3\n")
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    fine, rows, _ = checks(config)
+    assert not fine
+    state, found, fix = rows["requirements.txt"]
+    assert state == "FAIL"
+    assert "numpy 2" in found
+    assert "no-such-package missing" in found
+    assert "typer" not in found
+    assert "install -r requirements.txt" in fix
+    assert rows["requirements-gpu.txt"][0] == "-"
+
+
+def test_remote_streams_are_reached_or_not(config: Path, tmp_path: Path) -> None:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    shutil.copytree(tmp_path / "near", tmp_path / "served" / "far")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path / "served")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/far"
+        fine, rows, text = checks(config, f"data.streams.far.path={url}")
+        assert fine, text
+        assert "remote, answered in" in rows["stream far"][1]
+        assert rows["shard cache"][0] == "ok"
+        _, rows, _ = checks(config, f"data.streams.far.path={url}", "data.cache_limit=100tb")
+        assert rows["shard cache"][0] == "FAIL"
+    finally:
+        server.shutdown()
+        server.server_close()
+    fine, rows, _ = checks(config, f"data.streams.far.path=http://127.0.0.1:{free_port()}/far")
+    assert not fine
+    assert rows["stream far"][0] == "FAIL"
+
+
+def test_exit_codes(config: Path, tmp_path: Path) -> None:
+    assert CliRunner().invoke(app, ["doctor", str(config)]).exit_code == 0
+    assert CliRunner().invoke(app, ["doctor", str(config), "runs=/proc/nowhere"]).exit_code == 1
+    assert CliRunner().invoke(app, ["doctor", str(tmp_path / "nothing.yaml")]).exit_code == 2
