@@ -9,6 +9,8 @@ from torch import nn
 from schema import Component, Registry
 
 OPTIMIZERS = Registry("optimizer")
+"""An entry with `works_on_shards = True` makes right steps where a rank holds a part of each tensor; under
+trainer.parallelism fsdp2 others are refused."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -35,6 +37,8 @@ class _AdamConfig(Component):
 class StableAdamW:
     """torch-optimi's StableAdamW: AdamW with Adafactor's update clipping (arXiv 2304.13013, algorithm 2)."""
 
+    works_on_shards = True
+
     class Config(_AdamConfig):
         weight_decay: float = Field(
             default=1e-5, ge=0, description="matrices only; per step, see decouple_lr (ModernBERT: 1e-5)"
@@ -44,7 +48,7 @@ class StableAdamW:
         )
 
     def __new__(cls, config: Config, *, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        from optimi import StableAdamW as Implementation
+        from training.stable_adamw import ShardedStableAdamW as Implementation
 
         # optimi 0.3.3 picks Triton from an empty list of parameters, also on CPU, and crashes there: decide here.
         on_cuda = all(parameter.is_cuda for parameter in model.parameters())
@@ -63,6 +67,8 @@ class StableAdamW:
 @OPTIMIZERS.register("adamw")
 class AdamW:
     """torch.optim.AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
+
+    works_on_shards = True
 
     class Config(_AdamConfig):
         weight_decay: float = Field(default=0.01, ge=0, description="matrices only; a step decays by weight_decay * lr")
