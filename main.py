@@ -23,6 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+launch_app = typer.Typer(help="Start a run on a cluster.", no_args_is_help=True)
+app.add_typer(launch_app, name="launch")
+
 Config = Annotated[Path, typer.Argument(help="the run file, such as configs/demo.yaml", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="values to set: key.path=value", metavar="[KEY=VALUE]...")]
 
@@ -125,6 +128,31 @@ def train(
 
         summary = start(run, console)
         report.closing_table(run, summary, console)
+
+
+@launch_app.command()
+def slurm(
+    config: Config,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="machines")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="and processes, on each")] = 8,
+    partition: Annotated[str | None, typer.Option(help="as for sbatch")] = None,
+    time: Annotated[str | None, typer.Option(help="limit, as for sbatch: minutes, HH:MM:SS or D-HH:MM:SS")] = None,
+    account: Annotated[str | None, typer.Option(help="as for sbatch")] = None,
+    cpus_per_node: Annotated[int | None, typer.Option(min=1, help="for the loader's processes, too")] = None,
+    setup: Annotated[str, typer.Option(help="shell commands at the job's start, such as `module load cuda`")] = "",
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="another option of sbatch: qos=high, or exclusive; may be repeated")
+    ] = None,
+    print_only: Annotated[bool, typer.Option("--print", help="print the job script, submit nothing")] = False,
+) -> None:
+    """Submit a run as a Slurm job. It requeues itself when preempted or at its time limit, until the run is done."""
+    with plain_errors():
+        from training.launch import SlurmOptions, launch_slurm
+
+        more = {key: value for key, _, value in (option.partition("=") for option in sbatch or [])}
+        options = SlurmOptions(nodes, gpus_per_node, partition, time, account, cpus_per_node, setup, more)
+        print(launch_slurm(config, overrides or [], options, print_only))
 
 
 @app.command()

@@ -344,6 +344,12 @@ class Loader:
     def __init__(self, config: LoaderConfig, rank: int, world_size: int) -> None:
         self.dataset = MixtureDataset(config, rank, world_size)
 
+    @property
+    def batch_size(self) -> int:
+        """Rows of this rank's largest batch."""
+        dataset = self.dataset
+        return max(phase.global_batch_size for phase in dataset.config.phases) // dataset.world_size
+
     def __iter__(self) -> Iterator[Batch]:
         data = self.dataset.config.data
         workers = data.num_workers

@@ -22,6 +22,7 @@ from schema import ConfigError, RunError, did_you_mean, load_node, validate
 from training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, restore
 from training.config import RunConfig
 from training.phases import PhasePlan
+from training.shards import load_weights
 
 log = logging.getLogger(__name__)
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -78,7 +79,7 @@ class Start:
     def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Loader) -> None:
         """Put it into everything, in place; the optimizer keeps its own config's hyperparameters."""
         if self.checkpoint is None:
-            model.load_state_dict(self.weights, strict=False)
+            load_weights(model, self.weights)
             return
         # `setup` is optimi's mark that its step counter, which is in the group too, has begun.
         given = [

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from callbacks.agree import from_rank_0, on_any_rank
 from durable import new_folder, write_file
 from schema import RunError
+from training.shards import cut_like, load_weights, unshared, whole
 
 log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
@@ -33,7 +34,7 @@ SCHEMA_VERSION = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint in memory. state: what `save_checkpoint` was given."""
+    """A verified checkpoint in memory. state: what `write_checkpoint` was given."""
 
     path: Path
     model: dict[str, Tensor]
@@ -68,12 +69,22 @@ class Snapshot:
 
 
 def take_snapshot(
-    model: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: Mapping[str, Tensor] | None = None,
+    *,
+    wanted: bool = True,
 ) -> Snapshot:
-    """ema: averaged weights by name. Cost: one copy of parameters, optimizer state and these to host memory."""
-    model_state = {name: _copy(tensor) for name, tensor in _unshared(model.state_dict()).items()}
-    averaged = {name: _copy(tensor) for name, tensor in (ema or {}).items()}
-    return Snapshot(model_state, *_flatten_optimizer(model, optimizer), averaged)
+    """Cost: one copy of parameters, optimizer state and `ema` (averaged weights by name) to host memory, where wanted;
+    elsewhere the result is empty.
+
+    Of a sharded model (FSDP2) a collective, tensor by tensor: a rank that does not want it holds one whole tensor.
+    """
+    weights = {name: _copy(part, wanted) for name, part in unshared(model).items()}
+    tensors, scalars = _flatten_optimizer(model, optimizer)
+    states = {name: _copy(part, wanted) for name, part in tensors.items()}
+    averaged = {name: _copy(part, wanted) for name, part in (ema or {}).items()}
+    return Snapshot(weights, states, scalars, averaged) if wanted else Snapshot({}, {}, {})
 
 
 def write_checkpoint(path: Path, snapshot: Snapshot, state: dict[str, Any]) -> None:
@@ -152,10 +163,7 @@ def newest_checkpoint(folder: Path, accept: Callable[[dict[str, Any]], bool] = l
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Copy a checkpoint into a model and its optimizer, in place. Raises RunError when shapes or names differ."""
     try:
-        model.load_state_dict(checkpoint.model, strict=False)
-        expected = set(_unshared(model.state_dict()))
-        if expected != set(checkpoint.model):
-            raise RuntimeError(f"parameters differ: {sorted(expected ^ set(checkpoint.model))}")
+        load_weights(model, checkpoint.model)
         optimizer.load_state_dict(_unflatten_optimizer(checkpoint, model, optimizer))
     except (RuntimeError, ValueError, KeyError) as error:
         raise RunError(
@@ -171,39 +179,28 @@ def _digest(file: Path) -> dict[str, Any]:
         return {"bytes": handle.tell(), "xxh3_64": digest.hexdigest()}
 
 
-def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop repeated names of one tensor (a tied decoder): safetensors refuses shared memory. The first name stays."""
-    seen: dict[int, str] = {}
-    kept = {}
-    for name, tensor in state.items():
-        if tensor.numel() and tensor.data_ptr() in seen:
-            continue
-        seen[tensor.data_ptr()] = name
-        kept[name] = tensor
-    return kept
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    """In host memory, contiguous, of its own."""
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+def _copy(tensor: Tensor, wanted: bool) -> Tensor:
+    """In host memory, contiguous, of its own; of nothing where it is not wanted."""
+    gathered = whole(tensor.detach())
+    return gathered.to("cpu", copy=True, memory_format=torch.contiguous_format) if wanted else torch.empty(0)
 
 
 def _flatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Optimizer state keyed by parameter name: tensors for safetensors, the rest for JSON."""
+    """Optimizer state keyed by parameter name: tensors, as they are, for safetensors; the rest for JSON."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {"state": {}, "groups": []}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"state/{names[parameter]}/{key}"] = _copy(value)
+                tensors[f"state/{names[parameter]}/{key}"] = value
             else:
                 scalars["state"].setdefault(names[parameter], {})[key] = value
     for number, group in enumerate(optimizer.param_groups):
         plain = {"params": [names[parameter] for parameter in group["params"]]}
         for key, value in group.items():
             if isinstance(value, Tensor):
-                tensors[f"group/{number}/{key}"] = _copy(value)
+                tensors[f"group/{number}/{key}"] = value
             elif key != "params":
                 plain[key] = value
         scalars["groups"].append(plain)
@@ -218,6 +215,7 @@ def _unflatten_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: to
     if current != [group["params"] for group in groups]:
         raise ValueError("the optimizer's parameter groups differ")
     position = {name: number for number, name in enumerate(name for group in current for name in group)}
+    parameters = dict(model.named_parameters())
     state: dict[int, dict[str, Any]] = {
         position[name]: dict(rest) for name, rest in checkpoint.optimizer_scalars["state"].items()
     }
@@ -231,5 +229,8 @@ def _unflatten_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: to
         if kind == "group":
             param_groups[int(owner)][name] = tensor
         else:
-            state.setdefault(position[owner], {})[name] = tensor
+            # A state of the parameter's shape belongs to its elements, and is cut with them.
+            parameter = parameters[owner]
+            of_elements = tensor.shape == parameter.shape
+            state.setdefault(position[owner], {})[name] = cut_like(tensor, parameter) if of_elements else tensor
     return {"state": state, "param_groups": param_groups}

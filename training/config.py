@@ -16,6 +16,7 @@ from schema import ConfigError, Count, Schema, did_you_mean, load_node, validate
 from training.batch_sizes import BatchSizeWarmup
 from training.optim import OPTIMIZERS
 from training.origin import Origin, named_origin
+from training.parallelism import PARALLELISMS
 from training.schedules import SCHEDULES
 
 
@@ -85,12 +86,23 @@ class SpikeGuardConfig(Schema):
         return self
 
 
+def _parse_rows(value: Any) -> Any:
+    if value in (None, "auto") or (type(value) is int and value >= 1):
+        return value
+    raise ValueError(f"expected a number of rows, 1 or more, or auto, got {value!r}")
+
+
 class TrainerConfig(Schema):
     """How steps are computed; none of it changes what is trained on."""
 
     precision: Literal["auto", "fp32", "amp_bf16"] = Field(default="auto", description="auto: bf16 on CUDA, else fp32")
-    microbatch_size: int | None = Field(
-        default=None, ge=1, description="rows per forward-backward on each rank; default: all of a step's"
+    parallelism: Annotated[Any, *PARALLELISMS.slot()] = Field(
+        default="ddp", description="what each rank keeps of parameters and optimizer states: ddp all, fsdp2 its part"
+    )
+    microbatch_size: Annotated[int | Literal["auto"] | None, BeforeValidator(_parse_rows)] = Field(
+        default=None,
+        description="rows per forward-backward on each rank; default: all of a step's; auto: on CUDA as many as fit, "
+        "found by halving when memory runs out, on the CPU all",
     )
     compile: bool = Field(
         default=False, description="torch.compile each block; for CUDA: on the CPU it gains a few percent at most"
@@ -231,6 +243,26 @@ class RunConfig(Schema):
             for key, size in sizes.items():
                 if size is not None and size % lanes:
                     raise ValueError(f"{where}{key}: {size} is no multiple of data.lanes {lanes}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_parallelism(self) -> "RunConfig":
+        if self.trainer.parallelism.name == "fsdp2":
+            if not getattr(OPTIMIZERS.entries[self.optimizer.name], "works_on_shards", False):
+                able = sorted(name for name, entry in OPTIMIZERS.entries.items() if hasattr(entry, "works_on_shards"))
+                raise ValueError(
+                    f"trainer.parallelism: fsdp2 leaves each rank a part of every tensor, and optimizer "
+                    f"{self.optimizer.name!r} needs them whole: use ddp, or one of {', '.join(able)}"
+                )
+            if self.ema is not None:
+                raise ValueError(
+                    "ema: is not kept of sharded parameters: use trainer.parallelism ddp, or average later"
+                )
+            if self.trainer.microbatch_size == "auto":
+                raise ValueError(
+                    "trainer.microbatch_size: auto cannot go with parallelism fsdp2, where a rank out of memory leaves "
+                    "the others waiting for its parameters: give a number of rows"
+                )
         return self
 
     @model_validator(mode="after")

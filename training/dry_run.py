@@ -73,7 +73,8 @@ def _phase_facts(
     config: RunConfig, plan: PhasePlan, phase: Phase, given: PhaseConfig, world_size: int
 ) -> dict[str, str]:
     rows = phase.global_batch_size // world_size
-    rows = min(config.trainer.microbatch_size or rows, rows)
+    microbatch = config.trainer.microbatch_size
+    rows = min(microbatch, rows) if isinstance(microbatch, int) else rows
     flops = flops_per_token(config.model, phase.max_seq_len, phase.masking.rate)
     half = config.trainer.precision == "amp_bf16" or (config.trainer.precision == "auto" and torch.cuda.is_available())
     memory = memory_estimate(config.model, rows * phase.max_seq_len, phase.masking.rate, 2 if half else 4)

@@ -28,6 +28,7 @@ _PACKAGES = (
 _FREE = (
     "runs",
     "trainer.microbatch_size",
+    "trainer.parallelism",
     "trainer.log_interval",
     "trainer.compile",
     "trainer.activation_checkpointing",

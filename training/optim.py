@@ -11,6 +11,8 @@ from flexbert.layers import block_matrices
 from schema import Component, Registry
 
 OPTIMIZERS = Registry("optimizer")
+"""An entry with `works_on_shards = True` makes right steps where a rank holds a part of each tensor; under
+trainer.parallelism fsdp2 others are refused."""
 
 
 Decayed = Literal["matrices", "no_embeddings", "all"]
@@ -53,6 +55,8 @@ def parameter_groups(model: nn.Module, config: _Config, skip: Iterable[nn.Parame
 class StableAdamW:
     """torch-optimi's StableAdamW: AdamW with Adafactor's update clipping (arXiv 2304.13013, algorithm 2)."""
 
+    works_on_shards = True
+
     class Config(_AdamConfig):
         weight_decay: float = Field(
             default=1e-5, ge=0, description="of what `decayed` says; per step, see decouple_lr (ModernBERT: 1e-5)"
@@ -62,7 +66,7 @@ class StableAdamW:
         )
 
     def __new__(cls, config: Config, *, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        from optimi import StableAdamW as Implementation
+        from training.stable_adamw import ShardedStableAdamW as Implementation
 
         # optimi 0.3.3 picks Triton from an empty list of parameters, also on CPU, and crashes there: decide here.
         on_cuda = all(parameter.is_cuda for parameter in model.parameters())
@@ -81,6 +85,8 @@ class StableAdamW:
 @OPTIMIZERS.register("adamw")
 class AdamW:
     """torch.optim.AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
+
+    works_on_shards = True
 
     class Config(_AdamConfig):
         weight_decay: float = Field(default=0.01, ge=0, description="a step decays by weight_decay * lr")

@@ -1,10 +1,12 @@
 """One run from start to end. With callbacks/, the only module that knows Composer."""
 
+import functools
 import json
 import logging
 import os
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 import flexbert
+from callbacks.agree import from_rank_0
 from callbacks.ema import WeightAverage
 from callbacks.ledger import Ledger
 from callbacks.lines import flat
@@ -43,33 +46,40 @@ from training.faults import COLLECTIVE_MARGIN, Faults, lost_rank
 from training.folder import RunFolder
 from training.gauges import build_gauges
 from training.optim import OPTIMIZERS
+from training.parallelism import PARALLELISMS, Parallelism
 from training.phases import PhasePlan
 from training.saving import Saver
+from training.shards import reshard, whole_model
 from training.static_shapes import fill_slots
 
 
 class MaskedLanguageModel(ComposerModel):
     """The encoder as Composer sees it: one child, fed with the loader's batches."""
 
-    def __init__(self, model: FlexBertForMaskedLM, static_shapes: bool) -> None:
+    def __init__(
+        self, model: FlexBertForMaskedLM, parallelism: Parallelism, autocast: Callable[[], Any], static_shapes: bool
+    ) -> None:
+        """autocast: a context for the forward. Composer refuses its own on the CPU; so both devices run the same."""
         super().__init__()
         self.model, self.static_shapes = model, static_shapes
+        self.parallelism, self.autocast = parallelism, autocast
 
     def forward(self, batch: Batch) -> Any:
         if self.static_shapes and self.training:
             batch = fill_slots(batch)
-        return self.model(
-            batch["input_ids"],
-            batch["cu_seqlens"],
-            batch["max_seqlen"],
-            labels=batch["labels"],
-            num_masked=batch["masked"],
-        )
+        with self.autocast():
+            return self.model(
+                batch["input_ids"],
+                batch["cu_seqlens"],
+                batch["max_seqlen"],
+                labels=batch["labels"],
+                num_masked=batch["masked"],
+            )
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """Mean over the microbatch's masked tokens; Composer weighs it by their count, so the step's loss and gradient
         are exactly the mean over the global batch, however it is split."""
-        return outputs.loss
+        return self.parallelism.correct(outputs.loss)
 
 
 def split_batch(batch: Batch, rows: int | float) -> list[Batch]:
@@ -105,8 +115,12 @@ def split_batch(batch: Batch, rows: int | float) -> list[Batch]:
 
 
 def count_tokens(batch: Batch) -> dict[str, int]:
-    """Composer's two counts of a batch."""
-    return {"total": len(batch["input_ids"]), "loss_generating": batch["masked"]}
+    """Composer's two counts of a batch.
+
+    It divides by the global sum of the second, which may be 0 masked tokens. So a batch counts for a 2^32th of a token
+    besides: then weights are off by less than 1e-9, float32 rounds at 6e-8, and a sum of zeros is divided by something.
+    """
+    return {"total": len(batch["input_ids"]), "loss_generating": batch["masked"] * 2**32 + 1}
 
 
 class Run:
@@ -143,6 +157,11 @@ class Run:
         self.model = build(config.model if fresh else without_init(config.model), seed=torch_seed(config.seed, "init"))
         if torch.cuda.is_available():
             self.model = self.model.to(f"cuda:{dist.get_local_rank()}")
+        self.parallelism: Parallelism = PARALLELISMS.build(config.trainer.parallelism, world_size=self.world_size)
+        precision = config.trainer.precision
+        bf16 = torch.cuda.is_available() if precision == "auto" else precision == "amp_bf16"
+        device = next(self.model.parameters()).device.type
+        self.autocast = functools.partial(torch.autocast, device, torch.bfloat16, bf16)
         self.model.encoder.recompute_every = config.trainer.activation_checkpointing
         if config.trainer.compile:
             self.model.encoder.compile_blocks()
@@ -214,10 +233,6 @@ class Run:
             get_num_samples_in_batch=lambda batch: len(batch["sequences"]),
             get_num_tokens_in_batch=count_tokens,  # pyright: ignore[reportArgumentType]
         )
-        rows = max(phase.global_batch_size for phase in self.plan.phases) // self.world_size
-        precision = config.trainer.precision
-        if precision == "auto":
-            precision = "amp_bf16" if torch.cuda.is_available() else "fp32"
         between = BetweenSteps(
             [
                 (self._evaluation_due, self._evaluate),
@@ -242,8 +257,9 @@ class Run:
         if self.rank == 0:
             latest = lambda: self.metrics.latest  # noqa: E731
             callbacks.insert(3, ProgressLine(self.console, self.plan.total_tokens, self._describe, latest))
-        return Trainer(
-            model=MaskedLanguageModel(self.model, config.trainer.compile),
+        model = MaskedLanguageModel(self.model, self.parallelism, self.autocast, config.trainer.compile)
+        trainer = Trainer(
+            model=model,
             train_dataloader=data,
             max_duration=f"{self.plan.total_steps}ba",
             optimizers=self.optimizer,
@@ -251,14 +267,25 @@ class Run:
             loggers=self._loggers(),
             run_name=config.name,
             seed=torch_seed(config.seed, "composer") % 2**32,
-            precision=Precision(precision),
-            device_train_microbatch_size=config.trainer.microbatch_size or rows,
+            precision=Precision.FP32,  # see MaskedLanguageModel
+            device_train_microbatch_size=self._microbatch_size(),
             accumulate_train_batch_on_tokens=True,
             spin_dataloaders=False,
             progress_bar=False,
             log_to_console=False,
             python_log_level=None,
+            **self.parallelism.options(self.model),
         )
+        self.parallelism.prepared(self.model)
+        return trainer
+
+    def _microbatch_size(self) -> int | str:
+        """Rows, or "auto": then Composer finds them, from the loader's `batch_size` down."""
+        given, rows = self.config.trainer.microbatch_size, self.loader.batch_size
+        if given == "auto" and not torch.cuda.is_available():
+            self.console.print(f"trainer.microbatch_size: auto, on the CPU: all rows of a rank at once, up to {rows}")
+            return rows
+        return given or rows
 
     def _loggers(self) -> list[Any]:
         from composer.loggers import TensorboardLogger, WandBLogger
@@ -370,13 +397,15 @@ class Run:
             self._export(step)
 
     def _evaluate(self, step: int) -> None:
-        result = self.evaluator.evaluate(self.model)
+        with self.autocast():
+            result = self.evaluator.evaluate(self.model)
+        reshard(self.model)
         self.evaluation, self._evaluated = (step, result), step
         line = {"step": step, "tokens": self.plan.tokens_before(step), "validation": result}
         self.trainer.logger.log_metrics(flat(result, "validation"))
         averaged = ""
         if self.ema is not None and self.ema.updates:
-            with self.ema.swapped_in():
+            with self.ema.swapped_in(), self.autocast():
                 line["validation_ema"] = self.evaluator.evaluate(self.model)
             self.trainer.logger.log_metrics(flat(line["validation_ema"], "validation_ema"))
             averaged = f"; of the averaged weights: loss {line['validation_ema']['loss']:.3f}"
@@ -404,9 +433,10 @@ class Run:
             "validation_loss": self.evaluation[1]["loss"] if self.evaluation and self.evaluation[0] == step else None,
         }
         self.ledger.write(step, self.plan.tokens_before(step), state["loader"]["lanes"], self.fingerprints)
+        snapshot = take_snapshot(self.model, self.optimizer, self.ema and self.ema.tensors(), wanted=self.rank == 0)
         if self.rank == 0:
             path = self.folder.checkpoints / checkpoint_name(self.plan.tokens_before(step))
-            self.saver.start(path, take_snapshot(self.model, self.optimizer, self.ema and self.ema.tensors()), state)
+            self.saver.start(path, snapshot, state)
 
     def _export(self, step: int) -> None:
         self._write_export(step, self.export_path(step), "validation", None)
@@ -419,10 +449,13 @@ class Run:
                 self._write_export(step, self.export_path(step, "-ema"), "validation_ema", note)
 
     def _write_export(self, step: int, path: Path, evaluation: str, note: str | None) -> None:
-        if self.rank == 0 and not path.exists():
+        if from_rank_0(path.exists()):
+            return
+        model = whole_model(self.model, self.rank == 0)
+        if model is not None:
             facts = self.metrics.evaluation_at(step, evaluation)
             card = report.model_card(self.config, self.plan, self.plan.tokens_before(step), facts, note)
-            flexbert.to_hf(self.model, tokenizer_folder(self.config.data), path, card=card)
+            flexbert.to_hf(model, tokenizer_folder(self.config.data), path, card=card)
         dist.barrier()
 
     def export_path(self, step: int, suffix: str = "") -> Path:

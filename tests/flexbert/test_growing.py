@@ -151,12 +151,12 @@ def test_axes_that_shrink_do_not_grow() -> None:
 
 def checkpoint_of(model: FlexBertForMaskedLM, folder: Path) -> Path:
     """As a run writes it."""
-    from training.checkpoint import save_checkpoint
+    from training.checkpoint import take_snapshot, write_checkpoint
 
     folder.mkdir()
     OmegaConf.save({"model": model.config.model_dump(mode="json")}, folder / "config.yaml")
     path = folder / "checkpoints" / "tokens-100"
-    save_checkpoint(path, model, torch.optim.AdamW(model.parameters()), {})
+    write_checkpoint(path, take_snapshot(model, torch.optim.AdamW(model.parameters())), {})
     return path
 
 

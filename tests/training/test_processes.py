@@ -1,0 +1,199 @@
+"""Runs of several ranks: DDP and FSDP2 train the same, save for any number of ranks, and start by every launcher."""
+
+import json
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from schema import Component, ConfigError
+from tests.training.ranks import Ranks
+from tests.training.runs import command, run
+from tests.training.tiny import ROW, ROWS, write_config
+from training.config import load_run_config
+from training.optim import OPTIMIZERS
+
+STEPS, SAVED = 6, 3
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line] + [
+        line["validation"]["loss"] for line in lines if "validation" in line
+    ]
+
+
+def tensors(folder: Path, steps: int = STEPS) -> dict[str, Tensor]:
+    path = folder / "run" / "checkpoints" / f"tokens-{steps * ROWS * ROW}"
+    return load_file(path / "model.safetensors") | load_file(path / "optimizer.safetensors")
+
+
+def data_seen(folder: Path) -> list[Any]:
+    """What the ledger says of the data, line by line."""
+    return [json.loads(line) for line in (folder / "run" / "ledger.jsonl").read_text().splitlines()]
+
+
+def check_same(folder: Path, other: Path) -> None:
+    """Losses, weights, optimizer states and export to rounding; data exactly."""
+    assert losses(folder) == pytest.approx(losses(other), rel=1e-5)
+    assert data_seen(folder) == data_seen(other)
+    ours, theirs = tensors(folder), tensors(other)
+    exports = [
+        load_file(path / "run/exports" / f"tokens-{STEPS * ROWS * ROW}/model.safetensors") for path in (folder, other)
+    ]
+    for left, right in ((ours, theirs), exports):
+        assert left.keys() == right.keys()
+        for name in right:
+            scale = right[name].float().abs().max()
+            # 40 times the worst measured
+            assert (left[name].float() - right[name].float()).abs().max() <= 2e-3 * scale, name
+
+
+@pytest.fixture(scope="module")
+def straight(ranks: Ranks, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By optimizer, the folder of a run of one process."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("stableadamw", "adamw")}
+    for name, folder in folders.items():
+        ranks.train(1, str(write_config(folder, tiny_data, STEPS, optimizer=name)))
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("world_size", "optimizer", "options"),
+    [
+        (4, "stableadamw", {"parallelism": "ddp"}),
+        (2, "stableadamw", {"parallelism": "fsdp2", "activation_checkpointing": 1, "microbatch_size": 1}),
+        (4, "stableadamw", {"parallelism": {"name": "fsdp2", "reshard_after_forward": False}}),
+        (2, "adamw", {"parallelism": "fsdp2"}),
+        (1, "adamw", {"parallelism": "fsdp2"}),
+    ],
+)
+def test_ranks_train_as_one(
+    ranks: Ranks,
+    tiny_data: Path,
+    straight: dict[str, Path],
+    tmp_path: Path,
+    world_size: int,
+    optimizer: str,
+    options: dict[str, Any],
+) -> None:
+    config = write_config(tmp_path, tiny_data, STEPS, optimizer=optimizer, trainer=options)
+    ranks.train(world_size, str(config))
+    check_same(tmp_path, straight[optimizer])
+
+
+def forget_after(folder: Path, steps: int) -> None:
+    """Make a finished run one that was killed just after the checkpoint of `steps` steps."""
+    for path in (folder / "run" / "checkpoints").iterdir():
+        if int(path.name.split("-")[1]) > steps * ROWS * ROW:
+            shutil.rmtree(path)
+    shutil.rmtree(folder / "run" / "exports")
+    (folder / "run" / "summary.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed"),
+    [
+        ((2, "ddp"), (1, "ddp")),
+        ((4, "ddp"), (2, "ddp")),
+        ((1, "ddp"), (2, "fsdp2")),
+        ((4, "fsdp2"), (2, "fsdp2")),
+        ((2, "fsdp2"), (1, "ddp")),
+    ],
+)
+def test_another_number_of_ranks_goes_on(
+    ranks: Ranks,
+    tiny_data: Path,
+    straight: dict[str, Path],
+    tmp_path: Path,
+    saved: tuple[int, str],
+    resumed: tuple[int, str],
+) -> None:
+    file = write_config(tmp_path, tiny_data, STEPS)
+    if saved == (1, "ddp"):
+        shutil.copytree(straight["stableadamw"] / "run", tmp_path / "run")
+        (tmp_path / "run" / "config.yaml").unlink()  # it names the folder that it was copied from
+    else:
+        ranks.train(saved[0], str(file), f"trainer.parallelism={saved[1]}")
+    forget_after(tmp_path, SAVED)
+    before = tensors(tmp_path, SAVED)
+    text = ranks.train(resumed[0], str(file), f"trainer.parallelism={resumed[1]}")
+    assert f"resuming after step {SAVED}" in text
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(tmp_path, SAVED).items())
+    check_same(tmp_path, straight["stableadamw"])
+
+
+def test_bf16_on_the_cpu_is_the_same_for_both(
+    ranks: Ranks, tiny_data: Path, straight: dict[str, Path], tmp_path: Path
+) -> None:
+    for name in ("ddp", "fsdp2"):
+        options = {"precision": "amp_bf16", "parallelism": name}
+        ranks.train(2, str(write_config(tmp_path / name, tiny_data, STEPS, trainer=options)))
+    assert losses(tmp_path / "ddp") == pytest.approx(losses(tmp_path / "fsdp2"), rel=1e-5)
+    exact = losses(straight["stableadamw"])
+    assert losses(tmp_path / "ddp") == pytest.approx(exact, rel=1e-2)
+    assert losses(tmp_path / "ddp") != pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["composer", "torchrun"])
+def test_launchers(tiny_data: Path, straight: dict[str, Path], tmp_path: Path, launcher: str) -> None:
+    file = write_config(tmp_path, tiny_data, 2, trainer={"log_interval": 1, "parallelism": "fsdp2"})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    options = {
+        "composer": ["-n", "2", "--master_port", port],
+        "torchrun": ["--nproc-per-node", "2", "--master-port", port],
+    }
+    program = str(Path(sys.executable).parent / launcher)
+    done = run([program, *options[launcher], *command("train", str(file))[1:]])
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert losses(tmp_path)[:2] == pytest.approx(losses(straight["stableadamw"])[:2], rel=1e-5)
+
+
+def test_what_fsdp2_cannot_do_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    class Whole:
+        class Config(Component):
+            pass
+
+    with pytest.raises(
+        ConfigError,
+        match=r"train\.yaml: trainer\.microbatch_size: auto cannot go with parallelism fsdp2.*number of rows$",
+    ):
+        load_run_config(
+            write_config(tmp_path, tiny_data, 1, trainer={"parallelism": "fsdp2", "microbatch_size": "auto"})
+        )
+    OPTIMIZERS.register("whole")(Whole)
+    try:
+        file = write_config(tmp_path, tiny_data, 1, optimizer="whole", trainer={"parallelism": "fsdp2"})
+        with pytest.raises(
+            ConfigError, match=r"fsdp2 leaves each rank a part.*'whole' needs them whole: use ddp, or one of adamw, "
+        ):
+            load_run_config(file)
+        assert load_run_config(file, ["trainer.parallelism=ddp"]).optimizer.name == "whole"
+    finally:
+        del OPTIMIZERS.entries["whole"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"parallelism": "fsdp"}, "trainer.parallelism: unknown parallelism 'fsdp', did you mean 'fsdp2'?"),
+        ({"microbatch_size": 0}, "trainer.microbatch_size: expected a number of rows, 1 or more, or auto, got 0"),
+        (
+            {"microbatch_size": "automatic"},
+            "trainer.microbatch_size: expected a number of rows, 1 or more, or auto, got 'automatic'",
+        ),
+    ],
+)
+def test_config_faults(tiny_data: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_run_config(write_config(tmp_path, tiny_data, 1, trainer=options))
+    assert str(error.value).endswith(f"train.yaml: {message}")

@@ -1,0 +1,137 @@
+"""`main.py launch slurm`: a run as a Slurm job that goes on by itself after time limits and preemption."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from durable import write_file
+from schema import ConfigError, RunError
+from training.config import RunConfig, load_run_config
+from training.phases import PhasePlan
+from training.signals import EXIT_PREEMPTED
+
+ROOT = Path(__file__).parent.parent
+TEMPLATE = ROOT / "configs" / "launch" / "slurm.sbatch"
+# Seconds between SIGUSR2 and the time limit: a step and a checkpoint must fit.
+LEAD = 300
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
+
+
+@dataclass(frozen=True)
+class SlurmOptions:
+    """Of the job. time: as sbatch takes it. sbatch: further options by their long names; "" for one without a value."""
+
+    nodes: int
+    gpus_per_node: int = 8
+    partition: str | None = None
+    time: str | None = None
+    account: str | None = None
+    cpus_per_node: int | None = None
+    setup: str = ""
+    sbatch: Mapping[str, str] = field(default_factory=dict)
+
+
+def launch_slurm(config_file: Path, overrides: Sequence[str], options: SlurmOptions, print_only: bool) -> str:
+    """Submit the job; returns a line that says what was done, or with print_only the script, and nothing is written.
+
+    Raises ConfigError when the run or the options are wrong or Slurm is not here, RunError when sbatch refuses.
+    """
+    config = load_run_config(config_file, overrides)
+    _check(config, options)
+    folder = config.folder.resolve() / "slurm"
+    text = render(config_file, overrides, config.name, folder, options)
+    if print_only:
+        return text
+    if shutil.which("sbatch") is None:
+        raise ConfigError("launch slurm: no sbatch on PATH: run this where jobs can be submitted, or look with --print")
+    folder.mkdir(parents=True, exist_ok=True)
+    script = folder / "job.sbatch"
+    write_file(script, text)
+    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["it says nothing"]
+        raise RunError(f"sbatch refused {script} (exit code {done.returncode}): {lines[-1]}")
+    job = done.stdout.strip().split(";")[0]
+    return f"job {job} submitted: {script}, log in {folder / f'{job}.log'}"
+
+
+def render(config_file: Path, overrides: Sequence[str], name: str, folder: Path, options: SlurmOptions) -> str:
+    """The job script: #SBATCH lines of submitit over configs/launch/slurm.sbatch. folder: for the logs."""
+    if find_spec("submitit") is None:
+        raise ConfigError("launch slurm: submitit is not installed: pip install -r requirements.txt")
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    command = [str(ROOT / "main.py"), "train", str(config_file.resolve()), *overrides]
+    values = {
+        "FOLDER": shlex.quote(str(Path.cwd())),
+        "ROOT": shlex.quote(str(ROOT)),
+        "SETUP": options.setup,
+        "PYTHON": shlex.quote(sys.executable),
+        "PROCESSES": str(options.gpus_per_node),
+        "COMMAND": shlex.join(command),
+        "PREEMPTED": str(EXIT_PREEMPTED),
+        "LEAD": str(LEAD),
+    }
+    body = TEMPLATE.read_text()
+    for key, value in values.items():
+        body = body.replace(f"@{key}@", value)
+    more = {"signal": f"USR2@{LEAD}", "requeue": True, "output": str(folder / "%j.log")}
+    return _make_sbatch_string(
+        command=body,
+        folder=folder,
+        job_name=name,
+        nodes=options.nodes,
+        ntasks_per_node=1,
+        gpus_per_node=options.gpus_per_node,
+        cpus_per_task=options.cpus_per_node,
+        partition=options.partition,
+        account=options.account,
+        time=options.time,  # pyright: ignore[reportArgumentType]  # sbatch's own forms pass, too; None: the cluster's
+        wckey=None,  # pyright: ignore[reportArgumentType]  # "submitit" by default, which a cluster may not know
+        stderr_to_stdout=True,
+        additional_parameters={**more, **{key: value or True for key, value in options.sbatch.items()}},
+        use_srun=False,
+    )
+
+
+def _check(config: RunConfig, options: SlurmOptions) -> None:
+    """Raise ConfigError for what would fail in the job."""
+    if options.time is not None:
+        seconds = _seconds(options.time)
+        if seconds is None:
+            raise ConfigError(f"--time: {options.time!r}: expected minutes, HH:MM:SS or D-HH:MM:SS")
+        if seconds <= 2 * LEAD:
+            raise ConfigError(
+                f"--time: {options.time}: the run is asked to stop {LEAD} s before the limit: give more than "
+                f"{2 * LEAD // 60} minutes"
+            )
+    for key in options.sbatch:
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", key) or key in ("signal", "requeue", "output", "ntasks-per-node"):
+            raise ConfigError(f"--sbatch: {key}: is no option of sbatch, or one that the job script needs for itself")
+    ranks = options.nodes * options.gpus_per_node
+    loader = PhasePlan(config).loader_config(config)
+    for rows in dict.fromkeys(phase.global_batch_size for phase in loader.phases):
+        if rows % ranks:
+            raise ConfigError(
+                f"phases: batches of {rows} rows cannot be divided among {ranks} ranks ({options.nodes} nodes x "
+                f"{options.gpus_per_node} GPUs): change one of them"
+            )
+
+
+def _seconds(time: str) -> int | None:
+    """Of sbatch's --time: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. None for anything else."""
+    match = _TIME.fullmatch(time)
+    if match is None:
+        return None
+    parts = [int(part) for part in match.group("first", "second", "third") if part is not None]
+    if match["days"] is not None:
+        units = [3600, 60, 1]
+        return int(match["days"]) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
+    units = [[60], [60, 1], [3600, 60, 1]][len(parts) - 1]
+    return sum(part * unit for part, unit in zip(parts, units, strict=True))
