@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flexbert import FlexBertConfig, FlexBertForMaskedLM, build
 from flexbert.layers import block_matrices
@@ -277,3 +279,42 @@ def test_what_decays(name: str, decayed: str) -> None:
     }[decayed]
     assert moved == expected
     assert "encoder.embedding.tokens.weight" in matrices
+
+
+def step_sharded(rank: int, folder: str) -> None:
+    """One of two processes: three steps of Muon on a model sharded by FSDP2, its weights saved by rank 0."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = tiny()
+    for layer in model.encoder.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = make("muon", model)
+    for number in range(3):
+        for name, parameter in sorted(model.named_parameters()):
+            assert isinstance(parameter, DTensor)
+            whole = gradient_of(name, parameter.shape, number)
+            parameter.grad = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+        optimizer.step()
+    gathered = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}  # pyright: ignore
+    if rank == 0:
+        torch.save(gathered, f"{folder}/weights.pt")
+    torch.distributed.destroy_process_group()
+
+
+def gradient_of(name: str, shape: torch.Size, number: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(number + sum(map(ord, name))))
+
+
+@pytest.mark.slow
+def test_muon_on_shards_is_muon(tmp_path: Path) -> None:
+    """Two gloo processes. A rank has 16 of the 32 rows of queries, keys and values."""
+    torch.multiprocessing.spawn(step_sharded, (str(tmp_path),), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    model = tiny()
+    optimizer = make("muon", model)
+    for number in range(3):
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradient_of(name, parameter.shape, number)
+        optimizer.step()
+    found = torch.load(tmp_path / "weights.pt", weights_only=True)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.detach(), atol=1e-6, rtol=0)
