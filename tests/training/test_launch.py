@@ -1,0 +1,217 @@
+"""Slurm jobs: stub programs stand for the cluster; the rendered script, its srun and the ranks below are real."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from schema import RunError
+from tests.training.ranks import Ranks
+from tests.training.runs import run
+from tests.training.tiny import write_config
+from training.launch import SlurmOptions, launch_slurm
+from training.signals import EXIT_PREEMPTED
+
+pytest.importorskip("submitit", reason="submitit is in requirements.txt: install it")
+
+# One node, this machine. A job runs in the foreground of sbatch. scontrol requeue is only noted: a test runs the script
+# again, as Slurm would.
+STUBS = {
+    "sbatch": """
+import os, subprocess, sys
+from pathlib import Path
+script = Path(sys.argv[-1])
+options = dict(line[10:].split("=", 1) for line in script.read_text().splitlines() if line.startswith("#SBATCH --") and "=" in line)
+if options.get("partition") == "nowhere":
+    print("sbatch: error: invalid partition specified: nowhere", file=sys.stderr)
+    print("sbatch: error: Batch job submission failed: Invalid partition name specified", file=sys.stderr)
+    sys.exit(1)
+variables = {"SLURM_JOB_ID": "7", "SLURM_NNODES": options["nodes"], "SLURM_JOB_NODELIST": "localhost"}
+with open(options["output"].replace("%j", "7"), "a") as log:
+    code = subprocess.run(["bash", str(script)], env={**os.environ, **variables}, stdout=log, stderr=log).returncode
+(Path(os.environ["FAKE_SLURM"]) / "codes").open("a").write(f"{code}\\n")
+print("7;cluster")
+""",
+    "srun": """
+import os, subprocess, sys
+from pathlib import Path
+arguments = sys.argv[1:]
+while arguments[0].startswith("--"):
+    arguments.pop(0)
+(Path(os.environ["FAKE_SLURM"]) / "srun").open("a").write(" ".join(arguments) + "\\n")
+if "FAKE_CODE" in os.environ:
+    if "FAKE_CANCEL" in os.environ:  # scancel: all steps and the script
+        os.kill(os.getppid(), 15)
+    sys.exit(int(os.environ["FAKE_CODE"]))
+sys.exit(subprocess.run(arguments).returncode)
+""",
+    "scontrol": """
+import os, sys
+from pathlib import Path
+if sys.argv[1] == "show":
+    print(sys.argv[3])
+else:
+    (Path(os.environ["FAKE_SLURM"]) / "scontrol").open("a").write(" ".join(sys.argv[1:]) + "\\n")
+""",
+}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Slurm's programs first on PATH; gives the folder of what they note."""
+    programs, notes = tmp_path / "programs", tmp_path / "notes"
+    for folder in (programs, notes):
+        folder.mkdir()
+    for name, code in STUBS.items():
+        (programs / name).write_text(f"#!{sys.executable}\n{code}")
+        (programs / name).chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_SLURM", str(notes))
+    return notes
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the ranks of a job."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def launch(file: Path, *overrides: str, print_only: bool = False, **options: Any) -> str:
+    defaults = {"nodes": 1, "gpus_per_node": 2, "time": "1:00:00"}
+    return launch_slurm(file, overrides, SlurmOptions(**(defaults | options)), print_only)
+
+
+def notes(cluster: Path, name: str) -> list[str]:
+    return (cluster / name).read_text().splitlines() if (cluster / name).exists() else []
+
+
+def test_the_job_goes_on_after_85_and_only_then(
+    cluster: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_config(tmp_path, tiny_data, 2)
+    log = tmp_path / "run" / "slurm" / "7.log"
+    for code in (0, 1, 2, 143):
+        monkeypatch.setenv("FAKE_CODE", str(code))
+        said = launch(file, "seed=3")
+        assert notes(cluster, "codes")[-1] == str(code)
+        assert not notes(cluster, "scontrol")
+    assert said == f"job 7 submitted: {tmp_path}/run/slurm/job.sbatch, log in {log}"
+    monkeypatch.setenv("FAKE_CODE", str(EXIT_PREEMPTED))
+    with monkeypatch.context() as patch:
+        patch.setenv("FAKE_CANCEL", "yes")
+        launch(file)
+    assert not notes(cluster, "scontrol")  # cancelled while it saved: it must not rise again
+    launch(file)
+    assert notes(cluster, "codes")[-2:] == [str(EXIT_PREEMPTED)] * 2
+    assert notes(cluster, "scontrol") == ["requeue 7"]
+    assert log.read_text().count("requeueing job 7: the run saved and stopped") == 1
+    plain = notes(cluster, "srun")[0]
+    assert plain.endswith(f"main.py train {file} seed=3")
+    assert "--nnodes=1 --nproc-per-node=2 " in plain
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_time_limit_costs_nothing(cluster: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Two real ranks under the script: SIGUSR2 for the job's step, requeue, and the run ends where it would have."""
+    file = write_config(tmp_path, tiny_data, 60, checkpoint={"interval": "1M"})
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def signal_the_step() -> None:
+        while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+            time.sleep(0.05)
+        for process in psutil.process_iter(["cmdline"]):
+            line = process.info["cmdline"] or []
+            if "training.node" in line and str(file) in line and "srun" not in " ".join(line):
+                process.send_signal(signal.SIGUSR2)
+
+    thread = threading.Thread(target=signal_the_step)
+    thread.start()
+    launch(file)
+    thread.join()
+    log = (tmp_path / "run" / "slurm" / "7.log").read_text()
+    assert notes(cluster, "codes") == [str(EXIT_PREEMPTED)], log
+    assert notes(cluster, "scontrol") == ["requeue 7"]
+    assert not (tmp_path / "run" / "summary.json").exists()
+    launch(file)
+    log = (tmp_path / "run" / "slurm" / "7.log").read_text()
+    assert notes(cluster, "codes")[1:] == ["0"], log
+    assert notes(cluster, "scontrol") == ["requeue 7"]
+    assert "resuming after step" in " ".join(log.split())
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_print_writes_nothing(ranks: Ranks, tiny_data: Path, tmp_path: Path) -> None:
+    file = write_config(tmp_path, tiny_data, 2)
+    options = (
+        "--nodes 1 --gpus-per-node 2 --time 1:00:00 --partition gpu --account nlp --cpus-per-node 32 --sbatch exclusive"
+    )
+    more = ["--sbatch", "qos=high", "--setup", "module load cuda"]
+    codes, text = ranks.run(1, "launch", "slurm", str(file), "--print", *options.split(), *more)
+    assert codes == [0], text
+    lines = text.splitlines()
+    wanted = (
+        "nodes=1 gpus-per-node=2 ntasks-per-node=1 cpus-per-task=32 partition=gpu account=nlp time=1:00:00 exclusive"
+    )
+    for option in [*wanted.split(), "qos=high", "requeue", "signal=USR2@300", "open-mode=append"]:
+        assert f"#SBATCH --{option}" in lines
+    assert "module load cuda" in lines
+    assert "@" not in text.replace("USR2@300", "").replace("@NAMES@", "")
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--gpus-per-node", "3"],
+            "phases: batches of 8 rows cannot be divided among 3 ranks (1 nodes x 3 GPUs): change one of them",
+        ),
+        (["--time", "1 day"], "--time: '1 day': expected minutes, HH:MM:SS or D-HH:MM:SS"),
+        (
+            ["--time", "0-0:9"],
+            "--time: 0-0:9: the run is asked to stop 300 s before the limit: give more than 10 minutes",
+        ),
+        (
+            ["--sbatch", "signal=USR1"],
+            "--sbatch: signal: is no option of sbatch, or one that the job script needs for itself",
+        ),
+        (["seed=many"], "train.yaml: seed: should be a valid integer, got 'many'"),
+        ([], "launch slurm: no sbatch on PATH: run this where jobs can be submitted, or look with --print"),
+    ],
+)
+def test_bad_input_exits_2(ranks: Ranks, tiny_data: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    file = write_config(tmp_path, tiny_data, 2)
+    codes, text = ranks.run(
+        1,
+        "launch",
+        "slurm",
+        str(file),
+        *(options if "--gpus-per-node" in options else ["--gpus-per-node", "2", *options]),
+    )
+    assert codes == [2]
+    (line,) = text.strip().splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith(message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_sbatch_refuses(cluster: Path, tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        RunError, match=r"^sbatch refused .*job\.sbatch \(exit code 1\): .*Invalid partition name specified$"
+    ):
+        launch(write_config(tmp_path, tiny_data, 2), partition="nowhere")
+
+
+def test_torchrun_exits_with_the_code_of_its_rank(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text("import os, sys; sys.exit(85 if os.environ['RANK'] == '1' else 0)")
+    options = ["--standalone", "--nproc-per-node", "2", str(tmp_path / "rank.py")]
+    assert run([sys.executable, "-m", "training.node", *options]).returncode == 85
