@@ -182,7 +182,7 @@ def _states_over_restarts(folder: Path, store: Path, rank: int, out: "multiproce
 
 
 def test_two_ranks_resume_again_and_again(folder: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # the tests' process may have trained, with its own process group
     out = context.Queue()
     ranks = [
         context.Process(target=_states_over_restarts, args=(folder, tmp_path / "store", rank, out), daemon=True)
