@@ -190,7 +190,7 @@ def test_two_ranks_resume_again_and_again(folder: Path, tmp_path: Path) -> None:
     ]
     for process in ranks:
         process.start()
-    found = out.get(timeout=60)
+    found = out.get(timeout=240)
     for process in ranks:
         process.join(60)
     one = build_loader(config(folder, PHASES, {"lanes": 4}))
