@@ -183,7 +183,7 @@ def _states_over_restarts(folder: Path, store: Path, rank: int, out: "multiproce
 
 
 def test_two_ranks_resume_again_and_again(folder: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # the tests' process may have trained, with its own process group
     out = context.Queue()
     ranks = [
         context.Process(target=_states_over_restarts, args=(folder, tmp_path / "store", rank, out), daemon=True)
@@ -191,7 +191,7 @@ def test_two_ranks_resume_again_and_again(folder: Path, tmp_path: Path) -> None:
     ]
     for process in ranks:
         process.start()
-    found = out.get(timeout=60)
+    found = out.get(timeout=240)
     for process in ranks:
         process.join(60)
     one = build_loader(config(folder, PHASES, {"lanes": 4}))

@@ -153,18 +153,18 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _signal_handlers() -> Iterator[None]:
-    """What `main.py train` does around a run, in a process that lives on."""
+    """A run leaves its handlers behind; this process lives on."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
     before = [signal.getsignal(number) for number in numbers]
-    with signals.from_start_up():
-        yield
+    yield
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
 
 
 def run(folder: Path, dataset: Path, *overrides: str) -> dict[str, Any]:
     config = load_run_config(write_config(folder, dataset), [*ONE_PHASE, *overrides])
-    return train(config, Console(quiet=True))
+    with signals.from_start_up():
+        return train(config, Console(quiet=True))
 
 
 def at_step(folder: Path, step: int, act: Callable[[], None]) -> threading.Thread:
@@ -189,7 +189,7 @@ def test_signals_save_and_the_rest_is_bit_equal(dataset: Path, tmp_path: Path) -
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
         last = max(metrics(folder, "tokens"), default=0)
         watcher = at_step(folder, last + 5, lambda number=number: os.kill(os.getpid(), number))
-        with signals.from_start_up(), pytest.raises(SystemExit) as stop:
+        with pytest.raises(SystemExit) as stop:
             run(folder, dataset, *options)
         watcher.join()
         assert stop.value.code == signals.EXIT_PREEMPTED == 85
@@ -224,7 +224,7 @@ def test_a_spike_is_rolled_back_and_its_steps_are_skipped_for_ever(dataset: Path
 
     told = tmp_path / "told"
     watcher = at_step(told, last + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with signals.from_start_up(), pytest.raises(SystemExit):
+    with pytest.raises(SystemExit):
         run(told, dataset, *options)
     watcher.join()
     given_up = list_checkpoints(told / "runs/small/checkpoints")[-1]
