@@ -1,22 +1,18 @@
-"""One run from start to end. With callbacks/, the only module that knows Composer."""
+"""One run from start to end. Only training/ and callbacks/ know Composer."""
 
 import functools
 import json
 import logging
-import os
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer.core import DataSpec, Precision, Timestamp
-from composer.models import ComposerModel
 from composer.trainer import Trainer
 from composer.utils import dist
 from rich.console import Console
-from torch import Tensor
 
 import flexbert
 from callbacks.agree import from_rank_0
@@ -29,98 +25,29 @@ from callbacks.progress import ProgressLine
 from callbacks.schedule import StepSchedule
 from callbacks.watchdog import Watchdog
 from data.keyed import torch_seed
-from data.loader import Batch, Loader, build_loader, check_tokenizer, tokenizer_folder
+from data.loader import Loader, build_loader, check_tokenizer, tokenizer_folder
 from data.workers import worker_death
 from durable import write_file
-from flexbert import FlexBertForMaskedLM, build
+from flexbert import build
 from flexbert.config import without_init
 from schema import ConfigError, RunError
 from training import report, signals
 from training.allocator import keep_freed_memory
 from training.branching import read_origin
 from training.checkpoint import checkpoint_name, list_checkpoints, restore, take_snapshot
+from training.composed import MaskedLanguageModel, count_tokens, split_batch
 from training.config import RunConfig
 from training.curves import draw_curves
 from training.evaluation import Evaluator
 from training.faults import COLLECTIVE_MARGIN, Faults, lost_rank
 from training.folder import RunFolder
 from training.gauges import build_gauges
+from training.loggers import build_loggers
 from training.optim import OPTIMIZERS
 from training.parallelism import PARALLELISMS, Parallelism
 from training.phases import PhasePlan
 from training.saving import Saver
 from training.shards import reshard, whole_model
-from training.static_shapes import fill_slots
-
-
-class MaskedLanguageModel(ComposerModel):
-    """The encoder as Composer sees it: one child, fed with the loader's batches."""
-
-    def __init__(
-        self, model: FlexBertForMaskedLM, parallelism: Parallelism, autocast: Callable[[], Any], static_shapes: bool
-    ) -> None:
-        """autocast: a context for the forward. Composer refuses its own on the CPU; so both devices run the same."""
-        super().__init__()
-        self.model, self.static_shapes = model, static_shapes
-        self.parallelism, self.autocast = parallelism, autocast
-
-    def forward(self, batch: Batch) -> Any:
-        if self.static_shapes and self.training:
-            batch = fill_slots(batch)
-        with self.autocast():
-            return self.model(
-                batch["input_ids"],
-                batch["cu_seqlens"],
-                batch["max_seqlen"],
-                labels=batch["labels"],
-                num_masked=batch["masked"],
-            )
-
-    def loss(self, outputs: Any, batch: Batch) -> Tensor:
-        """Mean over the microbatch's masked tokens; Composer weighs it by their count, so the step's loss and gradient
-        are exactly the mean over the global batch, however it is split."""
-        return self.parallelism.correct(outputs.loss)
-
-
-def split_batch(batch: Batch, rows: int | float) -> list[Batch]:
-    """Cut a batch into microbatches of at most `rows` rows. Masking is final before, so nothing else changes."""
-    step, sequences = int(rows), batch["sequences"]
-    if len(sequences) <= step:
-        return [batch]
-    parts = []
-    ends = torch.cumsum(torch.tensor([0, *sequences]), 0).tolist()
-    slots_per_row = batch["slots"] // len(sequences)
-    bounds, first_masked = batch["cu_seqlens"].cpu(), 0
-    for first in range(0, len(sequences), step):
-        last = min(first + step, len(sequences))
-        begin, end = int(bounds[ends[first]]), int(bounds[ends[last]])
-        cu_seqlens = batch["cu_seqlens"][ends[first] : ends[last] + 1] - begin
-        labels = batch["labels"][begin:end]
-        last_masked = first_masked + int((labels != -100).sum())
-        parts.append(
-            {
-                **batch,
-                "input_ids": batch["input_ids"][begin:end],
-                "labels": labels,
-                "cu_seqlens": cu_seqlens,
-                "max_seqlen": int(bounds[ends[first] : ends[last] + 1].diff().max()),
-                "sequences": sequences[first:last],
-                "slots": (last - first) * slots_per_row,
-                "masked": last_masked - first_masked,
-                "masked_streams": batch["masked_streams"][first_masked:last_masked],
-            }
-        )
-        first_masked = last_masked
-    return parts
-
-
-def count_tokens(batch: Batch) -> dict[str, int]:
-    """Composer's two counts of a batch.
-
-    It divides by the global sum of the second, which may be 0 masked tokens. So a batch counts for a 2^32th of a token
-    besides: then weights are off by less than 1e-9, float32 rounds at 6e-8, and a sum of zeros is divided by something.
-    """
-    return {"total": len(batch["input_ids"]), "loss_generating": batch["masked"] * 2**32 + 1}
 
 
 class Run:
@@ -264,7 +191,7 @@ class Run:
             max_duration=f"{self.plan.total_steps}ba",
             optimizers=self.optimizer,
             callbacks=callbacks,
-            loggers=self._loggers(),
+            loggers=build_loggers(config, self.folder.path),
             run_name=config.name,
             seed=torch_seed(config.seed, "composer") % 2**32,
             precision=Precision.FP32,  # see MaskedLanguageModel
@@ -286,30 +213,6 @@ class Run:
             self.console.print(f"trainer.microbatch_size: auto, on the CPU: all rows of a rank at once, up to {rows}")
             return rows
         return given or rows
-
-    def _loggers(self) -> list[Any]:
-        from composer.loggers import TensorboardLogger, WandBLogger
-
-        loggers: list[Any] = [TensorboardLogger(log_dir=str(self.folder.path / "tensorboard"), flush_interval=1000)]
-        wandb = self.config.wandb
-        if wandb is not None:
-            os.environ.setdefault("WANDB_DIR", str(self.folder.path))
-            os.environ.setdefault("WANDB_SILENT", "true")
-            loggers.append(
-                WandBLogger(
-                    project=wandb.project,
-                    entity=wandb.entity,
-                    name=self.config.name,
-                    rank_zero_only=True,
-                    init_kwargs={
-                        "mode": wandb.mode,
-                        "id": self.config.name,
-                        "resume": "allow",
-                        "config": self.config.model_dump(mode="json"),
-                    },
-                )
-            )
-        return loggers
 
     def resume(self) -> int:
         """Load the newest whole checkpoint, if any, into everything. Returns the number of finished steps."""

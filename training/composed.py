@@ -1,0 +1,83 @@
+"""The encoder and its batches as Composer sees them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from composer.models import ComposerModel
+from torch import Tensor
+
+from data.loader import Batch
+from flexbert import FlexBertForMaskedLM
+from training.parallelism import Parallelism
+from training.static_shapes import fill_slots
+
+
+class MaskedLanguageModel(ComposerModel):
+    """The encoder as Composer sees it: one child, fed with the loader's batches."""
+
+    def __init__(
+        self, model: FlexBertForMaskedLM, parallelism: Parallelism, autocast: Callable[[], Any], static_shapes: bool
+    ) -> None:
+        """autocast: a context for the forward. Composer refuses its own on the CPU; so both devices run the same."""
+        super().__init__()
+        self.model, self.static_shapes = model, static_shapes
+        self.parallelism, self.autocast = parallelism, autocast
+
+    def forward(self, batch: Batch) -> Any:
+        if self.static_shapes and self.training:
+            batch = fill_slots(batch)
+        with self.autocast():
+            return self.model(
+                batch["input_ids"],
+                batch["cu_seqlens"],
+                batch["max_seqlen"],
+                labels=batch["labels"],
+                num_masked=batch["masked"],
+            )
+
+    def loss(self, outputs: Any, batch: Batch) -> Tensor:
+        """Mean over the microbatch's masked tokens; Composer weighs it by their count, so the step's loss and gradient
+        are exactly the mean over the global batch, however it is split."""
+        return self.parallelism.correct(outputs.loss)
+
+
+def split_batch(batch: Batch, rows: int | float) -> list[Batch]:
+    """Cut a batch into microbatches of at most `rows` rows. Masking is final before, so nothing else changes."""
+    step, sequences = int(rows), batch["sequences"]
+    if len(sequences) <= step:
+        return [batch]
+    parts = []
+    ends = torch.cumsum(torch.tensor([0, *sequences]), 0).tolist()
+    slots_per_row = batch["slots"] // len(sequences)
+    bounds, first_masked = batch["cu_seqlens"].cpu(), 0
+    for first in range(0, len(sequences), step):
+        last = min(first + step, len(sequences))
+        begin, end = int(bounds[ends[first]]), int(bounds[ends[last]])
+        cu_seqlens = batch["cu_seqlens"][ends[first] : ends[last] + 1] - begin
+        labels = batch["labels"][begin:end]
+        last_masked = first_masked + int((labels != -100).sum())
+        parts.append(
+            {
+                **batch,
+                "input_ids": batch["input_ids"][begin:end],
+                "labels": labels,
+                "cu_seqlens": cu_seqlens,
+                "max_seqlen": int(bounds[ends[first] : ends[last] + 1].diff().max()),
+                "sequences": sequences[first:last],
+                "slots": (last - first) * slots_per_row,
+                "masked": last_masked - first_masked,
+                "masked_streams": batch["masked_streams"][first_masked:last_masked],
+            }
+        )
+        first_masked = last_masked
+    return parts
+
+
+def count_tokens(batch: Batch) -> dict[str, int]:
+    """Composer's two counts of a batch.
+
+    It divides by the global sum of the second, which may be 0 masked tokens. So a batch counts for a 2^32th of a token
+    besides: then weights are off by less than 1e-9, float32 rounds at 6e-8, and a sum of zeros is divided by something.
+    """
+    return {"total": len(batch["input_ids"]), "loss_generating": batch["masked"] * 2**32 + 1}
