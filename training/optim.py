@@ -101,6 +101,8 @@ class AdamW:
 class DecoupledAdamW:
     """AdamW whose decay has the shape of the learning rate but not its size, as Composer's DecoupledAdamW."""
 
+    works_on_shards = True
+
     class Config(_AdamConfig):
         weight_decay: float = Field(
             default=1e-5,
@@ -136,6 +138,8 @@ class _Decoupled(torch.optim.AdamW):
 @OPTIMIZERS.register("muon")
 class Muon:
     """Muon for the matrices in the blocks, AdamW for all else: embeddings, head, vectors. See muon.py."""
+
+    works_on_shards = True
 
     class Config(_AdamConfig):
         weight_decay: float = Field(

@@ -58,7 +58,7 @@ def check_same(folder: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def straight(ranks: Ranks, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """By optimizer, the folder of a run of one process."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("stableadamw", "adamw")}
+    folders = {name: tmp_path_factory.mktemp(name) for name in OPTIMIZERS.entries}
     for name, folder in folders.items():
         ranks.train(1, str(write_config(folder, tiny_data, STEPS, optimizer=name)))
     return folders
@@ -71,6 +71,8 @@ def straight(ranks: Ranks, tiny_data: Path, tmp_path_factory: pytest.TempPathFac
         (2, "stableadamw", {"parallelism": "fsdp2", "activation_checkpointing": 1, "microbatch_size": 1}),
         (4, "stableadamw", {"parallelism": {"name": "fsdp2", "reshard_after_forward": False}}),
         (2, "adamw", {"parallelism": "fsdp2"}),
+        (2, "decoupled_adamw", {"parallelism": "fsdp2"}),
+        (2, "muon", {"parallelism": "fsdp2"}),
         (1, "adamw", {"parallelism": "fsdp2"}),
     ],
 )
