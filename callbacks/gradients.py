@@ -29,7 +29,8 @@ class Gradients(Gauge):
     def __init__(self, log_interval: int, clip_norm: float | None) -> None:
         self.log_interval, self.clip_norm = log_interval, clip_norm
         self._norm: Tensor | None = None
-        self._samples: list[tuple[Tensor, Tensor, float]] = []  # weights, what they were, weights that each stands for
+        self._views: list[Tensor] = []  # the weights that are compared, as they are
+        self._before, self._scale = torch.zeros(0), torch.zeros(0)  # what they were; weights that each stands for
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         due = (state.timestamp.batch.value + 1) % self.log_interval == 0
@@ -42,18 +43,19 @@ class Gradients(Gauge):
         if due:
             self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             samples = [_sample(parameter.detach()) for parameter in parameters if parameter.ndim > 1]
-            self._samples = [(sample, sample.clone(), scale) for sample, scale in samples]
+            self._views = [sample for sample, _ in samples]
+            self._before = torch.cat([self._norm.new_zeros(0), *self._views]).double()
+            counts = torch.tensor([len(view) for view in self._views])
+            self._scale = torch.tensor([scale for _, scale in samples]).repeat_interleave(counts).to(self._before)
 
     def read(self, window: Window) -> dict[str, Any]:
         if self._norm is None:
             return {}
-        norm = float(self._norm)
-        sums = torch.zeros(2, dtype=torch.float64, device=self._norm.device)
-        for now, before, scale in self._samples:
-            sums += scale * torch.stack([(now - before).double().square().sum(), before.double().square().sum()])
+        norm, now = float(self._norm), torch.cat([self._norm.new_zeros(0), *self._views]).double()
+        change, weight = (torch.dot(self._scale, x.square()) for x in (now - self._before, self._before))
         # Where every rank has all weights, both sums grow alike.
-        change, weight = over_ranks(sums).tolist()
-        self._norm, self._samples = None, []
+        change, weight = over_ranks(torch.stack([change, weight])).tolist()
+        self._norm, self._views = None, []
         ratio = math.sqrt(change / weight) if weight else 0.0
         return {key: x if math.isfinite(x) else None for key, x in (("grad_norm", norm), ("update_ratio", ratio))}
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from durable import holder
 from schema import RunError
-from training.checkpoint import list_checkpoints, load_checkpoint, tokens_of
+from training.checkpoint import list_checkpoints, tokens_of, verify_checkpoint
 from training.config import RunConfig
 from training.folder import RunFolder
 from training.phases import PhasePlan
@@ -80,7 +80,7 @@ def _checkpoint(folder: RunFolder) -> dict[str, Any]:
             break
         newest, problem = paths[-1], None
         try:
-            load_checkpoint(newest)
+            verify_checkpoint(newest)
         except RunError as error:
             problem = str(error)
         # A live run may have removed it, for newer ones, while it was read.
