@@ -27,6 +27,8 @@ def verify_export(model: FlexBertForMaskedLM, folder: Path, pad_token_id: int | 
     """
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+    # transformers' ModernBERT imports torch's compiler, which would start a process for each core and leave it there.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     config = model.config
     # The model as it is, not as its config says, but in float32 on the CPU like the export
     weights = {id(weight): nn.Parameter(weight.detach().to("cpu", torch.float32)) for weight in model.parameters()}
