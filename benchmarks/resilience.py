@@ -1,11 +1,12 @@
 """A run of two processes that is killed again and again: `python -m benchmarks.resilience [KILLS [SEED]]`.
 
-It prepares a small dataset, trains a tiny model on it undisturbed, then trains it once more while it kills, KILLS times
-(100) in all, in turn: one rank; all processes; all while a checkpoint is being written; when the disk is full (a small
-tmpfs, or where mounting is not permitted a limit on file size), both when the run has ended by itself and when it still
-goes on; all, and then the newest checkpoint is cut off somewhere. Moments are random, measured from the first step
-after a start. After each, every checkpoint must be whole but the one that was cut off, and no process may be left. At
-the end weights, optimizer state and losses must equal those of the undisturbed run, to the last bit.
+It prepares a small dataset, trains a tiny model on it undisturbed, then trains it again and again while it kills, KILLS
+times (100) in all, in random order: one rank; all processes; all while a checkpoint is being written; when the disk is
+full (a small tmpfs, or where mounting is not permitted a limit on file size), whether the run ends by itself or goes on
+until there is room; all, and then the newest checkpoint is cut off somewhere. Moments are random, measured from the
+first step after a start. After each, every checkpoint must be whole but the one that was cut off, and no process may be
+left. Whenever the run is finished, weights, optimizer state and losses must equal those of the undisturbed one, to the
+last bit.
 
 Prints JSON lines and a table.
 """
@@ -31,7 +32,8 @@ from schema import RunError
 from tests.training.runs import environment, final_weights, launched, metrics, prepare_dataset, rank, write_config
 from training.checkpoint import list_checkpoints, load_checkpoint
 
-STEPS_PER_KILL = 8
+STEPS = 160
+STEPS_PER_KILL = 8  # on average, from the first step after a start
 DISK_BYTES = 96 << 20
 HOW = ("one rank", "all", "all, in a checkpoint's write", "full disk", "all, newest checkpoint cut off")
 
@@ -104,7 +106,7 @@ class Course:
             end = time.monotonic() + 60
             while not any(self.checkpoints.glob(UNFINISHED + "tokens-*")) and victim.process.poll() is None:
                 assert time.monotonic() < end
-            time.sleep(self.dice.uniform(0, 0.02))
+            time.sleep(self.dice.uniform(0, 0.004))
         else:
             time.sleep(self.dice.uniform(0, 0.3))
         if how == "one rank":
@@ -125,8 +127,11 @@ class Course:
 
     def _full_disk(self, victim: Victim) -> dict[str, Any]:
         self.disk.fill(victim, self.dice.choice([0, 1 << 12, 1 << 18, 1 << 20]))
-        goes_on = self.wait_for_step(victim, self.step + 2 * STEPS_PER_KILL) if victim.process.poll() is None else False
-        if not goes_on:
+        goes_on = self.wait_for_step(victim, self.step + STEPS_PER_KILL)
+        if goes_on:
+            self.disk.empty()
+            self.wait_for_step(victim, self.step + STEPS_PER_KILL)
+        else:
             victim.wait(120)
         return {
             "ended_by_itself": not goes_on,
@@ -154,9 +159,8 @@ def _is_whole(path: Path) -> bool:
 def resilience(folder: Path, kills: int, dice: random.Random) -> Iterator[dict[str, Any]]:
     """One dict a kill, and a last one. AssertionError when anything is lost."""
     dataset = prepare_dataset(folder)
-    steps = STEPS_PER_KILL * kills
-    overrides = [f"phases.0.tokens={steps // 2 * 1024}", f"phases.1.tokens={steps // 4 * 2048}"]
-    overrides += [f"phases.2.tokens={steps // 4 * 2048}", "checkpoint.interval=4K", "evaluation.interval=100K"]
+    overrides = [f"phases.0.tokens={STEPS // 2 * 1024}", f"phases.1.tokens={STEPS // 4 * 2048}"]
+    overrides += [f"phases.2.tokens={STEPS // 4 * 2048}", "checkpoint.interval=4K", "evaluation.interval=100K"]
     straight = folder / "straight"
     config = write_config(straight, dataset)
     victim = Victim(launched(2, "train", str(config), *overrides), folder / "straight.log")
@@ -165,25 +169,30 @@ def resilience(folder: Path, kills: int, dice: random.Random) -> Iterator[dict[s
     try:
         config = write_config(folder / "disk" / "killed", dataset)
         course = Course(folder / "disk" / "killed", config, overrides, disk, dice)
-        hows, done = [HOW[number % len(HOW)] for number in range(kills)], 0
+        hows, equal = [HOW[number % len(HOW)] for number in range(kills)], 0
         dice.shuffle(hows)
-        for how in hows:
-            damaged, facts = set(course.cut_off), course.kill(how)
-            if facts is None:
-                break
+        for number, how in enumerate(hows, 1):
+            damaged = set(course.cut_off)
+            while (facts := course.kill(how)) is None:
+                _check_equal(course.folder, straight)
+                equal, damaged = equal + 1, set[Path]()
+                shutil.rmtree(course.folder / "runs")
+                course.cut_off.clear()
             text = course.log.read_text()
             assert all(f"SKIPPING DAMAGED CHECKPOINT {path}" in text for path in damaged), text[-2000:]
-            done += 1
-            yield {"kill": done, "how": how, **facts}
-        victim = course.start()
-        assert victim.wait(3600) == 0, course.log.read_text()[-2000:]
-        for kind, of in {"files": final_weights, "losses of steps": metrics}.items():
-            ours, theirs = of(course.folder), of(straight)
-            differ = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-            assert not differ, f"{kind} differ from the undisturbed run's: {differ}"
-        yield {"kills": done, "steps": max(metrics(straight)), "weights_and_losses_equal": True, "tmpfs": disk.is_small}
+            yield {"kill": number, "how": how, **facts}
+        assert course.start().wait(3600) == 0, course.log.read_text()[-2000:]
+        _check_equal(course.folder, straight)
+        yield {"kills": kills, "runs_equal": equal + 1, "runs_different": 0, "steps": STEPS, "tmpfs": disk.is_small}
     finally:
         disk.close()
+
+
+def _check_equal(folder: Path, straight: Path) -> None:
+    for kind, of in {"files": final_weights, "losses of steps": metrics}.items():
+        ours, theirs = of(folder), of(straight)
+        differ = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        assert not differ, f"{kind} differ from the undisturbed run's: {differ}"
 
 
 def table(lines: list[dict[str, Any]]) -> str:
