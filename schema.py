@@ -23,7 +23,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 T = TypeVar("T")
 S = TypeVar("S", bound=BaseModel)
@@ -131,12 +139,24 @@ def parse_count(value: Any) -> int:
         number = float(match[1]) * _UNITS[match[2].upper()]
     else:
         number = value
-    if not math.isfinite(number) or number != round(number) or number < 0:
+    if not number < 2**63:
+        raise ValueError(f"expected a count under 2^63, got {value!r}")
+    if number < 0 or number != round(number):
         raise ValueError(f"expected a whole count, 0 or more, got {value!r}")
     return round(number)
 
 
 Count = Annotated[int, BeforeValidator(parse_count)]
+
+
+def _one_line(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError(f"expected one line of characters that can be printed, got {value!r}")
+    return value
+
+
+# Of paths and names that stand in messages.
+Line = Annotated[str, AfterValidator(_one_line)]
 
 _BYTES = {"": 1} | {
     f"{prefix}{suffix}": base**power

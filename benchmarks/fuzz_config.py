@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from data.keyed import torch_seed
@@ -83,7 +84,7 @@ def fuzz(
             try:
                 config = load(path)
                 result.accepted += 1
-                problem = _unknown_key_of(text, config) or _dry_run(config)
+                problem = _unknown_key_of(path, config) or _dry_run(config)
             except ConfigError as error:
                 result.refused += 1
                 problem = _bad_message(str(error), str(path))
@@ -103,9 +104,9 @@ def _too_slow(*_: Any) -> None:
     raise TimeoutError(f"took over {SECONDS} seconds")
 
 
-def _unknown_key_of(text: str, config: RunConfig) -> str | None:
+def _unknown_key_of(path: Path, config: RunConfig) -> str | None:
     """The first key of the file that the accepted config does not hold."""
-    node = yaml.safe_load(text)
+    node: Any = OmegaConf.to_container(OmegaConf.load(path))
     node.pop("defaults", None)
     if isinstance(node.get("model"), dict):
         node["model"].pop("preset", None)

@@ -8,7 +8,7 @@ from data.cache import CacheConfig
 from data.lanes import LongDocuments, Mixture
 from data.order import StreamLine
 from data.shards import Stream
-from schema import ConfigError, Count, Schema
+from schema import ConfigError, Count, Line, Schema
 
 _PARTS_PER_BLOCK = 4  # at least, per stream, where it has the documents: a block draws from several places of a stream
 RULES = ("weight", "repeat", "tokens")
@@ -30,13 +30,13 @@ class StreamShare(Schema):
 class StreamConfig(StreamShare):
     """One stream."""
 
-    path: str = Field(description="folder or URL with train/ and validation/, as `prepare` writes it")
+    path: Line = Field(description="folder or URL with train/ and validation/, as `prepare` writes it")
 
 
 class DataConfig(CacheConfig):
     """The streams, their mixture, and how they are read."""
 
-    tokenizer: str = Field(description="folder (or its URL) that AutoTokenizer loads; its ids must be the shards' ids")
+    tokenizer: Line = Field(description="folder (or its URL) that AutoTokenizer loads; its ids must be the shards' ids")
     streams: dict[str, StreamConfig] = Field(min_length=1, description="streams by name")
     long_documents: LongDocuments = Field(
         default="split", description="over a row's length: split into pieces, truncate to the first, or drop"

@@ -33,7 +33,7 @@ def batch_flops(config: FlexBertConfig, lengths: ArrayLike, masked: float) -> fl
     2204.02311, app. B). Norms, activations, softmax and the embedding lookup are left out (about 1 % at base size).
     """
     sizes = np.asarray(lengths, np.float64)
-    encoder_weights, head_weights, windows = _work(config.model_dump_json())
+    encoder_weights, head_weights, windows = _work(without_init(config).model_dump_json())
     pairs = sum(layers * _keys(window, sizes).sum() for window, layers in windows.items())
     forward = 2.0 * encoder_weights * sizes.sum() + 4.0 * config.hidden_size * pairs + 2.0 * head_weights * masked
     return float(3.0 * forward)

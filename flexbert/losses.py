@@ -25,8 +25,9 @@ class TokenScores(NamedTuple):
 
     @classmethod
     def empty(cls, targets: Tensor) -> "TokenScores":
-        """For the targets (M,)."""
-        return cls(torch.empty_like(targets, dtype=torch.float32), torch.empty_like(targets, dtype=torch.bool))
+        """For the targets (M,). Losses are NaN until filled in: one forgotten shows as such in every metric."""
+        losses = torch.full_like(targets, torch.nan, dtype=torch.float32)
+        return cls(losses, torch.zeros_like(targets, dtype=torch.bool))
 
 
 @LOSSES.register("cross_entropy")

@@ -60,6 +60,8 @@ def test_faults_are_seen() -> None:
         ("seed: " + "[" * 200 + "]" * 200 + "\n", "sections lie too deep in each other"),
         ('seed: "\\u202e\\u2028\\x07"\n', "seed: should be a valid integer, got '\\u202e\\u2028\\x07'"),
         (f"seed: {'x' * 9000}\n", " ... "),
+        ('runs: "a\\nb"\n', "runs: expected one line of characters that can be printed, got 'a\\nb'"),
+        (f"checkpoint: {{interval: 1{'0' * 400}}}\n", "checkpoint.interval: expected a count under 2^63"),
     ],
 )
 def test_what_the_fuzzer_found(text: str, line: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from data.masking import MaskingConfig
 from data.mixture import DataConfig, StreamShare, check_one_rule, rule_of
 from flexbert import FlexBertConfig
 from flexbert.config import PRESETS
-from schema import ConfigError, Count, Schema, did_you_mean, load_node, validate
+from schema import ConfigError, Count, Line, Schema, did_you_mean, load_node, validate
 from training.batch_sizes import BatchSizeWarmup
 from training.optim import OPTIMIZERS
 from training.origin import Origin, named_origin
@@ -177,7 +177,7 @@ class RunConfig(Schema):
     """A pretraining run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="the run folder is RUNS/NAME")
-    runs: str = Field(default="runs", description="folder of all runs")
+    runs: Line = Field(default="runs", description="folder of all runs")
     seed: int = Field(default=17, ge=0, description="key of every random draw")
     origin: Annotated[Origin, BeforeValidator(named_origin)] | None = Field(
         default=None, alias="from", description="a checkpoint, run or Hugging Face folder to start from: a branch"
@@ -253,10 +253,6 @@ class RunConfig(Schema):
                 raise ValueError(
                     f"trainer.parallelism: fsdp2 leaves each rank a part of every tensor, and optimizer "
                     f"{self.optimizer.name!r} needs them whole: use ddp, or one of {', '.join(able)}"
-                )
-            if self.ema is not None:
-                raise ValueError(
-                    "ema: is not kept of sharded parameters: use trainer.parallelism ddp, or average later"
                 )
             if self.trainer.microbatch_size == "auto":
                 raise ValueError(

@@ -47,7 +47,7 @@ from training.optim import OPTIMIZERS
 from training.parallelism import PARALLELISMS, Parallelism
 from training.phases import PhasePlan
 from training.saving import Saver
-from training.shards import reshard, whole_model
+from training.shards import cut_like, reshard, whole_model
 
 
 class Run:
@@ -232,7 +232,9 @@ class Run:
         self.ledger.load_state_dict(state["ledger"])
         self.metrics.load_state_dict(state["metrics"])
         if self.ema is not None:
-            self.ema.load_state_dict(state["ema"], checkpoint.ema)
+            parameters = dict(self.model.named_parameters())
+            averages = {name: cut_like(whole, parameters[name]) for name, whole in checkpoint.ema.items()}
+            self.ema.load_state_dict(state["ema"], averages)
         self.faults.load_state_dict(state["faults"])
         self._evaluated = state["evaluated"]
         self.seconds_before, self.origin = state["seconds"], state.get("origin")
@@ -300,16 +302,14 @@ class Run:
             self._export(step)
 
     def _evaluate(self, step: int) -> None:
-        with self.autocast():
-            result = self.evaluator.evaluate(self.model)
-        reshard(self.model)
+        result = self._measure()
         self.evaluation, self._evaluated = (step, result), step
         line = {"step": step, "tokens": self.plan.tokens_before(step), "validation": result}
         self.trainer.logger.log_metrics(flat(result, "validation"))
         averaged = ""
         if self.ema is not None and self.ema.updates:
-            with self.ema.swapped_in(), self.autocast():
-                line["validation_ema"] = self.evaluator.evaluate(self.model)
+            with self.ema.swapped_in():
+                line["validation_ema"] = self._measure()
             self.trainer.logger.log_metrics(flat(line["validation_ema"], "validation_ema"))
             averaged = f"; of the averaged weights: loss {line['validation_ema']['loss']:.3f}"
         self.metrics.append(line)
@@ -318,6 +318,12 @@ class Run:
             f"masked accuracy {result['masked_accuracy']:.1%} (most frequent token: {result['unigram_accuracy']:.1%})"
             f"{averaged}"
         )
+
+    def _measure(self) -> dict[str, Any]:
+        with self.autocast():
+            result = self.evaluator.evaluate(self.model)
+        reshard(self.model)
+        return result
 
     def _save(self, step: int) -> None:
         self.saver.settle()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flexbert import FlexBertConfig, build, register, registered
 from flexbert.heads import Head, TaskConfig, TaskHead
 from flexbert.layers import OutputProjection
+from flexbert.losses import TokenScores
 from flexbert.plan import AttentionPlan
 from flexbert.positions import Position, Positions
 from flexbert.registry import ATTENTIONS, MLPS, SLOTS
@@ -155,8 +156,13 @@ class Focal:
     def __init__(self, config: Config) -> None:
         self.gamma = config.gamma
 
-    def __call__(self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        nll = F.cross_entropy(F.linear(hidden_states, weight, bias), targets, reduction="none")
+    def __call__(
+        self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scores: TokenScores
+    ) -> Tensor:
+        logits = F.linear(hidden_states, weight, bias)
+        nll = F.cross_entropy(logits, targets, reduction="none")
+        scores.losses.copy_(nll.detach())
+        scores.hits.copy_(logits.argmax(1) == targets)
         return ((1 - torch.exp(-nll)) ** self.gamma * nll).sum()
 
 
@@ -228,6 +234,7 @@ def test_what_new_components_say_and_do_reaches_the_model() -> None:
     assert not model.get_parameter(bias).any(), "the init slot did not reach the new component"
     focal = build(FlexBertConfig.from_dict({**node, "loss": {"name": "test_focal", "gamma": 0.0}}))
     torch.testing.assert_close(focal(*batch).loss, plain(*batch).loss)
+    torch.testing.assert_close(focal(*batch).scores, plain(*batch).scores)
     constant = build(FlexBertConfig.from_dict({**node, "init": "test_constant"}))
     assert constant.get_parameter("encoder.layers.0.attn.Wo.weight")[3, 3] == 0.5
     sine_mlp = build(FlexBertConfig.from_dict({**node, "mlp": {"name": "glu", "activation": "test_sine"}}))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,10 @@ from transformers import AutoModelForMaskedLM
 
 from callbacks.ema import WeightAverage
 from schema import ConfigError
+from tests.training.ranks import Ranks
 from tests.training.synthetic_runs import run_config, write_dataset
+from tests.training.test_processes import SAVED, STEPS, check_same, forget_after
+from tests.training.tiny import ROW, ROWS, write_config
 from training import trainer
 from training.checkpoint import list_checkpoints, newest_checkpoint
 from training.config import RunConfig
@@ -150,6 +154,32 @@ def test_a_killed_run_has_the_same_average(
     assert len(ours) == len(theirs) == 11
     for left, right in zip(ours, theirs, strict=True):
         assert left.read_bytes() == right.read_bytes(), left
+
+
+@pytest.mark.slow
+def test_ranks_average_as_one(ranks: Ranks, tiny_data: Path, tmp_path: Path) -> None:
+    """A run of one process against one of two that share the weights (FSDP2), broken off halfway and resumed; with Muon,
+    whose state of a matrix is sharded, too."""
+    options: dict[str, Any] = {"optimizer": "muon", "ema": {"decay": 0.7, "every": 300}}
+    one, two = tmp_path / "one", tmp_path / "two"
+    ranks.train(1, str(write_config(one, tiny_data, STEPS, **options)))
+    config = write_config(two, tiny_data, STEPS, trainer={"parallelism": "fsdp2"}, **options)
+    ranks.train(2, str(config))
+    forget_after(two, SAVED)
+    ranks.train(2, str(config))
+    check_same(two, one)
+    last = f"tokens-{STEPS * ROWS * ROW}"
+    found, expected = (load_file(folder / "run/checkpoints" / last / "ema.safetensors") for folder in (two, one))
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(found[name], tensor, atol=1e-5)
+    averaged = [
+        [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()][-1]
+        for folder in (two, one)
+    ]
+    assert averaged[0]["validation_ema"]["loss"] == pytest.approx(averaged[1]["validation_ema"]["loss"], rel=1e-5)
+    exports = [load_file(folder / "run/exports" / f"{last}-ema" / "model.safetensors") for folder in (two, one)]
+    for name, tensor in exports[1].items():
+        np.testing.assert_allclose(exports[0][name], tensor, atol=1e-5)
 
 
 def test_it_is_evaluated_and_exported_beside_the_weights(straight: Path) -> None:

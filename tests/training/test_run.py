@@ -333,7 +333,7 @@ def test_wandb_offline(dataset: Path, tmp_path: Path) -> None:
     assert len(logged) == 1
     content = logged[0].read_bytes()
     assert b"train/loss" in content
-    assert b"validation/email-code/masked_accuracy" in content
+    assert b"validation/streams/email-code/masked_accuracy" in content
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from data.keyed import torch_seed
 from data.loader import build_loader
+from durable import holder
 from flexbert import build
 from flexbert.accounting import batch_flops
 from main import app
@@ -217,7 +219,10 @@ def test_two_processes_killed_and_resumed_by_one_show_the_same(alone: Path, data
     ]
     assert first["flops_per_second"] / first["tokens_per_second"] == pytest.approx(sum(flops) / sum(tokens), rel=1e-9)
 
-    newest = list_checkpoints(folder / "checkpoints")[-1]
+    newest, deadline = list_checkpoints(folder / "checkpoints")[-1], time.monotonic() + 60
+    while holder(folder / ".lock") is not None:  # the launcher is gone before its ranks
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     dead = read_status(folder)
     assert (dead["state"], dead["process"]) == ("stopped", None)
     assert (dead["checkpoint"]["path"], dead["checkpoint"]["whole"]) == (str(newest), True)
