@@ -27,6 +27,7 @@ launch_app = typer.Typer(help="Start a run on a cluster.", no_args_is_help=True)
 app.add_typer(launch_app, name="launch")
 
 Config = Annotated[Path, typer.Argument(help="the run file, such as configs/demo.yaml", metavar="CONFIG")]
+DataConfig = Annotated[Path, typer.Argument(help="what to prepare, such as configs/data/demo.yaml", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="values to set: key.path=value", metavar="[KEY=VALUE]...")]
 
 
@@ -50,7 +51,7 @@ def plain_errors() -> Iterator[None]:
 
 
 @app.command()
-def prepare(config: Config, overrides: Overrides = None) -> None:
+def prepare(config: DataConfig, overrides: Overrides = None) -> None:
     """Turn documents into token shards, as configs/data/NAME.yaml says. Resumes where it was interrupted."""
     with plain_errors():
         from data.preparation import load_prepare_config
