@@ -26,7 +26,7 @@ demo: setup ## prepare text, pretrain a small encoder, export it, fill masks (5 
 	$(PY) main.py demo
 
 test: setup-dev ## all tests (PYTEST_ARGS="-m 'not slow'" for the fast ones)
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest --durations=15 $(PYTEST_ARGS)
 
 lint: setup-dev ## ruff and pyright
 	.venv/bin/ruff check .

@@ -8,6 +8,8 @@ runs as in `main.py train`, which keeps freed memory in the process (training/al
 with that setting, too: the ratio to it is what is left of ours when the peer's user knows and does the same. Training
 is forward, backward and an AdamW step (torch's fused one, both sides); bf16 is autocast with float32 weights, both
 sides. Real tokens are counted, never padding.
+
+`--profile` prints where our training step's time goes instead, and the rate of its products beside the square one's.
 """
 
 import argparse
@@ -204,7 +206,7 @@ CASES: dict[str, dict[str, Callable[[], list[Batch]]]] = {
     "modernbert": {
         "4 x 1024": lambda: [Batch([1024] * 4, 50368, 0, 4)],
         "1 x 8192": lambda: [Batch([8192], 50368, 0, 1)],
-        "real lengths to 1024": lambda: real_batches(1024, 8192, 50368, 2, 16),
+        "real lengths to 1024": lambda: real_batches(1024, 8192, 50368, 1, 16),
     },
     "bert-base": {
         "4 x 512": lambda: [Batch([512] * 4, 30522, 0, 4)],
@@ -273,9 +275,9 @@ def gemm_call(dtype: torch.dtype | None, size: int = 2048) -> tuple[Callable[[],
     return lambda: product(left, right), 2.0 * size**3
 
 
-def compare(name: str, cases: list[str], rounds: int) -> None:
+def compare(name: str, labels: list[str], cases: list[str], rounds: int) -> None:
     """Print a line for each dtype, case and task."""
-    for label in DTYPES:
+    for label in labels:
         processes = {who: Process(who, name, label) for who in WHO}
         try:
             for case in cases:
@@ -368,6 +370,49 @@ def memory_of(who: str, dtype: torch.dtype | None) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before + weights
 
 
+KINDS = {
+    "products": ("flexbert::onednn_linear", "mkldnn::_linear_pointwise", "aten::mm", "aten::addmm", "aten::addmm_"),
+    "attention": tuple(f"aten::_scaled_dot_product_flash_attention_for_cpu{suffix}" for suffix in ("", "_backward")),
+    "softmax of the loss": ("aten::_softmax", "aten::softmax", "aten::amax", "aten::sum"),
+    "optimizer": ("aten::_fused_adamw_",),
+    "copies and casts": ("aten::copy_", "aten::cat", "aten::clone", "aten::fill_", "aten::index_select"),
+}
+
+
+def profile(steps: int) -> None:
+    """Print shares of our training step's time by kind of operator; with the optimizer, as `training` is measured."""
+    keep_freed_memory()
+    for label, dtype in DTYPES.items():
+        torch.manual_seed(0)
+        side = Side(ours_of(modernbert_peer()), dtype, _our_training, _our_inference)
+        gemm, gemm_flops = gemm_call(dtype)
+        for case in ("4 x 1024", "1 x 8192"):
+            (batch,) = CASES["modernbert"][case]()
+            side.step(batch)
+            gemm()
+            rates = []
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+                for _ in range(steps):
+                    side.step(batch)
+            for _ in range(10 * steps):
+                start = time.perf_counter()
+                gemm()
+                rates.append(gemm_flops / (time.perf_counter() - start))
+            spent = {event.key: event.self_cpu_time_total / 1e6 / steps for event in profiler.key_averages()}
+            total = sum(spent.values())
+            kinds = {kind: sum(spent.get(name, 0.0) for name in names) for kind, names in KINDS.items()}
+            kinds["everything else"] = total - sum(kinds.values())
+            # A sequence of one token has next to no attention: what is left is products.
+            flops = flops_per_token(side.model.config, 1, MASKED) * batch.tokens
+            line = {
+                "step_seconds": round(total, 3),
+                "shares": {kind: round(seconds / total, 3) for kind, seconds in kinds.items()},
+                "gflops_of_products": round(flops / kinds["products"] / 1e9),
+                "gflops_of_square_product": round(statistics.median(rates) / 1e9),
+            }
+            print(json.dumps({"model": "modernbert", "dtype": label, "case": case, "task": "profile", **line}))
+
+
 def _resident() -> int:
     fields = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in fields.splitlines() if line.startswith("VmRSS"))
@@ -379,6 +424,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--cases", help="of the models, separated by commas; default: all")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="of the models, separated by commas")
+    parser.add_argument("--profile", action="store_true", help="of our training step, instead")
     parser.add_argument("--serve", choices=WHO, help=argparse.SUPPRESS)
     parser.add_argument("--model", choices=list(MODELS), help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", choices=["ours", "peer"], help=argparse.SUPPRESS)
@@ -391,11 +438,14 @@ def main() -> None:
     if arguments.serve:
         serve(arguments.serve, arguments.model, DTYPES[arguments.dtype])
         return
+    if arguments.profile:
+        profile(arguments.rounds)
+        return
     parts = arguments.only.split(",")
     for name in MODELS:
         if name in parts:
             cases = list(CASES[name]) if arguments.cases is None else arguments.cases.split(",")
-            compare(name, cases, arguments.rounds)
+            compare(name, arguments.dtypes.split(","), cases, arguments.rounds)
     if "memory" in parts:
         compare_memory()
 
