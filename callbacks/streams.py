@@ -21,7 +21,8 @@ class StreamScores(Gauge):
     | streams.NAME.masked_accuracy, .masked_tokens | the same of the stream; their number | same |
 
     A stream without masked tokens in the window is left out. Steps that were not applied (a loss that is not finite)
-    are not counted. Dropout is on: the same text scores better in evaluation.
+    are not counted. A loss component that does not fill in its scores has null here. Dropout is on: the same text
+    scores better in evaluation.
     """
 
     def __init__(self, stream_names: list[str]) -> None:
@@ -69,4 +70,6 @@ class StreamScores(Gauge):
 
 
 def _means(loss: float, hits: float, count: float) -> dict[str, Any]:
-    return {"loss": loss / count, "masked_accuracy": hits / count, "masked_tokens": int(count)}
+    known = math.isfinite(loss)  # a loss that does not fill in its scores leaves NaN
+    means = {"loss": loss / count if known else None, "masked_accuracy": hits / count if known else None}
+    return {**means, "masked_tokens": int(count)}

@@ -25,7 +25,7 @@ class TokenScores(NamedTuple):
 
     @classmethod
     def empty(cls, targets: Tensor) -> "TokenScores":
-        """For the targets (M,). Losses are NaN until filled in: one forgotten shows as such in every metric."""
+        """For the targets (M,). Losses are NaN until filled in: the metrics of one forgotten are null, not wrong."""
         losses = torch.full_like(targets, torch.nan, dtype=torch.float32)
         return cls(losses, torch.zeros_like(targets, dtype=torch.bool))
 

@@ -144,6 +144,8 @@ def _table(facts: dict[str, Any]) -> Table:
     if facts["loss"] is not None:
         rows["loss"] = f"{facts['loss']:.4f}" + (f", {_duration(age)} ago" if age is not None else "")
     for name, scores in line.get("streams", {}).items():
+        if scores["loss"] is None:
+            continue
         rows[f"  {name}"] = f"{scores['loss']:.4f}, masked accuracy {scores['masked_accuracy']:.1%}"
     if facts["tokens_per_second"] is not None:
         rows["speed"] = f"{facts['tokens_per_second']:,.0f} tokens/s, {line['data_wait']:.1%} of the time without data"

@@ -14,15 +14,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from torch import Tensor
 from typer.testing import CliRunner
 
 from data.keyed import torch_seed
 from data.loader import build_loader
 from durable import holder
-from flexbert import build
+from flexbert import build, register
 from flexbert.accounting import batch_flops
+from flexbert.losses import TokenScores
 from main import app
+from schema import Component
 from tests.training.runs import command, environment, metrics, prepare_dataset, run, write_config
+from tests.training.synthetic_runs import RUN, run_config, write_dataset
 from tests.training.test_run import wait_for_step
 from training.checkpoint import list_checkpoints
 from training.config import RunConfig, load_run_config
@@ -30,6 +34,7 @@ from training.optim import OPTIMIZERS
 from training.phases import PhasePlan
 from training.replay import inspect_step
 from training.status import read_status
+from training.trainer import train
 
 pytestmark = pytest.mark.slow
 SHORT = (
@@ -291,3 +296,35 @@ def test_a_torn_line_is_left_out(alone: Path, tmp_path: Path) -> None:
     facts = read_status(folder)
     assert (facts["state"], facts["step"], facts["phase"]) == ("stopped", 11, "extension")
     assert metrics(alone)[11] == facts["loss"]
+
+
+@register("loss", "test_unscored")
+class Unscored:
+    """A loss from outside that leaves the scores as they are."""
+
+    class Config(Component):
+        pass
+
+    def __init__(self, config: Config) -> None:
+        pass
+
+    def __call__(
+        self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scores: TokenScores
+    ) -> Tensor:
+        return F.cross_entropy(F.linear(hidden_states, weight, bias), targets, reduction="sum")
+
+
+def test_a_loss_without_scores_has_no_number_in_place_of_a_wrong_one(tmp_path: Path) -> None:
+    model = {**RUN["model"], "loss": "test_unscored"}
+    config = run_config(tmp_path, write_dataset(tmp_path / "data"), "unscored", "phases.0.tokens=2K", model=model)
+    train(config, Console(quiet=True))
+    text = config.folder.joinpath("metrics.jsonl").read_text()
+    lines = [line for line in map(json.loads, text.splitlines()) if "streams" in line and "loss" in line]
+    assert lines
+    assert "NaN" not in text
+    for line in lines:
+        assert line["loss"] > 1
+        assert line["masked_accuracy"] is None
+        assert line["streams"]["words"]["loss"] is line["streams"]["words"]["masked_accuracy"] is None
+    shown = CliRunner().invoke(app, ["status", str(config.folder)])
+    assert shown.exit_code == 0, shown.output
