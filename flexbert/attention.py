@@ -55,7 +55,7 @@ class MultiHeadAttention(nn.Module):
             description="dropout probability after Wo, before the residual (ModernBERT training: 0.1)",
         )
         backend: Backend = Field(
-            "auto", description="kernel: auto (chosen by device), eager, sdpa, flash2, flash3 or flex"
+            "auto", description="kernel: auto (chosen by device), eager, sdpa, tiled, flash2, flash3 or flex"
         )
 
         def check(self, model: "FlexBertConfig") -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexbert import kernels_gpu
+from flexbert import kernels_cpu, kernels_gpu
 from flexbert.kernels_gpu import Window
 from flexbert.packed import gather_rows, spread_rows
 from flexbert.plan import AttentionPlan
@@ -22,7 +22,7 @@ from schema import ConfigError
 
 log = logging.getLogger(__name__)
 
-Backend = Literal["auto", "eager", "sdpa", "flash2", "flash3", "flex"]
+Backend = Literal["auto", "eager", "sdpa", "tiled", "flash2", "flash3", "flex"]
 _GPU = ("flash2", "flash3", "flex")
 
 
@@ -46,11 +46,15 @@ def attend(
     dropout_p: of the attention weights, drawn from torch's global generator.
     Raises ConfigError when the named backend cannot run here.
     """
+    device = queries.device.type
+    if torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)  # a norm of queries and keys leaves them in float32
+        queries, keys, values = queries.to(dtype), keys.to(dtype), values.to(dtype)
     alibi, drops = alibi_slopes is not None, dropout_p > 0
     if backend == "auto":
-        backend = choose_backend(queries.device.type, queries.dtype, alibi, drops)
+        backend = choose_backend(device, queries.dtype, alibi, drops)
     else:
-        require_backend(backend, queries.device.type, queries.dtype, alibi, drops)
+        require_backend(backend, device, queries.dtype, alibi, drops)
     groups = queries.shape[1] // keys.shape[1]
     if groups > 1 and (backend not in _GPU or not queries.numel()):
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
@@ -62,7 +66,8 @@ def attend(
 
 @functools.cache
 def choose_backend(device: str, dtype: torch.dtype, alibi: bool = False, drops: bool = False) -> Backend:
-    """The kernel that `auto` stands for: the first of flash3, flash2, sdpa that can run. Logged once for each case.
+    """The kernel that `auto` stands for: the first of flash3, flash2, tiled (where it is the fastest) and sdpa that can
+    run. Logged once for each case.
 
     alibi, drops: whether it must do ALiBi, or dropout of attention weights.
     """
@@ -74,6 +79,8 @@ def choose_backend(device: str, dtype: torch.dtype, alibi: bool = False, drops: 
         else:
             chosen = backend
             break
+    if chosen == "sdpa" and kernels_cpu.is_fastest(dtype) and not _why_not("tiled", device, dtype, alibi, drops):
+        chosen = "tiled"
     why = f"; {'; '.join(dict.fromkeys(reasons))}" if reasons else ""
     log.info("attention backend: %s (%s, %s%s)", chosen, device, dtype, why)
     return chosen
@@ -89,6 +96,11 @@ def require_backend(
 
 
 def _why_not(backend: str, device: str, dtype: torch.dtype | None, alibi: bool, drops: bool) -> str:
+    if backend == "tiled":
+        lacks = "ALiBi" if alibi else "dropout of attention weights" if drops else ""
+        if device != "cpu":
+            return f"the tiled kernel is for the CPU, not for {device}"
+        return f"the tiled kernel has no {lacks}" if lacks else ""
     if backend not in _GPU:
         return ""
     if alibi and backend == "flash3":
@@ -188,8 +200,9 @@ class _WindowBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, count: int, block: int, per_side: int) -> Tensor:
         ctx.sizes = (len(rows), block, per_side)
-        padded = rows.new_zeros(count * block + 2 * per_side, *rows.shape[1:])
+        padded = rows.new_empty(count * block + 2 * per_side, *rows.shape[1:])
         padded[per_side : per_side + len(rows)] = rows
+        padded[:per_side], padded[per_side + len(rows) :] = 0, 0
         row = padded.stride(0)
         shape = (count, block + 2 * per_side, *rows.shape[1:])
         return padded.as_strided(shape, (block * row, row, *padded.stride()[1:]))
@@ -207,6 +220,7 @@ class _WindowBlocks(torch.autograd.Function):
 _KERNELS: dict[str, Callable[..., Tensor]] = {
     "eager": _eager,
     "sdpa": _sdpa,
+    "tiled": kernels_cpu.tiled,
     "flash2": kernels_gpu.flash2,
     "flash3": kernels_gpu.flash3,
     "flex": kernels_gpu.flex,

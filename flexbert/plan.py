@@ -16,6 +16,9 @@ from torch import Tensor
 _BUCKET_FILL = 0.75
 _SHORT = 32
 
+# A run of short sequences is filled up to so many tokens: shorter products cost as much as masked ones of this size.
+_RUN = 128
+
 # Fewest queries per block of a sliding window: narrower blocks leave the matrix products too small.
 _MIN_BLOCK = 64
 
@@ -46,6 +49,7 @@ class AttentionPlan:
         """cu_seqlens: (num_seqs + 1,) int32. num_tokens: its last entry, known to the caller without a sync."""
         self.cu_seqlens, self.max_seqlen, self.num_tokens = cu_seqlens, max_seqlen, num_tokens
         self.flex_masks: dict[tuple[int, int], Any] = {}  # of kernels_gpu, by window
+        self._runs: dict[torch.dtype, list[tuple[int, int, Tensor | None]]] = {}
         self._blocks: dict[int, Blocks] = {}
         self._additive: dict[tuple[int, torch.dtype, bool], Tensor] = {}
         self._alibi: dict[tuple[int, torch.dtype], Tensor] = {}
@@ -84,6 +88,22 @@ class AttentionPlan:
             if last > first:
                 buckets.append(_bucket(starts[first:last], lengths[first:last], self.num_tokens, device))
         return buckets
+
+    def runs(self, dtype: torch.dtype) -> list[tuple[int, int, Tensor | None]]:
+        """The tokens cut between sequences: (first, stop, mask), one sequence or several short ones in a run.
+
+        mask: (1, L, L) of `dtype`, 0 within a sequence and -inf across; None for one sequence. Cost: one host sync.
+        """
+        if dtype not in self._runs:
+            self._runs[dtype] = []
+            for first, stop, several in self._run_bounds:
+                mask = None
+                if several:
+                    ids = self.sequence_ids[first:stop]
+                    mask = torch.zeros((), dtype=dtype, device=ids.device)
+                    mask = torch.where(ids[:, None] == ids[None, :], mask, float("-inf")).unsqueeze(0)
+                self._runs[dtype].append((first, stop, mask))
+        return self._runs[dtype]
 
     def blocks(self, per_side: int) -> Blocks:
         """Sliding-window blocks for `per_side` tokens to each side of self."""
@@ -138,6 +158,18 @@ class AttentionPlan:
             offset = offset[None, :] - offset[:, None]
             visible = visible & (offset >= -window_size[0]) & (offset <= window_size[1])
         return visible
+
+    @cached_property
+    def _run_bounds(self) -> list[tuple[int, int, bool]]:
+        """First token, the one after the last, whether there is more than one sequence between them."""
+        bounds = self.cu_seqlens.unique().tolist()  # without the empty ones
+        runs: list[tuple[int, int, bool]] = []
+        for first, stop in itertools.pairwise(bounds):
+            if runs and stop - runs[-1][0] <= _RUN:
+                runs[-1] = (runs[-1][0], stop, True)
+            else:
+                runs.append((first, stop, False))
+        return runs
 
     def _make_blocks(self, per_side: int) -> Blocks:
         device = self.cu_seqlens.device

@@ -126,7 +126,9 @@ class _Rotate(torch.autograd.Function):
 
 def _turn(states: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, direction: int) -> Tensor:
     dim = cos.shape[-1]
+    # Once, and not inside each product with the float32 angles: a quarter of the time in bfloat16
     turning = states if dim == states.shape[-1] else states[..., :dim]
+    turning = turning.to(torch.promote_types(states.dtype, cos.dtype))
     turned = turning * cos
     if interleaved:
         swapped = turning.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)

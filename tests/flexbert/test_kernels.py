@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexbert import build, kernels_gpu
+from flexbert import build, kernels_cpu, kernels_gpu
 from flexbert.kernels import _KERNELS, attend, choose_backend, require_backend
 from flexbert.plan import AttentionPlan
 from schema import ConfigError
@@ -88,7 +88,43 @@ def test_sdpa_equals_eager(lengths: tuple[int, ...], window: tuple[int, int], sl
         torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("window", [(-1, -1), (1, 1), (7, 7), (64, 64), (100, 100)], ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("tile", [2**21, 2**11], ids=["whole", "cut"])
+def test_tiled_equals_eager(
+    lengths: tuple[int, ...], window: tuple[int, int], tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The smaller tile cuts heads, queries and blocks apart, as the larger does in batches of thousands of tokens.
+    monkeypatch.setattr(kernels_cpu, "_TILE", tile)
+    pairs = zip(run("tiled", lengths, window), run("eager", lengths, window), strict=True)
+    for ours, expected in pairs:
+        torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (64, 64)], ids=str)
+def test_tiled_in_bfloat16_errs_as_plain_products_do(window: tuple[int, int]) -> None:
+    """Forward and backward, against float64; eager in bfloat16 is the same sum of plain products."""
+    lengths = (500, 20, 480, 20, 20, 31, 33, 370)
+    plan = AttentionPlan(torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths), sum(lengths))
+    tensors = detached(qkv_of(sum(lengths), dim=64), torch.bfloat16)
+
+    def outputs(backend: Any, dtype: torch.dtype) -> list[Tensor]:
+        given = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+        out = attend(given[0], given[1], given[2], plan, window_size=window, backend=backend)
+        assert out.dtype == dtype
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        return [out, *torch.autograd.grad((out * weights).sum(), given)]
+
+    exact = outputs("sdpa", torch.float64)
+    errors = [
+        [float((found.double() - right).norm() / right.norm()) for found, right in zip(found, exact, strict=True)]
+        for found in (outputs("tiled", torch.bfloat16), outputs("eager", torch.bfloat16))
+    ]
+    for ours, plain in zip(*errors, strict=True):
+        assert ours < 1.25 * plain  # measured: 0.9 to 1.1 of it, 0.003 to 0.005
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "tiled"])
 @pytest.mark.parametrize("window", [(-1, -1), (7, 7)], ids=str)
 @pytest.mark.parametrize("lengths", [ODD_LENGTHS, (0, 5, 0), ()], ids=str)
 def test_shared_key_value_heads_are_repeated_ones(backend: Any, window: Any, lengths: tuple[int, ...]) -> None:
@@ -125,12 +161,13 @@ def test_one_document_of_8192_tokens() -> None:
     plan = AttentionPlan(torch.tensor([0, 8192], dtype=torch.int32), 8192, 8192)
     with torch.no_grad():
         for window, slopes in itertools.product(((-1, -1), (64, 64)), (None, SLOPES[:1])):
-            ours = attend(*tensors, plan, window_size=window, alibi_slopes=slopes, backend="sdpa")
             expected = attend(*tensors, plan, window_size=window, alibi_slopes=slopes, backend="eager")
-            torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
+            for backend in ("sdpa", "tiled") if slopes is None else ("sdpa",):
+                ours = attend(*tensors, plan, window_size=window, alibi_slopes=slopes, backend=backend)
+                torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "tiled"])
 @pytest.mark.parametrize("per_side", [1, 30, 64, 90])
 def test_window_edge_is_exact_to_one_token(backend: Any, per_side: int) -> None:
     plan = AttentionPlan(torch.tensor([0, 300, 400], dtype=torch.int32), 300, 400)
@@ -149,9 +186,10 @@ def test_window_edge_is_exact_to_one_token(backend: Any, per_side: int) -> None:
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (64, 64)], ids=str)
-def test_two_runs_give_the_same_bits(window: tuple[int, int]) -> None:
+@pytest.mark.parametrize("backend", ["sdpa", "tiled"])
+def test_two_runs_give_the_same_bits(window: tuple[int, int], backend: str) -> None:
     lengths = (500, 20, 480, 20, 20, 31, 33, 370)
-    for first, second in zip(run("sdpa", lengths, window), run("sdpa", lengths, window), strict=True):
+    for first, second in zip(run(backend, lengths, window), run(backend, lengths, window), strict=True):
         assert torch.equal(first, second)
 
 
@@ -161,7 +199,7 @@ def test_bfloat16_stays_bfloat16_and_close() -> None:
     low = detached(tensors, torch.bfloat16)
     for window in ((-1, -1), (64, 64)):
         expected = attend(*tensors, plan, window_size=window, backend="eager")
-        for backend in ("eager", "sdpa"):
+        for backend in ("eager", "sdpa", "tiled"):
             out = attend(*low, plan, window_size=window, backend=backend)
             assert out.dtype == torch.bfloat16
             # bfloat16 has 8 bits: inputs are rounded by 0.4 %; measured 0.008
@@ -170,6 +208,10 @@ def test_bfloat16_stays_bfloat16_and_close() -> None:
 
 def test_auto_is_sdpa_on_cpu_and_a_named_kernel_is_never_swapped() -> None:
     assert choose_backend("cpu", torch.float32) == "sdpa"
+    low = "tiled" if kernels_cpu.is_fastest(torch.bfloat16) else "sdpa"
+    assert choose_backend("cpu", torch.bfloat16) == low
+    assert choose_backend("cpu", torch.bfloat16, alibi=True) == "sdpa"
+    assert choose_backend("cpu", torch.bfloat16, drops=True) == "sdpa"
     with pytest.raises(ConfigError, match=r"attention\.backend: flash2 cannot run: .* needs a CUDA device, not cpu"):
         run("flash2", (4,), (-1, -1))
     if not torch.cuda.is_available():
@@ -188,12 +230,13 @@ def test_auto_is_sdpa_on_cpu_and_a_named_kernel_is_never_swapped() -> None:
             {"attention": {"backend": "flash3", "probs_dropout": 0.1}},
             "flash-attn 3 has no dropout of attention weights",
         ),
+        ({"attention": {"backend": "tiled"}, "position": "alibi"}, "the tiled kernel has no ALiBi"),
         ({"attention": {"backend": "flex", "probs_dropout": 0.1}}, "FlexAttention has no dropout of attention weights"),
     ],
 )
 def test_what_a_kernel_cannot_do_is_said_when_the_model_is_built(model: Any, message: str) -> None:
     with pytest.raises(
-        ConfigError, match=rf"attention\.backend: fle?a?s?h?3?x? cannot run: {message}: use auto, or sdpa"
+        ConfigError, match=rf"attention\.backend: (flash3|flex|tiled) cannot run: {message}: use auto, or sdpa"
     ):
         build(tiny(**model))
 

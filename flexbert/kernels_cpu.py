@@ -1,0 +1,174 @@
+"""Attention in bfloat16 on the CPU: batched products, tile by tile.   T packed tokens, N heads, H head dim.
+
+A tile is some queries of some heads against all keys they may see. Its scores stay in the cache between two products
+and are made anew for the gradients, so memory grows with T, not with its square. Scores and weights of attention are
+rounded to bfloat16, as wherever autocast runs attention as plain products; softmax and its gradient compute in float32,
+sums over tiles are float32.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexbert.plan import AttentionPlan
+
+# Scores of a tile: 4 MB. On two cores of a Zen 4, 2**21 and 2**22 cost the same; at 2**19 a document of 8192 tokens
+# costs 1.4 times as much.
+_TILE = 2**21
+_MIN_QUERIES = 64
+
+_softmax_backward: Any = getattr(torch.ops.aten._softmax_backward_data, "out")  # noqa: B009  (unknown to the type checker)
+
+
+@functools.cache
+def is_fastest(dtype: torch.dtype) -> bool:
+    """Whether this CPU has fast bfloat16 products of which torch's own kernel makes no use: AVX-512, without AMX."""
+    has_products = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+    return dtype == torch.bfloat16 and has_products and not torch.cpu._is_amx_tile_supported()
+
+
+def tiled(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: tuple[int, int], slopes: None, dropout_p: float
+) -> Tensor:
+    """See flexbert.kernels.attend: (T, N, H), as many key heads. slopes and dropout_p must be None and 0."""
+    assert slopes is None
+    assert dropout_p == 0.0
+    layout = _Layout(plan, window[0] if 0 <= window[0] < plan.max_seqlen - 1 else None, q.shape[1])
+    return _Tiled.apply(q, k, v, layout)  # pyright: ignore[reportReturnType]
+
+
+class _Rows(NamedTuple):
+    """`count` matrices of `rows` rows in a table (rows, H): the first begins at `first`, the next `stride` later."""
+
+    count: int
+    rows: int
+    stride: int
+    first: int
+
+    def of(self, table: Tensor) -> Tensor:
+        """(count, rows, H), a view."""
+        width = table.shape[1]
+        return table.as_strided((self.count, self.rows, width), (self.stride * width, width, 1), self.first * width)
+
+    def add(self, table: Tensor, matrices: Tensor) -> None:
+        """Add to the table where the matrices lie. Rows a stride apart may be the same: added by turns."""
+        for offset in range(0, self.rows, self.stride):
+            part = matrices[:, offset : offset + self.stride]
+            self._replace(rows=part.shape[1], first=self.first + offset).of(table).add_(part)
+
+
+class _Tile(NamedTuple):
+    queries: _Rows
+    keys: _Rows
+    mask: Tensor | None  # 0 and -inf, (m, queries, keys); m divides the count of matrices
+
+
+class _Layout:
+    """Where the tiles of a batch lie in tables of (margin + N * length + margin, H), head after head."""
+
+    def __init__(self, plan: AttentionPlan, per_side: int | None, heads: int) -> None:
+        """per_side: tokens seen to each side; None: whole sequences."""
+        self.plan, self.per_side, self.heads = plan, per_side, heads
+        self.length, self.margin = plan.num_tokens, 0
+        if per_side is not None:
+            blocks = plan.blocks(per_side)
+            self.length, self.margin = blocks.count * blocks.block, per_side
+
+    def table(self, rows: Tensor) -> Tensor:
+        """(T, N, H) -> (margin + N * length + margin, H), zero where there is no token."""
+        whole = rows.new_empty(self.heads * self.length + 2 * self.margin, rows.shape[-1])
+        if len(whole) != self.heads * len(rows):
+            whole.zero_()
+        self._heads(whole)[:, : len(rows)] = rows.transpose(0, 1)
+        return whole
+
+    def rows(self, table: Tensor) -> Tensor:
+        """The way back, a view (T, N, H)."""
+        return self._heads(table)[:, : self.plan.num_tokens].transpose(0, 1)
+
+    def _heads(self, table: Tensor) -> Tensor:
+        return table[self.margin : len(table) - self.margin].unflatten(0, (self.heads, self.length))
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[_Tile]:
+        """Every query is in one tile. Masks are of `dtype`."""
+        return self._whole(dtype) if self.per_side is None else self._windows(dtype, self.per_side)
+
+    def _whole(self, dtype: torch.dtype) -> Iterator[_Tile]:
+        for first, stop, mask in self.plan.runs(dtype):
+            length = stop - first
+            heads = max(1, min(self.heads, _TILE // length**2))
+            queries = min(length, max(_MIN_QUERIES, _TILE // length))
+            for head in range(0, self.heads, heads):
+                count, start = min(heads, self.heads - head), head * self.length + first
+                for query in range(0, length, queries):
+                    number = min(queries, length - query)
+                    yield _Tile(
+                        _Rows(count, number, self.length, start + query),
+                        _Rows(count, length, self.length, start),
+                        None if mask is None else mask[:, query : query + number],
+                    )
+
+    def _windows(self, dtype: torch.dtype, per_side: int) -> Iterator[_Tile]:
+        blocks = self.plan.blocks(per_side)
+        mask = self.plan.additive_visible(per_side, dtype).squeeze(1)
+        width = blocks.block + 2 * per_side
+        # Whole heads, or parts of one: the mask is the same for all.
+        fit = max(1, _TILE // (blocks.block * width))
+        heads, part = max(1, fit // blocks.count), min(fit, blocks.count)
+        for head in range(0, self.heads, heads):
+            number = min(heads, self.heads - head)
+            for block in range(0, blocks.count, part):
+                count = number * min(part, blocks.count - block)
+                start = (head * blocks.count + block) * blocks.block
+                yield _Tile(
+                    _Rows(count, blocks.block, blocks.block, self.margin + start),
+                    _Rows(count, width, blocks.block, start),
+                    mask[block : block + part],
+                )
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: _Layout) -> Tensor:
+        queries, keys, values = (layout.table(rows) for rows in (q, k, v))
+        # The scale on the queries, not on their scores: exact where H is a power of 4, else one rounding of its own.
+        queries.mul_(q.shape[-1] ** -0.5)
+        out = torch.empty_like(queries)
+        for tile in layout.tiles(q.dtype):
+            probs = _probabilities(tile, queries, keys)
+            tile.queries.of(out).copy_(torch.bmm(probs, tile.keys.of(values)))
+        ctx.save_for_backward(queries, keys, values)
+        ctx.layout = layout
+        return layout.rows(out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        layout: _Layout = ctx.layout
+        queries, keys, values = ctx.saved_tensors
+        out_gradient = layout.table(gradients[0])
+        query_gradient = torch.empty_like(queries)
+        key_gradient, value_gradient = (torch.zeros_like(keys, dtype=torch.float32) for _ in range(2))
+        for tile in layout.tiles(queries.dtype):
+            probs = _probabilities(tile, queries, keys)
+            gradient = tile.queries.of(out_gradient)
+            tile.keys.add(value_gradient, torch.bmm(probs.transpose(1, 2), gradient))
+            scores = torch.bmm(gradient, tile.keys.of(values).transpose(1, 2))
+            # Each row of the first is read as a whole before it is overwritten
+            _softmax_backward(scores, probs, -1, scores.dtype, grad_input=scores)
+            tile.queries.of(query_gradient).copy_(torch.bmm(scores, tile.keys.of(keys)))
+            tile.keys.add(key_gradient, torch.bmm(scores.transpose(1, 2), tile.queries.of(queries)))
+        query_gradient.mul_(queries.shape[-1] ** -0.5)
+        found = (layout.rows(table).to(queries.dtype) for table in (query_gradient, key_gradient, value_gradient))
+        return *found, None
+
+
+def _probabilities(tile: _Tile, queries: Tensor, keys: Tensor) -> Tensor:
+    """softmax(q k + mask): (count, queries, keys)."""
+    scores = torch.bmm(tile.queries.of(queries), tile.keys.of(keys).transpose(1, 2))
+    if tile.mask is not None:
+        scores.unflatten(0, (-1, len(tile.mask))).add_(tile.mask)
+    return torch.softmax(scores, -1, out=scores)
