@@ -23,7 +23,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def document_lengths(longest: int) -> list[int]:
 class Batch:
     """The same documents for both sides: packed for ours, padded to the longest for the peer."""
 
-    def __init__(self, lengths: list[int], vocab_size: int, seed: int, peer_batch: int) -> None:
+    def __init__(self, lengths: list[int], vocab_size: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
         documents = [rng.integers(5, vocab_size, length) for length in lengths]
         labels = [
@@ -119,22 +119,15 @@ class Batch:
             "max_seqlen": max(lengths),
         }
         self.labels = torch.from_numpy(np.concatenate(labels))
-        self.masked = int((self.labels != IGNORE).sum())
-        self.padded: list[dict[str, Tensor]] = []
-        for first in range(0, len(lengths), peer_batch):
-            rows = range(first, min(first + peer_batch, len(lengths)))
-            shape = (len(rows), max(lengths[row] for row in rows))
-            ids, mask, targets = np.zeros(shape, int), np.zeros(shape, int), np.full(shape, IGNORE)
-            for place, row in enumerate(rows):
-                ids[place, : lengths[row]], mask[place, : lengths[row]] = documents[row], 1
-                targets[place, : lengths[row]] = labels[row]
-            self.padded.append(
-                {
-                    "input_ids": torch.from_numpy(ids),
-                    "attention_mask": torch.from_numpy(mask),
-                    "labels": torch.from_numpy(targets),
-                }
-            )
+        shape = (len(lengths), max(lengths))
+        ids, mask, targets = np.zeros(shape, int), np.zeros(shape, int), np.full(shape, IGNORE)
+        for row, length in enumerate(lengths):
+            ids[row, :length], mask[row, :length], targets[row, :length] = documents[row], 1, labels[row]
+        self.padded = {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask),
+            "labels": torch.from_numpy(targets),
+        }
 
 
 class Side:
@@ -170,21 +163,18 @@ class Side:
 
 
 def _our_training(model: Any, batch: Batch, autocast: Callable[[], Any]) -> float:
-    with autocast():
-        loss = model(**batch.packed, labels=batch.labels).loss
-    loss.backward()
-    return float(loss)
+    return _back(model, {**batch.packed, "labels": batch.labels}, autocast)
 
 
 def _peer_training(model: Any, batch: Batch, autocast: Callable[[], Any]) -> float:
-    total = 0.0
-    for padded in batch.padded:
-        share = int((padded["labels"] != IGNORE).sum()) / batch.masked
-        with autocast():
-            loss = model(**padded).loss * share
-        loss.backward()
-        total += float(loss)
-    return total
+    return _back(model, batch.padded, autocast)
+
+
+def _back(model: Any, inputs: dict[str, Any], autocast: Callable[[], Any]) -> float:
+    with autocast():
+        loss = model(**inputs).loss
+    loss.backward()
+    return float(loss)
 
 
 def _our_inference(model: Any, batch: Batch) -> Tensor:
@@ -192,25 +182,21 @@ def _our_inference(model: Any, batch: Batch) -> Tensor:
 
 
 def _peer_inference(model: Any, batch: Batch) -> Tensor:
-    found = []
-    for padded in batch.padded:
-        inputs = {key: padded[key] for key in ("input_ids", "attention_mask")}
-        states = model.base_model(**inputs).last_hidden_state
-        found.append(states[padded["attention_mask"].bool()])
-    return torch.cat(found)
+    inputs = {key: batch.padded[key] for key in ("input_ids", "attention_mask")}
+    return model.base_model(**inputs).last_hidden_state[batch.padded["attention_mask"].bool()]
 
 
 WHO = ("ours", "peer", "peer_kept")
 MODELS: dict[str, Callable[[], Any]] = {"modernbert": modernbert_peer, "bert-base": bert_peer}
 CASES: dict[str, dict[str, Callable[[], list[Batch]]]] = {
     "modernbert": {
-        "4 x 1024": lambda: [Batch([1024] * 4, 50368, 0, 4)],
-        "1 x 8192": lambda: [Batch([8192], 50368, 0, 1)],
-        "real lengths to 1024": lambda: real_batches(1024, 8192, 50368, 1, 16),
+        "4 x 1024": lambda: [Batch([1024] * 4, 50368, 0)],
+        "1 x 8192": lambda: [Batch([8192], 50368, 0)],
+        "real lengths to 1024": lambda: real_batches(1024, 50368),
     },
     "bert-base": {
-        "4 x 512": lambda: [Batch([512] * 4, 30522, 0, 4)],
-        "real lengths to 512": lambda: real_batches(512, 4096, 30522, 1, 16),
+        "4 x 512": lambda: [Batch([512] * 4, 30522, 0)],
+        "real lengths to 512": lambda: real_batches(512, 30522),
     },
 }
 
@@ -238,6 +224,7 @@ def serve(who: str, name: str, dtype: torch.dtype | None) -> None:
             np.save(answer["file"], side.infer(batches[case][0]).float().numpy())
         elif task == "work":
             lengths = [n for batch in batches[case] for n in batch.packed["cu_seqlens"].diff().tolist()]
+            answer["padded_tokens"] = sum(batch.padded["input_ids"].numel() for batch in batches[case])
             answer["flops"] = sum(flops_per_token(side.model.config, length, MASKED) * length for length in lengths)
         else:
             start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
@@ -259,11 +246,15 @@ class Process:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print(json.dumps([case, task, folder]), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"benchmarks.encoder: a side died in {case}, {task}: exit code {self.process.wait()}")
+        return json.loads(answer)
 
     def close(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):  # of one that was killed
+            self.process.stdin.close()
         self.process.wait()
 
 
@@ -310,7 +301,8 @@ def _case(processes: dict[str, Process], case: str, task: str, rounds: int) -> d
     line["ratio"] = round(median["peer"] / median["ours"], 2)
     line["ratio_to_peer_kept"] = round(median["peer_kept"] / median["ours"], 2)
     if task == "training":
-        work = processes["ours"].ask(case, "work")["flops"]
+        answer = processes["ours"].ask(case, "work")
+        work, line["peer_slots_per_token"] = answer["flops"], round(answer["padded_tokens"] / tokens, 2)
         line["gemm_gflops"] = round(gemm_flops / median["gemm"] / 1e9)
         line["share_of_gemm_rate"] = round(work / median["ours"] / (gemm_flops / median["gemm"]), 3)
         for who in processes:
@@ -318,16 +310,12 @@ def _case(processes: dict[str, Process], case: str, task: str, rounds: int) -> d
     return line
 
 
-def real_batches(longest: int, tokens: int, vocab_size: int, count: int, peer_batch: int) -> list[Batch]:
-    """`count` batches of real document lengths, each of about `tokens` tokens."""
-    lengths = iter(document_lengths(longest))
-    batches = []
-    for number in range(count):
-        chosen = [next(lengths)]
-        while sum(chosen) < tokens:
-            chosen.append(next(lengths))
-        batches.append(Batch(chosen, vocab_size, number, peer_batch))
-    return batches
+def real_batches(longest: int, vocab_size: int, count: int = 3, documents: int = 8) -> list[Batch]:
+    """`count` batches of so many documents each."""
+    lengths = document_lengths(longest)
+    return [
+        Batch(lengths[number * documents : (number + 1) * documents], vocab_size, number) for number in range(count)
+    ]
 
 
 def compare_memory() -> None:
@@ -362,7 +350,7 @@ def memory_of(who: str, dtype: torch.dtype | None) -> int:
         peer.save_pretrained(folder)
         model: Any = flexbert.from_hf(folder) if who == "ours" else type(peer).from_pretrained(folder)
     del peer
-    batch = Batch([8192], 50368, 0, 1)
+    batch = Batch([8192], 50368, 0)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     before = _resident()
     autocast = nullcontext if dtype is None else lambda: torch.autocast("cpu", dtype=dtype)
