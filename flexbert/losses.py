@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flexbert.products import product
+from flexbert.products import factor, product
 from flexbert.registry import LOSSES
 from schema import Component
 
@@ -76,7 +76,7 @@ def masked_cross_entropy(
     dtype = _product_dtype(hidden_states)
     if not (torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)):
         total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
-        for logits, rows in _chunks(hidden_states, weight, bias, dtype):
+        for logits, rows in _chunks(hidden_states, factor(weight, dtype), bias, dtype):
             target, log_norm = targets[rows, None], logits.logsumexp(1, keepdim=True)
             if scores is not None:
                 _fill(scores, rows, logits.gather(1, target), logits.amax(1, keepdim=True), log_norm)
@@ -94,7 +94,8 @@ def masked_evaluation(
     """Like masked_cross_entropy, without gradients: (loss sum float64, tokens whose best score is the target)."""
     loss = torch.zeros((), dtype=torch.float64, device=hidden_states.device)
     correct = torch.zeros((), dtype=torch.int64, device=hidden_states.device)
-    for logits, rows in _chunks(hidden_states, weight, bias, _product_dtype(hidden_states)):
+    dtype = _product_dtype(hidden_states)
+    for logits, rows in _chunks(hidden_states, factor(weight, dtype), bias, dtype):
         correct += (logits.argmax(1) == targets[rows]).sum()
         loss += _chunk_loss(logits, targets[rows, None], logits.logsumexp(1, keepdim=True), 0.0, 0.0)
     return loss, correct
@@ -118,9 +119,9 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         bias_gradient = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            lowered = weight.to(dtype)
+            lowered = factor(weight, dtype)
             for logits, rows in _chunks(hidden_states, lowered, bias, dtype):
-                target, states = targets[rows, None], hidden_states[rows].to(dtype)
+                target, states = targets[rows, None], factor(hidden_states[rows], dtype)
                 chosen, largest = logits.gather(1, target), logits.amax(1, keepdim=True)
                 probs, log_norm, loss = _softmax(logits, chosen, largest, label_smoothing, z_loss)
                 if scores is not None:
@@ -135,9 +136,9 @@ class _MaskedCrossEntropy(torch.autograd.Function):
                 gradient.scatter_add_(1, target, gradient.new_full(target.shape, label_smoothing - 1.0))
                 if bias_gradient is not None:
                     bias_gradient += gradient.sum(0)
-                gradient = gradient.to(dtype)
+                gradient = factor(gradient, dtype)
                 hidden_gradient[rows] = product(gradient, lowered.T)
-                if dtype == torch.float32:
+                if gradient.dtype == torch.float32:
                     weight_gradient.addmm_(gradient.T, states)
                 else:
                     weight_gradient += gradient.T @ states
@@ -167,13 +168,15 @@ def _product_dtype(states: Tensor) -> torch.dtype:
 def _chunks(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Iterator[tuple[Tensor, slice]]:
-    """Float32 logits of consecutive rows, and which rows. The consumer may overwrite them."""
-    weight = weight.to(dtype)
+    """Float32 logits of consecutive rows, and which rows. The consumer may overwrite them.
+
+    weight: as `factor` gives it.
+    """
     elements = _CHUNK_ELEMENTS.get(hidden_states.device.type, _CHUNK_ELEMENTS_DEFAULT)
     pieces = -(-len(hidden_states) * len(weight) // elements)
     bounds = [len(hidden_states) * number // max(pieces, 1) for number in range(pieces + 1)]
     for rows in (slice(first, last) for first, last in itertools.pairwise(bounds) if last > first):
-        logits = product(hidden_states[rows].to(dtype), weight).float()
+        logits = product(factor(hidden_states[rows], dtype), weight).float()
         yield logits if bias is None else logits.add_(bias), rows
 
 

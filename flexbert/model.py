@@ -10,6 +10,7 @@ from flexbert.encoder import FlexBertEncoder
 from flexbert.kernels import require_backend
 from flexbert.losses import TokenScores, masked_evaluation
 from flexbert.packed import gather_rows
+from flexbert.products import linear
 from flexbert.registry import HEADS, INITS, LOSSES
 from flexbert.tasks import FlexBertForSequenceClassification, FlexBertForTokenClassification
 from schema import ConfigError, did_you_mean
@@ -61,7 +62,7 @@ class FlexBertForMaskedLM(nn.Module):
         hidden_states = self.encoder(input_ids, cu_seqlens, max_seqlen, token_type_ids)
         weight, bias = self.head.decoder(self.encoder.token_table)
         if labels is None:
-            return MaskedLMOutput(None, nn.functional.linear(self.head(hidden_states), weight, bias), hidden_states)
+            return MaskedLMOutput(None, linear(self.head(hidden_states), weight, bias), hidden_states)
         masked, targets = _masked(hidden_states, labels, num_masked)
         scores = TokenScores.empty(targets)
         loss = self.loss(self.head(masked), weight, bias, targets, scores) / max(len(targets), 1)

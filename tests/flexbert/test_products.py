@@ -1,9 +1,10 @@
-"""Products by oneDNN equal torch's own linear, forward and backward."""
+"""Products by oneDNN equal torch's own linear, forward and backward; in bfloat16 on any CPU, those of exact sums."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from flexbert.losses import masked_cross_entropy
 from flexbert.products import linear
 
 
@@ -22,3 +23,44 @@ def test_linear_equals_torch(shape: tuple[int, ...], bias: bool) -> None:
         found.append([out, *torch.autograd.grad((out * weights).sum(), tensors)])
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 130])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_rounds_factors_and_result_and_nothing_else(rows: int, bias: bool, autocast: bool) -> None:
+    """Against float64 products of the rounded factors: whatever instructions this CPU has."""
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(rows, 384, generator=generator), torch.randn(96, 384, generator=generator)]
+    given += [torch.randn(96, generator=generator)] if bias else []
+    gradient = torch.randn(rows, 96, generator=generator).bfloat16()
+    tensors = [tensor if autocast else tensor.bfloat16() for tensor in given]
+    for tensor in tensors:
+        tensor.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = linear(*tensors)
+    assert out.dtype == torch.bfloat16
+    found = [out, *torch.autograd.grad(out, tensors, gradient)]
+    exact = [tensor.detach().bfloat16().double().requires_grad_() for tensor in given]
+    expected = F.linear(*exact)
+    references = [expected, *torch.autograd.grad(expected, exact, gradient.double())]
+    for ours, reference in zip(found, references, strict=True):
+        # Half a unit in the last of bfloat16's 8 bits, and float32 sums
+        torch.testing.assert_close(ours.double(), reference, rtol=2**-8 * 1.01, atol=1e-3)
+
+
+def test_the_loss_in_bfloat16_is_that_of_rounded_factors() -> None:
+    """Loss and gradients against float64, from hidden states and weights that bfloat16 holds exactly."""
+    generator = torch.Generator().manual_seed(0)
+    states, weight = (torch.randn(n, 64, generator=generator).bfloat16().float() for n in (50, 301))
+    targets = torch.randint(0, 301, (50,), generator=generator)
+    tensors = [x.clone().requires_grad_() for x in (states, weight)]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = masked_cross_entropy(tensors[0], tensors[1], None, targets)
+    exact = [x.double().requires_grad_() for x in (states, weight)]
+    expected = F.cross_entropy(exact[0] @ exact[1].T, targets, reduction="sum")
+    pairs = zip(
+        [loss, *torch.autograd.grad(loss, tensors)], [expected, *torch.autograd.grad(expected, exact)], strict=True
+    )
+    for ours, reference in pairs:
+        assert float((ours.double() - reference).norm() / reference.norm()) < 0.005  # bfloat16: 8 bits
