@@ -1,7 +1,9 @@
 """Slot `attention`.   T packed tokens, D hidden, N heads, K key-value heads, H head dim."""
 
+import functools
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from flexbert.layers import Linear, OutputProjection, build_optional_norm, dropo
 from flexbert.plan import AttentionPlan
 from flexbert.positions import Positions
 from flexbert.registry import ATTENTIONS, NORMS, ModelComponent, optional_slot
-from flexbert.rotary import rotate
+from flexbert.rotary import Rotation, pairs_of_halves, rotate, rotate_pairs
 
 if TYPE_CHECKING:
     from flexbert.config import FlexBertConfig
@@ -91,11 +93,11 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions) -> Tensor:
         """(T, D) -> (T, D)."""
-        queries, keys, values = self._project(hidden_states)
         rotation = positions.global_layers if self.is_global else positions.local_layers
+        queries, keys, values = self._project(hidden_states, rotation)
         attended = attend(
-            rotate(self.q_norm(queries), rotation),
-            rotate(self.k_norm(keys), rotation),
+            queries,
+            keys,
             values,
             plan,
             window_size=self.window_size,
@@ -106,13 +108,23 @@ class MultiHeadAttention(nn.Module):
         out = self.Wo(self.inner_norm(attended.flatten(1)))
         return dropout(out, self.config.out_dropout, self.training)
 
-    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (T, N, H), keys and values (T, K, H)."""
+    def _project(self, hidden_states: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (T, N, H), keys and values (T, K, H), normed and turned."""
         if self.config.fused:
+            # Inductor fuses the rotation of halves, and has no complex numbers.
+            pairs = None if rotation is None or torch.compiler.is_compiling() else rotation.pairs
+            if rotation is not None and pairs is not None and self.config.qk_norm is None:
+                arrange = None if rotation.interleaved else functools.partial(self._arrange, 2 * pairs.shape[-1])
+                return rotate_pairs(
+                    self.Wqkv(hidden_states, arrange).unflatten(-1, (-1, self.head_dim)), pairs, self.heads
+                )
             rows = self.Wqkv(hidden_states).unflatten(-1, (-1, self.head_dim))
             queries, keys, values = rows.split(self.heads, dim=1)
         else:
             queries, keys, values = (
                 linear(hidden_states).unflatten(-1, (-1, self.head_dim)) for linear in (self.Wq, self.Wk, self.Wv)
             )
-        return queries, keys, values
+        return rotate(self.q_norm(queries), rotation), rotate(self.k_norm(keys), rotation), values
+
+    def _arrange(self, rotary_dim: int, parameter: Tensor) -> Tensor:
+        return pairs_of_halves(parameter, self.heads[0] + self.heads[1], self.head_dim, rotary_dim)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,8 +28,12 @@ class Linear(nn.Linear):
         self.output_parts = outputs or ((out_features,),)
         self.input_parts = inputs or ((in_features,),)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+    def forward(self, input: Tensor, arrange: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """arrange: puts the outputs, the first axis of weight and bias, in another order."""
+        weight, bias = self.weight, self.bias
+        if arrange is not None:
+            weight, bias = arrange(weight), None if bias is None else arrange(bias)
+        return linear(input, weight, bias)
 
 
 class OutputProjection(Linear):
