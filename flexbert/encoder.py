@@ -79,7 +79,7 @@ class FlexBertEncoder(nn.Module):
     def set_rope_theta(self, global_theta: float | None = None, local_theta: float | None = None) -> None:
         """Change the base of the rotary angles from the next forward on, here and in `config`; None: as it is.
 
-        Raises ConfigError when the model has no rotary positions, or for a theta that is not positive.
+        Raises ConfigError when the model has no rotary positions, or for a theta out of its range.
         """
         given = {"global_theta": global_theta, "local_theta": local_theta}
         changes = {name: theta for name, theta in given.items() if theta is not None}
