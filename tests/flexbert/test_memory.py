@@ -32,7 +32,7 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1, "label_smoothing": 0.1}], ids=["plain", "both"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_logits_never_exist_whole(options: dict[str, float], tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_never_exist_whole(options: dict[str, Any], tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", {"cpu": CHUNK})
     hidden_states = torch.randn(MASKED, WIDTH, requires_grad=True)
     weight, bias = torch.randn(VOCAB, WIDTH, requires_grad=True), torch.zeros(VOCAB, requires_grad=True)
