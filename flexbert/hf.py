@@ -137,7 +137,7 @@ def _hf_config(config: FlexBertConfig, ids: dict[str, int | None]) -> tuple[Any,
         if not faults:
             return of(**mapping.config_to(config)), mapping
         reasons.append(faults[0])
-    _check_modeling_file_has(config)
+    check_exportable(config)
     log.info("the export carries its own modeling file: %s", "; ".join(reasons))
     from flexbert import modeling_flexbert
 
@@ -160,7 +160,7 @@ def _hf_config(config: FlexBertConfig, ids: dict[str, int | None]) -> tuple[Any,
     return hf_config, None
 
 
-def _check_modeling_file_has(config: FlexBertConfig) -> None:
+def check_exportable(config: FlexBertConfig) -> None:
     """Raise ConfigError for a component registered outside the package: an export could not compute it."""
     from flexbert import modeling_flexbert
 
