@@ -19,7 +19,8 @@ Both `norm: rmsnorm` and `norm: {name: rmsnorm, eps: 1e-5}` then validate, to `R
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
@@ -45,6 +46,15 @@ class ConfigError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__("\n".join(_printable(line) for line in message.split("\n")))
+
+
+@contextmanager
+def named(place: str | Path) -> Iterator[None]:
+    """Put `place: ` in front of each line of a ConfigError from inside."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"{place}: {line}" for line in str(error).split("\n"))) from None
 
 
 class RunError(Exception):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from flexbert.config import FlexBertConfig, without_init
 from flexbert.model import FlexBertForMaskedLM, build
@@ -72,18 +72,20 @@ def _on_meta(config: FlexBertConfig) -> FlexBertForMaskedLM:
     return _cached(without_init(config).model_dump_json())
 
 
-def _linear_weights(module: nn.Module) -> int:
-    return sum(child.weight.numel() for child in module.modules() if isinstance(child, nn.Linear))
+def _linear_weights(module: nn.Module, besides: Tensor | None = None) -> int:
+    weights = (child.weight for child in module.modules() if isinstance(child, nn.Linear))
+    return sum(weight.numel() for weight in weights if weight is not besides)
 
 
 @functools.lru_cache(maxsize=8)
 def _work(key: str) -> tuple[int, int, dict[tuple[int, int], int]]:
     """Linear weights that each token meets, those that each masked token meets, and the layers of each window size."""
-    model, config = _cached(key), FlexBertConfig.model_validate_json(key)
+    model = _cached(key)
     attentions: list[Any] = [module for module in model.encoder.modules() if hasattr(module, "window_size")]
     windows = Counter(tuple(module.window_size) for module in attentions)
-    tied_decoder = config.vocab_size * config.hidden_size if getattr(config.head, "tied", True) else 0
-    return _linear_weights(model.encoder), _linear_weights(model.head) + tied_decoder, dict(windows)
+    decoder, _ = model.head.decoder(model.encoder.token_table)
+    head_weights = _linear_weights(model.head, besides=decoder) + decoder.numel()  # tied, of its own, or a parameter
+    return _linear_weights(model.encoder), head_weights, dict(windows)
 
 
 def _keys(window_size: tuple[int, int], lengths: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -35,6 +35,7 @@ class MultiHeadAttention(nn.Module):
         window_per_side: int = Field(
             64,
             ge=1,
+            le=2**24,
             description="tokens a local layer sees to the left and to the right of self (ModernBERT: 64)",
         )
         num_key_value_heads: int | None = Field(

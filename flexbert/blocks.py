@@ -40,7 +40,8 @@ class _FirstNormConfig(ModelComponent):
     )
 
     def check(self, model: "FlexBertConfig") -> None:
-        if self.skip_first_attention_norm and not getattr(model.embedding, "norm", False):
+        in_layer_0 = model.layer(0).block is self  # initial layers may have another block
+        if self.skip_first_attention_norm and in_layer_0 and not getattr(model.embedding, "norm", False):
             raise ValueError(
                 "block.skip_first_attention_norm: leaves layer 0 without any norm, since the embedding has none: "
                 "set embedding.norm to true or this to false"

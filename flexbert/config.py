@@ -44,6 +44,9 @@ def _named_init(node: Any) -> Any:
     return {"name": "grow", **node} if isinstance(node, dict) and "from" in node and "name" not in node else node
 
 
+_LAYER_SLOTS = ("attention", "mlp", "block")
+
+
 class InitialLayers(Schema):
     """What the first layers have in place of what the model says; null: as the model says."""
 
@@ -99,7 +102,7 @@ class FlexBertConfig(Schema):
         initial = self.initial_layers
         if initial is None or index >= initial.count:
             return self
-        given = {slot: getattr(initial, slot) for slot in ("attention", "mlp", "block")}
+        given = {slot: getattr(initial, slot) for slot in _LAYER_SLOTS}
         return self.model_copy(update={slot: component for slot, component in given.items() if component is not None})
 
     @model_validator(mode="after")
@@ -118,8 +121,15 @@ class FlexBertConfig(Schema):
                 faults.append(
                     f"{name}: {value} is outside the vocabulary of {self.vocab_size}: null takes the tokenizer's"
                 )
-        for model in [self, self.layer(0)] if self.initial_layers else [self]:
-            for slot in type(self).model_fields:
+        count = self.initial_layers.count if self.initial_layers else 0
+        if count > self.num_hidden_layers:
+            faults.append(
+                f"initial_layers.count: {count} is more than num_hidden_layers {self.num_hidden_layers}: at most that"
+            )
+        # What the initial layers leave as it is; then what they say themselves, which counts for them alone
+        rest = [slot for slot in type(self).model_fields if count < self.num_hidden_layers or slot not in _LAYER_SLOTS]
+        for model, slots in ((self, rest), (self.layer(0), _LAYER_SLOTS if count else ())):
+            for slot in slots:
                 component = getattr(model, slot)
                 if isinstance(component, ModelComponent) and not faults:
                     try:

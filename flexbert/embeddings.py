@@ -25,7 +25,9 @@ class TokenEmbedding(nn.Module):
         scaled: bool = Field(
             False, description="multiply token embeddings by sqrt(hidden_size) (arXiv 1706.03762, sec. 3.4)"
         )
-        token_types: int = Field(0, ge=0, description="rows of the table of token types (BERT: 2); 0: no such table")
+        token_types: int = Field(
+            0, ge=0, le=2**16, description="rows of the table of token types (BERT: 2); 0: no such table"
+        )
         norm: bool = Field(True, description="normalise the embeddings with the model's norm")
         dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability of the embeddings")
 
@@ -40,14 +42,17 @@ class TokenEmbedding(nn.Module):
     def forward(self, input_ids: Tensor, added: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
         """(T,) int64 -> (T, D).
 
-        added: (T, D), from the position. token_type_ids: (T,) int64; None: all 0, as in pretraining on single texts.
-        Raises ValueError for token types that the model has no table for.
+        added: (T, D), from the position, in any dtype. token_type_ids: (T,) int64; None: all 0, as in pretraining on
+        single texts.
+        Raises ValueError for token types of another shape, or that the model has no table for.
         """
+        if token_type_ids is not None and token_type_ids.shape != input_ids.shape:
+            raise ValueError(f"expected token_type_ids {tuple(input_ids.shape)}, got {tuple(token_type_ids.shape)}")
         hidden_states = self.tokens(input_ids)
         if self.config.scaled:
             hidden_states = hidden_states * self.scale
         if added is not None:
-            hidden_states = hidden_states + added
+            hidden_states = (hidden_states + added).to(hidden_states.dtype)
         if self.types is not None:
             types = self.types.weight[0] if token_type_ids is None else self.types(token_type_ids)
             hidden_states = hidden_states + types

@@ -41,10 +41,11 @@ class FlexBertEncoder(nn.Module):
         """Hidden states (T, D) of a packed batch.
 
         input_ids: (T,) int64. cu_seqlens: (num_seqs + 1,) int32, starts of the sequences, then T; empty sequences and
-        T = 0 are fine. max_seqlen: tokens of the longest sequence. token_type_ids: (T,) int64; None: all 0.
-        Raises ValueError for other shapes and dtypes, and for sequences longer than a table of positions.
+        T = 0 are fine. max_seqlen: tokens of the longest sequence, or more. token_type_ids: (T,) int64; None: all 0.
+        Raises ValueError for other shapes and dtypes, for sequences longer than a table of positions and, on the CPU,
+        for bounds that do not fit.
         """
-        check_packed(input_ids, cu_seqlens)
+        check_packed(input_ids, cu_seqlens, max_seqlen)
         plan = AttentionPlan(cu_seqlens, max_seqlen, len(input_ids))
         added = self.position.embed(plan.position_ids, max_seqlen)
         hidden_states = self.embedding(input_ids, added, token_type_ids)
@@ -57,8 +58,13 @@ class FlexBertEncoder(nn.Module):
         return self.final_norm(hidden_states)
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        """Hidden states (B, S, D) of a padded batch (B, S), zero where attention_mask (bool or 0/1) is false."""
+        """Hidden states (B, S, D) of a padded batch (B, S), zero where attention_mask (bool or 0/1) is false.
+
+        Raises ValueError for a mask or token types of another shape, or a row longer than a table of positions.
+        """
         packed = unpad(input_ids, attention_mask)
+        if token_type_ids is not None and token_type_ids.shape != input_ids.shape:
+            raise ValueError(f"expected token_type_ids {tuple(input_ids.shape)}, got {tuple(token_type_ids.shape)}")
         types = None if token_type_ids is None else token_type_ids.flatten().index_select(0, packed.slots)
         hidden_states = self(packed.input_ids, packed.cu_seqlens, packed.max_seqlen, types)
         return pad(hidden_states, packed.slots, *input_ids.shape)
@@ -73,7 +79,7 @@ class FlexBertEncoder(nn.Module):
     def set_rope_theta(self, global_theta: float | None = None, local_theta: float | None = None) -> None:
         """Change the base of the rotary angles from the next forward on, here and in `config`; None: as it is.
 
-        Raises ConfigError when the model has no rotary positions, or for a theta that is not positive.
+        Raises ConfigError when the model has no rotary positions, or for a theta out of its range.
         """
         given = {"global_theta": global_theta, "local_theta": local_theta}
         changes = {name: theta for name, theta in given.items() if theta is not None}

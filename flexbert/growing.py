@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from flexbert.layers import Parts
 from flexbert.registry import INITS
-from schema import Component, ConfigError
+from schema import Component, ConfigError, load_node, named, validate
 
 if TYPE_CHECKING:
     from flexbert.config import FlexBertConfig
+    from flexbert.model import FlexBertForMaskedLM
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ class Grow:
 
         Raises ConfigError, starting with `init.from`, for a source that cannot be read or does not grow into `module`.
         """
-        _kind(Path(self.config.source))
+        with named("init.from"):
+            _kind(Path(self.config.source))
         if any(parameter.is_meta for parameter in module.parameters()):
             return
         self.fresh(module, seed, prefix)
@@ -71,30 +73,51 @@ class Grow:
 def read_source(folder: Path) -> tuple["FlexBertConfig", dict[str, Tensor]]:
     """Config and weights of an export or a checkpoint. Raises ConfigError when it is neither, or is damaged."""
     from flexbert.config import FlexBertConfig
-    from schema import load_node
 
-    if _kind(folder) == "export":
-        from flexbert.hf import from_hf
+    with named("init.from"):
+        if _kind(folder) == "export":
+            from flexbert.hf import from_hf
 
-        model = from_hf(folder)
-        return model.config, dict(model.state_dict())
+            model = from_hf(folder)
+            return model.config, dict(model.state_dict())
+        weights = _checkpoint_weights(folder)
+        file = folder.parent.parent / "config.yaml"
+        run = load_node(file)
+        if "model" not in run:
+            raise ConfigError(f"{file}: model: is missing: expected the config.yaml that the run wrote")
+        with named(file):
+            return validate(FlexBertConfig, run["model"], "model"), weights
+
+
+def _checkpoint_weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
-    data = (folder / "model.safetensors").read_bytes()
-    expected = json.loads((folder / "manifest.json").read_text())["files"]["model.safetensors"]["xxh3_64"]
-    if xxhash.xxh3_64_hexdigest(data) != expected:
-        raise ConfigError(f"init.from: {folder / 'model.safetensors'}: damaged: take another checkpoint")
-    run = load_node(folder.parent.parent / "config.yaml")
-    return FlexBertConfig.from_dict(run["model"]), load(data)
+    file = folder / "manifest.json"
+    try:
+        expected = json.loads(file.read_text())["files"]["model.safetensors"]["xxh3_64"]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ConfigError(f"{file}: damaged: take another checkpoint") from None
+    file = folder / "model.safetensors"
+    try:
+        data = file.read_bytes()
+        if xxhash.xxh3_64_hexdigest(data) != expected:
+            raise ConfigError(f"{file}: damaged: take another checkpoint")
+        return load(data)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}: take another checkpoint") from None
 
 
 def _kind(folder: Path) -> Literal["export", "checkpoint"]:
-    if (folder / "config.json").is_file():
-        return "export"
-    if (folder / "manifest.json").is_file():
-        return "checkpoint"
+    try:
+        if (folder / "config.json").is_file():
+            return "export"
+        if (folder / "manifest.json").is_file():
+            return "checkpoint"
+    except OSError as error:  # a name that no file can have
+        raise ConfigError(f"{folder}: {error.strerror}") from None
     raise ConfigError(
-        f"init.from: {folder}: neither an export (config.json) nor a checkpoint (manifest.json): name one of a run's "
+        f"{folder}: neither an export (config.json) nor a checkpoint (manifest.json): name one of a run's "
         "exports/tokens-N or checkpoints/tokens-N"
     )
 
@@ -112,7 +135,11 @@ def grow(
     _check(source, model.config, where)  # pyright: ignore[reportArgumentType]
     with torch.device("meta"):
         small = FlexBertForMaskedLM(source)
-    old_axes, new_axes = _axes(small, ""), _axes(model, prefix)
+    for name, parameter in small.named_parameters():
+        if name not in weights or weights[name].shape != parameter.shape:
+            fault = "has another shape" if name in weights else "is missing"
+            raise ConfigError(f"{where}: {name}: {fault} there, by the config beside it: take another source")
+    old_axes, new_axes, tied_norm = _axes(small, ""), _axes(model, prefix), _tied_norm(small)
     depth = 1 + max(int(name.split(".")[2]) for name in new_axes if name.startswith("encoder.layers."))
     layers = [layer_of(index, source.num_hidden_layers, depth, config.depth) for index in range(depth)]
     grown = {}
@@ -132,7 +159,7 @@ def grow(
                 )
             tensor = tensor.index_select(axis, index)
             # Inputs of linear maps; and the norm whose output meets the token table, which is tiled without division.
-            if config.rescale and ((new.is_linear and axis == 1) or name.startswith(_tied_norm(source))):
+            if config.rescale and ((new.is_linear and axis == 1) or name.startswith(tied_norm)):
                 tensor = tensor / index.bincount()[index]
         grown[name] = tensor
     return grown
@@ -198,11 +225,15 @@ def _old_name(name: str, layers: list[int], old_axes: dict[str, Any]) -> str | N
     return next((candidate for candidate in candidates if candidate in old_axes), None)
 
 
-def _tied_norm(config: "FlexBertConfig") -> str:
-    """Path of the norm whose output the token table reads as decoder; a name of no weight when it does not."""
-    if not config.head.tied:
+def _tied_norm(model: "FlexBertForMaskedLM") -> str:
+    """Path of the norm whose output the token table reads as decoder; a name of no weight when it does not.
+
+    A head with a norm is taken to end with it.
+    """
+    table = model.encoder.token_table
+    if model.head.decoder(table)[0] is not table:
         return "none"
-    return "head.norm." if config.head.transform else "encoder.final_norm."
+    return "head.norm." if hasattr(model.head, "norm") else "encoder.final_norm."
 
 
 def _check(source: "FlexBertConfig", model: "FlexBertConfig", where: str) -> None:

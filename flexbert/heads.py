@@ -63,7 +63,7 @@ class MaskedLanguageHead(Head):
 class TaskConfig(Component):
     """Fields of the heads for fine-tuning."""
 
-    num_labels: int = Field(2, ge=1, description="scores per sequence or token; 1: a regression")
+    num_labels: int = Field(2, ge=1, le=2**24, description="scores per sequence or token; 1: a regression")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout probability before the classifier (BERT: 0.1)")
 
 

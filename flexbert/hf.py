@@ -3,10 +3,9 @@
 hf_mappings.py says which architectures it has a class for; the others travel with modeling_flexbert.py.
 """
 
-import json
 import logging
-import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -17,9 +16,10 @@ from durable import new_folder
 from flexbert.config import TOKEN_IDS, FlexBertConfig
 from flexbert.encoder import FlexBertEncoder
 from flexbert.hf_mappings import MAPPINGS, Mapping, from_hf_state, misfits, to_hf_state
+from flexbert.hf_read import mapping_of, read_config, read_weights
 from flexbert.hf_verify import verify_export
 from flexbert.model import FlexBertForMaskedLM, build
-from schema import ConfigError, did_you_mean
+from schema import ConfigError, named, validate
 
 log = logging.getLogger(__name__)
 
@@ -36,40 +36,43 @@ def from_hf(source: str | Path | Any, task: str = "mlm") -> FlexBertForMaskedLM 
     source: BERT, RoBERTa, ModernBERT, or what `to_hf` wrote (its modeling file is not run). task: "mlm", or "encoder"
     for models without a masked-token head, or to leave it out; poolers and other tasks' heads are left out.
     Weights are copied, as float32. Nothing is downloaded, no code from the folder runs. Raises ConfigError naming the
-    field when the architecture cannot be expressed, or when weights are missing or left over.
+    field when the architecture cannot be expressed, or when weights are missing, left over or of another shape.
     """
     if task not in ("mlm", "encoder"):
         raise ConfigError(f"task: {task!r}: transformers' weights are for mlm or encoder")
     if isinstance(source, str | Path):
-        hf_config, given = _read_folder(Path(source), task)
+        folder = Path(source)
+        with named(folder):
+            config = read_config(folder)
+            return _converted(config, lambda mapping: read_weights(folder, config, mapping, task), task, "config.json")
+    model = source.base_model if task == "encoder" else source
+    return _converted(model.config, lambda _: model.state_dict(), task, "model")
+
+
+def _converted(
+    hf_config: Any, weights_of: Callable[[Mapping | None], dict[str, Tensor]], task: str, place: str
+) -> FlexBertForMaskedLM | FlexBertEncoder:
+    """The model of a transformers config. place: of the config, in messages. The weights are asked for, and read, once
+    the config is known to make sense here."""
+    mapping = mapping_of(hf_config.model_type)
+    node = hf_config.flexbert if mapping is None else mapping.config_from(hf_config)
+    with torch.device("meta"):
+        result: Any = build(validate(FlexBertConfig, node, place), task)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    wanted = result.state_dict()
+    given = weights_of(mapping)
+    if mapping is None:
+        state = _own_state(given, list(wanted), task)
     else:
-        model = source.base_model if task == "encoder" else source
-        hf_config, given = model.config, model.state_dict()
-    if hf_config.model_type == "flexbert":
-        result, wanted = _built(FlexBertConfig.from_dict(hf_config.flexbert), task)
-        state = _own_state(given, wanted, task)
-    else:
-        mapping = _mapping_of(hf_config.model_type)
-        result, wanted = _built(FlexBertConfig.from_dict(mapping.config_from(hf_config)), task)
         prefix = mapping.prefix if task == "encoder" else ""
         given = {f"{prefix}{name}": tensor for name, tensor in given.items()}
         ours = [f"encoder.{name}" if task == "encoder" else name for name in wanted]
         state = dict(zip(wanted, from_hf_state(mapping, given, ours).values(), strict=True))
+    for name, tensor in state.items():
+        if tensor.shape != wanted[name].shape:
+            shapes = f"{tuple(tensor.shape)} in the weights, {tuple(wanted[name].shape)} by the config"
+            raise ConfigError(f"{name}: {shapes}: they are of different models")
     result.load_state_dict(state, assign=True)
     return result
-
-
-def _built(config: FlexBertConfig, task: Any) -> tuple[Any, list[str]]:
-    """The model on the meta device, and the names of its weights."""
-    with torch.device("meta"):
-        model = build(config, task)
-    return model, list(model.state_dict())
-
-
-def _mapping_of(model_type: str) -> Mapping:
-    if model_type not in MAPPINGS:
-        raise ConfigError(f"model_type: {model_type!r} is not known, {did_you_mean('', [*MAPPINGS, 'flexbert'])}")
-    return MAPPINGS[model_type]
 
 
 def _own_state(given: dict[str, Tensor], wanted: list[str], task: str) -> dict[str, Tensor]:
@@ -80,36 +83,6 @@ def _own_state(given: dict[str, Tensor], wanted: list[str], task: str) -> dict[s
     if odd := sorted(given.keys() ^ set(wanted)):
         raise ConfigError(f"{odd[0]}: {'missing' if odd[0] in wanted else 'has no place'} in this model")
     return {name: given[name].to("cpu", torch.float32, copy=True) for name in wanted}
-
-
-def _read_folder(folder: Path, task: str) -> tuple[Any, dict[str, Tensor]]:
-    """The transformers config and weights of a folder, unprefixed for task encoder but in our own exports."""
-    from transformers import AutoModel, AutoModelForMaskedLM, PretrainedConfig
-
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder}: no config.json in it: expected a folder written by save_pretrained")
-    try:
-        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-        if model_type == "flexbert":
-            from safetensors.torch import load_file
-
-            return PretrainedConfig.from_pretrained(folder), load_file(folder / "model.safetensors")
-        mapping = _mapping_of(str(model_type))
-        with torch.random.fork_rng(devices=[]):
-            # No pickle: a folder from elsewhere could run code through it.
-            loader = AutoModelForMaskedLM if task == "mlm" else AutoModel
-            model, info = loader.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-            )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from None
-    # transformers fills what is missing with random numbers, and only warns
-    prefix = mapping.prefix if task == "encoder" else ""
-    missing = [name for name in info["missing_keys"] if not re.match(mapping.ignored, prefix + name)]
-    if missing:
-        hint = "" if task == "encoder" else ": an encoder without a masked-token head loads with task='encoder'"
-        raise ConfigError(f"{folder}: {sorted(missing)[0]}: missing in the weights{hint}")
-    return model.config, model.state_dict()
 
 
 def to_hf(model: FlexBertForMaskedLM, tokenizer: Any, out_dir: str | Path, card: str | None = None) -> None:
@@ -164,7 +137,7 @@ def _hf_config(config: FlexBertConfig, ids: dict[str, int | None]) -> tuple[Any,
         if not faults:
             return of(**mapping.config_to(config)), mapping
         reasons.append(faults[0])
-    _check_modeling_file_has(config)
+    check_exportable(config)
     log.info("the export carries its own modeling file: %s", "; ".join(reasons))
     from flexbert import modeling_flexbert
 
@@ -187,7 +160,7 @@ def _hf_config(config: FlexBertConfig, ids: dict[str, int | None]) -> tuple[Any,
     return hf_config, None
 
 
-def _check_modeling_file_has(config: FlexBertConfig) -> None:
+def check_exportable(config: FlexBertConfig) -> None:
     """Raise ConfigError for a component registered outside the package: an export could not compute it."""
     from flexbert import modeling_flexbert
 

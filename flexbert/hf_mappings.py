@@ -40,7 +40,7 @@ _NOT_THE_FUNCTION = (*TOKEN_IDS, "init", "loss", "backend", "fused")
 def _activation_from(field: str, name: Any) -> str:
     if name in _SHARED_ACTIVATIONS:
         return name
-    if name in _ACTIVATIONS:
+    if isinstance(name, str) and name in _ACTIVATIONS:
         return _ACTIVATIONS[name]
     valid = ", ".join(map(repr, (*_SHARED_ACTIVATIONS, *_ACTIVATIONS)))
     raise ConfigError(f"{field}: {name!r} has no counterpart here, only {valid}")
@@ -55,10 +55,19 @@ def _refuse(hf: Any, **wanted: Any) -> None:
         found = getattr(hf, field, value)
         if found != value:
             raise ConfigError(f"{field}: {found!r} of the Hugging Face config has no counterpart here, only {value!r}")
-    if hf.hidden_size % hf.num_attention_heads:
-        raise ConfigError(
-            f"hidden_size: {hf.hidden_size} is no multiple of num_attention_heads {hf.num_attention_heads}"
-        )
+
+
+def _number(hf: Any, field: str, kinds: Any = int | float) -> Any:
+    """A field that is calculated with here; our own schema checks the others."""
+    value = getattr(hf, field)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ConfigError(f"{field}: {value!r} of the Hugging Face config should be a number")
+    return value
+
+
+def _float(hf: Any, field: str) -> float:
+    """The same, where JSON may say 0 for 0.0."""
+    return float(_number(hf, field))
 
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -70,29 +79,33 @@ def _common(config: Any) -> dict[str, Any]:
 
 def _modernbert_from(hf: Any) -> dict[str, Any]:
     _refuse(hf, tie_word_embeddings=True, rope_scaling=None)
-    local_theta = hf.global_rope_theta if hf.local_rope_theta is None else hf.local_rope_theta
+    local_theta = "global_rope_theta" if hf.local_rope_theta is None else "local_rope_theta"
     return {
         **_common(hf),
         "max_position_embeddings": hf.max_position_embeddings,
         **{name: getattr(hf, name, None) for name in TOKEN_IDS},
-        "embedding": {"name": "tokens", "norm": True, "dropout": float(hf.embedding_dropout)},
-        "position": {"name": "rope", "global_theta": float(hf.global_rope_theta), "local_theta": float(local_theta)},
+        "embedding": {"name": "tokens", "norm": True, "dropout": _float(hf, "embedding_dropout")},
+        "position": {
+            "name": "rope",
+            "global_theta": _float(hf, "global_rope_theta"),
+            "local_theta": _float(hf, local_theta),
+        },
         "attention": {
             "name": "multihead",
             "global_attn_every_n_layers": hf.global_attn_every_n_layers,
-            "window_per_side": hf.local_attention // 2,
+            "window_per_side": _number(hf, "local_attention", int) // 2,
             "qkv_bias": hf.attention_bias,
             "out_bias": hf.attention_bias,
-            "probs_dropout": float(hf.attention_dropout),
-            "out_dropout": float(hf.attention_dropout),
+            "probs_dropout": _float(hf, "attention_dropout"),
+            "out_dropout": _float(hf, "attention_dropout"),
         },
-        "norm": {"name": "layernorm", "eps": hf.norm_eps, "bias": hf.norm_bias},
+        "norm": {"name": "layernorm", "eps": _float(hf, "norm_eps"), "bias": hf.norm_bias},
         "mlp": {
             "name": "glu",
             "activation": _activation_from("hidden_activation", hf.hidden_activation),
             "in_bias": hf.mlp_bias,
             "out_bias": hf.mlp_bias,
-            "inner_dropout": float(hf.mlp_dropout),
+            "inner_dropout": _float(hf, "mlp_dropout"),
         },
         "block": {"name": "prenorm", "skip_first_attention_norm": True},
         "head": {
@@ -103,8 +116,8 @@ def _modernbert_from(hf: Any) -> dict[str, Any]:
         },
         "init": {
             "name": "full_megatron",
-            "std": hf.initializer_range,
-            "cutoff_factor": float(hf.initializer_cutoff_factor or 3.0),
+            "std": _float(hf, "initializer_range"),
+            "cutoff_factor": _float(hf, "initializer_cutoff_factor") if hf.initializer_cutoff_factor else 3.0,
         },
     }
 
@@ -141,11 +154,11 @@ def _bert_from(hf: Any, offset: int = 0) -> dict[str, Any]:
     _refuse(hf, tie_word_embeddings=True, is_decoder=False, add_cross_attention=False)
     _refuse(hf, position_embedding_type="absolute")
     activation = _activation_from("hidden_act", hf.hidden_act)
-    out_dropout = float(hf.hidden_dropout_prob)
+    out_dropout = _float(hf, "hidden_dropout_prob")
     biases = {"in_bias": True, "out_bias": True}
     return {
         **_common(hf),
-        "max_position_embeddings": hf.max_position_embeddings - offset,
+        "max_position_embeddings": _number(hf, "max_position_embeddings", int) - offset,
         **{name: getattr(hf, name, None) for name in TOKEN_IDS},
         "embedding": {"name": "tokens", "token_types": hf.type_vocab_size, "norm": True, "dropout": out_dropout},
         "position": {"name": "learned", "offset": offset},
@@ -153,14 +166,14 @@ def _bert_from(hf: Any, offset: int = 0) -> dict[str, Any]:
             "name": "multihead",
             "qkv_bias": True,
             "out_bias": True,
-            "probs_dropout": float(hf.attention_probs_dropout_prob),
+            "probs_dropout": _float(hf, "attention_probs_dropout_prob"),
             "out_dropout": out_dropout,
         },
-        "norm": {"name": "layernorm", "eps": hf.layer_norm_eps, "bias": True},
+        "norm": {"name": "layernorm", "eps": _float(hf, "layer_norm_eps"), "bias": True},
         "mlp": {"name": "mlp", "activation": activation, "out_dropout": out_dropout, **biases},
         "block": "postnorm",
         "head": {"name": "mlm", "activation": activation, "dense_bias": True, "decoder_bias": True},
-        "init": {"name": "default", "std": hf.initializer_range},
+        "init": {"name": "default", "std": _float(hf, "initializer_range")},
     }
 
 
@@ -183,7 +196,7 @@ def _roberta_from(hf: Any) -> dict[str, Any]:
     if hf.pad_token_id is None:
         raise ConfigError("pad_token_id: None of the Hugging Face config: RoBERTa's positions start behind it")
     head = {"name": "mlm", "activation": "gelu", "dense_bias": True, "decoder_bias": True}
-    return {**_bert_from(hf, hf.pad_token_id + 1), "head": head}
+    return {**_bert_from(hf, _number(hf, "pad_token_id", int) + 1), "head": head}
 
 
 _MODERNBERT_SLOTS = {
@@ -245,7 +258,7 @@ MAPPINGS = {
         _BERT_SLOTS,
         "bert.",
         _bert_names("bert.", "cls.predictions.", "transform.dense", "transform.LayerNorm"),
-        r"cls\.predictions\.decoder\.|cls\.seq_relationship\.|bert\.pooler\.",
+        r"cls\.predictions\.decoder\.|cls\.seq_relationship\.|bert\.pooler\.|bert\.embeddings\.position_ids$",
     ),
     "roberta": Mapping(
         "RoBERTa",
@@ -255,7 +268,7 @@ MAPPINGS = {
         _BERT_SLOTS,
         "roberta.",
         _bert_names("roberta.", "lm_head.", "dense", "layer_norm"),
-        r"lm_head\.decoder\.|roberta\.pooler\.",
+        r"lm_head\.decoder\.|roberta\.pooler\.|roberta\.embeddings\.position_ids$",
     ),
 }
 

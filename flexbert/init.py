@@ -73,17 +73,25 @@ def _is_token_table(name: str) -> bool:
     return name.endswith("embedding.tokens")
 
 
+def _is_decoder(name: str) -> bool:
+    """Of a masked-token head that is not tied to the token table."""
+    return name == "head.output"
+
+
 @INITS.register("full_megatron")
 class FullMegatron(Initializer):
-    """Truncated normal; projections into the residual stream are scaled down by sqrt(2 * layers); biases 0.
+    """Truncated normal; projections into the residual stream are scaled down by sqrt(2 * layers); a decoder of its own
+    has 1/sqrt(hidden_size); biases 0.
 
     Source: Megatron-LM (arXiv 1909.08053, sec. 3), as in ModernBERT's pretraining code, where the head's dense layer
-    has the plain std.
+    has the plain std. Its fine-tuning classifiers have 1/sqrt(hidden_size) too; here they start like the rest.
     """
 
     class Config(Component):
-        std: float = Field(0.02, gt=0, description="standard deviation before truncation (ModernBERT: 0.02)")
-        cutoff_factor: float = Field(2.0, gt=0, description="truncation, in standard deviations (ModernBERT: 2)")
+        std: float = Field(0.02, gt=0, le=100, description="standard deviation before truncation (ModernBERT: 0.02)")
+        cutoff_factor: float = Field(
+            2.0, gt=0, le=100, description="truncation, in standard deviations (ModernBERT: 2)"
+        )
 
     def __init__(self, config: Config, *, num_hidden_layers: int) -> None:
         super().__init__(config, num_hidden_layers=num_hidden_layers)
@@ -92,6 +100,8 @@ class FullMegatron(Initializer):
 
     def draw(self, values: Tensor, name: str, module: nn.Module, generator: torch.Generator) -> None:
         std = self.output_std if isinstance(module, OutputProjection) else self.config.std
+        if _is_decoder(name):
+            std = 1 / math.sqrt(values.shape[1])
         _normal(values, std, self.config.cutoff_factor, generator)
 
 
@@ -100,7 +110,7 @@ class Default(Initializer):
     """One normal distribution for everything, not truncated, as transformers starts its BERT."""
 
     class Config(_SmallConfig):
-        std: float = Field(0.02, gt=0, description="standard deviation (BERT: 0.02)")
+        std: float = Field(0.02, gt=0, le=100, description="standard deviation (BERT: 0.02)")
 
     cutoff_factor: float | None = None
 
@@ -120,7 +130,7 @@ class Normal(Default):
     """The same, truncated (BERT's TensorFlow code: 0.02, cut at 2)."""
 
     class Config(Default.Config):
-        cutoff_factor: float = Field(2.0, gt=0, description="truncation, in standard deviations")
+        cutoff_factor: float = Field(2.0, gt=0, le=100, description="truncation, in standard deviations")
 
     def __init__(self, config: Config, *, num_hidden_layers: int) -> None:
         super().__init__(config, num_hidden_layers=num_hidden_layers)
@@ -132,7 +142,7 @@ class Uniform(Initializer):
     """Uniform within +-limit (NeoBERT: 0.02)."""
 
     class Config(_SmallConfig):
-        limit: float = Field(0.02, gt=0, description="largest absolute value")
+        limit: float = Field(0.02, gt=0, le=100, description="largest absolute value")
 
     def __init__(self, config: Config, *, num_hidden_layers: int) -> None:
         super().__init__(config, num_hidden_layers=num_hidden_layers)
@@ -152,7 +162,7 @@ class DepthScaled(Initializer):
     """
 
     class Config(_SmallConfig):
-        cutoff_factor: float = Field(3.0, gt=0, description="truncation, in standard deviations")
+        cutoff_factor: float = Field(3.0, gt=0, le=100, description="truncation, in standard deviations")
 
     def __init__(self, config: Config, *, num_hidden_layers: int) -> None:
         super().__init__(config, num_hidden_layers=num_hidden_layers)

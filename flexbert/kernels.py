@@ -50,11 +50,11 @@ def attend(
     if torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)  # a norm of queries and keys leaves them in float32
         queries, keys, values = queries.to(dtype), keys.to(dtype), values.to(dtype)
-    alibi, drops = alibi_slopes is not None, dropout_p > 0
+    alibi, drops, head_dim = alibi_slopes is not None, dropout_p > 0, queries.shape[-1]
     if backend == "auto":
-        backend = choose_backend(device, queries.dtype, alibi, drops)
+        backend = choose_backend(device, queries.dtype, alibi, drops, head_dim)
     else:
-        require_backend(backend, device, queries.dtype, alibi, drops)
+        require_backend(backend, device, queries.dtype, alibi, drops, head_dim)
     groups = queries.shape[1] // keys.shape[1]
     if groups > 1 and (backend not in _GPU or not queries.numel()):
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
@@ -65,21 +65,24 @@ def attend(
 
 
 @functools.cache
-def choose_backend(device: str, dtype: torch.dtype, alibi: bool = False, drops: bool = False) -> Backend:
+def choose_backend(
+    device: str, dtype: torch.dtype, alibi: bool = False, drops: bool = False, head_dim: int | None = None
+) -> Backend:
     """The kernel that `auto` stands for: the first of flash3, flash2, tiled (where it is the fastest) and sdpa that can
     run. Logged once for each case.
 
-    alibi, drops: whether it must do ALiBi, or dropout of attention weights.
+    alibi, drops: whether it must do ALiBi, or dropout of attention weights. head_dim: H, if known.
     """
     chosen: Backend = "sdpa"
     reasons = []
     for backend in ("flash3", "flash2"):
-        if reason := _why_not(backend, device, dtype, alibi, drops):
+        if reason := _why_not(backend, device, dtype, alibi, drops, head_dim):
             reasons.append(reason)
         else:
             chosen = backend
             break
-    if chosen == "sdpa" and kernels_cpu.is_fastest(dtype) and not _why_not("tiled", device, dtype, alibi, drops):
+    tiled_runs = not _why_not("tiled", device, dtype, alibi, drops, head_dim)
+    if chosen == "sdpa" and tiled_runs and kernels_cpu.is_fastest(dtype):
         chosen = "tiled"
     why = f"; {'; '.join(dict.fromkeys(reasons))}" if reasons else ""
     log.info("attention backend: %s (%s, %s%s)", chosen, device, dtype, why)
@@ -87,15 +90,23 @@ def choose_backend(device: str, dtype: torch.dtype, alibi: bool = False, drops: 
 
 
 def require_backend(
-    backend: Backend, device: str, dtype: torch.dtype | None = None, alibi: bool = False, drops: bool = False
+    backend: Backend,
+    device: str,
+    dtype: torch.dtype | None = None,
+    alibi: bool = False,
+    drops: bool = False,
+    head_dim: int | None = None,
+    place: str = "attention",
 ) -> None:
     """Raise ConfigError when a backend named in the config cannot run on a device type (with a dtype, if known), or
-    cannot do what is asked of it (see choose_backend)."""
-    if reason := _why_not(backend, device, dtype, alibi, drops):
-        raise ConfigError(f"attention.backend: {backend} cannot run: {reason}: use auto, or sdpa")
+    cannot do what is asked of it (see choose_backend). place: of the attention in the config, for the message."""
+    if reason := _why_not(backend, device, dtype, alibi, drops, head_dim):
+        raise ConfigError(f"{place}.backend: {backend} cannot run: {reason}: use auto, or sdpa")
 
 
-def _why_not(backend: str, device: str, dtype: torch.dtype | None, alibi: bool, drops: bool) -> str:
+def _why_not(
+    backend: str, device: str, dtype: torch.dtype | None, alibi: bool, drops: bool, head_dim: int | None
+) -> str:
     if backend == "tiled":
         lacks = "ALiBi" if alibi else "dropout of attention weights" if drops else ""
         if device != "cpu":
@@ -107,7 +118,7 @@ def _why_not(backend: str, device: str, dtype: torch.dtype | None, alibi: bool, 
         return "flash-attn 3 has no ALiBi"
     if drops and backend != "flash2":
         return f"{'flash-attn 3' if backend == 'flash3' else 'FlexAttention'} has no dropout of attention weights"
-    return kernels_gpu.why_not(backend, device, dtype)
+    return kernels_gpu.why_not(backend, device, dtype, head_dim)
 
 
 def _eager(

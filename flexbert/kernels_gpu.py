@@ -19,8 +19,13 @@ Window = tuple[int, int]
 _FLEX_BLOCK = 128
 
 
-def why_not(backend: str, device: str, dtype: torch.dtype | None) -> str:
-    """Why a CUDA kernel cannot run for a device type and dtype (None: not known yet); empty when it can."""
+# Of the flash-attn packages; lowest compute capability.
+_LARGEST_HEAD = 256
+_CAPABILITY = {"flash2": ((8, 0), "A100"), "flash3": ((9, 0), "H100")}
+
+
+def why_not(backend: str, device: str, dtype: torch.dtype | None, head_dim: int | None = None) -> str:
+    """Why a CUDA kernel cannot run for a device type, dtype and head size (None: not known yet); empty when it can."""
     package, name, fix = _PACKAGES[backend]
     if device != "cuda":
         return f"{name} needs a CUDA device, not {device}"
@@ -30,8 +35,14 @@ def why_not(backend: str, device: str, dtype: torch.dtype | None) -> str:
         return ""
     if dtype not in (None, torch.float16, torch.bfloat16):
         return f"{name} computes in bfloat16 or float16, not {dtype}"
-    if backend == "flash3" and (capability := torch.cuda.get_device_capability()) < (9, 0):
-        return f"{name} needs compute capability 9.0 (H100), not {'.'.join(map(str, capability))}"
+    if head_dim is not None and head_dim > _LARGEST_HEAD:
+        return f"{name} has heads of at most {_LARGEST_HEAD}, not {head_dim}"
+    if head_dim is not None and backend == "flash3" and head_dim % 8:  # flash-attn 2 pads them itself
+        return f"{name} has heads of multiples of 8, not {head_dim}"
+    lowest, example = _CAPABILITY[backend]
+    if (capability := torch.cuda.get_device_capability()) < lowest:
+        lowest_name, own_name = (".".join(map(str, version)) for version in (lowest, capability))
+        return f"{name} needs compute capability {lowest_name} ({example}), not {own_name}"
     return ""
 
 

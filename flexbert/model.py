@@ -151,10 +151,18 @@ def build(config: FlexBertConfig, task: str = "mlm", *, num_labels: int | None =
 
 
 def _require_kernel(config: FlexBertConfig) -> None:
-    """Raise ConfigError for an attention backend that cannot run here."""
-    attention, device = config.attention, "cuda" if torch.cuda.is_available() else "cpu"
-    drops = getattr(attention, "probs_dropout", 0.0) > 0
-    require_backend(getattr(attention, "backend", "auto"), device, alibi=config.position.name == "alibi", drops=drops)
+    """Raise ConfigError for an attention backend that cannot run here: of the initial layers, or of the others."""
+    device, alibi = "cuda" if torch.cuda.is_available() else "cpu", config.position.name == "alibi"
+    for layer in (config.layer(0), config.layer(config.num_hidden_layers - 1)):
+        attention = layer.attention
+        require_backend(
+            getattr(attention, "backend", "auto"),
+            device,
+            alibi=alibi,
+            drops=getattr(attention, "probs_dropout", 0.0) > 0,
+            head_dim=config.head_dim,
+            place="attention" if attention is config.attention else "initial_layers.attention",
+        )
 
 
 def _with_head(config: FlexBertConfig, task: str, num_labels: int | None) -> FlexBertConfig:

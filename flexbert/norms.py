@@ -14,7 +14,7 @@ class LayerNorm(nn.LayerNorm):
     """Layer normalisation (Ba et al. 2016, arXiv 1607.06450), by default without bias as in ModernBERT."""
 
     class Config(Component):
-        eps: float = Field(1e-5, gt=0, description="added to the variance (ModernBERT: 1e-5, BERT: 1e-12)")
+        eps: float = Field(1e-5, gt=0, le=1, description="added to the variance (ModernBERT: 1e-5, BERT: 1e-12)")
         bias: bool = Field(False, description="learn an offset beside the scale (ModernBERT: no, BERT: yes)")
 
     def __init__(self, config: Config, *, hidden_size: int) -> None:
@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, arXiv 1910.07467), inside in float32 (Llama)."""
 
     class Config(Component):
-        eps: float = Field(1e-5, gt=0, description="added to the mean square (NeoBERT: 1e-5)")
+        eps: float = Field(1e-5, gt=0, le=1, description="added to the mean square (NeoBERT: 1e-5)")
 
     def __init__(self, config: Config, *, hidden_size: int) -> None:
         super().__init__()

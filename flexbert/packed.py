@@ -44,16 +44,18 @@ def pad(hidden_states: Tensor, slots: Tensor, batch: int, seq: int) -> Tensor:
     return spread_rows(hidden_states, slots, batch * seq).unflatten(0, (batch, seq))
 
 
-def check_packed(input_ids: Tensor, cu_seqlens: Tensor) -> None:
+def check_packed(input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
     """Raise ValueError for inputs that are not a packed batch. Values are looked at on the CPU only (no sync)."""
     if input_ids.ndim != 1 or input_ids.dtype != torch.int64:
         raise ValueError(f"expected input_ids (total_tokens,) int64, got {tuple(input_ids.shape)} {input_ids.dtype}")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0 or cu_seqlens.dtype != torch.int32:
         raise ValueError(f"expected cu_seqlens (num_seqs + 1,) int32, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
     if cu_seqlens.device.type == "cpu":
-        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-        if first != 0 or last != len(input_ids) or bool((cu_seqlens.diff() < 0).any()):
+        first, last, lengths = int(cu_seqlens[0]), int(cu_seqlens[-1]), cu_seqlens.diff()
+        if first != 0 or last != len(input_ids) or bool((lengths < 0).any()):
             raise ValueError(f"expected cu_seqlens to rise from 0 to {len(input_ids)} tokens, got {first} to {last}")
+        if len(lengths) and (longest := int(lengths.max())) > max_seqlen:
+            raise ValueError(f"expected max_seqlen to be that of the longest sequence, {longest}, got {max_seqlen}")
 
 
 class _GatherRows(torch.autograd.Function):

@@ -109,7 +109,10 @@ class LearnedPosition(Position):
 
     class Config(Component):
         offset: int = Field(
-            0, ge=0, description="unused rows before position 0 (RoBERTa: 2; its table has max_position_embeddings + 2)"
+            0,
+            ge=0,
+            le=2**24,
+            description="unused rows before position 0 (RoBERTa: 2; its table has max_position_embeddings + 2)",
         )
 
     def __init__(self, config: Config, *, model: "FlexBertConfig") -> None:
@@ -135,7 +138,7 @@ class SinusoidalPosition(Position):
     """
 
     class Config(ModelComponent):
-        theta: float = Field(10000.0, gt=0, description="base of the wavelengths")
+        theta: float = Field(10000.0, ge=1, le=1e15, description="base of the wavelengths")
         learned_scale: bool = Field(False, description="learn one factor for the whole table (CrammingBERT), else 1")
 
         def check(self, model: "FlexBertConfig") -> None:

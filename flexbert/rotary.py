@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 class RotaryConfig(ModelComponent):
     """Fields of position `rope`."""
 
-    global_theta: float = Field(10000.0, gt=0, description="base of the angles in global layers (ModernBERT: 160000)")
-    local_theta: float = Field(10000.0, gt=0, description="base of the angles in local layers (ModernBERT: 10000)")
+    global_theta: float = Field(
+        10000.0, ge=1, le=1e15, description="base of the angles in global layers (ModernBERT: 160000)"
+    )
+    local_theta: float = Field(
+        10000.0, ge=1, le=1e15, description="base of the angles in local layers (ModernBERT: 10000)"
+    )
     layout: Literal["half", "interleaved"] = Field(
         "half", description="which components turn together: i and i + R/2, or 2i and 2i + 1 (NeoBERT)"
     )
@@ -31,7 +35,9 @@ class RotaryConfig(ModelComponent):
         description="for longer sequences: linear divides positions by the factor (arXiv 2306.15595), ntk turns "
         "component i by (factor * theta)^(-2i/R) / factor^(2/R) (GTE-v1.5), at every length",
     )
-    scaling_factor: float = Field(1.0, ge=1, description="context now over context in training; 1 with scaling none")
+    scaling_factor: float = Field(
+        1.0, ge=1, le=1e6, description="context now over context in training; 1 with scaling none"
+    )
 
     @model_validator(mode="after")
     def _check_factor(self) -> "RotaryConfig":
@@ -50,7 +56,7 @@ class RotaryConfig(ModelComponent):
                 f"of {model.head_dim}, and position rope needs an even size: change one of the two"
             )
         dim = model.head_dim * self.rotary_fraction
-        if dim % 2:
+        if abs(dim - round(dim / 2) * 2) > 1e-6 * dim:  # 100 * 0.14 is 14.000000000000002
             raise ValueError(
                 f"position.rotary_fraction: {self.rotary_fraction} of heads of {model.head_dim} is {dim:g}, no even "
                 f"number: try {max(2, round(dim / 2) * 2) / model.head_dim}"

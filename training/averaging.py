@@ -21,10 +21,10 @@ import flexbert
 from data.loader import tokenizer_folder
 from flexbert import FlexBertConfig, build
 from flexbert.config import without_init
-from schema import ConfigError, RunError, load_node, parse_count, validate
+from schema import ConfigError, RunError, parse_count
 from training import report
 from training.checkpoint import checkpoint_name, list_checkpoints, verify_checkpoint
-from training.config import RunConfig
+from training.config import RunConfig, read_recorded_config
 from training.phases import PhasePlan
 
 _WEIGHTS, _STATE = "model.safetensors", "state.json"
@@ -156,7 +156,7 @@ def _read(path: Path) -> _Source:
     file = path.parent.parent / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{path}: its run's {file} is missing: keep the checkpoint in its run folder")
-    run = validate(RunConfig, load_node(file), file)
+    run = read_recorded_config(file)
     try:
         state = json.loads((path / _STATE).read_text())["run"]
         step = int(state["step"])

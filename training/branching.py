@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from data.loader import Loader, tokenizer_folder
 from data.tokenizer import corpus_tokenizer
 from flexbert import FlexBertConfig, FlexBertForMaskedLM, from_hf
-from schema import ConfigError, RunError, did_you_mean, load_node, validate
+from schema import ConfigError, RunError, did_you_mean
 from training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, restore
-from training.config import RunConfig
+from training.config import RunConfig, read_recorded_config
 from training.phases import PhasePlan
 from training.shards import load_weights
 
@@ -131,7 +131,7 @@ def _read_run(config: RunConfig, folder: Path) -> Start:
     file = path.parent.parent / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"from: {path}: its run's {file} is missing: keep the checkpoint in its run folder")
-    parent = validate(RunConfig, load_node(file), file)
+    parent = read_recorded_config(file)
     plan = PhasePlan(parent)
     step = int(state["step"])
     phase = plan.at(max(step - 1, 0))

@@ -14,6 +14,7 @@ from flexbert import FlexBertConfig
 from flexbert.config import PRESETS
 from schema import ConfigError, Count, Line, Schema, did_you_mean, load_node, validate
 from training.batch_sizes import BatchSizeWarmup
+from training.imports import import_components
 from training.optim import OPTIMIZERS
 from training.origin import Origin, named_origin
 from training.parallelism import PARALLELISMS
@@ -23,8 +24,8 @@ from training.schedules import SCHEDULES
 class RopeTheta(Schema):
     """Base of the rotary angles. Absent: as the phase before; in the first phase as the model has it."""
 
-    global_layers: float | None = Field(default=None, gt=0, description="layers with global attention")
-    local_layers: float | None = Field(default=None, gt=0, description="layers with sliding-window attention")
+    global_layers: float | None = Field(default=None, ge=1, le=1e15, description="layers with global attention")
+    local_layers: float | None = Field(default=None, ge=1, le=1e15, description="layers with sliding-window attention")
 
 
 class PhaseConfig(Schema):
@@ -177,6 +178,11 @@ class RunConfig(Schema):
     """A pretraining run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="the run folder is RUNS/NAME")
+    imports: list[Line] = Field(
+        default=[],
+        description="Python files of yours, run by every process before the rest is checked, that register components; "
+        "relative to this file",
+    )
     runs: Line = Field(default="runs", description="folder of all runs")
     seed: int = Field(default=17, ge=0, description="key of every random draw")
     origin: Annotated[Origin, BeforeValidator(named_origin)] | None = Field(
@@ -318,4 +324,14 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     except ConfigError as error:
         line = str(error)
         raise ConfigError(line if line.startswith(str(path)) else f"{path}: {line}") from None
-    return validate(RunConfig, node, path)
+    return check_run(node, Path(path))
+
+
+def read_recorded_config(file: Path) -> RunConfig:
+    """The config that a run recorded in its folder. Raises ConfigError when it does not load any more."""
+    return check_run(load_node(file), file)
+
+
+def check_run(node: dict[str, Any], path: Path) -> RunConfig:
+    """Import what the node says, then check it. Raises ConfigError, one line per fault."""
+    return validate(RunConfig, import_components(node, path), path)

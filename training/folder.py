@@ -11,8 +11,8 @@ from typing import Any, TextIO
 from omegaconf import OmegaConf
 
 from durable import lock, remove_unfinished, write_file
-from schema import ConfigError, load_node, validate
-from training.config import RunConfig
+from schema import ConfigError
+from training.config import RunConfig, read_recorded_config
 
 _PACKAGES = (
     "torch",
@@ -27,6 +27,7 @@ _PACKAGES = (
 # What may differ between the start of a run and its resumption: it changes speed and logs, not the weights' history.
 _FREE = (
     "runs",
+    "imports",  # where the files lie; what they register is named, and compared, in its own place
     "trainer.microbatch_size",
     "trainer.parallelism",
     "trainer.log_interval",
@@ -74,7 +75,7 @@ class RunFolder:
         file = self.path / "config.yaml"
         if not file.exists():
             raise ConfigError(f"{self.path}: no run folder (it holds no config.yaml): give runs/NAME")
-        return validate(RunConfig, load_node(file), file)
+        return read_recorded_config(file)
 
     def check_config(self, config: RunConfig) -> None:
         """Raises ConfigError naming what differs when the folder was begun with a config that trains otherwise."""

@@ -8,16 +8,19 @@ from data.masking import IGNORE
 
 
 def fill_slots(batch: Batch) -> Batch:
-    """The batch with its empty slots (about 1 in 1,000) as one more document, of token 0, which no label asks for: so
-    all microbatches of a phase have rows x max_seq_len tokens, and its blocks compile once."""
+    """The batch with its empty slots (about 1 in 1,000) as further documents, of token 0, which no label asks for: so
+    all microbatches of a phase have rows x max_seq_len tokens, and its blocks compile once.
+
+    None of them is longer than a row: a table of positions need not reach further."""
     empty = batch["slots"] - len(batch["input_ids"])
     if not empty:
         return batch
-    bounds = batch["cu_seqlens"]
+    bounds, row = batch["cu_seqlens"], batch["slots"] // len(batch["sequences"])
+    ends = [*range(batch["slots"] - empty + row, batch["slots"], row), batch["slots"]]
     return {
         **batch,
         "input_ids": F.pad(batch["input_ids"], (0, empty)),
         "labels": F.pad(batch["labels"], (0, empty), value=IGNORE),
-        "cu_seqlens": torch.cat((bounds, bounds.new_full((1,), batch["slots"]))),
-        "max_seqlen": max(batch["max_seqlen"], empty),
+        "cu_seqlens": torch.cat((bounds, bounds.new_tensor(ends))),
+        "max_seqlen": max(batch["max_seqlen"], min(empty, row)),
     }

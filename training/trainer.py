@@ -30,6 +30,7 @@ from data.workers import worker_death
 from durable import write_file
 from flexbert import build
 from flexbert.config import without_init
+from flexbert.hf import check_exportable
 from schema import ConfigError, RunError
 from training import report, signals
 from training.allocator import keep_freed_memory
@@ -48,6 +49,8 @@ from training.parallelism import PARALLELISMS, Parallelism
 from training.phases import PhasePlan
 from training.saving import Saver
 from training.shards import cut_like, reshard, whole_model
+
+log = logging.getLogger(__name__)
 
 
 class Run:
@@ -360,6 +363,12 @@ class Run:
     def _write_export(self, step: int, path: Path, evaluation: str, note: str | None) -> None:
         if from_rank_0(path.exists()):
             return
+        try:
+            check_exportable(self.config.model)
+        except ConfigError as error:  # a component of `imports`; the checkpoint has the weights
+            if self.rank == 0:
+                log.warning("no export of step %d: %s", step, error)
+            return
         model = whole_model(self.model, self.rank == 0)
         if model is not None:
             facts = self.metrics.evaluation_at(step, evaluation)
@@ -393,7 +402,7 @@ class Run:
             "stream_tokens": stream_tokens,
             "streams": self.ledger.totals(),
             "steps": step,
-            "export": str(self.export_path(step)),
+            "export": str(self.export_path(step)) if self.export_path(step).exists() else None,
             "seconds": self.seconds,
             "train_seconds": self.metrics.train_seconds,
         }

@@ -1,13 +1,34 @@
 """Counts against built models, a hand calculation, and tensors that autograd really keeps."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
-from flexbert import FlexBertConfig, build
+from flexbert import FlexBertConfig, build, register
 from flexbert.accounting import _keys, batch_flops, count_parameters, flops_per_token, memory_estimate
+from flexbert.heads import Head
 from flexbert.peaks import peak_flops
+from schema import Component
 from tests.flexbert.conftest import batch_of, tiny
+
+
+@register("head", "test_parameter")
+class ParameterDecoder(Head):
+    class Config(Component):
+        pass
+
+    def __init__(self, config: Config, *, model: FlexBertConfig) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(model.vocab_size, model.hidden_size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+    def decoder(self, embeddings: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.table, None
 
 
 def test_parameters_are_counted_exactly() -> None:
@@ -32,6 +53,23 @@ def test_flops_of_base_by_hand() -> None:
     head = 0.3 * 2 * (768 * 768 + 768 * 50368)
     assert flops_per_token(config, 1024, 0.3) == pytest.approx(3 * (2 * matrices + attention + head))
     assert flops_per_token(config, 8192, 0.3) > flops_per_token(config, 1024, 0.3)
+
+
+def test_flops_of_a_decoder_are_those_of_the_head_that_has_it() -> None:
+    """Tied, of its own, of another width, or a plain parameter."""
+    import tests.flexbert.test_registry  # noqa: F401  registers test_narrow
+
+    def head_weights(head: Any) -> float:
+        config = tiny(head=head)
+        plain = flops_per_token(config, 100, 0.0)
+        return (flops_per_token(config, 100, 0.5) - plain) / (3 * 2 * 0.5)
+
+    tied = 48 * 48 + 97 * 48
+    assert head_weights("mlm") == pytest.approx(tied)
+    assert head_weights({"name": "mlm", "tied": False}) == pytest.approx(tied)
+    assert head_weights({"name": "mlm", "transform": False}) == pytest.approx(97 * 48)
+    assert head_weights({"name": "test_narrow", "width": 8}) == pytest.approx(8 * 48 + 97 * 8)
+    assert head_weights("test_parameter") == pytest.approx(97 * 48)
 
 
 def test_devices_are_told_apart() -> None:

@@ -276,6 +276,58 @@ def test_depth_scaled_weights_shrink_with_width_and_depth() -> None:
         assert abs(parameter.std().item() / expected - 1) < 5 / math.sqrt(2 * parameter.numel()), name
 
 
+def test_megatrons_decoder_of_its_own_starts_with_the_width() -> None:
+    """architectures.md, sec. 3: untied decoder H^-0.5; everything else has the plain std, outputs less."""
+    init = {"name": "full_megatron", "std": 0.02}
+    model = build(tiny(hidden_size=192, num_attention_heads=3, init=init, head={"name": "mlm", "tied": False}))
+    cut = 0.8796  # a normal cut at two deviations
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            continue
+        expected = 0.02 / math.sqrt(8) if name.endswith("Wo.weight") else 0.02
+        expected = cut * (192**-0.5 if name == "head.output.weight" else expected)
+        assert abs(parameter.std().item() / expected - 1) < 5 / math.sqrt(2 * parameter.numel()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"position": {"name": "sinusoidal", "learned_scale": True}, "head": {"name": "mlm", "transform": False}},
+        {"position": "sinusoidal", "norm": {"name": "layernorm", "eps": 1e-6, "bias": True}},
+        {"position": "sinusoidal", "embedding": {"name": "tokens", "norm": False, "scaled": True}, "block": "postnorm"},
+        {"position": "learned", "embedding": {"name": "tokens", "token_types": 2}},
+        {"position": "alibi"},
+    ],
+    ids=["cramming", "sinusoidal", "scaled", "learned", "alibi"],
+)  # fmt: skip
+def test_models_of_other_dtypes_train(changes: dict[str, Any], dtype: torch.dtype) -> None:
+    """Whole models in one dtype, without autocast: the residual stream has it from the embedding on."""
+    reference = build(tiny(**changes, init={"name": "default", "std": 0.05}))
+    model = build(tiny(**changes, init={"name": "default", "std": 0.05})).to(dtype)
+    batch = batch_of((5, 70))
+    output, expected = model(*batch), reference(*batch)
+    assert output.hidden_states.dtype == dtype
+    assert output.loss is not None
+    torch.testing.assert_close(output.loss.float(), expected.loss.float(), atol=0.02, rtol=0)  # measured 0.004
+    output.loss.backward()
+    for name, gradient in gradients(model).items():
+        assert gradient.dtype == dtype, name
+        assert gradient.isfinite().all(), name
+
+
+def test_token_types_of_another_shape_are_refused() -> None:
+    model = build(tiny(embedding={"name": "tokens", "token_types": 2}))
+    batch = batch_of((5, 1))
+    for shape in ((1,), (7,), (6, 1), ()):
+        with pytest.raises(ValueError, match=r"expected token_type_ids \(6,\), got"):
+            model(*batch[:3], token_type_ids=torch.zeros(shape, dtype=torch.int64))
+    ids = torch.zeros(2, 10, dtype=torch.int64)
+    for shape in ((4, 10), (2, 11), (10,), (20,)):
+        with pytest.raises(ValueError, match=r"expected token_type_ids \(2, 10\), got"):
+            model.encode(ids, torch.ones_like(ids), torch.zeros(shape, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("task", ["classification", "tokens"])
 def test_classifiers_equal_those_of_transformers(task: Any) -> None:
     reference_class: Any = {"classification": BertForSequenceClassification, "tokens": BertForTokenClassification}[task]

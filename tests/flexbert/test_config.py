@@ -11,7 +11,7 @@ from flexbert import FlexBertConfig, build
 from flexbert.config import PRESETS
 from flexbert.registry import SLOTS
 from schema import ConfigError
-from tests.flexbert.conftest import TINY, tiny
+from tests.flexbert.conftest import TINY, batch_of, tiny
 
 
 @pytest.mark.parametrize("preset", sorted(file.stem for file in PRESETS.glob("*.yaml")))
@@ -61,7 +61,43 @@ def test_a_slot_takes_a_name_or_a_mapping() -> None:
             "backend: should be 'auto', 'eager', 'sdpa', 'tiled', 'flash2', 'flash3' or 'flex', got 'flash'",
         ),
         ({"attention": {"out_dropout": 1.0}}, "attention.out_dropout: should be less than 1, got 1.0"),
-        ({"position": {"global_theta": 0.0}}, "position.global_theta: should be greater than 0, got 0.0"),
+        ({"position": {"global_theta": 0.0}}, "position.global_theta: should be greater than or equal to 1, got 0.0"),
+        (
+            {"position": {"local_theta": 1e-300}},
+            "position.local_theta: should be greater than or equal to 1, got 1e-300",
+        ),
+        ({"position": {"name": "sinusoidal", "theta": 1e-300}}, "position.theta: should be greater than or equal to 1"),
+        (
+            {"position": {"name": "learned", "offset": 10**15}},
+            "position.offset: should be less than or equal to 16777216",
+        ),
+        (
+            {"embedding": {"name": "tokens", "token_types": 10**15}},
+            "token_types: should be less than or equal to 65536",
+        ),
+        (
+            {"init": {"name": "full_megatron", "cutoff_factor": 1e300}},
+            "cutoff_factor: should be less than or equal to 100",
+        ),
+        ({"init": {"name": "normal", "std": 1e300}}, "init.std: should be less than or equal to 100"),
+        ({"norm": {"name": "rmsnorm", "eps": 1e300}}, "norm.eps: should be less than or equal to 1"),
+        ({"initial_layers": {"count": 5}}, "initial_layers.count: 5 is more than num_hidden_layers 4: at most that"),
+        (
+            {
+                "block": "postnorm",
+                "embedding": {"norm": False, "name": "tokens"},
+                "initial_layers": {"block": "prenorm"},
+            },
+            "initial_layers: block.skip_first_attention_norm: leaves layer 0 without any norm",
+        ),
+        (
+            {"position": {"rotary_fraction": 0.05}},
+            "position.rotary_fraction: 0.05 of heads of 16 is 0.8, no even number",
+        ),
+        (
+            {"position": {"rotary_fraction": 0.1875}},
+            "position.rotary_fraction: 0.1875 of heads of 16 is 3, no even number",
+        ),
         ({"mask_token_id": 97}, "mask_token_id: 97 is outside the vocabulary of 97: null takes the tokenizer's"),
         (
             {"embedding": {"name": "tokens", "norm": False}},
@@ -76,6 +112,26 @@ def test_errors_say_what_and_how(changes: dict[str, Any], message: str) -> None:
         tiny(**changes)
     assert message in str(caught.value)
     assert str(caught.value).startswith("model: ")
+
+
+def test_a_rule_holds_where_its_component_is_used() -> None:
+    without_norm = {"embedding": {"name": "tokens", "norm": False}}
+    model = build(tiny(**without_norm, initial_layers={"count": 1, "block": "postnorm"}))
+    batch = batch_of((5, 70))
+    assert model(*batch[:3]).logits.isfinite().all()
+    # No layer has the model's own attention: its groups need not divide
+    attention = {"name": "multihead", "num_key_value_heads": 2}
+    build(tiny(attention=attention, initial_layers={"count": 4, "attention": "multihead"}))
+    with pytest.raises(ConfigError, match="model: attention.num_key_value_heads: 2 does not divide"):
+        tiny(attention=attention, initial_layers={"count": 3, "attention": "multihead"})
+
+
+@pytest.mark.parametrize(("heads", "fraction", "dim"), [(1, 0.14, 14), (1, 0.58, 58), (5, 0.7, 14), (2, 1.0, 50)])
+def test_rotary_fractions_that_no_binary_number_is_are_accepted(heads: int, fraction: float, dim: int) -> None:
+    position = {"name": "rope", "rotary_fraction": fraction}
+    config = tiny(hidden_size=100, num_attention_heads=heads, num_hidden_layers=1, position=position)
+    assert config.position.rotary_dim(100 // heads) == dim
+    build(config)(*batch_of((5, 9)))
 
 
 def test_a_missing_field_is_named() -> None:

@@ -8,14 +8,33 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
+from torch import Tensor
 
-from flexbert import FlexBertConfig, FlexBertForMaskedLM, build, to_hf
+from flexbert import FlexBertConfig, FlexBertForMaskedLM, build, register, to_hf
 from flexbert.growing import Grow, grow, layer_of, tiled_axis
-from schema import ConfigError
+from flexbert.heads import Head
+from schema import Component, ConfigError
 from tests.flexbert.conftest import ODD_LENGTHS, Batch, batch_of, tiny
 from tests.flexbert.test_components import SANDWICH
 from tests.flexbert.test_hf_export import BERT, tokenizer_of
 from tests.flexbert.test_hf_remote import SINUSOIDAL, scrambled
+
+
+@register("head", "test_tied")
+class TiedHead(Head):
+    """Nothing but the token table."""
+
+    class Config(Component):
+        pass
+
+    def __init__(self, config: Config, *, model: FlexBertConfig) -> None:
+        super().__init__()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+    def decoder(self, embeddings: Tensor) -> tuple[Tensor, Tensor | None]:
+        return embeddings, None
 
 
 def config_of(**fields: Any) -> Grow.Config:
@@ -217,6 +236,79 @@ def test_what_cannot_grow_is_refused(tmp_path: Path, changes: dict[str, Any], me
         build(tiny(init={"name": "grow", "from": str(source)}, **changes))
     assert str(caught.value).startswith(f"init.from: {source}: ")
     assert message in str(caught.value)
+
+
+def checkpoint_file(name: str, text: str | None) -> Any:
+    """Writes a file of a checkpoint anew, or takes it away (None)."""
+
+    def damage(source: Path) -> None:
+        file = source / name
+        file.unlink() if text is None else file.write_text(text)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (checkpoint_file("manifest.json", "{"), "{source}/manifest.json: damaged: take another checkpoint"),
+        (checkpoint_file("manifest.json", "{}"), "{source}/manifest.json: damaged: take another checkpoint"),
+        (checkpoint_file("manifest.json", "[]"), "{source}/manifest.json: damaged: take another checkpoint"),
+        (checkpoint_file("manifest.json", '{"files": 1}'), "{source}/manifest.json: damaged: take another checkpoint"),
+        (checkpoint_file("model.safetensors", None), "{source}/model.safetensors: cannot be read: [Errno 2] No such"),
+        (checkpoint_file("../../config.yaml", None), "{run}/config.yaml: no such file"),
+        (
+            checkpoint_file("../../config.yaml", "a: 1"),
+            "{run}/config.yaml: model: is missing: expected the config.yaml",
+        ),
+        (checkpoint_file("../../config.yaml", "model: 7"), "{run}/config.yaml: model: "),
+        (checkpoint_file("config.json", "{"), "{source}: config.json: cannot be read: "),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_damaged_sources_are_said_in_one_line(tmp_path: Path, damage: Any, message: str) -> None:
+    source = checkpoint_of(build(tiny()), tmp_path / "small")
+    damage(source)
+    with pytest.raises(ConfigError) as caught:
+        build(tiny(init={"name": "grow", "from": str(source)}))
+    assert str(caught.value).startswith(f"init.from: {message.format(source=source, run=tmp_path / 'small')}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b"], ids=["long", "null"])
+def test_names_that_no_file_can_have_are_said_in_one_line(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^init\.from: a"):
+        build(tiny(init={"name": "grow", "from": name}))
+
+
+def test_a_source_whose_weights_are_not_its_configs_is_refused(tmp_path: Path) -> None:
+    source = checkpoint_of(build(tiny()), tmp_path / "small")
+    file = tmp_path / "small" / "config.yaml"
+    for changes, message in (
+        ({"intermediate_size": 41}, "has another shape"),
+        ({"num_hidden_layers": 5}, "is missing"),
+    ):
+        OmegaConf.save({"model": tiny(**changes).model_dump(mode="json")}, file)
+        with pytest.raises(
+            ConfigError, match=rf"^init\.from: {source}: encoder\.layers\..*: {message} there, by the config"
+        ):
+            build(tiny(init={"name": "grow", "from": str(source)}))
+
+
+@pytest.mark.parametrize("head", ["test_narrow", "test_parameter", "test_tied"])
+def test_heads_from_outside_grow(head: str) -> None:
+    """Whether the token table is the decoder is the head's to say; it has no field `tied`."""
+    import tests.flexbert.test_accounting
+    import tests.flexbert.test_registry  # noqa: F401  they register the first two
+
+    small = scrambled(build(tiny(head=head)))
+    large = grown(small, {}, hidden_size=96, num_attention_heads=6, intermediate_size=80)
+    if head == "test_parameter":
+        return  # a bare parameter is no linear map, and so not rescaled
+    batch = batch_of(ODD_LENGTHS)
+    with torch.no_grad():
+        expected, ours = small(*batch[:3]).logits, large(*batch[:3]).logits
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
 
 
 def test_sources_that_are_none_are_refused(tmp_path: Path) -> None:

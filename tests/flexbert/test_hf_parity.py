@@ -164,6 +164,15 @@ def test_encode_equals_transformers_hidden_states(model_type: str, task: Any) ->
     theirs = reference.base_model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
     torch.testing.assert_close(ours[mask], theirs[mask], atol=TOLERANCE, rtol=0)
     assert not ours[~mask].any()
+    weights = torch.randn(3, 90, 48, generator=torch.Generator().manual_seed(2)) / mask.sum()  # a mean over tokens
+    (ours * weights)[mask].sum().backward()
+    (theirs * weights)[mask].sum().backward()
+    for name, parameter in (model.encoder if task == "mlm" else model).named_parameters():
+        names = hf_names(MAPPINGS[model_type], f"encoder.{name}")
+        expected = torch.cat([reference.get_parameter(part).grad for part in names])
+        torch.testing.assert_close(
+            parameter.grad, expected, atol=GRADIENT_TOLERANCE, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 RELEASED = [

@@ -183,7 +183,7 @@ def test_rope_theta_can_be_changed_and_is_carried_by_the_config() -> None:
     assert len({float(loss) for loss in (before, between, other(*batch).loss)}) == 3
     assert model.config == other.config
     assert model.state_dict().keys() == build(tiny()).state_dict().keys()
-    with pytest.raises(ConfigError, match=r"position\.local_theta: should be greater than 0, got -1"):
+    with pytest.raises(ConfigError, match=r"position\.local_theta: should be greater than or equal to 1, got -1"):
         model.set_rope_theta(local_theta=-1.0)
 
 

@@ -13,7 +13,7 @@ from tests.flexbert.conftest import ODD_LENGTHS, Batch, batch_of, gradients, tin
 TOLERANCE = 1e-5
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "tiled"])
 @pytest.mark.parametrize("changed", range(len(ODD_LENGTHS)))
 def test_changing_one_document_changes_no_bit_of_the_others(backend: Any, changed: int) -> None:
     model = build(tiny(attention={"backend": backend})).eval()
@@ -28,7 +28,7 @@ def test_changing_one_document_changes_no_bit_of_the_others(backend: Any, change
     assert same == [number != changed for number in range(len(ODD_LENGTHS))]
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "tiled"])
 def test_a_documents_loss_has_no_gradient_at_its_neighbours(backend: Any) -> None:
     model = build(tiny(attention={"backend": backend}))
     batch = batch_of((30, 70, 20))
@@ -43,7 +43,7 @@ def test_a_documents_loss_has_no_gradient_at_its_neighbours(backend: Any) -> Non
     assert not rows[100:].any()
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "tiled"])
 def test_packed_is_padded_is_one_by_one(backend: Any) -> None:
     model = build(tiny(attention={"backend": backend})).eval()
     batch = batch_of(ODD_LENGTHS)
@@ -118,9 +118,20 @@ def test_row_moves_have_the_gradients_of_indexing() -> None:
 def test_malformed_batches_are_refused(ids: torch.Tensor, bounds: list[int], message: str) -> None:
     encoder = build(tiny(num_hidden_layers=1)).encoder
     with pytest.raises(ValueError, match=message):
-        encoder(ids, torch.tensor(bounds, dtype=torch.int32), 3)
+        encoder(ids, torch.tensor(bounds, dtype=torch.int32), 4)
     with pytest.raises(ValueError, match=r"int32, got \(2,\) torch.int64"):
         encoder(torch.zeros(3, dtype=torch.int64), torch.tensor([0, 3]), 3)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "tiled"])
+def test_a_sequence_longer_than_said_is_refused(backend: Any) -> None:
+    """Windows are left out, and tables cut short, by max_seqlen: too small a one would give other numbers in silence."""
+    encoder = build(tiny(num_hidden_layers=2, attention={"backend": backend})).encoder
+    batch = batch_of((3, 100, 0, 7))
+    with pytest.raises(ValueError, match="max_seqlen to be that of the longest sequence, 100, got 99"):
+        encoder(*batch[:2], 99)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(*batch[:2], 200), encoder(*batch[:3]), atol=TOLERANCE, rtol=0)
 
 
 def test_gradients_of_two_identical_runs_have_the_same_bits() -> None:

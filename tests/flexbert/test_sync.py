@@ -2,6 +2,7 @@
 
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,15 +22,36 @@ MODEL = {
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> Tensor:
-    return q + k + v
+    groups = q.shape[1] // k.shape[1]
+    return q + k.repeat_interleave(groups, 1) + v.repeat_interleave(groups, 1)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "rope": {},
+    "alibi": {"position": "alibi"},
+    "learned": {"position": "learned", "embedding": {"name": "tokens", "token_types": 2}},
+    "sinusoidal": {"position": {"name": "sinusoidal", "learned_scale": True}},
+    "shared heads": {"attention": {**MODEL["attention"], "num_key_value_heads": 1, "qk_norm": "rmsnorm"}},
+    "loss": {"loss": {"name": "cross_entropy", "z_loss": 0.1, "label_smoothing": 0.1}},
+}
+TASKS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "first token": ("classification", {"name": "classification", "pooling": "cls"}),
+    "mean": ("classification", {"name": "classification", "pooling": "mean", "norm": True}),
+    "tokens": ("tokens", {"name": "tokens"}),
+}
 
 
 @pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> FlexBertForMaskedLM:
+def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that itself waits for nothing."""
     module: Any = types.ModuleType("flash_attn")
     module.flash_attn_varlen_func = _flash
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     monkeypatch.setattr(kernels_gpu, "why_not", lambda *_: "")
+
+
+@pytest.fixture
+def model(flash_attn: None) -> FlexBertForMaskedLM:
     return build(tiny(**MODEL))
 
 
@@ -49,32 +71,54 @@ class _Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _waits(model: FlexBertForMaskedLM, num_masked: int | None) -> list[str]:
-    """Those of a forward and backward, less the checks of a batch's values, which are made on the CPU only."""
-    ids, cu_seqlens, max_seqlen, _ = batch_of((40, 1, 23), vocab_size=model.config.vocab_size)
-    labels = torch.where(torch.arange(64) % 3 == 0, ids, -100)
+def _waits(forward: Callable[..., Tensor]) -> list[str]:
+    """Those of a forward, which gives a loss, and backward, less the checks of a batch's values, which are made on the
+    CPU only."""
+    ids, cu_seqlens, max_seqlen, _ = batch_of((40, 1, 23))
     with _Waits() as checks:
-        check_packed(ids, cu_seqlens)
+        check_packed(ids, cu_seqlens, max_seqlen)
     with _Waits() as step:
-        loss = model(ids, cu_seqlens, max_seqlen, labels=labels, num_masked=num_masked).loss
-        assert loss is not None
-        loss.backward()
+        forward(ids, cu_seqlens, max_seqlen).backward()
     assert step.found[: len(checks.found)] == checks.found
     return step.found[len(checks.found) :]
 
 
-def test_a_training_step_never_waits_for_the_device(model: FlexBertForMaskedLM) -> None:
-    assert _waits(model, 22) == []
-    assert _waits(model, None) == ["nonzero"]
+LABELS = torch.where(torch.arange(64) % 3 == 0, torch.arange(64), -100)
 
 
-def test_the_encoder_reads_no_value_of_a_tensor(model: FlexBertForMaskedLM) -> None:
+@pytest.mark.usefixtures("flash_attn")
+@pytest.mark.parametrize("case", CASES)
+def test_a_training_step_never_waits_for_the_device(case: str) -> None:
+    model = build(tiny(**{**MODEL, **CASES[case]}))
+    types = torch.arange(64) % 2 if case == "learned" else None
+
+    def step(num_masked: int | None) -> list[str]:
+        return _waits(lambda *batch: model(*batch, labels=LABELS, token_type_ids=types, num_masked=num_masked).loss)
+
+    assert step(22) == []
+    assert step(None) == ["nonzero"]
+
+
+@pytest.mark.usefixtures("flash_attn")
+@pytest.mark.parametrize("case", TASKS)
+def test_fine_tuning_never_waits_for_the_device(case: str) -> None:
+    task, head = TASKS[case]
+    model: Any = build(tiny(**MODEL, head=head), task)
+    labels = torch.tensor([0, 1, -100]) if task == "classification" else torch.where(LABELS >= 0, 1, -100)
+    assert _waits(lambda *batch: model(*batch, labels=labels).loss) == []
+
+
+@pytest.mark.usefixtures("flash_attn")
+@pytest.mark.parametrize("case", [*CASES, *TASKS])
+def test_a_model_reads_no_value_of_a_tensor(case: str) -> None:
     """On the meta device tensors have no values: .item(), .tolist(), .cpu() and the like are errors there."""
-    encoder = model.encoder.to("meta")
+    task, head = TASKS.get(case, ("encoder", {"name": "mlm"}))
+    model: Any = build(tiny(**{**MODEL, **CASES.get(case, {}), "head": head}), task).to("meta")
     ids = torch.zeros(64, dtype=torch.int64, device="meta")
     cu_seqlens = torch.zeros(4, dtype=torch.int32, device="meta")
-    encoder(ids, cu_seqlens, 40).sum().backward()
-    assert all(parameter.grad is not None for parameter in encoder.parameters())
+    out = model(ids, cu_seqlens, 40)
+    (out if task == "encoder" else out.logits).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
     with pytest.raises((RuntimeError, NotImplementedError)):
         unpad(ids[None], ids[None])  # this one waits, and says so
 

@@ -1,0 +1,77 @@
+"""What is never made whole, and what is made once."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flexbert import build, losses, rotary
+from flexbert.losses import masked_cross_entropy, masked_evaluation
+from tests.flexbert.conftest import batch_of, tiny
+
+CHUNK = 2**13
+MASKED, VOCAB, WIDTH = 600, 500, 8
+
+
+class _Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.untyped_storage().nbytes() // 4 for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return result
+
+
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.1, "label_smoothing": 0.1}], ids=["plain", "both"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_never_exist_whole(options: dict[str, Any], tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", {"cpu": CHUNK})
+    hidden_states = torch.randn(MASKED, WIDTH, requires_grad=True)
+    weight, bias = torch.randn(VOCAB, WIDTH, requires_grad=True), torch.zeros(VOCAB, requires_grad=True)
+    targets = torch.randint(0, VOCAB, (MASKED,))
+    with _Largest() as loss:
+        masked_cross_entropy(hidden_states, weight, bias, targets, **options).backward()
+    with _Largest() as evaluation:
+        masked_evaluation(hidden_states, weight, bias, targets)
+    config = tiny(vocab_size=VOCAB, num_hidden_layers=1, head={"name": "mlm", "tied": tied})
+    model, batch = build(config), batch_of((50, 70), vocab_size=VOCAB, masked=1.0)
+    with _Largest() as step:
+        model(*batch).loss.backward()
+    # A chunk may round up to one more row; tables and gradients of weights are smaller than the logits too
+    largest = max(CHUNK + VOCAB, VOCAB * WIDTH)
+    assert 0.5 * CHUNK < loss.elements <= largest < MASKED * VOCAB / 30
+    assert 0.5 * CHUNK < evaluation.elements <= largest
+    assert step.elements <= max(CHUNK + VOCAB, VOCAB * 48) < 120 * VOCAB
+    with _Largest() as whole:
+        model(*batch[:3])
+    assert whole.elements >= 120 * VOCAB, "without labels the logits are the result: the measure works"
+
+
+def test_tables_of_angles_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[float, int]] = []
+    real = rotary._angle_table
+
+    def counted(config: Any, theta: float, head_dim: int, positions: int, device: torch.device) -> Tensor:
+        made.append((theta, positions))
+        return real(config, theta, head_dim, positions, device)
+
+    monkeypatch.setattr(rotary, "_angle_table", counted)
+    model = build(tiny(num_hidden_layers=4, max_position_embeddings=1024))
+    for lengths in ((5, 100), (512,), (3, 3)):
+        model(*batch_of(lengths)).loss.backward()
+    assert made == [(5000.0, 512), (100.0, 512)], "one table for all global layers, one for all local ones"
+    for lengths in ((600,), (5, 512)):
+        model(*batch_of(lengths))
+    assert made[2:] == [(5000.0, 600), (100.0, 600)], "a longer one when a longer sequence comes"
+    model.set_rope_theta(global_theta=100.0)
+    for lengths in ((600,), (5,)):
+        model(*batch_of(lengths))
+    assert made[4:] == [(100.0, 600)], "one theta, one table"
