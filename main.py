@@ -8,15 +8,35 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 # OpenMP threads that wait by spinning take the cores from the loader and from other jobs: on two busy cores a demo step
 # took 2.6 times as long (2026-11-23). Read once, when torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+
+class OneLineUsage(TyperGroup):
+    """Says what is wrong with the command line in one line on stderr, like everything else that is wrong: typer's box
+    of six lines hides it from scripts and logs."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        try:
+            code = super().main(*args, **options, standalone_mode=False)
+        except typer.TyperException as error:
+            # What a command without arguments prints is its help; the message holds nothing then.
+            if message := " ".join(error.format_message().split()):
+                print(f"error: {message}", file=sys.stderr, flush=True)
+            sys.exit(error.exit_code)
+        except typer.Abort:
+            sys.exit(1)
+        sys.exit(code)
+
+
 app = typer.Typer(
+    cls=OneLineUsage,
     help="Pretrain BERT-family encoders from YAML.",
     no_args_is_help=True,
     add_completion=False,

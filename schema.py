@@ -209,6 +209,7 @@ def load_node(
         for key, value in sorted(values, key=lambda pair: pair[0].count(".")):
             if expand is not None and "." in key:
                 node = expand(node)
+            _check_entries(path, node, key)
             OmegaConf.update(node, key, value, force_add=True)
         if expand is not None:
             node = expand(node)
@@ -283,6 +284,22 @@ def _read_yaml(path: Path, parents: tuple[Path, ...]) -> Any:
         raise ConfigError(f"{path}: defaults: expected a file or a list of files, got {defaults!r}")
     bases = [_read_yaml(path.parent / base, (*parents, path.resolve())) for base in defaults]
     return OmegaConf.merge(*bases, node)
+
+
+def _check_entries(path: str | Path, node: Any, key: str) -> None:
+    """Raise ConfigError, with the entries that there are, where an override's key names none of a list's."""
+    from omegaconf import DictConfig, ListConfig
+
+    parts = re.findall(r"[^.\[\]]+", key)
+    for number, part in enumerate(parts):
+        if isinstance(node, ListConfig):
+            if not re.fullmatch(r"-?[0-9]+", part) or not -len(node) <= int(part) < len(node):
+                entries = f"only 0 to {len(node) - 1}" if len(node) else "it is empty"
+                where = ".".join(parts[:number])
+                raise ConfigError(f"{path}: {key}: {where} has no entry {part}, {entries}")
+            node = node[int(part)]
+        else:
+            node = node.get(part) if isinstance(node, DictConfig) else None
 
 
 def _parse_override(override: str) -> tuple[str, Any]:

@@ -1,5 +1,6 @@
 """Steps that must not be applied: a loss or gradient that is not finite, batches that a loss spike was traced to."""
 
+import inspect
 import math
 import statistics
 from collections.abc import Callable
@@ -73,6 +74,10 @@ class StepGuard(Callback):
     step. Otherwise parameters and optimizer state stay as they are. A step to be skipped runs neither forward nor
     backward; it still counts as a step, so that the step number keeps deciding everything else.
 
+    A step is applied once, however often Composer repeats its batch. With microbatches found by themselves it does so
+    where memory ran out, which is before the update; and where memory had to be freed in two batches in a row, which it
+    sees after the update. Then there is nothing left to do: the next batch comes in smaller microbatches.
+
     | logged | unit | event |
     |---|---|---|
     | nothing; `bad_steps`, so far, is in the lines of metrics.jsonl | | |
@@ -92,7 +97,12 @@ class StepGuard(Callback):
         self.spike: Spike | None = None  # of the step just finished
         self._in_a_row = 0
         self._applied = True
+        self._loss: float | None = None  # of the step under way, once it is done with
+        self._batch: Any = None
         self._wrapped = False
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self._loss, self._batch = None, state.batch
 
     def fit_start(self, state: State, logger: Logger) -> None:
         (optimizer,) = state.optimizers
@@ -101,17 +111,23 @@ class StepGuard(Callback):
         self._wrapped, apply = True, optimizer.step
 
         def step(closure: Callable[[], float]) -> float:
+            if self._loss is not None:
+                # Composer logs this, and tells the callbacks; a closure that does not run leaves zero there.
+                inspect.signature(closure).parameters["loss_dict"].default[_LOSS].fill_(self._loss)
+                return self._loss
             number = state.timestamp.batch.value + 1
             if any(number in steps for steps in self.skipped):
-                self._applied = False
+                self._applied, self._loss = False, 0.0
                 return 0.0
+            state.batch = self._batch  # out of memory, Composer leaves a microbatch there
             loss = closure()
             self._applied = not on_any_rank(_not_finite(loss, optimizer))
             if self._applied:
                 self._in_a_row = 0
-                apply()
+                self._apply(number, apply)
             else:
                 self._count_bad(number, state)
+            self._loss = loss
             return loss
 
         optimizer.step = step  # pyright: ignore[reportAttributeAccessIssue]
@@ -133,6 +149,17 @@ class StepGuard(Callback):
         self.bad_steps, self._in_a_row = state["bad_steps"], state["in_a_row"]
         if self.detector is not None:
             self.detector.load_state_dict(state["detector"] or SpikeDetector(1.0, 2).state_dict())
+
+    def _apply(self, number: int, apply: Callable[[], Any]) -> None:
+        try:
+            apply()
+        except torch.OutOfMemoryError as error:
+            # Half of the weights may be updated: a repeated batch would update them twice. And what is in memory now
+            # does not depend on the microbatch.
+            raise RunError(
+                f"step {number}: no memory for the optimizer's update, whatever trainer.microbatch_size is: shard it "
+                "with trainer.parallelism=fsdp2, or take a smaller model"
+            ) from error
 
     def _count_bad(self, number: int, state: State) -> None:
         self.bad_steps += 1

@@ -51,6 +51,8 @@ def test_help_lists_the_commands_without_heavy_imports() -> None:
         (["train", "configs/demmo.yaml"], ["configs/demmo.yaml: no such file", "did you mean 'configs/demo.yaml'?"]),
         (["train", "configs/demo.yaml", "data.streams.stdlib-code.path=datasets/nope"], ["data.streams.stdlib-code.path: ", "datasets/nope", "prepare"]),
         (["train", "configs/demo.yaml", "--dry-run", "data.streams.stdlib-code.path=datasets/nope"], ["data.streams.stdlib-code.path: "]),
+        (["train", "configs/demo.yaml", "phases.9.lr=3"], ["configs/demo.yaml: phases.9.lr: phases has no entry 9, only 0 to 2"]),
+        (["train", "configs/demo.yaml", "phases.decay.lr=3"], ["configs/demo.yaml: phases.decay.lr: phases has no entry decay, only 0 to 2"]),
         (["prepare", "configs/nothing.yaml"], ["configs/nothing.yaml: no such file"]),
         (["inspect", "configs"], ["configs"]),
     ],
@@ -66,9 +68,25 @@ def test_wrong_input_exits_2_with_one_line(arguments: list[str], words: list[str
     assert list(tmp_path.iterdir()) == []  # a wrong config never starts
 
 
-def test_unknown_command_and_option_exit_2() -> None:
-    assert run("trian").returncode == 2
-    assert run("train", "configs/demo.yaml", "--dryrun").returncode == 2
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], ["'trian'", "'train'"]),
+        (["train"], ["CONFIG"]),
+        (["train", "configs/demo.yaml", "--dryrun"], ["--dryrun", "--dry-run"]),
+        (["launch", "slurm", "configs/demo.yaml", "--nodes", "0"], ["--nodes", "greater than or equal to 1"]),
+        (["average", "runs/x", "--output", "y", "--last", "x"], ["--last", "valid integer"]),
+        (["average", "runs/x"], ["--output"]),
+    ],
+)
+def test_wrong_usage_exits_2_with_one_line(arguments: list[str], words: list[str]) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
 
 
 def test_missing_stream_names_the_key(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def newest_checkpoint(folder: Path, accept: Callable[[dict[str, Any]], bool] = l
         elif checkpoint is not None and accept(checkpoint.state):
             return checkpoint
     if paths:
-        raise RunError(f"{folder}: none of the {len(paths)} checkpoints is whole: remove the folder to start over")
+        raise RunError(f"{folder}: none of the {len(paths)} checkpoints is whole: remove {folder.parent} to start over")
     return None
 
 

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from durable import lock, remove_unfinished, write_file
 from schema import ConfigError
+from training.checkpoint import list_checkpoints
 from training.config import RunConfig, read_recorded_config
 
 _PACKAGES = (
@@ -48,15 +49,18 @@ _FREE = (
     "data.download_retries",
     "data.download_timeout",
 )
+# What others read of a summary.
+_SUMMARY = {"steps", "tokens", "tokens_per_second", "packing_efficiency", "validation", "stream_tokens", "export"}
 
 
 class RunFolder:
-    """runs/NAME: config.yaml, environment.json, metrics.jsonl, ledger.jsonl, checkpoints/, exports/, tensorboard/,
-    summary.json, curves.png, and of a branch origin.json."""
+    """runs/NAME: config.yaml, environment.json, metrics.jsonl, ledger.jsonl, checkpoints/, first_checkpoint.json,
+    exports/, tensorboard/, summary.json, curves.png, and of a branch origin.json."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.first_checkpoint = path / "first_checkpoint.json"
         self.exports = path / "exports"
         self.metrics = path / "metrics.jsonl"
         self.ledger = path / "ledger.jsonl"
@@ -67,8 +71,39 @@ class RunFolder:
         self._lock: TextIO | None = None
 
     def finished(self) -> dict[str, Any] | None:
-        """The summary of a finished run, else None."""
-        return json.loads(self.summary.read_text()) if self.summary.exists() else None
+        """The summary of a finished run, else None. Raises ConfigError when it cannot be read."""
+        if not self.summary.exists():
+            return None
+        try:
+            summary = json.loads(self.summary.read_text())
+        except (OSError, ValueError):
+            summary = None
+        if not isinstance(summary, dict) or not summary.keys() >= _SUMMARY:
+            raise ConfigError(
+                f"{self.summary}: damaged: remove it, then `train` writes it again from the last checkpoint"
+            )
+        return summary
+
+    def note_checkpoint(self, path: Path) -> None:
+        """Remember for ever that the run has had a whole checkpoint, the first one (rank 0).
+
+        Neither metrics.jsonl nor ledger.jsonl can tell: a run that a kill ends before its first checkpoint is whole has
+        lines in both, and must start again by itself.
+        """
+        if not self.first_checkpoint.exists():
+            write_file(self.first_checkpoint, json.dumps({"checkpoint": path.name}))
+
+    def checkpoints_gone(self) -> bool:
+        """Whether the run has had checkpoints and none is left."""
+        return self.first_checkpoint.exists() and not list_checkpoints(self.checkpoints)
+
+    def check_checkpoints(self) -> None:
+        """Raises ConfigError when its checkpoints are gone: it would begin at step 0."""
+        if self.checkpoints_gone():
+            raise ConfigError(
+                f"{self.checkpoints}: its checkpoints are gone: restore them, or remove {self.path} to start over, or "
+                "give the run another name"
+            )
 
     def recorded_config(self) -> RunConfig:
         """The config that the run was last started with. Raises ConfigError when this is no run folder."""

@@ -10,9 +10,15 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from rich.console import Console
+
 from durable import write_file
+from flexbert.config import without_init
 from schema import ConfigError, RunError
+from training.checkpoint import list_checkpoints
 from training.config import RunConfig, load_run_config
+from training.dry_run import dry_run
+from training.folder import RunFolder
 from training.phases import PhasePlan
 from training.signals import EXIT_PREEMPTED
 
@@ -20,6 +26,18 @@ ROOT = Path(__file__).parent.parent
 TEMPLATE = ROOT / "configs" / "launch" / "slurm.sbatch"
 # Seconds between SIGUSR2 and the time limit: a step and a checkpoint must fit.
 LEAD = 300
+# Options of sbatch that have a flag here, and those that the script sets or that would break what it does.
+_FLAGS = {
+    "nodes": "--nodes",
+    "time": "--time",
+    "partition": "--partition",
+    "account": "--account",
+    "gpus-per-node": "--gpus-per-node",
+    "cpus-per-task": "--cpus-per-node",
+}
+_OWN = ["array", "error", "gpus-per-socket", "gpus-per-task", "job-name", "no-requeue", "ntasks", "ntasks-per-core"]
+_OWN += ["ntasks-per-gpu", "ntasks-per-node", "ntasks-per-socket", "open-mode", "output", "parsable", "requeue"]
+_OWN += ["signal", "test-only", "time-min", "wrap"]
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 
 
@@ -112,8 +130,7 @@ def _check(config: RunConfig, options: SlurmOptions) -> None:
                 f"{2 * LEAD // 60} minutes"
             )
     for key in options.sbatch:
-        if not re.fullmatch(r"[a-z][a-z0-9-]*", key) or key in ("signal", "requeue", "output", "ntasks-per-node"):
-            raise ConfigError(f"--sbatch: {key}: is no option of sbatch, or one that the job script needs for itself")
+        _check_sbatch(key)
     ranks = options.nodes * options.gpus_per_node
     loader = PhasePlan(config).loader_config(config)
     for rows in dict.fromkeys(phase.global_batch_size for phase in loader.phases):
@@ -122,6 +139,23 @@ def _check(config: RunConfig, options: SlurmOptions) -> None:
                 f"phases: batches of {rows} rows cannot be divided among {ranks} ranks ({options.nodes} nodes x "
                 f"{options.gpus_per_node} GPUs): change one of them"
             )
+    folder = RunFolder(config.folder)
+    folder.check_config(config)
+    folder.check_checkpoints()
+    if list_checkpoints(folder.checkpoints):  # a run that goes on needs neither its origin nor what it has grown from
+        config = config.model_copy(update={"origin": None, "model": without_init(config.model)})
+    dry_run(config, Console(quiet=True), ranks)
+
+
+def _check_sbatch(key: str) -> None:
+    """Raise ConfigError for an option that is none, or that says otherwise what the job script says."""
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
+        raise ConfigError(f"--sbatch: {key}: is no long option of sbatch: give NAME=VALUE or NAME, such as qos=high")
+    # sbatch takes the beginning of an option for the option.
+    for name in (*_FLAGS, *_OWN):
+        if name.startswith(key):
+            fix = f"use {_FLAGS[name]}" if name in _FLAGS else "leave it out: the job script decides it"
+            raise ConfigError(f"--sbatch: {key}: {fix}")
 
 
 def _seconds(time: str) -> int | None:

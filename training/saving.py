@@ -26,9 +26,15 @@ class Saver:
     the thread ends it, too, with its traceback.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, is_permanent: Callable[[int], bool]) -> None:
-        """is_permanent: whether the checkpoint after so many steps is kept for ever."""
-        self.folder, self.config, self.is_permanent = folder, config, is_permanent
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        is_permanent: Callable[[int], bool],
+        note: Callable[[Path], None] = lambda path: None,
+    ) -> None:
+        """is_permanent: whether the checkpoint after so many steps is kept for ever. note: told of each whole one."""
+        self.folder, self.config, self.is_permanent, self.note = folder, config, is_permanent, note
         self._thread: threading.Thread | None = None
         self._failed: Job | None = None
         self._crash: BaseException | None = None
@@ -74,6 +80,7 @@ class Saver:
         self._failed = None
         try:
             write_checkpoint(*job)
+            self.note(job[0])
             self._failures = 0
             remove_old_checkpoints(self.folder, self.config, self.is_permanent, job[0])
         except (RunError, OSError) as error:

@@ -34,10 +34,11 @@ def status(path: Path, as_json: bool, console: Console) -> None:
 def read_status(path: Path) -> dict[str, Any]:
     """Plain values, null where nothing is known yet:
 
-    state ("training", "finished", "stopped", "not started"), process (its id, of the host that trains), phase, step,
-    steps, tokens, total_tokens, loss, tokens_per_second, eta_seconds (else what it would take from here),
-    last_line_age_seconds, metrics (the newest line), checkpoint {path, tokens, whole, problem, age_seconds},
-    checkpoints (how many there are), validation (the newest), mixture {stream: share of real tokens so far}.
+    state ("training", "finished", "stopped", "checkpoints gone", "not started"), process (its id, of the host that
+    trains), phase, step, steps, tokens, total_tokens, loss, tokens_per_second, eta_seconds (else what it would take
+    from here), last_line_age_seconds, metrics (the newest line), checkpoint {path, tokens, whole, problem,
+    age_seconds}, checkpoints (how many there are), validation (the newest), mixture {stream: share of real tokens so
+    far}.
     """
     folder = RunFolder(path)
     config = folder.recorded_config()
@@ -50,6 +51,8 @@ def read_status(path: Path) -> dict[str, Any]:
         state = "training"
     elif summary is not None:
         state = "finished"
+    elif folder.checkpoints_gone():
+        state = "checkpoints gone"
     else:
         state = "stopped" if line or list_checkpoints(folder.checkpoints) else "not started"
     return {
@@ -154,7 +157,7 @@ def _table(facts: dict[str, Any]) -> Table:
         rows["ETA"] = _duration(facts["eta_seconds"]) + ("" if facts["process"] is not None else " once it runs")
     if "cost" in line:
         rows["cost"] = f"{line['cost']:,.2f}, to the end {line['cost_to_end']:,.2f}"
-    rows["checkpoint"] = "none yet"
+    rows["checkpoint"] = "restore them: the run cannot go on" if state == "checkpoints gone" else "none yet"
     if checkpoint := facts["checkpoint"]:
         whole = (
             "whole" if checkpoint["whole"] else f"DAMAGED ({checkpoint['problem']}): the run will take the one before"

@@ -18,7 +18,7 @@ import flexbert
 from callbacks.agree import from_rank_0
 from callbacks.ema import WeightAverage
 from callbacks.ledger import Ledger
-from callbacks.lines import flat
+from callbacks.lines import flat, read_lines
 from callbacks.metrics import MetricsLog
 from callbacks.milestones import BetweenSteps
 from callbacks.progress import ProgressLine
@@ -97,7 +97,7 @@ class Run:
             self.model.encoder.compile_blocks()
         self.optimizer = OPTIMIZERS.build(config.optimizer, model=self.model, lr=self.plan.phases[0].peak_lr)
         self.ledger = Ledger(self.folder.ledger, list(config.data.streams))
-        self.saver = Saver(self.folder.checkpoints, config.checkpoint, self._is_permanent)
+        self.saver = Saver(self.folder.checkpoints, config.checkpoint, self._is_permanent, self.folder.note_checkpoint)
         self.faults = Faults(config, self.plan, self.saver, self.ledger, self._say, split_batch, self._dropout_seed)
         self.gauges = build_gauges(config, self.plan, self.model, lambda: self.seconds)
         self.metrics = MetricsLog(
@@ -247,6 +247,7 @@ class Run:
             self.model.set_rope_theta(phase.theta_global, phase.theta_local)
         self.trainer.state.timestamp = Timestamp(batch=step, batch_in_epoch=step)
         if self.rank == 0:
+            self.folder.note_checkpoint(checkpoint.path)  # a kill may have come just before the note
             self.metrics.trim(step)
             self.ledger.trim(step)
         return step
@@ -254,6 +255,13 @@ class Run:
     def _begin(self) -> None:
         """Start at step 0; a branch with its origin's state, which becomes its own first checkpoint. A collective."""
         if self.rank == 0:
+            lost = max((line["step"] for line in read_lines(self.folder.metrics)), default=0)
+            if lost:
+                log.warning(
+                    "STARTING AGAIN AT STEP 0: %s had trained %d steps, and was ended before its first checkpoint",
+                    self.folder.path,
+                    lost,
+                )
             self.metrics.trim(0)
             self.ledger.trim(-1)
         if self.start is None:
@@ -436,6 +444,7 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
         if rank == 0:
             console.print(f"{folder.path}: this run is finished ({summary['steps']} steps); nothing to do")
         return summary
+    folder.check_checkpoints()
     signals.listen()
     # The watchdog speaks before a collective gives up by itself.
     timeout = config.trainer.hang_timeout

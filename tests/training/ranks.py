@@ -29,6 +29,11 @@ class Ranks:
             text=True,
         )
 
+    @property
+    def pid(self) -> int:
+        """Of the process whose children are the ranks."""
+        return self._process.pid
+
     def run(self, world_size: int, *arguments: str) -> tuple[list[int], str]:
         """`main.py ARGUMENTS` on so many ranks: their exit codes, and all that they printed."""
         assert self._process.stdin is not None

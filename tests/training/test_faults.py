@@ -6,13 +6,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from composer.core import DataSpec, State
+from composer.core import Callback, DataSpec, State
+from composer.loggers import Logger
 from composer.models import ComposerModel
 from composer.trainer import Trainer
 from rich.console import Console
@@ -57,20 +58,23 @@ def toy_batch(number: int) -> Tensor:
     return torch.rand(4, 3, generator=torch.Generator().manual_seed(number)) + 0.1
 
 
-def fit(batches: list[Tensor], guard: StepGuard) -> Toy:
+def fit(batches: list[Tensor], guard: StepGuard, *others: Callback, optimizer: Any = torch.optim.AdamW) -> Toy:
+    """In microbatches of 2. others: callbacks after the guard."""
     model = Toy()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     data = DataSpec(batches, get_num_samples_in_batch=len)
     trainer = Trainer(
         model=model,
         train_dataloader=data,
         max_duration=f"{len(batches)}ba",
-        optimizers=optimizer,
-        callbacks=[guard],
+        optimizers=optimizer(model.parameters(), lr=0.01),
+        callbacks=[guard, *others],
         device_train_microbatch_size=2,
         progress_bar=False,
         seed=1,
     )
+    for callback in others:
+        if isinstance(callback, Device):
+            callback.trainer, trainer.state.auto_microbatching = trainer, True
     try:
         trainer.fit()
     finally:
@@ -86,16 +90,19 @@ def guard_of(max_bad_steps: int = 3) -> StepGuard:
     return StepGuard(max_bad_steps, lambda step: "only", culprit, None)
 
 
-def plain_loop(batches: list[Tensor]) -> Toy:
-    """The reference: PyTorch alone, on these batches."""
-    model = Toy()
+def plain_loop(batches: list[Tensor], sizes: Sequence[int] = ()) -> tuple[Toy, list[float]]:
+    """The reference: PyTorch alone, on these batches in microbatches of these sizes, by default 2; with the losses."""
+    model, losses = Toy(), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    for batch in batches:
+    for number, batch in enumerate(batches):
         optimizer.zero_grad()
-        for part in batch.split(2):
-            (model.loss(model(part), part) / 2).backward()
+        parts = batch.split(sizes[number] if sizes else 2)
+        each = [model.loss(model(part), part) / len(parts) for part in parts]
+        for loss in each:
+            loss.backward()
+        losses.append(float(sum(loss.detach() for loss in each)))
         optimizer.step()
-    return model
+    return model, losses
 
 
 BAD = {"nan loss": torch.full((4, 3), math.nan), "infinite gradient": torch.zeros(4, 3)}
@@ -111,10 +118,80 @@ def test_a_bad_step_changes_nothing(kind: str) -> None:
     guard = guard_of()
     guard.skipped = [range(5, 6)]
     found = fit(poisoned, guard)
-    expected = plain_loop([batches[number] for number in (0, 1, 5, 7)])
+    expected, _ = plain_loop([batches[number] for number in (0, 1, 5, 7)])
     for ours, theirs in zip(found.parameters(), expected.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert guard.bad_steps == 3
+
+
+class Device(Callback):
+    """Stands for a GPU whose memory is scarce at one step, in Composer's search for a microbatch that fits."""
+
+    trainer: Trainer
+
+    def __init__(self, kind: str, step: int) -> None:
+        self.kind, self.step = kind, step
+        self.losses: list[float] = []
+        self.passes = 0
+
+    def before_loss(self, state: State, logger: Logger) -> None:
+        self.passes += 1
+        scarce = state.timestamp.batch == self.step - 1 and state.device_train_microbatch_size == 2
+        if scarce and self.kind == "out of memory" and self.passes % 2 == 0:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 rows")
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        scarce = state.timestamp.batch == self.step - 1 and state.device_train_microbatch_size == 2
+        if scarce and self.kind == "memory freed in a hurry":
+            self.trainer.num_consecutive_thrashes = 2
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        assert len(state.batch) == 4
+        self.losses.append(float(state.total_loss_dict["loss/train/total"]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "last_of_two", "passes"), [("out of memory", 2, 4 + 2 + 3 * 4), ("memory freed in a hurry", 3, 6 + 2 * 4)]
+)
+def test_a_batch_that_composer_repeats_is_applied_once(kind: str, last_of_two: int, passes: int) -> None:
+    """Before the update or after it: weights, Adam's state and losses are those of a loop that takes each batch once."""
+    batches, device, guard = [toy_batch(number) for number in range(5)], Device(kind, step=3), guard_of()
+    found = fit(batches, guard, device)
+    expected, losses = plain_loop(batches, [2 if step <= last_of_two else 1 for step in range(1, 6)])
+    for ours, theirs in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert device.losses == losses
+    assert device.passes == passes  # of microbatches: none in vain
+
+
+def test_a_bad_step_that_composer_repeats_counts_once() -> None:
+    batches, device, guard = (
+        [toy_batch(number) for number in range(5)],
+        Device("memory freed in a hurry", 3),
+        guard_of(),
+    )
+    found = fit([*batches[:2], BAD["nan loss"], *batches[3:]], guard, device)
+    expected, _ = plain_loop([batches[number] for number in (0, 1, 3, 4)], [2, 2, 1, 1])
+    for ours, theirs in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert guard.bad_steps == 1
+    assert [math.isnan(loss) for loss in device.losses] == [False, False, True, False, False]
+
+
+class NoRoom(torch.optim.SGD):
+    """Has no memory for its update, once the first parameter has its own."""
+
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.param_groups[0]["params"][0].data.add_(1.0)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_an_update_without_memory_ends_the_run() -> None:
+    """It may be half done, so the batch is not repeated."""
+    device = Device("none", 1)
+    with pytest.raises(RunError, match=r"step 1: no memory for the optimizer's update, .* trainer.parallelism=fsdp2"):
+        fit([toy_batch(0)], guard_of(), device, optimizer=NoRoom)
+    assert device.passes == 2
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """Slurm jobs: stub programs stand for the cluster; the rendered script, its srun and the ranks below are real."""
 
+import contextlib
+import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -13,10 +16,12 @@ from typing import Any
 import psutil
 import pytest
 
+from flexbert.config import TOKEN_IDS
 from schema import RunError
 from tests.training.ranks import Ranks
-from tests.training.runs import run
+from tests.training.runs import ROOT, environment, rank, run
 from tests.training.tiny import write_config
+from training.checkpoint import list_checkpoints, load_checkpoint
 from training.launch import SlurmOptions, launch_slurm
 from training.signals import EXIT_PREEMPTED
 
@@ -180,9 +185,36 @@ def test_print_writes_nothing(ranks: Ranks, tiny_data: Path, tmp_path: Path) -> 
             ["--time", "0-0:9"],
             "--time: 0-0:9: the run is asked to stop 300 s before the limit: give more than 10 minutes",
         ),
+        (["--sbatch", "nodes=5"], "--sbatch: nodes: use --nodes"),
+        (["--sbatch", "time=1:00"], "--sbatch: time: use --time"),
+        (["--sbatch", "part=gpu"], "--sbatch: part: use --partition"),
+        (["--sbatch", "account=nlp"], "--sbatch: account: use --account"),
+        (["--sbatch", "gpus-per-node=4"], "--sbatch: gpus-per-node: use --gpus-per-node"),
+        (["--sbatch", "gpus=4"], "--sbatch: gpus: use --gpus-per-node"),
+        (["--sbatch", "cpus-per-task=4"], "--sbatch: cpus-per-task: use --cpus-per-node"),
+        *(
+            (["--sbatch", f"{key}=1"], f"--sbatch: {key}: leave it out: the job script decides it")
+            for key in (
+                "signal",
+                "array",
+                "arr",
+                "ntasks",
+                "ntasks-per-gpu",
+                "error",
+                "output",
+                "open-mode",
+                "job-name",
+                "requeue",
+            )
+        ),
+        (["--sbatch", "-N=5"], "--sbatch: -N: is no long option of sbatch: give NAME=VALUE or NAME, such as qos=high"),
         (
-            ["--sbatch", "signal=USR1"],
-            "--sbatch: signal: is no option of sbatch, or one that the job script needs for itself",
+            ["from=nowhere/none"],
+            "from: nowhere/none: neither a checkpoint, a run nor a Hugging Face folder: give runs/NAME/checkpoints/tokens-N",
+        ),
+        (
+            ["data.streams.full.path=nowhere/none"],
+            "data.streams.full.path: nowhere/none/train: no such stream folder: run `python main.py prepare` first, or correct the path",
         ),
         (["seed=many"], "train.yaml: seed: should be a valid integer, got 'many'"),
         ([], "launch slurm: no sbatch on PATH: run this where jobs can be submitted, or look with --print"),
@@ -197,11 +229,33 @@ def test_bad_input_exits_2(ranks: Ranks, tiny_data: Path, tmp_path: Path, option
         str(file),
         *(options if "--gpus-per-node" in options else ["--gpus-per-node", "2", *options]),
     )
-    assert codes == [2]
+    assert codes == [2], text
     (line,) = text.strip().splitlines()
     assert line.startswith("error: ")
     assert line.endswith(message)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_run_grows_from_must_be_there_unless_it_goes_on(ranks: Ranks, tiny_data: Path, tmp_path: Path) -> None:
+    model = {
+        "preset": "modernbert-base",
+        **dict.fromkeys(TOKEN_IDS),
+        "init": {"name": "grow", "from": str(tmp_path / "none")},
+    }
+    file = write_config(tmp_path, tiny_data, 2, model=model)
+    arguments = ["launch", "slurm", str(file), "--gpus-per-node", "2", "--print"]
+    codes, text = ranks.run(1, *arguments)
+    assert codes == [2]
+    (line,) = text.strip().splitlines()
+    assert line.startswith(f"error: init.from: {tmp_path}/none: ")
+    (tmp_path / "run" / "checkpoints" / "tokens-256").mkdir(parents=True)
+    codes, text = ranks.run(1, *arguments)
+    assert codes == [0], text
+    (tmp_path / "run" / "checkpoints" / "tokens-256").rmdir()
+    (tmp_path / "run" / "first_checkpoint.json").write_text("{}")
+    codes, text = ranks.run(1, *arguments)
+    assert codes == [2]
+    assert "its checkpoints are gone" in text
 
 
 def test_sbatch_refuses(cluster: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -215,3 +269,83 @@ def test_torchrun_exits_with_the_code_of_its_rank(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text("import os, sys; sys.exit(85 if os.environ['RANK'] == '1' else 0)")
     options = ["--standalone", "--nproc-per-node", "2", str(tmp_path / "rank.py")]
     assert run([sys.executable, "-m", "training.node", *options]).returncode == 85
+
+
+# As the job script runs it, but torch kills after 2 s what it has asked to end.
+SHORT = """
+import sys
+from torch.distributed.elastic.multiprocessing.api import PContext
+PContext.close.__defaults__ = (None, 2)
+from training.node import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_stop_that_takes_longer_than_torch_waits_saves(tiny_data: Path, tmp_path: Path) -> None:
+    """SIGTERM while rank 0 does not get on: it is waited for, and it saves."""
+    file = write_config(tmp_path, tiny_data, 2000, checkpoint={"interval": "1B"})
+    options = ["--standalone", "--nproc-per-node", "2", str(ROOT / "main.py"), "train", str(file)]
+    node = start_node([sys.executable, "-c", SHORT, *options])
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        assert node.poll() is None, node.communicate()[0]
+        time.sleep(0.02)
+    first = rank(node.pid, 0)
+    first.suspend()
+    node.send_signal(signal.SIGTERM)
+    time.sleep(6)
+    assert node.poll() is None
+    first.resume()
+    output = node.communicate(timeout=120)[0]
+    assert node.returncode == EXIT_PREEMPTED, output
+    (saved,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert load_checkpoint(saved).state["step"] == steps[-1]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 85), (signal.SIGUSR1, 85), (signal.SIGINT, 85), (signal.SIGTERM, 1)]
+)
+def test_the_code_is_what_the_ranks_end_with(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    (tmp_path / "rank.py").write_text(
+        "import os, pathlib, signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: sys.exit({code}))\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'ready' + os.environ['RANK']).touch()\n"
+        "time.sleep(100)\n"
+    )
+    options = ["--standalone", "--nproc-per-node", "2", str(tmp_path / "rank.py")]
+    node = start_node([sys.executable, "-m", "training.node", *options])
+    while len(list(tmp_path.glob("ready*"))) < 2:
+        assert node.poll() is None, node.communicate()[0]
+        time.sleep(0.05)
+    node.send_signal(number)
+    output = node.communicate(timeout=60)[0]
+    assert node.returncode == code, output
+
+
+def test_a_signal_before_the_nodes_have_met(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{port}",
+        "none.py",
+    ]
+    node = start_node([sys.executable, "-m", "training.node", *options])
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            break
+        assert node.poll() is None, node.communicate()[0]
+        time.sleep(0.1)
+    node.send_signal(signal.SIGTERM)
+    output = node.communicate(timeout=60)[0]
+    assert node.returncode == EXIT_PREEMPTED, output
+
+
+def start_node(arguments: list[str]) -> "subprocess.Popen[str]":
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(arguments, cwd=ROOT, env=environment(), **pipes)

@@ -107,6 +107,8 @@ def forget_after(folder: Path, steps: int) -> None:
         ((1, "ddp"), (2, "fsdp2")),
         ((4, "fsdp2"), (2, "fsdp2")),
         ((2, "fsdp2"), (1, "ddp")),
+        pytest.param((2, "ddp"), (4, "ddp"), marks=pytest.mark.slow),
+        pytest.param((2, "fsdp2"), (4, "fsdp2"), marks=pytest.mark.slow),
     ],
 )
 def test_another_number_of_ranks_goes_on(
