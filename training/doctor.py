@@ -20,11 +20,11 @@ from rich.text import Text
 
 from data.loader import check_tokenizer, open_streams
 from data.transfer import is_url
-from flexbert.accounting import count_parameters
 from flexbert.parity import BACKENDS, disagreement
 from schema import ConfigError, RunError
 from training.config import RunConfig
 from training.phases import PhasePlan
+from training.sizes import already_there, disk_need
 
 ROOT = Path(__file__).parent.parent
 _GB = 10**9
@@ -195,12 +195,12 @@ def _disk(config: RunConfig | None) -> Iterator[Check]:
         return
     free, needed, why = shutil.disk_usage(there).free, _LEAST_DISK, ""
     if config is not None:
-        parameters, milestones = count_parameters(config.model), len(config.phases)
-        # float32: a checkpoint holds the weights and two moments of each, an export the weights
-        needed = parameters * (12 * (config.checkpoint.keep + 1 + milestones) + 4 * milestones)
-        why = f"; about {needed / _GB:.1f} GB for checkpoints and exports"
+        whole, there_now = disk_need(config, PhasePlan(config)).total, already_there(folder)
+        needed = max(0, whole - there_now)
+        why = f"; about {whole / _GB:,.1f} GB for checkpoints and exports"
+        why += f", of which {there_now / _GB:,.1f} are there" if there_now else ""
     state = "ok" if free >= needed else "warn" if config is None else "FAIL"
-    fix = "" if state == "ok" else "free some, set runs: to another disk, or keep fewer checkpoints"
+    fix = "" if state == "ok" else "free some, set runs: to another disk, or keep fewer (checkpoint.keep_every, .keep)"
     yield Check("disk", state, f"{there}: {free / _GB:.1f} GB free{why}", fix)
     if config is not None and any(is_url(stream.path) for stream in config.data.streams.values()):
         yield _cache(config)

@@ -13,14 +13,13 @@ from data.mixture import MixtureOrder, stream_weights
 from data.shards import Stream
 from data.transfer import is_url
 from flexbert import build
-from flexbert.accounting import count_parameters, flops_per_token, memory_estimate
+from flexbert.accounting import flops_per_token, memory_estimate
 from schema import ConfigError
 from training.branching import read_origin
 from training.config import PhaseConfig, RunConfig
 from training.phases import Phase, PhasePlan
 from training.report import describe_model
-
-_CHECKPOINT_BYTES = 12  # of a parameter: float32 weight and two moments
+from training.sizes import disk_need
 
 
 def dry_run(
@@ -110,17 +109,20 @@ def _price(tokens: int, tokens_per_second: float | None, price_per_hour: float |
 
 
 def _print_totals(config: RunConfig, plan: PhasePlan, console: Console, price: dict[str, str]) -> None:
-    size = count_parameters(config.model) * _CHECKPOINT_BYTES / 1e9
+    need, options = disk_need(config, plan), config.checkpoint
     flops = sum(
         flops_per_token(config.model, phase.max_seq_len, phase.masking.rate) * phase.tokens for phase in plan.phases
     )
     milestones = ", ".join(f"{phase.end_token:,}" for phase in plan.phases)
     said = "".join(f", {name} {value}" for name, value in price.items())
+    often = f", one for ever every {options.keep_every:,} tokens" if options.keep_every is not None else ""
+    best = f", the best {options.keep_best} too" if options.keep_best else ""
     console.print(
         f"total: {plan.total_tokens:,} tokens (slots) in {plan.total_steps:,} steps; {config.lanes} lanes; "
         f"{flops:.3e} FLOPs{said}\n"
-        f"checkpoints every {config.checkpoint.interval:,} tokens, {config.checkpoint.keep} kept; "
-        f"milestones (kept, evaluated, exported) at {milestones}; {size:,.2f} GB each",
+        f"checkpoints every {options.interval:,} tokens, {options.keep} kept{often}{best}; "
+        f"milestones (kept, evaluated, exported) at {milestones}; {need.checkpoint / 1e9:,.2f} GB each, "
+        f"{need.total / 1e9:,.1f} GB in all, {need.exports} exports among them",
         highlight=False,
     )
 

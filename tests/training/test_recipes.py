@@ -166,6 +166,18 @@ def test_hours_cost_flops_and_checkpoints_on_paper() -> None:
     assert any(f"hours {hours:,.1f}, cost {20 * hours:,.2f}" in line for line in facts[""])
 
 
+def test_disk_room_on_paper() -> None:
+    """149,655,232 parameters: 12 bytes of each in a checkpoint, 4 in an export, and 4 more with an average."""
+    config, _ = recipe("modernbert-base", "checkpoint.keep_every=10B", "checkpoint.keep_best=2", "ema={decay: 0.999}")
+    line = next(line for line in printed(config)[""] if line.startswith("checkpoints every"))
+    assert "3 kept, one for ever every 10,000,000,000 tokens, the best 2 too" in line
+    checkpoints = 172 + 26 + 6 + 3 + 2 + 1
+    whole = 149_655_232 * (16 * checkpoints + 4 * 6) / 1e9
+    assert f"2.39 GB each, {whole:,.1f} GB in all, 6 exports among them" in line
+    plain = next(line for line in printed(recipe("modernbert-base")[0])[""] if line.startswith("checkpoints every"))
+    assert f"1.80 GB each, {149_655_232 * (12 * 7 + 4 * 3) / 1e9:,.1f} GB in all, 3 exports" in plain
+
+
 def test_the_command_prints_the_plan_and_then_what_is_absent() -> None:
     done = run(command("train", str(FOLDER / "modernbert-large.yaml"), "--dry-run", "--tokens-per-second", "1e6"))
     assert done.returncode == 2
