@@ -17,6 +17,7 @@ from flexbert.accounting import flops_per_token, memory_estimate
 from schema import ConfigError
 from training.branching import read_origin
 from training.config import PhaseConfig, RunConfig
+from training.parallelism import PARALLELISMS
 from training.phases import Phase, PhasePlan
 from training.report import describe_model
 from training.sizes import disk_need
@@ -31,6 +32,7 @@ def dry_run(
 ) -> None:
     """Print the resolved run: model, phases with steps, FLOPs and memory, checkpoints, mixture. Writes nothing.
 
+    world_size: the ranks whose memory is told.
     tokens_per_second: of all ranks, for the hours; price_per_hour: of all machines, for the cost. What the run file
     alone decides is printed even where data or starting weights are absent.
     Raises ConfigError, a line for each reason, when a real start would; RunError for damaged shards.
@@ -76,7 +78,12 @@ def _phase_facts(
     rows = min(microbatch, rows) if isinstance(microbatch, int) else rows
     flops = flops_per_token(config.model, phase.max_seq_len, phase.masking.rate)
     half = config.trainer.precision == "amp_bf16" or (config.trainer.precision == "auto" and torch.cuda.is_available())
-    memory = memory_estimate(config.model, rows * phase.max_seq_len, phase.masking.rate, 2 if half else 4)
+    shards = world_size if PARALLELISMS.build(config.trainer.parallelism, world_size=world_size).shards else 1
+    averages = int(config.ema is not None)
+    memory = memory_estimate(
+        config.model, rows * phase.max_seq_len, phase.masking.rate, 2 if half else 4, shards, averages
+    )
+    ranks = f"{world_size} ranks, {'sharded' if shards > 1 else 'each whole'}" if world_size > 1 else "1 rank"
     steps = [segment.tokens_per_step for segment in phase.segments]
     return {
         "tokens": f"{phase.tokens:,}",
@@ -92,7 +99,7 @@ def _phase_facts(
         "checkpoints": f"{plan.checkpoints(phase, config.checkpoint.interval):,}",
         "FLOPs per token": f"{flops / 1e9:.3f} G",
         "FLOPs": f"{flops * phase.tokens:.3e}",
-        "memory per rank": f"{memory / 2**30:.2f} GiB in microbatches of {rows}",
+        "memory per rank": f"{memory / 2**30:.2f} GiB in microbatches of {rows}; {ranks}",
     }
 
 

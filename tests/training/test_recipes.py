@@ -34,12 +34,15 @@ def warmup_steps(start: int, target: int, step: int, tokens: float, max_seq_len:
 
 
 def printed(
-    config: RunConfig, tokens_per_second: float | None = None, price_per_hour: float | None = None
+    config: RunConfig,
+    tokens_per_second: float | None = None,
+    price_per_hour: float | None = None,
+    world_size: int = 1,
 ) -> dict[str, list[str]]:
     """The dry run's table by fact, and its other lines under ''. The data are not there, and it says so."""
     console = Console(width=400, record=True, file=io.StringIO())
     with pytest.raises(ConfigError, match=r"^data\.streams\.[\w-]+\.path: "):
-        dry_run(config, console, 1, tokens_per_second, price_per_hour)
+        dry_run(config, console, world_size, tokens_per_second, price_per_hour)
     facts: dict[str, list[str]] = {"": []}
     for line in console.export_text().splitlines():
         cells = [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
@@ -164,6 +167,25 @@ def test_hours_cost_flops_and_checkpoints_on_paper() -> None:
     assert [int(cell) for cell in facts["checkpoints"]] == [171 + 1, 25 + 1, 5 + 1]
     hours = plan.total_tokens / 2.5e6 / 3600
     assert any(f"hours {hours:,.1f}, cost {20 * hours:,.2f}" in line for line in facts[""])
+
+
+def test_memory_is_of_the_ranks_that_share() -> None:
+    def gib(*overrides: str, world_size: int = 8) -> tuple[float, str]:
+        config, _ = recipe("modernbert-large", "trainer.microbatch_size=1", *overrides)
+        size, _, rest = printed(config, world_size=world_size)["memory per rank"][0].partition(" ")
+        return float(size), rest
+
+    whole, said = gib()
+    assert said == "GiB in microbatches of 1; 8 ranks, each whole"
+    shared, said = gib("trainer.parallelism=fsdp2")
+    assert said == "GiB in microbatches of 1; 8 ranks, sharded"
+    assert whole / 3 < shared < whole / 2
+    assert (
+        gib("trainer.parallelism=fsdp2", world_size=1)
+        == gib(world_size=1)
+        == (whole, "GiB in microbatches of 1; 1 rank")
+    )
+    assert gib("ema={decay: 0.999}")[0] - whole == pytest.approx(4 * 395_881_664 / 2**30, abs=0.011)
 
 
 def test_disk_room_on_paper() -> None:
