@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from data.lanes import LongDocuments
 from data.loader import canonical_lanes
 from data.masking import MaskingConfig
 from data.mixture import DataConfig, StreamShare, check_one_rule, rule_of
+from data.transfer import is_url
 from flexbert import FlexBertConfig
 from flexbert.config import PRESETS
 from schema import ConfigError, Count, Line, Schema, did_you_mean, load_node, validate
@@ -173,11 +174,17 @@ class WandbConfig(Schema):
     mode: Literal["online", "offline"] = Field(default="online", description="offline: sync later")
 
 
+def _local(folder: str) -> str:
+    if is_url(folder):
+        raise ValueError(f"a run lives in a local folder, not at {folder}: give a folder")
+    return folder
+
+
 class RunConfig(Schema):
     """A pretraining run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="the run folder is RUNS/NAME")
-    runs: Line = Field(default="runs", description="folder of all runs")
+    runs: Annotated[Line, AfterValidator(_local)] = Field(default="runs", description="folder of all runs")
     seed: int = Field(default=17, ge=0, description="key of every random draw")
     origin: Annotated[Origin, BeforeValidator(named_origin)] | None = Field(
         default=None, alias="from", description="a checkpoint, run or Hugging Face folder to start from: a branch"
