@@ -132,6 +132,12 @@ class TrainerConfig(Schema):
     )
 
 
+def _writable(url: str) -> str:
+    if not is_url(url) or url.startswith(("http://", "https://")):
+        raise ValueError(f"expected a URL that can be written to, such as s3://bucket/path, got {url!r}")
+    return url
+
+
 class CheckpointConfig(Schema):
     """When the state is saved. Milestones, one at the end of each phase, are kept for ever and exported."""
 
@@ -143,6 +149,11 @@ class CheckpointConfig(Schema):
     )
     max_failures: int = Field(
         default=3, ge=1, description="writes in a row that fail and end the run; before, training goes on without"
+    )
+    remote: Annotated[Line, AfterValidator(_writable)] | None = Field(
+        default=None,
+        description="URL (s3://bucket/path, or of fsspec) where each checkpoint is copied, to URL/NAME; a run folder "
+        "without checkpoints fetches the newest whole one",
     )
 
 
@@ -176,7 +187,7 @@ class WandbConfig(Schema):
 
 def _local(folder: str) -> str:
     if is_url(folder):
-        raise ValueError(f"a run lives in a local folder, not at {folder}: give a folder")
+        raise ValueError(f"a run lives in a local folder: give one, and checkpoint.remote={folder}")
     return folder
 
 

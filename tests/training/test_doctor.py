@@ -17,7 +17,7 @@ from data.tokenizer import fingerprint
 from flexbert import kernels, parity
 from flexbert.accounting import count_parameters
 from main import app
-from tests.data.servers import free_port
+from tests.data.servers import BUCKET, Bucket, free_port
 from tests.data.synthetic import documents, write_stream
 from tests.training.ranks import Ranks
 from tests.training.tiny import ROW, ROWS, write_config
@@ -178,6 +178,19 @@ def test_disk_room_is_what_a_run_leaves(ranks: Ranks, tiny_data: Path, tmp_path:
         for folder in folders:
             tensors = sum(sum(t.nbytes for t in load_file(part).values()) for part in folder.glob("*.safetensors"))
             assert tensors == pytest.approx(size, rel=0.02)  # with the optimizer's counters
+
+
+def test_a_place_for_copies_is_tried(config: Path, s3: str, bucket: Bucket, tmp_path: Path) -> None:
+    url = f"s3://{BUCKET}/{tmp_path.name}"
+    fine, rows, text = checks(config, f"checkpoint.remote={url}")
+    assert fine, text
+    assert rows["remote checkpoints"] == ["ok", f"{url}/small: can be written, holds 0 checkpoints", ""]
+    assert "Contents" not in bucket.client.list_objects_v2(Bucket=BUCKET, Prefix=tmp_path.name)
+    fine, rows, _ = checks(config, "checkpoint.remote=s3://no-such-bucket/x")
+    assert not fine
+    assert rows["remote checkpoints"][0] == "FAIL"
+    assert "there is no bucket 'no-such-bucket'" in rows["remote checkpoints"][1]
+    assert "remote checkpoints" not in checks(config)[1]
 
 
 def test_exit_codes(config: Path, tmp_path: Path) -> None:
