@@ -1,25 +1,30 @@
-"""The progress line: tokens, tokens/s, loss, lr, ETA. A live bar on a terminal, a plain line now and then elsewhere."""
+"""The progress line: tokens, tokens/s, loss, lr, ETA and what a line of metrics.jsonl says, wrapped to the console's
+width. Live under a bar on a terminal, printed now and then elsewhere.
+"""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from composer.core import Callback, State
 from composer.loggers import Logger
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from callbacks.guards import step_loss
 
 _SECONDS_BETWEEN_LINES = 15.0
 _SMOOTHING_STEPS = 50
+_INDENT = " " * 11  # of lines that belong to the one above: a phase's name and a space
 
 
 class ProgressLine(Callback):
     """Rank 0 only. Logs nothing.
 
-    loss: mean over the last 50 steps or so. tokens/s: slots, evaluations and saves included. Gradient norm, MFU,
-    share of time waiting for data, memory and cost: of the newest line of metrics.jsonl.
+    loss: mean over the last 50 steps or so. tokens/s: slots, evaluations and saves included. Masked accuracy, gradient
+    norm, update-to-weight ratio, MFU, share of time waiting for data, memory, cost, losses of the streams: those of the
+    newest line of metrics.jsonl.
     """
 
     def __init__(
@@ -31,7 +36,7 @@ class ProgressLine(Callback):
     ) -> None:
         """latest: the newest line of metrics.jsonl by this process, or nothing yet."""
         self.console, self.total_tokens, self.describe, self.latest = console, total_tokens, describe, latest
-        self._progress: Progress | None = None
+        self._progress: _Bar | None = None
         self._loss = 0.0
         self._steps = 0
         self._start, self._first_tokens, self._last_line = 0.0, 0, 0.0
@@ -40,13 +45,14 @@ class ProgressLine(Callback):
         self._start = self._last_line = time.monotonic()
         self._first_tokens = self.describe(state.timestamp.batch.value)["tokens"]
         if self.console.is_terminal:
-            self._progress = Progress(
+            self._progress = _Bar(
                 TextColumn("{task.fields[phase]}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=None),  # what the others leave of the line
                 TextColumn("{task.percentage:>3.0f}%  {task.fields[text]}  ETA"),
                 TimeRemainingColumn(),
                 console=self.console,
                 transient=True,
+                expand=True,
             )
             self._progress.add_task("train", total=self.total_tokens, completed=self._first_tokens, phase="", text="")
             self._progress.start()
@@ -60,19 +66,19 @@ class ProgressLine(Callback):
         facts = self.describe(step)
         tokens, now = facts["tokens"], time.monotonic()
         speed = (tokens - self._first_tokens) / (now - self._start)
-        lr = state.optimizers[0].param_groups[0]["lr"]
-        done = f"{_short(tokens)}/{_short(self.total_tokens)} tokens"
-        text = f"{done}  {_short(speed)} tokens/s  loss {self._loss:.3f}  lr {lr:.1e}{_extras(self.latest())}"
+        lr, latest = state.optimizers[0].param_groups[0]["lr"], self.latest()
+        done = [f"{_short(tokens)}/{_short(self.total_tokens)} tokens", f"{_short(speed)} tokens/s"]
+        scores = _scores(self._loss, lr, latest)
         if self._progress is not None:
+            self._progress.below = [scores, _stream_losses(latest)]
+            text = "  ".join(done)
             self._progress.update(self._progress.task_ids[0], completed=tokens, phase=facts["phase"], text=text)
         elif now - self._last_line >= _SECONDS_BETWEEN_LINES or tokens == self.total_tokens:
             self._last_line = now
             eta = (self.total_tokens - tokens) / speed
-            self.console.print(
-                f"{facts['phase']:<10} step {step}  {text}  ETA {eta // 60:.0f}:{eta % 60:02.0f}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            first = [f"{facts['phase']:<10} step {step}", *done, f"ETA {eta // 60:.0f}:{eta % 60:02.0f}", *scores]
+            lines = [*_wrapped(first, self.console.width), *_indented(_stream_losses(latest), self.console.width)]
+            self.console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self.close(state, logger)
@@ -83,18 +89,53 @@ class ProgressLine(Callback):
             self._progress = None
 
 
-def _extras(line: dict[str, Any]) -> str:
-    """What is worth a look of a line of metrics.jsonl."""
+class _Bar(Progress):
+    """A bar with lines below it. below: the parts of each."""
+
+    below: Iterable[list[str]] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        for parts in self.below:
+            yield from (Text(line, no_wrap=True) for line in _indented(parts, self.console.width))
+
+
+def _scores(loss: float, lr: float, line: dict[str, Any]) -> list[str]:
+    """What is worth a look of the run so far and of a line of metrics.jsonl; what matters most comes first."""
     memory = line.get("cuda_peak_bytes", line.get("host_memory_bytes"))
-    parts = [
+    shown: list[tuple[str, Callable[[float], str]]] = [
+        ("masked_accuracy", lambda value: f"accuracy {value:.1%}"),
         ("grad_norm", lambda value: f"grad {value:.2f}"),
+        ("update_ratio", lambda value: f"update {value:.1e}"),
         ("mfu", lambda value: f"MFU {value:.1%}"),
         ("data_wait", lambda value: f"wait {value:.0%}"),
     ]
-    texts = [show(line[key]) for key, show in parts if line.get(key) is not None]
+    texts = [show(line[key]) for key, show in shown if line.get(key) is not None]
     texts += [f"{memory / 2**30:.1f} GiB"] if memory is not None else []
     texts += [f"cost {line['cost']:,.2f} of {line['cost_to_end']:,.2f}"] if "cost" in line else []
-    return "".join(f"  {text}" for text in texts)
+    return [f"loss {loss:.3f}", f"lr {lr:.1e}", *texts]
+
+
+def _stream_losses(line: dict[str, Any]) -> list[str]:
+    """The loss of each stream; of one alone it is the loss."""
+    scores = line.get("streams", {}).items()
+    losses = [f"{name} {each['loss']:.3f}" for name, each in scores if each["loss"] is not None]
+    return ["loss by stream:", *losses] if len(losses) > 1 else []
+
+
+def _wrapped(parts: list[str], width: int) -> list[str]:
+    """Lines of whole parts, those after the first indented; a part that is wider alone has its own."""
+    lines = parts[:1]
+    for part in parts[1:]:
+        if len(lines[-1]) + 2 + len(part) <= width:
+            lines[-1] += f"  {part}"
+        else:
+            lines.append(_INDENT + part)
+    return lines
+
+
+def _indented(parts: list[str], width: int) -> list[str]:
+    return _wrapped([_INDENT + parts[0], *parts[1:]], width) if parts else []
 
 
 def _short(number: float) -> str:

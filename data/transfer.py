@@ -1,4 +1,4 @@
-"""Reading what lies behind a URL: S3 by boto3, everything else by fsspec. Faults that pass are tried again.
+"""Reading and writing what lies behind a URL: S3 by boto3, everything else by fsspec. Faults that pass are tried again.
 
 Why not what the libraries bring. s3fs: its aiobotocore wants a botocore older than that of mosaicml-streaming's boto3.
 mosaicml-streaming's downloaders: they write a file and are done, so the hash costs a second reading and the cache
@@ -11,12 +11,13 @@ import contextlib
 import logging
 import os
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, BinaryIO, Literal, NamedTuple, Protocol, TypeVar
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def with_retries(attempt: Callable[[], T], patience: Patience) -> T:
 
 
 class Store(Protocol):
-    """Where the files below a URL are read. Raises TransferError."""
+    """Where the files below a URL are read and written. Raises TransferError."""
 
     def blocks(self, name: str) -> Iterator[bytes | memoryview]:
         """The content of a file, block by block; a block is good until the next one is asked for. One attempt."""
@@ -82,6 +83,14 @@ class Store(Protocol):
     def sizes(self, names: list[str]) -> dict[str, int | None]:
         """Size in bytes of those of the files that are there; None where the server does not say. Each request is
         tried again by itself."""
+        ...
+
+    def write(self, name: str, content: BinaryIO) -> None:
+        """Put a file there, in place of one of that name. One attempt."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Delete a file; one that is not there is no error. One attempt."""
         ...
 
 
@@ -115,6 +124,14 @@ class _S3Store:
                 found[entry["Key"][len(self.prefix) + 1 :]] = int(entry["Size"])
             token = {"ContinuationToken": page["NextContinuationToken"]} if page["IsTruncated"] else None
         return found
+
+    def write(self, name: str, content: BinaryIO) -> None:
+        with self._plain_errors(name):  # in parts, several at a time, when it is large
+            self.client.upload_fileobj(content, self.bucket, f"{self.prefix}/{name}")
+
+    def remove(self, name: str) -> None:
+        with self._plain_errors(name):
+            self.client.delete_object(Bucket=self.bucket, Key=f"{self.prefix}/{name}")
 
     def _page(self, token: dict[str, str]) -> Any:
         with self._plain_errors(""):
@@ -221,6 +238,17 @@ class _FsspecStore:
                 return {name: size for name, size in found if size is not _MISSING}
         found = with_retries(self._find, self.patience)
         return {file[len(self.path) :].strip("/"): facts.get("size") for file, facts in found.items()}
+
+    def write(self, name: str, content: BinaryIO) -> None:
+        path = f"{self.path}/{name}"
+        with self._plain_errors(name):
+            self.system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            with self.system.open(path, "wb") as file:
+                shutil.copyfileobj(content, file, 4 * READ_BYTES)
+
+    def remove(self, name: str) -> None:
+        with self._plain_errors(name), contextlib.suppress(FileNotFoundError):
+            self.system.rm_file(f"{self.path}/{name}")
 
     def _find(self) -> dict[str, Any]:
         with self._plain_errors(""):

@@ -40,15 +40,23 @@ def batch_flops(config: FlexBertConfig, lengths: ArrayLike, masked: float) -> fl
 
 
 def memory_estimate(
-    config: FlexBertConfig, tokens_per_microbatch: int, masked_fraction: float = 0.3, activation_bytes: int = 4
+    config: FlexBertConfig,
+    tokens_per_microbatch: int,
+    masked_fraction: float = 0.3,
+    activation_bytes: int = 4,
+    shards: int = 1,
+    averages: int = 0,
 ) -> int:
-    """Bytes that training needs on one device, roughly (within about 30 %), without data parallel sharding.
+    """Bytes that training needs on one device, roughly (within about 30 %).
 
-    16 a parameter (float32 weight, gradient and two Adam moments), plus activations kept for backward: per token two
-    numbers for each output of the layers' linear maps, which in a ModernBERT layer is 10 * D + 4 * F (two norms' inputs
-    and outputs, queries, keys and values before and after rotation, attention's result; both halves of the gated mlp,
-    the activated half and the product), per masked token 6 * D, plus the decoder's gradient, which the loss computes
-    ahead of backward, and one chunk of logits with its copy.
+    16 a parameter (float32 weight, gradient and two Adam moments; 4 more for each of `averages`) over `shards`, the
+    ranks that share them; plus, where they do, weight and gradient of what is gathered at a time: two blocks, one of
+    them on its way, and all that is in no block (PyTorch's fully_shard keeps its root whole).
+
+    Plus activations kept for backward: per token two numbers for each output of the layers' linear maps, which in a
+    ModernBERT layer is 10 * D + 4 * F (two norms' inputs and outputs, queries, keys and values before and after
+    rotation, attention's result; both halves of the gated mlp, the activated half and the product), per masked token
+    6 * D, plus the decoder's gradient, which the loss computes ahead of backward, and a chunk of logits with its copy.
 
     activation_bytes: of one activation: 4 in float32, 2 in bfloat16. masked_fraction: masked tokens over all.
     """
@@ -59,7 +67,11 @@ def memory_estimate(
     head = 4 * config.vocab_size * config.hidden_size + 2 * 4 * min(
         int(masked_fraction * tokens_per_microbatch) * config.vocab_size, 2**26
     )
-    return round(16 * parameters + activation_bytes * per_token * tokens_per_microbatch + head)
+    kept = (16 + 4 * averages) * parameters / shards
+    if shards > 1:
+        blocks = [sum(weight.numel() for weight in block.parameters()) for block in _on_meta(config).encoder.layers]
+        kept += 8 * (parameters - sum(blocks) + sum(sorted(blocks)[-2:]))
+    return round(kept + activation_bytes * per_token * tokens_per_microbatch + head)
 
 
 @functools.lru_cache(maxsize=8)

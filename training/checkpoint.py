@@ -26,7 +26,7 @@ from schema import RunError
 from training.shards import cut_like, load_weights, unshared, whole
 
 log = logging.getLogger(__name__)
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _EMA = "ema.safetensors"
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 SCHEMA_VERSION = 2
@@ -101,7 +101,7 @@ def write_checkpoint(path: Path, snapshot: Snapshot, state: dict[str, Any]) -> N
             scalars = snapshot.optimizer_scalars
             write_file(folder / "state.json", json.dumps({"optimizer": scalars, "run": state}, indent=1))
             files = {file.name: _digest(file) for file in sorted(folder.iterdir())}
-            write_file(folder / _MANIFEST, json.dumps({"schema_version": SCHEMA_VERSION, "files": files}, indent=1))
+            write_file(folder / MANIFEST, json.dumps({"schema_version": SCHEMA_VERSION, "files": files}, indent=1))
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path}: checkpoint could not be written: {error}; older ones are whole") from error
 
@@ -112,10 +112,10 @@ def verify_checkpoint(path: Path, names: Iterable[str] | None = None) -> set[str
     Raises RunError naming the file that is missing or damaged. Cost: reads them once, a part at a time.
     """
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text())
         files, version = dict(manifest["files"]), manifest["schema_version"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise RunError(f"{path / _MANIFEST}: missing or damaged checkpoint manifest") from None
+        raise RunError(f"{path / MANIFEST}: missing or damaged checkpoint manifest") from None
     if version != SCHEMA_VERSION:
         raise RunError(f"{path}: checkpoint format {version}, this FlexBERT reads {SCHEMA_VERSION}")
     for name in sorted({*_FILES, *files} if names is None else names):

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from data.lanes import LongDocuments
 from data.loader import canonical_lanes
 from data.masking import MaskingConfig
 from data.mixture import DataConfig, StreamShare, check_one_rule, rule_of
+from data.transfer import is_url
 from flexbert import FlexBertConfig
 from flexbert.config import PRESETS
 from schema import ConfigError, Count, Line, Schema, did_you_mean, load_node, validate
@@ -132,6 +133,12 @@ class TrainerConfig(Schema):
     )
 
 
+def _writable(url: str) -> str:
+    if not is_url(url) or url.startswith(("http://", "https://")):
+        raise ValueError(f"expected a URL that can be written to, such as s3://bucket/path, got {url!r}")
+    return url
+
+
 class CheckpointConfig(Schema):
     """When the state is saved. Milestones, one at the end of each phase, are kept for ever and exported."""
 
@@ -143,6 +150,11 @@ class CheckpointConfig(Schema):
     )
     max_failures: int = Field(
         default=3, ge=1, description="writes in a row that fail and end the run; before, training goes on without"
+    )
+    remote: Annotated[Line, AfterValidator(_writable)] | None = Field(
+        default=None,
+        description="URL (s3://bucket/path, or of fsspec) where each checkpoint is copied, to URL/NAME; a run folder "
+        "without checkpoints fetches the newest whole one",
     )
 
 
@@ -174,6 +186,12 @@ class WandbConfig(Schema):
     mode: Literal["online", "offline"] = Field(default="online", description="offline: sync later")
 
 
+def _local(folder: str) -> str:
+    if is_url(folder):
+        raise ValueError(f"a run lives in a local folder: give one, and checkpoint.remote={folder}")
+    return folder
+
+
 class RunConfig(Schema):
     """A pretraining run."""
 
@@ -183,7 +201,7 @@ class RunConfig(Schema):
         description="Python files of yours, run by every process before the rest is checked, that register components; "
         "relative to this file",
     )
-    runs: Line = Field(default="runs", description="folder of all runs")
+    runs: Annotated[Line, AfterValidator(_local)] = Field(default="runs", description="folder of all runs")
     seed: int = Field(default=17, ge=0, description="key of every random draw")
     origin: Annotated[Origin, BeforeValidator(named_origin)] | None = Field(
         default=None, alias="from", description="a checkpoint, run or Hugging Face folder to start from: a branch"

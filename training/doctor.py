@@ -19,12 +19,13 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from data.loader import check_tokenizer, open_streams
-from data.transfer import is_url
-from flexbert.accounting import count_parameters
+from data.transfer import TransferError, is_url
 from flexbert.parity import BACKENDS, disagreement
 from schema import ConfigError, RunError
 from training.config import RunConfig
 from training.phases import PhasePlan
+from training.remote_checkpoints import RemoteCheckpoints
+from training.sizes import already_there, disk_need
 
 ROOT = Path(__file__).parent.parent
 _GB = 10**9
@@ -49,7 +50,7 @@ class Check:
 def doctor(config: RunConfig | None, console: Console) -> bool:
     """Check this machine, and what a run file needs of it; print a table. Returns whether nothing failed."""
     groups: list[Callable[[], Iterator[Check]]] = [_machine, _versions, _devices, lambda: _attention(config)]
-    groups += [_shared_memory, lambda: _disk(config), lambda: _data(config)]
+    groups += [_shared_memory, lambda: _disk(config), lambda: _remote(config), lambda: _data(config)]
     table = Table("check", "state", Column("found", overflow="fold"), Column("what to do", overflow="fold"))
     failed = 0
     for group in groups:
@@ -195,15 +196,25 @@ def _disk(config: RunConfig | None) -> Iterator[Check]:
         return
     free, needed, why = shutil.disk_usage(there).free, _LEAST_DISK, ""
     if config is not None:
-        parameters, milestones = count_parameters(config.model), len(config.phases)
-        # float32: a checkpoint holds the weights and two moments of each, an export the weights
-        needed = parameters * (12 * (config.checkpoint.keep + 1 + milestones) + 4 * milestones)
-        why = f"; about {needed / _GB:.1f} GB for checkpoints and exports"
+        whole, there_now = disk_need(config, PhasePlan(config)).total, already_there(folder)
+        needed = max(0, whole - there_now)
+        why = f"; about {whole / _GB:,.1f} GB for checkpoints and exports"
+        why += f", of which {there_now / _GB:,.1f} are there" if there_now else ""
     state = "ok" if free >= needed else "warn" if config is None else "FAIL"
-    fix = "" if state == "ok" else "free some, set runs: to another disk, or keep fewer checkpoints"
+    fix = "" if state == "ok" else "free some, set runs: to another disk, or keep fewer (checkpoint.keep_every, .keep)"
     yield Check("disk", state, f"{there}: {free / _GB:.1f} GB free{why}", fix)
     if config is not None and any(is_url(stream.path) for stream in config.data.streams.values()):
         yield _cache(config)
+
+
+def _remote(config: RunConfig | None) -> Iterator[Check]:
+    if config is not None and config.checkpoint.remote is not None:
+        remote = RemoteCheckpoints(config)
+        try:
+            found = f"{remote.url}: can be written, holds {remote.probe()} checkpoints"
+            yield Check("remote checkpoints", "ok", found)
+        except TransferError as error:
+            yield Check("remote checkpoints", "FAIL", str(error), "mend it, or leave checkpoint.remote out")
 
 
 def _cache(config: RunConfig) -> Check:

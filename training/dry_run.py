@@ -13,14 +13,14 @@ from data.mixture import MixtureOrder, stream_weights
 from data.shards import Stream
 from data.transfer import is_url
 from flexbert import build
-from flexbert.accounting import count_parameters, flops_per_token, memory_estimate
+from flexbert.accounting import flops_per_token, memory_estimate
 from schema import ConfigError
 from training.branching import read_origin
 from training.config import PhaseConfig, RunConfig
+from training.parallelism import PARALLELISMS
 from training.phases import Phase, PhasePlan
 from training.report import describe_model
-
-_CHECKPOINT_BYTES = 12  # of a parameter: float32 weight and two moments
+from training.sizes import disk_need
 
 
 def dry_run(
@@ -32,6 +32,7 @@ def dry_run(
 ) -> None:
     """Print the resolved run: model, phases with steps, FLOPs and memory, checkpoints, mixture. Writes nothing.
 
+    world_size: the ranks whose memory is told.
     tokens_per_second: of all ranks, for the hours; price_per_hour: of all machines, for the cost. What the run file
     alone decides is printed even where data or starting weights are absent.
     Raises ConfigError, a line for each reason, when a real start would; RunError for damaged shards.
@@ -77,7 +78,12 @@ def _phase_facts(
     rows = min(microbatch, rows) if isinstance(microbatch, int) else rows
     flops = flops_per_token(config.model, phase.max_seq_len, phase.masking.rate)
     half = config.trainer.precision == "amp_bf16" or (config.trainer.precision == "auto" and torch.cuda.is_available())
-    memory = memory_estimate(config.model, rows * phase.max_seq_len, phase.masking.rate, 2 if half else 4)
+    shards = world_size if PARALLELISMS.build(config.trainer.parallelism, world_size=world_size).shards else 1
+    averages = int(config.ema is not None)
+    memory = memory_estimate(
+        config.model, rows * phase.max_seq_len, phase.masking.rate, 2 if half else 4, shards, averages
+    )
+    ranks = f"{world_size} ranks, {'sharded' if shards > 1 else 'each whole'}" if world_size > 1 else "1 rank"
     steps = [segment.tokens_per_step for segment in phase.segments]
     return {
         "tokens": f"{phase.tokens:,}",
@@ -93,7 +99,7 @@ def _phase_facts(
         "checkpoints": f"{plan.checkpoints(phase, config.checkpoint.interval):,}",
         "FLOPs per token": f"{flops / 1e9:.3f} G",
         "FLOPs": f"{flops * phase.tokens:.3e}",
-        "memory per rank": f"{memory / 2**30:.2f} GiB in microbatches of {rows}",
+        "memory per rank": f"{memory / 2**30:.2f} GiB in microbatches of {rows}; {ranks}",
     }
 
 
@@ -110,17 +116,20 @@ def _price(tokens: int, tokens_per_second: float | None, price_per_hour: float |
 
 
 def _print_totals(config: RunConfig, plan: PhasePlan, console: Console, price: dict[str, str]) -> None:
-    size = count_parameters(config.model) * _CHECKPOINT_BYTES / 1e9
+    need, options = disk_need(config, plan), config.checkpoint
     flops = sum(
         flops_per_token(config.model, phase.max_seq_len, phase.masking.rate) * phase.tokens for phase in plan.phases
     )
     milestones = ", ".join(f"{phase.end_token:,}" for phase in plan.phases)
     said = "".join(f", {name} {value}" for name, value in price.items())
+    often = f", one for ever every {options.keep_every:,} tokens" if options.keep_every is not None else ""
+    best = f", the best {options.keep_best} too" if options.keep_best else ""
     console.print(
         f"total: {plan.total_tokens:,} tokens (slots) in {plan.total_steps:,} steps; {config.lanes} lanes; "
         f"{flops:.3e} FLOPs{said}\n"
-        f"checkpoints every {config.checkpoint.interval:,} tokens, {config.checkpoint.keep} kept; "
-        f"milestones (kept, evaluated, exported) at {milestones}; {size:,.2f} GB each",
+        f"checkpoints every {options.interval:,} tokens, {options.keep} kept{often}{best}; "
+        f"milestones (kept, evaluated, exported) at {milestones}; {need.checkpoint / 1e9:,.2f} GB each, "
+        f"{need.total / 1e9:,.1f} GB in all, {need.exports} exports among them",
         highlight=False,
     )
 

@@ -143,13 +143,14 @@ class PhasePlan:
             return False
         return self.tokens_before(step) // interval > self.tokens_before(step - 1) // interval
 
-    def checkpoints(self, phase: Phase, interval: int) -> int:
+    def checkpoints(self, phase: Phase, interval: int | None) -> int:
         """Checkpoints that a phase's steps write: where they cross a multiple of `interval` tokens, and at its end."""
         count = 0
-        for segment in phase.segments:
-            end = segment.first_token + segment.steps * segment.tokens_per_step
-            crossed = end // interval - segment.first_token // interval
-            count += min(crossed, segment.steps)  # a step writes one, however many multiples it crosses
+        if interval is not None:
+            for segment in phase.segments:
+                end = segment.first_token + segment.steps * segment.tokens_per_step
+                crossed = end // interval - segment.first_token // interval
+                count += min(crossed, segment.steps)  # a step writes one, however many multiples it crosses
         return count + (not self.crosses(phase.end_step, interval))
 
     def loader_config(self, config: RunConfig) -> LoaderConfig:

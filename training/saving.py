@@ -1,6 +1,5 @@
 """Writing checkpoints beside training, and which of them are kept."""
 
-import json
 import logging
 import threading
 from collections.abc import Callable
@@ -12,6 +11,8 @@ from durable import remove_folder
 from schema import RunError
 from training.checkpoint import Snapshot, list_checkpoints, write_checkpoint
 from training.config import CheckpointConfig
+from training.remote_checkpoints import NotCopiedError, RemoteCheckpoints
+from training.retention import Facts, facts_of, surplus
 
 log = logging.getLogger(__name__)
 
@@ -19,11 +20,12 @@ Job = tuple[Path, Snapshot, dict[str, Any]]
 
 
 class Saver:
-    """Writes on rank 0 in a thread, one checkpoint at a time, and removes old ones after each.
+    """Writes on rank 0 in a thread, one checkpoint at a time, then removes old ones and copies it to checkpoint.remote.
 
     A write that fails (a full disk) is said at once; training goes on and the next interval tries again. Older
     checkpoints are removed only after a newer one is whole. `max_failures` in a row end the run on all ranks. A bug in
-    the thread ends it, too, with its traceback.
+    the thread ends it, too, with its traceback. A copy that fails is a failure like another, but what is whole on the
+    local disk is kept there by its own rules.
     """
 
     def __init__(
@@ -32,11 +34,15 @@ class Saver:
         config: CheckpointConfig,
         is_permanent: Callable[[int], bool],
         note: Callable[[Path], None] = lambda path: None,
+        remote: RemoteCheckpoints | None = None,
     ) -> None:
-        """is_permanent: whether the checkpoint after so many steps is kept for ever. note: told of each whole one."""
-        self.folder, self.config, self.is_permanent, self.note = folder, config, is_permanent, note
+        """is_permanent: whether the checkpoint after so many steps is kept for ever. note: told of each whole one.
+        remote: on rank 0 alone."""
+        self.folder, self.config, self.is_permanent = folder, config, is_permanent
+        self.note, self.remote = note, remote
         self._thread: threading.Thread | None = None
         self._failed: Job | None = None
+        self._uncopied = False  # whether all that failed was the copy
         self._crash: BaseException | None = None
         self._failures = 0
 
@@ -52,20 +58,30 @@ class Saver:
         failures = from_rank_0(self._failures)
         if failures >= self.config.max_failures:
             raise RunError(
-                f"{self.folder}: {failures} checkpoints in a row could not be written (checkpoint.max_failures); older "
-                "ones are whole: make room, then the same command goes on from the newest"
+                f"{self.folder}: {failures} checkpoints in a row could not be written, or copied to checkpoint.remote "
+                "(checkpoint.max_failures); older ones are whole: make room, or mend what was said, then the same "
+                "command goes on from the newest"
             )
 
-    def settle_last(self) -> None:
+    def settle_last(self, finished: bool = True) -> None:
         """Like `settle`, after which nothing more is saved: a failed write is tried once more, now. A collective.
 
-        Raises RunError when that fails too.
+        Raises RunError when that fails too. finished: false when another process will go on, which copies what could
+        not be copied here.
         """
         self.join()
+        newest = list_checkpoints(self.folder)[-1:]
         if self._failed is not None:
             self._write(self._failed)
-        if from_rank_0(self._failed is not None):
-            raise RunError(f"{self.folder}: the last checkpoint could not be written; older ones are whole: make room")
+        elif finished and self.remote is not None and newest:
+            # what an earlier process could not copy at its end
+            self._attempt(None, lambda: self._copy(newest[0], written=False))
+        lost = self._failed is not None or self._uncopied
+        if from_rank_0(lost and (finished or not self._uncopied)):
+            raise RunError(
+                f"{self.folder}: the last checkpoint could not be written, or copied to checkpoint.remote; older ones "
+                "are whole: make room, or mend what was said"
+            )
 
     def join(self) -> None:
         """Wait for the write under way (rank 0). Raises what was no failure to write but a bug."""
@@ -77,16 +93,31 @@ class Saver:
             raise crash
 
     def _write(self, job: Job) -> None:
-        self._failed = None
-        try:
+        def write() -> None:
             write_checkpoint(*job)
             self.note(job[0])
-            self._failures = 0
-            remove_old_checkpoints(self.folder, self.config, self.is_permanent, job[0])
+            try:
+                remove_old_checkpoints(self.folder, self.config, self.is_permanent, job[0])
+            finally:
+                self._copy(job[0], written=True)
+                self._failures = 0
+
+        self._attempt(job, write)
+
+    def _copy(self, path: Path, written: bool) -> None:
+        if self.remote is not None:
+            self.remote.copy(path, self.config, self.is_permanent, written=written)
+
+    def _attempt(self, job: Job | None, act: Callable[[], None]) -> None:
+        self._failed, self._uncopied = None, False
+        try:
+            act()
         except (RunError, OSError) as error:
             self._failed = job
             self._failures += 1
-            log.error("CHECKPOINT NOT WRITTEN (failure %d in a row), training goes on: %s", self._failures, error)
+            self._uncopied = isinstance(error, NotCopiedError)
+            what = "COPIED" if self._uncopied else "WRITTEN"
+            log.error("CHECKPOINT NOT %s (failure %d in a row), training goes on: %s", what, self._failures, error)
         except BaseException as error:
             log.exception("the thread that writes checkpoints crashed; the run ends at the next checkpoint")
             self._crash = error
@@ -95,29 +126,14 @@ class Saver:
 def remove_old_checkpoints(
     folder: Path, config: CheckpointConfig, is_permanent: Callable[[int], bool], newest: Path
 ) -> None:
-    """Delete all but the permanent ones, and of the others the newest `keep` and the `keep_best` of the lowest
-    validation loss (of equal ones the newest).
-
-    newest: just written. What is there of later steps was skipped as damaged, and must not count as one of `keep`.
-    """
-    paths = list_checkpoints(folder)
-    later = paths[paths.index(newest) + 1 :]
-    for path in later:
+    """Delete what training.retention does not keep. newest: just written."""
+    facts = {path: _facts(path) for path in list_checkpoints(folder)}
+    for path in surplus(facts, newest, config, is_permanent):
         remove_folder(path)
-    paths = paths[: -len(later) or None]
-    facts = {path: _facts(path) for path in paths}
-    paths = [path for path in paths if not is_permanent(facts[path][0])]
-    judged = [path for path in reversed(paths) if facts[path][1] is not None]
-    best = sorted(judged, key=lambda path: facts[path][1] or 0.0)[: config.keep_best]
-    for path in paths[: -config.keep]:
-        if path not in best:
-            remove_folder(path)
 
 
-def _facts(path: Path) -> tuple[int, float | None]:
-    """A checkpoint's step and the validation loss at it. Of a damaged one: step 0, none."""
+def _facts(path: Path) -> Facts:
     try:
-        state = json.loads((path / "state.json").read_text())["run"]
-        return int(state["step"]), state.get("validation_loss")
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0, None
+        return facts_of((path / "state.json").read_bytes())
+    except OSError:
+        return Facts(0, None)

@@ -47,6 +47,7 @@ from training.loggers import build_loggers
 from training.optim import OPTIMIZERS
 from training.parallelism import PARALLELISMS, Parallelism
 from training.phases import PhasePlan
+from training.remote_checkpoints import RemoteCheckpoints, fetch_newest
 from training.saving import Saver
 from training.shards import cut_like, reshard, whole_model
 
@@ -97,7 +98,9 @@ class Run:
             self.model.encoder.compile_blocks()
         self.optimizer = OPTIMIZERS.build(config.optimizer, model=self.model, lr=self.plan.phases[0].peak_lr)
         self.ledger = Ledger(self.folder.ledger, list(config.data.streams))
-        self.saver = Saver(self.folder.checkpoints, config.checkpoint, self._is_permanent, self.folder.note_checkpoint)
+        remote = RemoteCheckpoints(config) if config.checkpoint.remote and self.rank == 0 else None
+        note = self.folder.note_checkpoint
+        self.saver = Saver(self.folder.checkpoints, config.checkpoint, self._is_permanent, note, remote)
         self.faults = Faults(config, self.plan, self.saver, self.ledger, self._say, split_batch, self._dropout_seed)
         self.gauges = build_gauges(config, self.plan, self.model, lambda: self.seconds)
         self.metrics = MetricsLog(
@@ -284,7 +287,7 @@ class Run:
             self.trainer.state.max_duration = f"{self.plan.total_steps}ba"
             self.trainer.fit()
             if self.faults.preempted:
-                self.saver.settle_last()
+                self.saver.settle_last(finished=False)
                 self.trainer.close()  # together: a launcher kills the rest when the first rank is gone
                 raise SystemExit(signals.EXIT_PREEMPTED)
             step = self.resume() if self.faults.rolled_back else self.plan.total_steps
@@ -454,6 +457,7 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
     run = None
     try:
         watchdog.meet()
+        fetch_newest(config, folder, rank)
         run = Run(config, console, watchdog)
         run.open()
         step = run.resume()

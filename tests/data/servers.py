@@ -163,6 +163,8 @@ class Proxy:
         head = head.replace(b"\r\n", b"\r\nConnection: close\r\n", 1).replace(b"Connection: Keep-Alive\r\n", b"")
         with socket.create_connection(self.target) as server:
             server.sendall(head)
+            if head.startswith(b"PUT "):  # of others nothing more comes, and a thread that waits for it delays a reset
+                threading.Thread(target=_copy, args=(connection, server), daemon=True).start()
             answer = b""
             while received := server.recv(1 << 20):
                 if fault is None:
@@ -176,6 +178,12 @@ class Proxy:
                 with contextlib.suppress(OSError):
                     connection.recv(1)  # until the client has had enough
             _reset(connection)
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while received := source.recv(1 << 20):
+            target.sendall(received)
 
 
 def _reset(connection: socket.socket) -> None:

@@ -112,3 +112,15 @@ def test_memory_estimate_is_near_what_autograd_keeps(lengths: tuple[int, ...]) -
     logits = 2 * 4 * int(0.3 * tokens) * config.vocab_size  # alive during the loss only
     estimate = memory_estimate(config, tokens, 0.3) - 16 * count_parameters(config) - logits
     assert estimate == pytest.approx(measured, rel=0.15)  # measured: 3 % over and 1 % over
+
+
+def test_memory_of_a_rank_that_shares() -> None:
+    """149,655,232 parameters, 4.4 M in a block: what is shared is divided, what is gathered at a time comes on top."""
+    config = FlexBertConfig.from_yaml("modernbert-base")
+    attention, mlp, norms = 4 * 768**2, 768 * 2304 + 1152 * 768, 2 * 768
+    block = attention + mlp + norms
+    outside = 149_655_232 - (22 * block - 768)  # the first block has no attention norm
+    alone, shared = memory_estimate(config, 1024), memory_estimate(config, 1024, shards=8)
+    assert alone - shared == 16 * 149_655_232 * 7 // 8 - 8 * (outside + 2 * block)
+    assert memory_estimate(config, 1024, averages=1) - alone == 4 * 149_655_232
+    assert memory_estimate(config, 1024, shards=8, averages=1) - shared == 4 * 149_655_232 // 8

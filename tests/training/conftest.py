@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.conftest import bucket, moto_server, proxy, s3
 from tests.training.ranks import Ranks
 from tests.training.tiny import write_data
+
+__all__ = ["bucket", "moto_server", "proxy", "s3"]  # fixtures: a real S3 server
 
 
 @pytest.fixture(scope="session")

@@ -52,6 +52,9 @@ def plain(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("old", "new", "line"),
     [
+        ("seed: 17", "runs: s3://bucket/x", "runs: a run lives in a local folder: give one, and checkpoint.remote=s3://bucket/x"),
+        ("seed: 17", "checkpoint: {remote: /tmp/x}", "checkpoint.remote: expected a URL that can be written to, such as s3://bucket/path, got '/tmp/x'"),
+        ("seed: 17", "checkpoint: {remote: 'https://x/y'}", "checkpoint.remote: expected a URL that can be written to, such as s3://bucket/path, got 'https://x/y'"),
         ("seed: 17", "sed: 17", "unknown key 'sed', did you mean 'seed'?"),
         ("tokens: 2M", "token: 2M", r"phases[0]: unknown key 'token', did you mean 'tokens'?"),
         ("tokens: 2M", "tokens: -5", "phases[0].tokens: expected a whole count, 0 or more, got -5"),

@@ -9,16 +9,22 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from safetensors.numpy import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
 from data.tokenizer import fingerprint
 from flexbert import kernels, parity
+from flexbert.accounting import count_parameters
 from main import app
-from tests.data.servers import free_port
+from tests.data.servers import BUCKET, Bucket, free_port
 from tests.data.synthetic import documents, write_stream
+from tests.training.ranks import Ranks
+from tests.training.tiny import ROW, ROWS, write_config
 from training import doctor
 from training.config import load_run_config
+from training.phases import PhasePlan
+from training.sizes import disk_need
 
 RUN = """
 name: small
@@ -135,6 +141,56 @@ def test_remote_streams_are_reached_or_not(config: Path, tmp_path: Path) -> None
     fine, rows, _ = checks(config, f"data.streams.far.path=http://127.0.0.1:{free_port()}/far")
     assert not fine
     assert rows["stream far"][0] == "FAIL"
+
+
+def test_disk_room_is_that_of_all_that_is_kept(config: Path, tmp_path: Path) -> None:
+    """A step is 512 tokens, the phase 1954 steps: one in two ends a stretch of 1024 tokens, and the last is the end."""
+    parameters = count_parameters(load_run_config(config).model)
+    for overrides, checkpoints, numbers in (
+        ((), 1 + 2 + 1, 3),
+        (("checkpoint.keep_every=1024",), 977 + 2 + 1, 3),
+        (("checkpoint.keep_every=1024", "checkpoint.keep=7", "checkpoint.keep_best=5"), 977 + 7 + 5 + 1, 3),
+        (("checkpoint.keep_every=1024", "ema={decay: 0.9}"), 977 + 2 + 1, 4),
+    ):
+        loaded = load_run_config(config, overrides)
+        need = disk_need(loaded, PhasePlan(loaded))
+        assert need.checkpoint == 4 * numbers * parameters
+        assert need.total == checkpoints * need.checkpoint + (numbers - 2) * 4 * parameters
+        assert f"; about {need.total / 1e9:,.1f} GB for" in checks(config, *overrides)[1]["disk"][1]
+    there = tmp_path / "runs/small/checkpoints/tokens-5"
+    there.mkdir(parents=True)
+    with (there / "model.safetensors").open("wb") as file:
+        file.truncate(3 * 10**9)
+    assert "of which 3.0 are there" in checks(config)[1]["disk"][1]
+
+
+def test_disk_room_is_what_a_run_leaves(ranks: Ranks, tiny_data: Path, tmp_path: Path) -> None:
+    kept = {"keep": 2, "keep_every": 4 * ROWS * ROW}
+    file = write_config(tmp_path, tiny_data, 11, checkpoint=kept, ema={"decay": 0.9})
+    ranks.train(1, str(file))
+    loaded = load_run_config(file)
+    need = disk_need(loaded, PhasePlan(loaded))
+    checkpoints, exports = (list((loaded.folder / part).iterdir()) for part in ("checkpoints", "exports"))
+    # of 4, 8 and the end at 11 steps for ever, of 9 and 10 as the newest; room for one more while it is written
+    assert len(checkpoints) == need.permanent + need.passing - 1 == 5
+    assert len(exports) == need.exports == 2
+    for folders, size in ((checkpoints, need.checkpoint), (exports, need.export)):
+        for folder in folders:
+            tensors = sum(sum(t.nbytes for t in load_file(part).values()) for part in folder.glob("*.safetensors"))
+            assert tensors == pytest.approx(size, rel=0.02)  # with the optimizer's counters
+
+
+def test_a_place_for_copies_is_tried(config: Path, s3: str, bucket: Bucket, tmp_path: Path) -> None:
+    url = f"s3://{BUCKET}/{tmp_path.name}"
+    fine, rows, text = checks(config, f"checkpoint.remote={url}")
+    assert fine, text
+    assert rows["remote checkpoints"] == ["ok", f"{url}/small: can be written, holds 0 checkpoints", ""]
+    assert "Contents" not in bucket.client.list_objects_v2(Bucket=BUCKET, Prefix=tmp_path.name)
+    fine, rows, _ = checks(config, "checkpoint.remote=s3://no-such-bucket/x")
+    assert not fine
+    assert rows["remote checkpoints"][0] == "FAIL"
+    assert "there is no bucket 'no-such-bucket'" in rows["remote checkpoints"][1]
+    assert "remote checkpoints" not in checks(config)[1]
 
 
 def test_exit_codes(config: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
@@ -34,12 +35,15 @@ def warmup_steps(start: int, target: int, step: int, tokens: float, max_seq_len:
 
 
 def printed(
-    config: RunConfig, tokens_per_second: float | None = None, price_per_hour: float | None = None
+    config: RunConfig,
+    tokens_per_second: float | None = None,
+    price_per_hour: float | None = None,
+    world_size: int = 1,
 ) -> dict[str, list[str]]:
     """The dry run's table by fact, and its other lines under ''. The data are not there, and it says so."""
     console = Console(width=400, record=True, file=io.StringIO())
     with pytest.raises(ConfigError, match=r"^data\.streams\.[\w-]+\.path: "):
-        dry_run(config, console, 1, tokens_per_second, price_per_hour)
+        dry_run(config, console, world_size, tokens_per_second, price_per_hour)
     facts: dict[str, list[str]] = {"": []}
     for line in console.export_text().splitlines():
         cells = [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
@@ -151,6 +155,101 @@ def test_modernbert_is_the_papers_table() -> None:
     assert back_plan.phases[0].tokens == large_plan.phases[1].tokens
 
 
+@dataclass(frozen=True)
+class Published:
+    """What a recipe's source says of its training, as shared/architectures.md (section 2) and the sources in the recipe's
+    header have it. phases: (peak lr, masking rate, schedule, its factor at the end; None: it has none). warmup: tokens,
+    worked out from the source's steps or its share of all steps."""
+
+    optimizer: str
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    clip: float | None
+    warmup: float
+    phases: tuple[tuple[float, float, str, float | None], ...]
+
+
+def ettin(warmup: float) -> Published:
+    """JHU-CLSP/ettin-encoder-vs-decoder, pretraining/configs/standard/{very_tiny,tiny,mini}: encoder_*.yaml (t_decay 0: no
+    decay in the first phase), de_decay, prolong_decay; arXiv 2507.11412, whose table has the same. decoupled_stableadamw
+    is stableadamw with decouple_lr; gradients are not clipped."""
+    phases = ((3e-3, 0.3, "constant", None), (3e-3, 0.3, "one_minus_sqrt", 0.5), (1.5e-3, 0.15, "one_minus_sqrt", 0.04))
+    return Published("stableadamw", (0.9, 0.98), 1e-6, 3e-4, None, warmup, phases)
+
+
+PUBLISHED = {
+    # arXiv 1810.04805, app. A.2; google-research/bert, optimization.py (eps, clipping). The decay is one line to 0 over a
+    # million steps: 0.1 of the peak is left after 900,000.
+    "bert-base": Published(
+        "adamw",
+        (0.9, 0.999),
+        1e-6,
+        0.01,
+        1.0,
+        10_000 * 256 * 128,
+        ((1e-4, 0.15, "linear", 0.1), (1e-5, 0.15, "linear", 0.0)),
+    ),
+    # mosaicml/examples, mosaic-bert-base-uncased.yaml: warmup over 6 % of 70,000 steps, then linear to 0.02; no clipping.
+    "mosaicbert-base": Published(
+        "decoupled_adamw",
+        (0.9, 0.98),
+        1e-6,
+        1e-5,
+        None,
+        0.06 * 70_000 * 4096 * 128,
+        ((5e-4, 0.3, "constant", None), (5e-4, 0.3, "linear", 0.02)),
+    ),
+    # nomic-ai/contrastors, mlm.yaml: warmup_pct 0.06 (of the model card's 100,000 steps), linear, max_grad_norm 0: off.
+    "nomicbert": Published(
+        "adamw",
+        (0.9, 0.98),
+        1e-6,
+        1e-5,
+        None,
+        0.06 * 100_000 * 4096 * 2048,
+        ((5e-4, 0.3, "constant", None), (5e-4, 0.3, "linear", 0.0)),
+    ),
+    # Published (model card) are lr and masking alone. Departure, said in the file: betas, eps, warmup and final factor
+    # are MosaicBERT's (its 6 % in round tokens), 0.01 of decay, no clipping.
+    "gte-en-mlm-base": Published(
+        "adamw",
+        (0.9, 0.98),
+        1e-6,
+        0.01,
+        None,
+        0.06 * 70_000 * 4096 * 2048,
+        ((5e-4, 0.3, "linear", 0.02), (5e-5, 0.3, "linear", 0.02)),
+    ),
+    # JonasGeiping/cramming, train/bert-o4.yaml (optim/adam.yaml: betas, eps 1e-12). Departure, said in the file: there
+    # lr starts at half its peak, which it has at half the budget; here it rises from 0 over the same half, 5B tokens.
+    "cramming": Published(
+        "adamw", (0.9, 0.98), 1e-12, 0.01, 0.5, 5e9, ((1e-3, 0.25, "constant", None), (1e-3, 0.25, "linear", 0.0))
+    ),
+    "ettin-17m": ettin(4e9),
+    "ettin-32m": ettin(4e9),
+    "ettin-68m": ettin(3e9),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_training_is_as_published(name: str) -> None:
+    (config, plan), published = recipe(name), PUBLISHED[name]
+    optimizer = config.optimizer
+    assert (optimizer.name, optimizer.beta1, optimizer.beta2) == (published.optimizer, *published.betas)
+    assert (optimizer.eps, optimizer.weight_decay) == (published.eps, published.weight_decay)
+    assert optimizer.decayed == "matrices"  # all of them spare biases and norms
+    assert getattr(optimizer, "decouple_lr", True)
+    assert config.trainer.gradient_clip_norm == published.clip
+    assert plan.phases[0].warmup == pytest.approx(published.warmup, rel=0.01)
+    assert all(phase.warmup == 0 for phase in plan.phases[1:])
+    for phase, given, (lr, masking, schedule, final) in zip(plan.phases, config.phases, published.phases, strict=True):
+        assert (phase.peak_lr, phase.masking.rate) == (lr, masking)
+        assert (given.schedule.name, getattr(given.schedule, "final", None)) == (schedule, final)
+        last = phase.lr(phase.end_step - 1)  # one step before the end
+        assert last == pytest.approx(lr * (1.0 if final is None else final), abs=1.01 * lr / phase.steps)
+
+
 def test_hours_cost_flops_and_checkpoints_on_paper() -> None:
     config, plan = recipe("modernbert-base")
     facts = printed(config, tokens_per_second=2.5e6, price_per_hour=20)
@@ -164,6 +263,37 @@ def test_hours_cost_flops_and_checkpoints_on_paper() -> None:
     assert [int(cell) for cell in facts["checkpoints"]] == [171 + 1, 25 + 1, 5 + 1]
     hours = plan.total_tokens / 2.5e6 / 3600
     assert any(f"hours {hours:,.1f}, cost {20 * hours:,.2f}" in line for line in facts[""])
+
+
+def test_memory_is_of_the_ranks_that_share() -> None:
+    def gib(*overrides: str, world_size: int = 8) -> tuple[float, str]:
+        config, _ = recipe("modernbert-large", "trainer.microbatch_size=1", *overrides)
+        size, _, rest = printed(config, world_size=world_size)["memory per rank"][0].partition(" ")
+        return float(size), rest
+
+    whole, said = gib()
+    assert said == "GiB in microbatches of 1; 8 ranks, each whole"
+    shared, said = gib("trainer.parallelism=fsdp2")
+    assert said == "GiB in microbatches of 1; 8 ranks, sharded"
+    assert whole / 3 < shared < whole / 2
+    assert (
+        gib("trainer.parallelism=fsdp2", world_size=1)
+        == gib(world_size=1)
+        == (whole, "GiB in microbatches of 1; 1 rank")
+    )
+    assert gib("ema={decay: 0.999}")[0] - whole == pytest.approx(4 * 395_881_664 / 2**30, abs=0.011)
+
+
+def test_disk_room_on_paper() -> None:
+    """149,655,232 parameters: 12 bytes of each in a checkpoint, 4 in an export, and 4 more with an average."""
+    config, _ = recipe("modernbert-base", "checkpoint.keep_every=10B", "checkpoint.keep_best=2", "ema={decay: 0.999}")
+    line = next(line for line in printed(config)[""] if line.startswith("checkpoints every"))
+    assert "3 kept, one for ever every 10,000,000,000 tokens, the best 2 too" in line
+    checkpoints = 172 + 26 + 6 + 3 + 2 + 1
+    whole = 149_655_232 * (16 * checkpoints + 4 * 6) / 1e9
+    assert f"2.39 GB each, {whole:,.1f} GB in all, 6 exports among them" in line
+    plain = next(line for line in printed(recipe("modernbert-base")[0])[""] if line.startswith("checkpoints every"))
+    assert f"1.80 GB each, {149_655_232 * (12 * 7 + 4 * 3) / 1e9:,.1f} GB in all, 3 exports" in plain
 
 
 def test_the_command_prints_the_plan_and_then_what_is_absent() -> None:

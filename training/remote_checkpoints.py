@@ -1,0 +1,186 @@
+"""Copies of a run's checkpoints behind a URL (checkpoint.remote), for a machine whose disk may not be there tomorrow.
+
+URL/NAME/tokens-N/ holds the files of checkpoints/tokens-N/. Its manifest is written last and deleted first: without one
+it is half copied, and never taken for whole. Beside them lie the run's files that tell its history, written before the
+manifest of the checkpoint that they belong to; lines of later steps are dropped on resuming, as after any kill.
+"""
+
+import io
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from callbacks.agree import from_rank_0
+from data.transfer import Patience, Store, TransferError, open_store, with_retries
+from durable import new_folder, write_file
+from schema import ConfigError, RunError
+from training.checkpoint import MANIFEST, list_checkpoints, tokens_of, verify_checkpoint
+from training.config import CheckpointConfig, RunConfig
+from training.folder import RunFolder
+from training.retention import Facts, facts_of, surplus
+
+log = logging.getLogger(__name__)
+_HISTORY = ("config.yaml", "origin.json", "ledger.jsonl", "metrics.jsonl")
+_STATE = "state.json"
+_RETRIES = 3  # of a write: the next checkpoint tries again, and until then training waits for this one to end
+
+
+class NotCopiedError(RunError):
+    """A checkpoint is whole on the local disk, but not behind the URL."""
+
+
+class RemoteCheckpoints:
+    """Those of one run. Only rank 0 has one, and one thread at a time uses it."""
+
+    def __init__(self, config: RunConfig) -> None:
+        assert config.checkpoint.remote is not None
+        self.url = f"{config.checkpoint.remote.rstrip('/')}/{config.name}"
+        self._patience = Patience(config.data.download_retries, config.data.download_timeout)
+        self._writing = self._patience._replace(retries=min(_RETRIES, config.data.download_retries))
+        self._facts: dict[str, Facts] = {}
+
+    def copy(
+        self, newest: Path, config: CheckpointConfig, is_permanent: Callable[[int], bool], *, written: bool = True
+    ) -> None:
+        """Copy a checkpoint that was just written, and older local ones that an earlier attempt left out; then delete
+        there what is kept no longer. What was whole stays whole, unless it is this one, or of steps after it.
+
+        written: false when the newest may have been copied already. Raises NotCopiedError.
+        """
+        try:
+            store = open_store(self.url, self._writing)
+            found = self._checkpoints(store)
+            for name in [name for name in found if _tokens(name) > tokens_of(newest)]:
+                self._remove(store, name, found.pop(name))
+            for file in (newest.parent.parent / name for name in _HISTORY):
+                if file.exists():
+                    self._write(store, file.name, io.BytesIO(file.read_bytes()))
+            for path in list_checkpoints(newest.parent):
+                if MANIFEST not in found.get(path.name, ()) or (written and path == newest):
+                    self._upload(store, path)
+                    found[path.name] = [file.name for file in path.iterdir()]
+            for name in [name for name in found if MANIFEST not in found[name]]:
+                self._remove(store, name, found.pop(name))  # half copied by a machine that is gone: no more will come
+            facts = {name: self._facts_of(store, name, found[name]) for name in sorted(found, key=_tokens)}
+            for name in surplus(facts, newest.name, config, is_permanent):
+                self._remove(store, name, found[name])
+        except (TransferError, OSError) as error:
+            raise NotCopiedError(f"{self.url}: {newest.name} not copied: {error}; it is whole in {newest}") from error
+
+    def fetch(self, folder: RunFolder, config: RunConfig) -> None:
+        """Bring the newest whole checkpoint into a run folder that has none; others are skipped, loudly.
+
+        Raises RunError when there are some and none is of use, or the server cannot be reached: starting over silently
+        would hide the loss; ConfigError when the run was started with a config that trains otherwise.
+        """
+        try:
+            store = open_store(self.url, self._patience)
+            found = self._checkpoints(store)
+            whole = [name for name in sorted(found, key=_tokens, reverse=True) if MANIFEST in found[name]]
+            for name in found.keys() - whole:
+                log.warning("SKIPPING HALF-COPIED CHECKPOINT %s/%s: it has no manifest", self.url, name)
+            if whole:
+                self._fetch_history(store, folder)
+                folder.check_config(config)
+            for name in whole:
+                try:
+                    with new_folder(folder.checkpoints / name) as beside:
+                        for file in found[name]:
+                            self._download(store, f"{name}/{file}", beside / file)
+                        verify_checkpoint(beside)
+                except RunError as error:
+                    log.warning("SKIPPING DAMAGED CHECKPOINT %s/%s: %s", self.url, name, error)
+                else:
+                    log.warning("%s: %s comes from %s", folder.path, name, self.url)
+                    return
+        except (TransferError, OSError) as error:
+            fix = "mend that, or leave checkpoint.remote out to start without"
+            raise RunError(f"{self.url}: cannot look for checkpoints: {error}: {fix}") from None
+        if whole:
+            raise RunError(f"{self.url}: none of the {len(whole)} checkpoints is whole: delete them to start over")
+
+    def probe(self) -> int:
+        """Write, list and delete a small file, as `copy` would. Returns the number of checkpoints there; raises
+        TransferError."""
+        store = open_store(self.url, self._patience)
+        self._write(store, ".doctor", io.BytesIO(b"x"))
+        with_retries(partial(store.remove, ".doctor"), self._writing)
+        return len(self._checkpoints(store))
+
+    def _checkpoints(self, store: Store) -> dict[str, list[str]]:
+        """The files of each checkpoint there, half copied ones too."""
+        try:
+            files = store.sizes([])
+        except TransferError as error:
+            if error.kind == "missing":
+                return {}
+            raise
+        found: dict[str, list[str]] = {}
+        for file in sorted(files):
+            name, _, rest = file.partition("/")
+            if rest and "/" not in rest and name.removeprefix("tokens-").isdecimal():
+                found.setdefault(name, []).append(rest)
+        return found
+
+    def _write(self, store: Store, name: str, content: BinaryIO) -> None:
+        def attempt() -> None:
+            content.seek(0)
+            store.write(name, content)
+
+        with_retries(attempt, self._writing)
+
+    def _upload(self, store: Store, path: Path) -> None:
+        with_retries(partial(store.remove, f"{path.name}/{MANIFEST}"), self._writing)
+        for file in sorted(path.iterdir(), key=lambda file: file.name == MANIFEST):
+            with file.open("rb") as content:
+                self._write(store, f"{path.name}/{file.name}", content)
+        self._facts[path.name] = facts_of((path / _STATE).read_bytes())
+
+    def _remove(self, store: Store, name: str, files: list[str]) -> None:
+        for file in sorted(files, key=lambda file: file != MANIFEST):
+            with_retries(partial(store.remove, f"{name}/{file}"), self._writing)
+        self._facts.pop(name, None)
+
+    def _facts_of(self, store: Store, name: str, files: list[str]) -> Facts:
+        if _STATE not in files:
+            return Facts(0, None)
+        if name not in self._facts:
+            self._facts[name] = facts_of(self._read(store, f"{name}/{_STATE}"))
+        return self._facts[name]
+
+    def _read(self, store: Store, name: str) -> bytes:
+        return with_retries(lambda: b"".join(map(bytes, store.blocks(name))), self._patience)
+
+    def _fetch_history(self, store: Store, folder: RunFolder) -> None:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        there = store.sizes([])
+        for name in _HISTORY:
+            if name in there:
+                write_file(folder.path / name, self._read(store, name))
+
+    def _download(self, store: Store, name: str, file: Path) -> None:
+        def attempt() -> None:
+            with file.open("wb") as out:
+                for block in store.blocks(name):
+                    out.write(block)
+
+        with_retries(attempt, self._patience)
+
+
+def _tokens(name: str) -> int:
+    return tokens_of(Path(name))
+
+
+def fetch_newest(config: RunConfig, folder: RunFolder, rank: int) -> None:
+    """Before anything else looks into a run folder without checkpoints: see RemoteCheckpoints.fetch. A collective."""
+    problem = None
+    if rank == 0 and config.checkpoint.remote is not None and not list_checkpoints(folder.checkpoints):
+        try:
+            RemoteCheckpoints(config).fetch(folder, config)
+        except (ConfigError, RunError) as error:
+            problem = isinstance(error, ConfigError), str(error)
+    problem = from_rank_0(problem)
+    if problem is not None:
+        raise (ConfigError if problem[0] else RunError)(problem[1])
