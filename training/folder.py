@@ -27,7 +27,7 @@ _PACKAGES = (
 # What may differ between the start of a run and its resumption: it changes speed and logs, not the weights' history.
 _FREE = (
     "runs",
-    "trainer.microbatch_size",
+    "trainer.microbatch_size",  # with attention.probs_dropout other masks are drawn, as with another number of ranks
     "trainer.parallelism",
     "trainer.log_interval",
     "trainer.compile",

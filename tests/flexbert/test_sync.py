@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexbert import build, kernels_gpu
+from flexbert.dropout import TokenKeys, keyed_dropout
 from flexbert.model import FlexBertForMaskedLM
 from flexbert.packed import check_packed, unpad
 from tests.flexbert.conftest import batch_of, tiny
 
 MODEL = {
     "num_hidden_layers": 4,
-    "attention": {"name": "multihead", "global_attn_every_n_layers": 3, "backend": "flash2"},
+    "attention": {"name": "multihead", "global_attn_every_n_layers": 3, "backend": "flash2", "out_dropout": 0.1},
 }
 
 
@@ -55,7 +56,8 @@ def _waits(model: FlexBertForMaskedLM, num_masked: int | None) -> list[str]:
     labels = torch.where(torch.arange(64) % 3 == 0, ids, -100)
     with _Waits() as checks:
         check_packed(ids, cu_seqlens)
-    with _Waits() as step:
+    keys = TokenKeys(0, 0, cu_seqlens, len(ids))
+    with _Waits() as step, keyed_dropout(keys):
         loss = model(ids, cu_seqlens, max_seqlen, labels=labels, num_masked=num_masked).loss
         assert loss is not None
         loss.backward()
@@ -73,7 +75,8 @@ def test_the_encoder_reads_no_value_of_a_tensor(model: FlexBertForMaskedLM) -> N
     encoder = model.encoder.to("meta")
     ids = torch.zeros(64, dtype=torch.int64, device="meta")
     cu_seqlens = torch.zeros(4, dtype=torch.int32, device="meta")
-    encoder(ids, cu_seqlens, 40).sum().backward()
+    with keyed_dropout(TokenKeys(0, 0, cu_seqlens, len(ids))):
+        encoder(ids, cu_seqlens, 40).sum().backward()
     assert all(parameter.grad is not None for parameter in encoder.parameters())
     with pytest.raises((RuntimeError, NotImplementedError)):
         unpad(ids[None], ids[None])  # this one waits, and says so
@@ -82,5 +85,6 @@ def test_the_encoder_reads_no_value_of_a_tensor(model: FlexBertForMaskedLM) -> N
 def test_the_number_of_masked_tokens_changes_nothing(model: FlexBertForMaskedLM) -> None:
     ids, cu_seqlens, max_seqlen, _ = batch_of((40, 1, 23), vocab_size=model.config.vocab_size)
     labels = torch.where(torch.arange(64) % 3 == 0, ids, -100)
+    model.eval()
     counted, given = (model(ids, cu_seqlens, max_seqlen, labels=labels, num_masked=count).loss for count in (None, 22))
     assert torch.equal(counted, given)
