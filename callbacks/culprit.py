@@ -11,14 +11,14 @@ from torch.distributed.tensor import DTensor
 from callbacks.agree import of_all_ranks
 
 
-def name_culprit(state: State, model: nn.Module, microbatches: Iterable[Any], dropout_seed: int) -> str:
+def name_culprit(state: State, model: nn.Module, microbatches: Iterable[Any], generator_seed: int) -> str:
     """Run the step's forward and backward once more and say what is not finite first. A collective.
 
-    model: as Composer has it, less DDP's wrapper. dropout_seed: of the step. Leaves gradients behind.
+    model: as Composer has it, less DDP's wrapper. generator_seed: of the step on this rank. Leaves gradients behind.
     Modules are looked at in the order in which they finish; when all outputs are finite, the first parameter in the
     order of the backward pass (the last in the model's) names the place where the gradient breaks.
     """
-    torch.manual_seed(dropout_seed)
+    torch.manual_seed(generator_seed)
     found = _forward_and_backward(state, model, microbatches)
     for rank, text in enumerate(of_all_ranks(found)):
         if text is not None:

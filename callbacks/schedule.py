@@ -1,4 +1,4 @@
-"""Sets what a step needs before it runs: learning rate, RoPE theta and the seed of dropout."""
+"""Sets what a step needs before it runs: learning rate, RoPE theta and the seed of the global generator."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -32,10 +32,10 @@ class StepSchedule(Callback):
         self,
         phase_at: Callable[[int], SchedulablePhase],
         set_rope_theta: Callable[[float | None, float | None], None],
-        dropout_seed: Callable[[int], int],
+        generator_seed: Callable[[int], int],
     ) -> None:
-        """dropout_seed: torch seed of a step on this rank."""
-        self.phase_at, self.set_rope_theta, self.dropout_seed = phase_at, set_rope_theta, dropout_seed
+        """generator_seed: of torch's global one, in a step on this rank."""
+        self.phase_at, self.set_rope_theta, self.generator_seed = phase_at, set_rope_theta, generator_seed
         self._phase: SchedulablePhase | None = None
 
     def batch_start(self, state: State, logger: Logger) -> None:
@@ -48,4 +48,4 @@ class StepSchedule(Callback):
             group["lr"] = phase.lr(step)
             if group.get("max_lr") is not None:  # optimi's decoupled decay is relative to the phase's peak
                 group["max_lr"] = phase.peak_lr
-        torch.manual_seed(self.dropout_seed(step))
+        torch.manual_seed(self.generator_seed(step))

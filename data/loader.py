@@ -37,9 +37,10 @@ MAX_LANES = 64
 
 Batch = dict[str, Any]
 """input_ids, labels (total_tokens,) int64; cu_seqlens (documents + 1,) int32; max_seqlen int; sequences: documents of
-each row, list of ints; slots: rows x max_seq_len, int; masked: number of labels not ignored, int; masked_streams:
-(masked,) int16, the stream of each; seen: (streams, len(SEEN)) int64 numpy array. Training batches also carry
-cursors: {lane: LaneCursor as a list} after the batch."""
+each row, list of ints; row_bounds: (rows + 1,) int32, starts of the rows, then total_tokens; first_row: place of the
+first row in the global batch, int (0 outside training); slots: rows x max_seq_len, int; masked: number of labels not
+ignored, int; masked_streams: (masked,) int16, the stream of each; seen: (streams, len(SEEN)) int64 numpy array.
+Training batches also carry cursors: {lane: LaneCursor as a list} after the batch."""
 
 
 class LoaderPhase(Schema):
@@ -143,6 +144,8 @@ class _Packed:
     lengths: NDArray[np.int32]
     streams: NDArray[np.int16]
     sequences: list[int]
+    row_ends: NDArray[np.int64]
+    first_row: int
     slots: int
     seen: NDArray[np.int64]
     cursors: dict[int, list[Any]]
@@ -159,6 +162,8 @@ class _Packed:
             "cu_seqlens": torch.from_numpy(cu_seqlens),
             "max_seqlen": int(self.lengths.max(initial=0)),
             "sequences": self.sequences,
+            "row_bounds": torch.from_numpy(np.concatenate(([0], self.row_ends)).astype(np.int32)),
+            "first_row": self.first_row,
             "slots": self.slots,
             "masked": len(self.targets.position),
             "masked_streams": torch.from_numpy(np.repeat(self.streams, self.lengths)[self.targets.position]),
@@ -202,13 +207,16 @@ class Assembler:
             ),
             np.concatenate([np.zeros(0), *(np.arange(p.first, p.first + p.count) for p in rows)]).astype(np.uint32),
         )
-        targets = self.masker.mask(ids, ends[np.cumsum(sequences) - 1], names, masking)
+        row_ends = ends[np.cumsum(sequences) - 1]
+        targets = self.masker.mask(ids, row_ends, names, masking)
         return _Packed(
             ids=ids,
             targets=targets,
             lengths=lengths.astype(np.int32),
             streams=documents.stream.astype(np.int16),
             sequences=sequences.tolist(),
+            row_ends=row_ends,
+            first_row=0,
             slots=len(sequences) * max_seq_len,
             seen=count_seen(documents, pieces, len(self.streams)),
             cursors={},
@@ -319,6 +327,7 @@ class MixtureDataset(IterableDataset):
             if (step - first) % workers == worker:
                 batch = assembler.batch(rows, phase.max_seq_len, phase.masking)
                 batch.cursors = {lane: lanes[lane].cursor.to_list() for lane in lanes}
+                batch.first_row = self.rank * phase.global_batch_size // self.world_size
                 yield batch
 
 

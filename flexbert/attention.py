@@ -7,8 +7,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from flexbert.dropout import Dropout
 from flexbert.kernels import Backend, attend
-from flexbert.layers import Linear, OutputProjection, build_optional_norm, dropout
+from flexbert.layers import Linear, OutputProjection, build_optional_norm
 from flexbert.plan import AttentionPlan
 from flexbert.positions import Positions
 from flexbert.registry import ATTENTIONS, NORMS, ModelComponent, optional_slot
@@ -50,7 +51,13 @@ class MultiHeadAttention(nn.Module):
         inner_norm: Annotated[Any, *optional_slot(NORMS)] = Field(
             None, description="norm before Wo, as in sub-LN (arXiv 2210.06423); null: none"
         )
-        probs_dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability of attention weights")
+        probs_dropout: float = Field(
+            0.0,
+            ge=0,
+            lt=1,
+            description="dropout probability of attention weights; drawn inside the kernels, so, other than all other "
+            "dropout, it depends on how a batch is split into microbatches and ranks",
+        )
         out_dropout: float = Field(
             0.0,
             ge=0,
@@ -91,6 +98,7 @@ class MultiHeadAttention(nn.Module):
         self.inner_norm = build_optional_norm(config.inner_norm, hidden_size)
         self.inner_norm.output_parts = parts[:1]  # grows head by head, like the inputs of Wo
         self.Wo = OutputProjection(hidden_size, hidden_size, bias=config.out_bias, inputs=parts[:1])
+        self.out_dropout = Dropout(config.out_dropout)
 
     def forward(self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions) -> Tensor:
         """(T, D) -> (T, D)."""
@@ -106,8 +114,7 @@ class MultiHeadAttention(nn.Module):
             dropout_p=self.config.probs_dropout if self.training else 0.0,
             backend=self.config.backend,
         )
-        out = self.Wo(self.inner_norm(attended.flatten(1)))
-        return dropout(out, self.config.out_dropout, self.training)
+        return self.out_dropout(self.Wo(self.inner_norm(attended.flatten(1))))
 
     def _project(self, hidden_states: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (T, N, H), keys and values (T, K, H), normed and turned."""

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 from torch import Tensor, nn
 
-from flexbert.layers import build_norm, dropout
+from flexbert.dropout import Dropout
+from flexbert.layers import build_norm
 from flexbert.registry import EMBEDDINGS
 from schema import Component
 
@@ -38,6 +39,7 @@ class TokenEmbedding(nn.Module):
         self.tokens = nn.Embedding(model.vocab_size, model.hidden_size)
         self.types = nn.Embedding(config.token_types, model.hidden_size) if config.token_types else None
         self.norm = build_norm(model.norm, model.hidden_size) if config.norm else nn.Identity()
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor, added: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
         """(T,) int64 -> (T, D).
@@ -58,4 +60,4 @@ class TokenEmbedding(nn.Module):
             hidden_states = hidden_states + types
         elif token_type_ids is not None:
             raise ValueError("token_type_ids: the model has no token types (embedding.token_types: 0): leave them out")
-        return dropout(self.norm(hidden_states), self.config.dropout, self.training)
+        return self.dropout(self.norm(hidden_states))

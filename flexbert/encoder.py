@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flexbert.config import FlexBertConfig
+from flexbert.dropout import with_same_masks
 from flexbert.layers import build_norm
 from flexbert.packed import check_packed, pad, unpad
 from flexbert.plan import AttentionPlan
@@ -52,7 +53,8 @@ class FlexBertEncoder(nn.Module):
         positions = self.position.for_attention(plan.position_ids, max_seqlen)
         for index, layer in enumerate(self.layers):
             if self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled():
-                hidden_states = checkpoint(layer, hidden_states, plan, positions, use_reentrant=False)
+                again = with_same_masks(layer)
+                hidden_states = checkpoint(again, hidden_states, plan, positions, use_reentrant=False)
             else:
                 hidden_states = layer(hidden_states, plan, positions)
         return self.final_norm(hidden_states)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from flexbert.layers import Linear, build_norm, dropout
+from flexbert.dropout import Dropout
+from flexbert.layers import Linear, build_norm
 from flexbert.registry import HEADS, Activation, build_activation
 from schema import Component
 
@@ -94,13 +95,14 @@ class SequenceClassificationHead(TaskHead):
         self.dense = Linear(model.hidden_size, model.hidden_size, bias=config.dense_bias)
         self.activation = build_activation(config.activation)
         self.norm = build_norm(model.norm, model.hidden_size) if config.norm else nn.Identity()
+        self.dropout = Dropout(config.dropout)
         self.classifier = Linear(model.hidden_size, config.num_labels, bias=True)
 
     def forward(self, hidden_states: Tensor, cu_seqlens: Tensor) -> Tensor:
         """-> (B, num_labels)."""
         pool = _first_tokens if self.config.pooling == "cls" else _mean_tokens
         pooled = self.norm(self.activation(self.dense(pool(hidden_states, cu_seqlens))))
-        return self.classifier(dropout(pooled, self.config.dropout, self.training))
+        return self.classifier(self.dropout(pooled))
 
 
 @HEADS.register("tokens")
@@ -115,11 +117,12 @@ class TokenClassificationHead(TaskHead):
     def __init__(self, config: Config, *, model: "FlexBertConfig") -> None:
         super().__init__()
         self.config = config
+        self.dropout = Dropout(config.dropout)
         self.classifier = Linear(model.hidden_size, config.num_labels, bias=True)
 
     def forward(self, hidden_states: Tensor, cu_seqlens: Tensor) -> Tensor:
         """-> (T, num_labels)."""
-        return self.classifier(dropout(hidden_states, self.config.dropout, self.training))
+        return self.classifier(self.dropout(hidden_states))
 
 
 def _first_tokens(hidden_states: Tensor, cu_seqlens: Tensor) -> Tensor:

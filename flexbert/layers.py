@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexbert.products import linear
@@ -52,11 +51,6 @@ def block_matrices(model: nn.Module) -> dict[nn.Parameter, list[int]]:
             parts: Parts = getattr(module, "output_parts", ((module.out_features,),))
             found[module.weight] = [math.prod(part) for part in parts]
     return found
-
-
-def dropout(hidden_states: Tensor, probability: float, training: bool) -> Tensor:
-    """Dropout that costs nothing when it is off."""
-    return F.dropout(hidden_states, probability) if training and probability > 0 else hidden_states
 
 
 def add_residual(stream: Tensor, branch: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from flexbert.layers import Linear, OutputProjection, build_optional_norm, dropout
+from flexbert.dropout import Dropout
+from flexbert.layers import Linear, OutputProjection, build_optional_norm
 from flexbert.registry import MLPS, NORMS, Activation, build_activation, optional_slot
 from schema import Component
 
@@ -43,15 +44,16 @@ class GatedLinearUnit(nn.Module):
         halves = ((intermediate_size,),) * 2
         self.Wi = Linear(hidden_size, 2 * intermediate_size, bias=config.in_bias, outputs=halves)
         self.inner_norm = build_optional_norm(config.inner_norm, intermediate_size)
+        self.inner_dropout = Dropout(config.inner_dropout)
         self.Wo = OutputProjection(intermediate_size, hidden_size, bias=config.out_bias)
+        self.out_dropout = Dropout(config.out_dropout)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
         first, second = self.Wi(hidden_states).chunk(2, dim=-1)
         activated, factor = (first, second) if self.config.activated_half == "first" else (second, first)
         inner = self.inner_norm(self.activation(activated) * factor)
-        inner = dropout(inner, self.config.inner_dropout, self.training)
-        return dropout(self.Wo(inner), self.config.out_dropout, self.training)
+        return self.out_dropout(self.Wo(self.inner_dropout(inner)))
 
 
 @MLPS.register("mlp")
@@ -67,10 +69,11 @@ class MultiLayerPerceptron(nn.Module):
         self.activation = build_activation(config.activation)
         self.Wi = Linear(hidden_size, intermediate_size, bias=config.in_bias)
         self.inner_norm = build_optional_norm(config.inner_norm, intermediate_size)
+        self.inner_dropout = Dropout(config.inner_dropout)
         self.Wo = OutputProjection(intermediate_size, hidden_size, bias=config.out_bias)
+        self.out_dropout = Dropout(config.out_dropout)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
         inner = self.inner_norm(self.activation(self.Wi(hidden_states)))
-        inner = dropout(inner, self.config.inner_dropout, self.training)
-        return dropout(self.Wo(inner), self.config.out_dropout, self.training)
+        return self.out_dropout(self.Wo(self.inner_dropout(inner)))

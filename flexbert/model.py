@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flexbert.config import FlexBertConfig
+from flexbert.dropout import name_sites
 from flexbert.encoder import FlexBertEncoder
 from flexbert.kernels import require_backend
 from flexbert.losses import TokenScores, masked_evaluation
@@ -145,6 +146,7 @@ def build(config: FlexBertConfig, task: str = "mlm", *, num_labels: int | None =
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = _TASKS[task](config)
+    name_sites(model)
     init = INITS.build(config.init, num_hidden_layers=config.num_hidden_layers)
     init(model, seed, "encoder" if task == "encoder" else "")
     return model

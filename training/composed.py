@@ -9,6 +9,7 @@ from torch import Tensor
 
 from data.loader import Batch
 from flexbert import FlexBertForMaskedLM
+from flexbert.dropout import TokenKeys, keyed_dropout
 from training.parallelism import Parallelism
 from training.static_shapes import fill_slots
 
@@ -17,17 +18,25 @@ class MaskedLanguageModel(ComposerModel):
     """The encoder as Composer sees it: one child, fed with the loader's batches."""
 
     def __init__(
-        self, model: FlexBertForMaskedLM, parallelism: Parallelism, autocast: Callable[[], Any], static_shapes: bool
+        self,
+        model: FlexBertForMaskedLM,
+        parallelism: Parallelism,
+        autocast: Callable[[], Any],
+        static_shapes: bool,
+        dropout_seed: Callable[[], int],
     ) -> None:
-        """autocast: a context for the forward. Composer refuses its own on the CPU; so both devices run the same."""
+        """autocast: a context for the forward. Composer refuses its own on the CPU; so both devices run the same.
+        dropout_seed: 63 bits, of the step under way, the same on all ranks."""
         super().__init__()
-        self.model, self.static_shapes = model, static_shapes
+        self.model, self.static_shapes, self.dropout_seed = model, static_shapes, dropout_seed
         self.parallelism, self.autocast = parallelism, autocast
 
     def forward(self, batch: Batch) -> Any:
         if self.static_shapes and self.training:
             batch = fill_slots(batch)
-        with self.autocast():
+        tokens = len(batch["input_ids"])
+        keys = TokenKeys(self.dropout_seed(), batch["first_row"], batch["row_bounds"], tokens)
+        with self.autocast(), keyed_dropout(keys):
             return self.model(
                 batch["input_ids"],
                 batch["cu_seqlens"],
@@ -43,7 +52,8 @@ class MaskedLanguageModel(ComposerModel):
 
 
 def split_batch(batch: Batch, rows: int | float) -> list[Batch]:
-    """Cut a batch into microbatches of at most `rows` rows. Masking is final before, so nothing else changes."""
+    """Cut a batch into microbatches of at most `rows` rows. Masking is final before, and dropout
+    keyed by row, so nothing else changes."""
     step, sequences = int(rows), batch["sequences"]
     if len(sequences) <= step:
         return [batch]
@@ -51,9 +61,10 @@ def split_batch(batch: Batch, rows: int | float) -> list[Batch]:
     ends = torch.cumsum(torch.tensor([0, *sequences]), 0).tolist()
     slots_per_row = batch["slots"] // len(sequences)
     bounds, first_masked = batch["cu_seqlens"].cpu(), 0
+    row_bounds = batch["row_bounds"].tolist()
     for first in range(0, len(sequences), step):
         last = min(first + step, len(sequences))
-        begin, end = int(bounds[ends[first]]), int(bounds[ends[last]])
+        begin, end = row_bounds[first], row_bounds[last]
         cu_seqlens = batch["cu_seqlens"][ends[first] : ends[last] + 1] - begin
         labels = batch["labels"][begin:end]
         last_masked = first_masked + int((labels != -100).sum())
@@ -65,6 +76,8 @@ def split_batch(batch: Batch, rows: int | float) -> list[Batch]:
                 "cu_seqlens": cu_seqlens,
                 "max_seqlen": int(bounds[ends[first] : ends[last] + 1].diff().max()),
                 "sequences": sequences[first:last],
+                "row_bounds": batch["row_bounds"][first : last + 1] - begin,
+                "first_row": batch["first_row"] + first,
                 "slots": (last - first) * slots_per_row,
                 "masked": last_masked - first_masked,
                 "masked_streams": batch["masked_streams"][first_masked:last_masked],

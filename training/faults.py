@@ -36,13 +36,13 @@ class Faults:
         ledger: Ledger,
         say: Callable[[str], None],
         split_batch: Callable[[Batch, int | float], list[Batch]],
-        dropout_seed: Callable[[int], int],
+        generator_seed: Callable[[int], int],
     ) -> None:
-        """say: prints a line, on rank 0. dropout_seed: of a step on this rank."""
+        """say: prints a line, on rank 0. generator_seed: of torch's global one, in a step on this rank."""
         self.plan, self.saver, self.ledger, self.say = plan, saver, ledger, say
         self.options = config.trainer.spike_guard
         self.preempted = self.rolled_back = False
-        self._split_batch, self._dropout_seed = split_batch, dropout_seed
+        self._split_batch, self._generator_seed = split_batch, generator_seed
         detector = SpikeDetector(self.options.sigmas, self.options.window) if self.options else None
         self.guard = StepGuard(config.trainer.max_bad_steps, lambda step: plan.at(step).name, self._culprit, detector)
 
@@ -110,7 +110,7 @@ class Faults:
     def _culprit(self, state: State) -> str:
         microbatches = self._split_batch(state.batch, state.device_train_microbatch_size or 1)
         model = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
-        seed = self._dropout_seed(state.timestamp.batch.value)
+        seed = self._generator_seed(state.timestamp.batch.value)
         return name_culprit(state, model, microbatches, seed)
 
 

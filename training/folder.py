@@ -29,7 +29,7 @@ _PACKAGES = (
 _FREE = (
     "runs",
     "imports",  # where the files lie; what they register is named, and compared, in its own place
-    "trainer.microbatch_size",
+    "trainer.microbatch_size",  # with attention.probs_dropout other masks are drawn, as with another number of ranks
     "trainer.parallelism",
     "trainer.log_interval",
     "trainer.compile",

@@ -101,7 +101,7 @@ class Run:
         remote = RemoteCheckpoints(config) if config.checkpoint.remote and self.rank == 0 else None
         note = self.folder.note_checkpoint
         self.saver = Saver(self.folder.checkpoints, config.checkpoint, self._is_permanent, note, remote)
-        self.faults = Faults(config, self.plan, self.saver, self.ledger, self._say, split_batch, self._dropout_seed)
+        self.faults = Faults(config, self.plan, self.saver, self.ledger, self._say, split_batch, self._generator_seed)
         self.gauges = build_gauges(config, self.plan, self.model, lambda: self.seconds)
         self.metrics = MetricsLog(
             self.folder.metrics,
@@ -143,9 +143,13 @@ class Run:
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
 
-    def _dropout_seed(self, step: int) -> int:
-        """Of a step on this rank."""
+    def _generator_seed(self, step: int) -> int:
+        """Of the global generator, in a step on this rank. It draws the dropout of attention weights."""
         return torch_seed(self.config.seed, "dropout", self.steps_before + step, self.rank)
+
+    def _dropout_seed(self) -> int:
+        """Of all other dropout in the step under way, on every rank."""
+        return torch_seed(self.config.seed, "dropout", self.steps_before + self.trainer.state.timestamp.batch.value)
 
     def _describe(self, step: int) -> dict[str, Any]:
         """Schedule facts after `step` steps."""
@@ -176,7 +180,7 @@ class Run:
             after=self.metrics.start_clock,
             leave=lambda step: self.faults.leave(step, self._save),
         )
-        schedule = StepSchedule(self.plan.at, self.model.set_rope_theta, self._dropout_seed)
+        schedule = StepSchedule(self.plan.at, self.model.set_rope_theta, self._generator_seed)
         callbacks = [
             self.faults.guard,
             schedule,
@@ -190,7 +194,8 @@ class Run:
         if self.rank == 0:
             latest = lambda: self.metrics.latest  # noqa: E731
             callbacks.insert(3, ProgressLine(self.console, self.plan.total_tokens, self._describe, latest))
-        model = MaskedLanguageModel(self.model, self.parallelism, self.autocast, config.trainer.compile)
+        compiled = config.trainer.compile
+        model = MaskedLanguageModel(self.model, self.parallelism, self.autocast, compiled, self._dropout_seed)
         trainer = Trainer(
             model=model,
             train_dataloader=data,
@@ -447,7 +452,6 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
         if rank == 0:
             console.print(f"{folder.path}: this run is finished ({summary['steps']} steps); nothing to do")
         return summary
-    folder.check_checkpoints()
     signals.listen()
     # The watchdog speaks before a collective gives up by itself.
     timeout = config.trainer.hang_timeout
@@ -458,6 +462,7 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
     try:
         watchdog.meet()
         fetch_newest(config, folder, rank)
+        folder.check_checkpoints()
         run = Run(config, console, watchdog)
         run.open()
         step = run.resume()

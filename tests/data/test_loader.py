@@ -69,11 +69,22 @@ def equal(left: Batch, right: Batch) -> bool:
 def joined(parts: list[Batch]) -> Batch:
     """The ranks' shares of a step as one batch."""
     starts = np.cumsum([0] + [len(part["input_ids"]) for part in parts])
-    cu_seqlens = [part["cu_seqlens"][1:] + start for part, start in zip(parts, starts, strict=False)]
+    bounds = {
+        key: torch.cat(
+            [
+                torch.zeros(1, dtype=torch.int32),
+                *(part[key][1:] + start for part, start in zip(parts, starts, strict=False)),
+            ]
+        ).int()
+        for key in ("cu_seqlens", "row_bounds")
+    }
+    rows = len(parts[0]["sequences"])
+    assert [part["first_row"] for part in parts] == [rank * rows for rank in range(len(parts))]
     return {
+        **bounds,
+        "first_row": 0,
         "input_ids": torch.cat([part["input_ids"] for part in parts]),
         "labels": torch.cat([part["labels"] for part in parts]),
-        "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int32), *cu_seqlens]).int(),
         "max_seqlen": max(part["max_seqlen"] for part in parts),
         "sequences": [count for part in parts for count in part["sequences"]],
         "slots": sum(part["slots"] for part in parts),
@@ -240,6 +251,7 @@ def test_batch_layout(folder: Path) -> None:
         assert (ids[bounds[1:] - 1] == SPECIAL["sep"]).all()
         assert sum(batch["sequences"]) == len(bounds) - 1
         row_ends = bounds[np.cumsum(batch["sequences"])]
+        assert batch["row_bounds"].tolist() == [0, *row_ends]
         row_tokens = torch.diff(row_ends, prepend=torch.zeros(1, dtype=torch.int64))
         assert (row_tokens <= batch["slots"] // len(batch["sequences"])).all()
         assert batch["masked"] == int((batch["labels"] != IGNORE).sum())

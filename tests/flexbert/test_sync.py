@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexbert import build, kernels_gpu
+from flexbert.dropout import TokenKeys, keyed_dropout
 from flexbert.model import FlexBertForMaskedLM
 from flexbert.packed import check_packed, unpad
 from tests.flexbert.conftest import batch_of, tiny
 
 MODEL = {
     "num_hidden_layers": 4,
-    "attention": {"name": "multihead", "global_attn_every_n_layers": 3, "backend": "flash2"},
+    "attention": {"name": "multihead", "global_attn_every_n_layers": 3, "backend": "flash2", "out_dropout": 0.1},
 }
 
 
@@ -77,7 +78,7 @@ def _waits(forward: Callable[..., Tensor]) -> list[str]:
     ids, cu_seqlens, max_seqlen, _ = batch_of((40, 1, 23))
     with _Waits() as checks:
         check_packed(ids, cu_seqlens, max_seqlen)
-    with _Waits() as step:
+    with _Waits() as step, keyed_dropout(TokenKeys(0, 0, cu_seqlens, len(ids))):
         forward(ids, cu_seqlens, max_seqlen).backward()
     assert step.found[: len(checks.found)] == checks.found
     return step.found[len(checks.found) :]
@@ -116,8 +117,9 @@ def test_a_model_reads_no_value_of_a_tensor(case: str) -> None:
     model: Any = build(tiny(**{**MODEL, **CASES.get(case, {}), "head": head}), task).to("meta")
     ids = torch.zeros(64, dtype=torch.int64, device="meta")
     cu_seqlens = torch.zeros(4, dtype=torch.int32, device="meta")
-    out = model(ids, cu_seqlens, 40)
-    (out if task == "encoder" else out.logits).sum().backward()
+    with keyed_dropout(TokenKeys(0, 0, cu_seqlens, len(ids))):
+        out = model(ids, cu_seqlens, 40)
+        (out if task == "encoder" else out.logits).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     with pytest.raises((RuntimeError, NotImplementedError)):
         unpad(ids[None], ids[None])  # this one waits, and says so
@@ -126,5 +128,6 @@ def test_a_model_reads_no_value_of_a_tensor(case: str) -> None:
 def test_the_number_of_masked_tokens_changes_nothing(model: FlexBertForMaskedLM) -> None:
     ids, cu_seqlens, max_seqlen, _ = batch_of((40, 1, 23), vocab_size=model.config.vocab_size)
     labels = torch.where(torch.arange(64) % 3 == 0, ids, -100)
+    model.eval()
     counted, given = (model(ids, cu_seqlens, max_seqlen, labels=labels, num_masked=count).loss for count in (None, 22))
     assert torch.equal(counted, given)

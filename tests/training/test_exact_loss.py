@@ -18,6 +18,7 @@ from torch import Tensor
 from data.keyed import torch_seed
 from data.loader import build_loader
 from flexbert import build
+from flexbert.dropout import TokenKeys, keyed_dropout
 from tests.training.ranks import Ranks
 from tests.training.tiny import ROW, ROWS, write_config
 from training.config import load_run_config
@@ -26,6 +27,11 @@ from training.phases import PhasePlan
 SEED = 5
 # The largest difference of an entry over the largest entry of its tensor; the worst measured is 6e-7.
 TOLERANCE = 3e-6
+DROPOUT = {
+    "embedding": {"name": "tokens", "dropout": 0.1},
+    "attention": {"out_dropout": 0.1},
+    "mlp": {"name": "glu", "inner_dropout": 0.1, "out_dropout": 0.1},
+}
 
 
 def reference(config_file: Path) -> tuple[float, dict[str, Tensor]]:
@@ -33,7 +39,9 @@ def reference(config_file: Path) -> tuple[float, dict[str, Tensor]]:
     config = load_run_config(config_file)
     batch = next(iter(build_loader(PhasePlan(config).loader_config(config), 0, 1)))
     model = build(config.model, seed=torch_seed(config.seed, "init"))
-    logits = model(batch["input_ids"], batch["cu_seqlens"], batch["max_seqlen"]).logits
+    keys = TokenKeys(torch_seed(config.seed, "dropout", 0), 0, batch["row_bounds"], len(batch["input_ids"]))
+    with keyed_dropout(keys):
+        logits = model(batch["input_ids"], batch["cu_seqlens"], batch["max_seqlen"]).logits
     assert logits is not None
     loss = F.cross_entropy(logits, batch["labels"], ignore_index=-100)
     loss.backward()
@@ -113,6 +121,41 @@ def test_the_split_changes_only_rounding(
     text = ranks.train(world_size, str(file))
     assert (f"all rows of a rank at once, up to {ROWS // world_size}" in text) == (microbatch == "auto")
     check(first_step(tmp_path), expected)
+
+
+@pytest.fixture(scope="module")
+def expected_with_dropout(
+    tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, expected: tuple[float, dict[str, Tensor]]
+) -> tuple[float, dict[str, Tensor]]:
+    file = write_config(tmp_path_factory.mktemp("dropout"), tiny_data, 1, seed=SEED, model=DROPOUT)
+    with_dropout = reference(file)
+    assert with_dropout[0] != pytest.approx(expected[0], rel=1e-4)
+    return with_dropout
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [
+        (1, {}),
+        (1, {"microbatch_size": 3}),
+        (1, {"microbatch_size": 2, "activation_checkpointing": 1}),
+        (2, {"microbatch_size": 3, "activation_checkpointing": 2}),
+        (2, {"microbatch_size": 1, "activation_checkpointing": 1, "parallelism": "fsdp2"}),
+        (4, {"microbatch_size": 1}),
+    ],
+    ids=str,
+)
+def test_dropout_does_not_depend_on_the_split(
+    ranks: Ranks,
+    tiny_data: Path,
+    tmp_path: Path,
+    expected_with_dropout: Any,
+    world_size: int,
+    options: dict[str, Any],
+) -> None:
+    file = write_config(tmp_path, tiny_data, 1, seed=SEED, model=DROPOUT, trainer={"log_interval": 1, **options})
+    ranks.train(world_size, str(file))
+    check(first_step(tmp_path), expected_with_dropout)
 
 
 @pytest.mark.parametrize(("world_size", "parallelism"), [(1, "ddp"), (2, "fsdp2")])

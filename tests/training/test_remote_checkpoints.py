@@ -202,7 +202,7 @@ def test_a_run_that_stops_does_not_depend_on_the_copy(tiny_data: Path, tmp_path:
     """Asked to stop, it leaves with the code on which a job is started again; at its end it fails."""
     options = {"remote": "file:///proc/nowhere"}
     config = load_run_config(write_config(tmp_path, tiny_data, STEPS, checkpoint=options))
-    saver = Saver(tmp_path / "checkpoints", config.checkpoint, lambda step: False, RemoteCheckpoints(config))
+    saver = Saver(tmp_path / "checkpoints", config.checkpoint, lambda step: False, remote=RemoteCheckpoints(config))
     ones = {"weight": torch.ones(3)}
     saver.start(saver.folder / "tokens-5", Snapshot(ones, ones, {}), {"step": 1})
     saver.settle_last(finished=False)

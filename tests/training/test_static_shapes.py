@@ -20,6 +20,7 @@ def batch_with_gaps(lengths: list[list[int]], row: int) -> dict[str, Any]:
         "cu_seqlens": torch.tensor([0, *flat]).cumsum(0).int(),
         "max_seqlen": max(flat),
         "sequences": [len(documents) for documents in lengths],
+        "row_bounds": torch.tensor([0, *map(sum, lengths)]).cumsum(0).int(),
         "slots": row * len(lengths),
     }
 
@@ -43,6 +44,7 @@ def test_filler_is_no_longer_than_a_row(lengths: list[list[int]], filler: list[i
     assert filled["cu_seqlens"].diff()[documents:].tolist() == filler
     assert filled["cu_seqlens"].dtype == torch.int32
     assert len(filled["input_ids"]) == len(filled["labels"]) == batch["slots"]
+    assert filled["row_bounds"].tolist() == [*batch["row_bounds"].tolist(), batch["slots"]]
     assert filled["max_seqlen"] == filled["cu_seqlens"].diff().max()
     plain, same = (model(*(each[name] for name in names)).loss for each in (batch, filled))
     torch.testing.assert_close(same, plain)
