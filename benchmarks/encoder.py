@@ -1,13 +1,15 @@
 """Our encoder against `transformers` on this machine's CPU: training, inference, memory, share of the GEMM rate.
 
-`python -m benchmarks.encoder [--peer transformers] [--rounds 7] [--only PART,...]` prints JSON lines. Both sides hold
-the same weights, see the same tokens and the same masks, and run by turns, each in a process of its own, so that noise
-of the machine meets both; figures are medians over the rounds. The peer is used as its documentation says: attention
+`python -m benchmarks.encoder [--peer transformers] [--rounds 7] [--only PART,...] [--limit 300]` prints JSON lines.
+Both sides hold the same weights, see the same tokens and the same masks, and run by turns, each in a process of its
+own, so that noise of the machine meets both; figures are medians over the rounds. The peer is used as its
+documentation says: attention
 `sdpa`, `sparse_prediction` (ModernBERT: scores of masked tokens only), batches padded to their longest document. Ours
 runs as in `main.py train`, which keeps freed memory in the process (training/allocator.py); `peer_kept` is the peer
 with that setting, too: the ratio to it is what is left of ours when the peer's user knows and does the same. Training
 is forward, backward and an AdamW step (torch's fused one, both sides); bf16 is autocast with float32 weights, both
-sides. Real tokens are counted, never padding.
+sides. Real tokens are counted, never padding. A side that needs more than LIMIT seconds for a turn is stopped, and its
+figures are bounds (`at_most`, `at_least`): so it is with torch's bfloat16 on CPUs that have no such products.
 
 `--profile` prints where our training step's time goes instead, and the rate of its products beside the square one's.
 """
@@ -16,6 +18,7 @@ import argparse
 import json
 import lzma
 import resource
+import select
 import statistics
 import subprocess
 import sys
@@ -33,7 +36,7 @@ from torch import Tensor
 
 import flexbert
 from flexbert.accounting import flops_per_token
-from flexbert.products import product
+from flexbert.products import lacks, product
 from training.allocator import keep_freed_memory
 
 SHARED = Path("../shared/data")
@@ -238,14 +241,24 @@ def serve(who: str, name: str, dtype: torch.dtype | None) -> None:
 class Process:
     """A side in a process of its own."""
 
-    def __init__(self, who: str, name: str, dtype: str) -> None:
-        command = [sys.executable, "-m", "benchmarks.encoder", "--serve", who, "--model", name, "--dtype", dtype]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, who: str, name: str, dtype: str, limit: float) -> None:
+        self._command = [sys.executable, "-m", "benchmarks.encoder", "--serve", who, "--model", name, "--dtype", dtype]
+        self._limit = limit
+        self._start()
 
-    def ask(self, case: str, task: str, folder: str = "") -> dict[str, Any]:
+    def _start(self) -> None:
+        self.process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, case: str, task: str, folder: str = "") -> dict[str, Any] | None:
+        """None, and a fresh process, when the answer took longer than the limit."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print(json.dumps([case, task, folder]), file=self.process.stdin, flush=True)
+        if not select.select([self.process.stdout], [], [], self._limit)[0]:
+            self.process.kill()
+            self.close()
+            self._start()
+            return None
         answer = self.process.stdout.readline()
         if not answer:
             raise SystemExit(f"benchmarks.encoder: a side died in {case}, {task}: exit code {self.process.wait()}")
@@ -261,51 +274,65 @@ class Process:
 def gemm_call(dtype: torch.dtype | None, size: int = 2048) -> tuple[Callable[[], Any], float]:
     """A square product by the faster library, the machine's best case, and its FLOPs."""
     left, right = (torch.randn(size, size).to(dtype or torch.float32) for _ in range(2))
-    if dtype is not None:
-        return lambda: left @ right, 2.0 * size**3
-    return lambda: product(left, right), 2.0 * size**3
+    if dtype is None or lacks(dtype, "cpu"):
+        return lambda: product(left, right), 2.0 * size**3
+    return lambda: left @ right, 2.0 * size**3
 
 
-def compare(name: str, labels: list[str], cases: list[str], rounds: int) -> None:
+def compare(name: str, labels: list[str], cases: list[str], rounds: int, limit: float) -> None:
     """Print a line for each dtype, case and task."""
     for label in labels:
-        processes = {who: Process(who, name, label) for who in WHO}
+        processes = {who: Process(who, name, label, limit) for who in WHO}
         try:
             for case in cases:
-                with tempfile.TemporaryDirectory() as folder:
-                    states = [np.load(processes[who].ask(case, "states", folder)["file"]) for who in ("ours", "peer")]
-                difference = float(np.abs(states[0] - states[1]).mean() / np.abs(states[1]).mean())
+                difference = _difference(processes, case)
                 for task in ("training", "inference"):
-                    line = _case(processes, case, task, rounds)
-                    line["mean_relative_difference_of_states"] = float(f"{difference:.1e}")
+                    line = _case(processes, case, task, rounds, limit)
+                    line["mean_relative_difference_of_states"] = difference
                     print(json.dumps({"model": name, "dtype": label, "case": case, "task": task, **line}), flush=True)
         finally:
             for process in processes.values():
                 process.close()
 
 
-def _case(processes: dict[str, Process], case: str, task: str, rounds: int) -> dict[str, Any]:
+def _difference(processes: dict[str, Process], case: str) -> float | None:
+    """Of both sides' hidden states of the case's first batch; None when a side took too long."""
+    with tempfile.TemporaryDirectory() as folder:
+        answers = [processes[who].ask(case, "states", folder) for who in ("ours", "peer")]
+        if None in answers:
+            return None
+        ours, peer = (np.load(answer["file"]) for answer in answers if answer)
+    return float(f"{np.abs(ours - peer).mean() / np.abs(peer).mean():.1e}")
+
+
+def _case(processes: dict[str, Process], case: str, task: str, rounds: int, limit: float) -> dict[str, Any]:
     """By turns, after one round to warm up."""
     took: dict[str, list[dict[str, Any]]] = {who: [] for who in (*processes, "gemm")}
+    slow = set[str]()
     for number in range(rounds + 1):
-        for who, process in processes.items():
-            answer = process.ask(case, task)
-            if number:
+        for who in (*processes, "gemm"):
+            process, what = (processes["ours"], "gemm") if who == "gemm" else (processes[who], task)
+            answer = None if who in slow else process.ask(case, what)
+            if answer is None:
+                slow.add(who)
+            elif number:
                 took[who].append(answer)
-        gemm = processes["ours"].ask(case, "gemm")
-        if number:
-            took["gemm"].append(gemm)
-    median = {who: statistics.median(each["seconds"] for each in answers) for who, answers in took.items()}
-    tokens, gemm_flops = took["ours"][0]["tokens"], took["gemm"][0]["flops"]
-    line: dict[str, Any] = {f"{who}_tokens_per_second": round(tokens / median[who]) for who in processes}
-    line["ratio"] = round(median["peer"] / median["ours"], 2)
-    line["ratio_to_peer_kept"] = round(median["peer_kept"] / median["ours"], 2)
+    seconds = {who: [answer["seconds"] for answer in answers] for who, answers in took.items()}
+    median = {who: limit if who in slow else statistics.median(found) for who, found in seconds.items()}
+    work = processes["ours"].ask(case, "work")
+    assert work is not None
+    tokens = work["tokens"]
+    line: dict[str, Any] = {
+        f"{who}_tokens_per_second{'_at_most' if who in slow else ''}": round(tokens / median[who]) for who in processes
+    }
+    for peer, key in (("peer", "ratio"), ("peer_kept", "ratio_to_peer_kept")):
+        line[key + ("_at_least" if peer in slow else "")] = round(median[peer] / median["ours"], 2)
     if task == "training":
-        answer = processes["ours"].ask(case, "work")
-        work, line["peer_slots_per_token"] = answer["flops"], round(answer["padded_tokens"] / tokens, 2)
-        line["gemm_gflops"] = round(gemm_flops / median["gemm"] / 1e9)
-        line["share_of_gemm_rate"] = round(work / median["ours"] / (gemm_flops / median["gemm"]), 3)
-        for who in processes:
+        line["peer_slots_per_token"] = round(work["padded_tokens"] / tokens, 2)
+        gemm_rate = took["gemm"][0]["flops"] / median["gemm"]
+        line["gemm_gflops"] = round(gemm_rate / 1e9)
+        line["share_of_gemm_rate"] = round(work["flops"] / median["ours"] / gemm_rate, 3)
+        for who in processes.keys() - slow:
             line[f"{who}_system_seconds"] = round(statistics.median(each["system_seconds"] for each in took[who]), 2)
     return line
 
@@ -410,6 +437,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=["transformers"], default="transformers")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--limit", type=float, default=300, help="seconds for one turn of a side")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--cases", help="of the models, separated by commas; default: all")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="of the models, separated by commas")
@@ -433,7 +461,7 @@ def main() -> None:
     for name in MODELS:
         if name in parts:
             cases = list(CASES[name]) if arguments.cases is None else arguments.cases.split(",")
-            compare(name, arguments.dtypes.split(","), cases, arguments.rounds)
+            compare(name, arguments.dtypes.split(","), cases, arguments.rounds, arguments.limit)
     if "memory" in parts:
         compare_memory()
 
