@@ -1,6 +1,6 @@
 """Our encoder against `transformers` on this machine's CPU: training, inference, memory, share of the GEMM rate.
 
-`python -m benchmarks.encoder [--peer transformers] [--rounds 7] [--only PART,...] [--limit 300]` prints JSON lines.
+`python -m benchmarks.encoder [--peer transformers] [--rounds 7] [--only PART,...] [--limit 10]` prints JSON lines.
 Both sides hold the same weights, see the same tokens and the same masks, and run by turns, each in a process of its
 own, so that noise of the machine meets both; figures are medians over the rounds. The peer is used as its
 documentation says: attention
@@ -8,8 +8,9 @@ documentation says: attention
 runs as in `main.py train`, which keeps freed memory in the process (training/allocator.py); `peer_kept` is the peer
 with that setting, too: the ratio to it is what is left of ours when the peer's user knows and does the same. Training
 is forward, backward and an AdamW step (torch's fused one, both sides); bf16 is autocast with float32 weights, both
-sides. Real tokens are counted, never padding. A side that needs more than LIMIT seconds for a turn is stopped, and its
-figures are bounds (`at_most`, `at_least`): so it is with torch's bfloat16 on CPUs that have no such products.
+sides. Real tokens are counted, never padding. A peer that needs more than LIMIT times as long as ours for a turn is
+stopped, and its figures are bounds (`at_most`, `at_least`): so it is with torch's bfloat16 on CPUs that have no such
+products.
 
 `--profile` prints where our training step's time goes instead, and the rate of its products beside the square one's.
 """
@@ -77,9 +78,10 @@ def ours_of(peer: Any) -> Any:
         return flexbert.from_hf(folder)
 
 
-def document_lengths(longest: int) -> list[int]:
-    """Tokens of real documents, cut at `longest`, in a fixed random order: as many each of abstracts (SciFact, CISI),
-    PEPs and Python modules; without ../shared those of the machine's Python modules and docstrings."""
+def document_lengths(longest: int, count: int) -> list[int]:
+    """Tokens of `count` documents, cut at `longest`, in a fixed random order: even quantiles, that few may stand for
+    all, of as many each of abstracts (SciFact, CISI), Python functions (CoSQA), PEPs and Python modules; without
+    ../shared of the machine's Python modules and docstrings."""
     from tokenizers import Tokenizer
 
     rng = np.random.default_rng(0)
@@ -87,7 +89,7 @@ def document_lengths(longest: int) -> list[int]:
     sources = [[file.read_text("utf8", "replace") for file in rng.permutation(np.array(stdlib, object))[:200]]]
     if SHARED.is_dir():
         tokenizer = Tokenizer.from_file(str(SHARED / "tokenizers/gpt-neox-olmo/tokenizer.json"))
-        for name in ("scifact", "cisi"):
+        for name in ("scifact", "cisi", "cosqa"):
             lines = (SHARED / "beir" / name / "corpus.jsonl").read_text("utf8").splitlines()
             documents = [f"{line['title']} {line['text']}" for line in map(json.loads, lines)]
             sources.append([documents[number] for number in rng.permutation(len(documents))[:200]])
@@ -100,8 +102,8 @@ def document_lengths(longest: int) -> list[int]:
 
         sources.append([str(text) for text in list(pydoc_data.topics.topics.values())[:200]])
         lengths = [len(text) // 3 for texts in sources for text in texts]
-    cut = np.clip(np.array(lengths) + 2, 3, longest)
-    return rng.permutation(cut).tolist()
+    cut = np.sort(np.clip(np.array(lengths) + 2, 3, longest))
+    return rng.permutation(cut[(np.arange(count) * 2 + 1) * len(cut) // (2 * count)]).tolist()
 
 
 class Batch:
@@ -217,6 +219,7 @@ def serve(who: str, name: str, dtype: torch.dtype | None) -> None:
         side = Side(peer, dtype, _peer_training, _peer_inference)
     batches: dict[str, list[Batch]] = {}
     gemm, gemm_flops = gemm_call(dtype)
+    print("ready", flush=True)
     for line in sys.stdin:
         case, task, folder = json.loads(line)
         if case not in batches:
@@ -241,20 +244,21 @@ def serve(who: str, name: str, dtype: torch.dtype | None) -> None:
 class Process:
     """A side in a process of its own."""
 
-    def __init__(self, who: str, name: str, dtype: str, limit: float) -> None:
+    def __init__(self, who: str, name: str, dtype: str) -> None:
         self._command = [sys.executable, "-m", "benchmarks.encoder", "--serve", who, "--model", name, "--dtype", dtype]
-        self._limit = limit
         self._start()
 
     def _start(self) -> None:
         self.process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.process.stdout.readline()  # that it is ready: no turn includes the imports
 
-    def ask(self, case: str, task: str, folder: str = "") -> dict[str, Any] | None:
-        """None, and a fresh process, when the answer took longer than the limit."""
+    def ask(self, case: str, task: str, limit: float | None = None, folder: str = "") -> dict[str, Any] | None:
+        """None, and a fresh process, when the answer took longer than `limit` seconds."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print(json.dumps([case, task, folder]), file=self.process.stdin, flush=True)
-        if not select.select([self.process.stdout], [], [], self._limit)[0]:
+        if not select.select([self.process.stdout], [], [], limit)[0]:
             self.process.kill()
             self.close()
             self._start()
@@ -282,10 +286,10 @@ def gemm_call(dtype: torch.dtype | None, size: int = 2048) -> tuple[Callable[[],
 def compare(name: str, labels: list[str], cases: list[str], rounds: int, limit: float) -> None:
     """Print a line for each dtype, case and task."""
     for label in labels:
-        processes = {who: Process(who, name, label, limit) for who in WHO}
+        processes = {who: Process(who, name, label) for who in WHO}
         try:
             for case in cases:
-                difference = _difference(processes, case)
+                difference = _difference(processes, case, limit)
                 for task in ("training", "inference"):
                     line = _case(processes, case, task, rounds, limit)
                     line["mean_relative_difference_of_states"] = difference
@@ -295,10 +299,12 @@ def compare(name: str, labels: list[str], cases: list[str], rounds: int, limit: 
                 process.close()
 
 
-def _difference(processes: dict[str, Process], case: str) -> float | None:
-    """Of both sides' hidden states of the case's first batch; None when a side took too long."""
+def _difference(processes: dict[str, Process], case: str, limit: float) -> float | None:
+    """Of both sides' hidden states of the case's first batch; None when the peer took too long."""
     with tempfile.TemporaryDirectory() as folder:
-        answers = [processes[who].ask(case, "states", folder) for who in ("ours", "peer")]
+        start = time.perf_counter()
+        answers = [processes["ours"].ask(case, "states", folder=folder)]
+        answers.append(processes["peer"].ask(case, "states", limit * (time.perf_counter() - start), folder))
         if None in answers:
             return None
         ours, peer = (np.load(answer["file"]) for answer in answers if answer)
@@ -306,19 +312,26 @@ def _difference(processes: dict[str, Process], case: str) -> float | None:
 
 
 def _case(processes: dict[str, Process], case: str, task: str, rounds: int, limit: float) -> dict[str, Any]:
-    """By turns, after one round to warm up."""
+    """By turns, after one round to warm up. A peer is slow when it took more than `limit` times as long as ours."""
     took: dict[str, list[dict[str, Any]]] = {who: [] for who in (*processes, "gemm")}
-    slow = set[str]()
+    slow: dict[str, float] = {}
+    allowed = None
     for number in range(rounds + 1):
         for who in (*processes, "gemm"):
             process, what = (processes["ours"], "gemm") if who == "gemm" else (processes[who], task)
-            answer = None if who in slow else process.ask(case, what)
+            if who in slow:
+                continue
+            answer = process.ask(case, what, allowed if who in ("peer", "peer_kept") else None)
             if answer is None:
-                slow.add(who)
+                assert allowed is not None
+                slow[who] = allowed
             elif number:
                 took[who].append(answer)
+            if who == "ours":
+                assert answer is not None
+                allowed = limit * answer["seconds"]
     seconds = {who: [answer["seconds"] for answer in answers] for who, answers in took.items()}
-    median = {who: limit if who in slow else statistics.median(found) for who, found in seconds.items()}
+    median = {who: slow[who] if who in slow else statistics.median(found) for who, found in seconds.items()}
     work = processes["ours"].ask(case, "work")
     assert work is not None
     tokens = work["tokens"]
@@ -332,14 +345,14 @@ def _case(processes: dict[str, Process], case: str, task: str, rounds: int, limi
         gemm_rate = took["gemm"][0]["flops"] / median["gemm"]
         line["gemm_gflops"] = round(gemm_rate / 1e9)
         line["share_of_gemm_rate"] = round(work["flops"] / median["ours"] / gemm_rate, 3)
-        for who in processes.keys() - slow:
+        for who in processes.keys() - slow.keys():
             line[f"{who}_system_seconds"] = round(statistics.median(each["system_seconds"] for each in took[who]), 2)
     return line
 
 
-def real_batches(longest: int, vocab_size: int, count: int = 3, documents: int = 8) -> list[Batch]:
+def real_batches(longest: int, vocab_size: int, count: int = 2, documents: int = 16) -> list[Batch]:
     """`count` batches of so many documents each."""
-    lengths = document_lengths(longest)
+    lengths = document_lengths(longest, count * documents)
     return [
         Batch(lengths[number * documents : (number + 1) * documents], vocab_size, number) for number in range(count)
     ]
@@ -437,7 +450,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=["transformers"], default="transformers")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--limit", type=float, default=300, help="seconds for one turn of a side")
+    parser.add_argument("--limit", type=float, default=10, help="times as long as ours that a peer may take")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--cases", help="of the models, separated by commas; default: all")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="of the models, separated by commas")

@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
 from numpy.typing import NDArray
 
 from callbacks.gauge import Gauge, Window, over_ranks
+from data.masking import IGNORE
 
 
 class Efficiency(Gauge):
@@ -27,21 +29,23 @@ class Efficiency(Gauge):
     Sequences are packed and do not see each other, so attention's share counts what they see, not whole rows.
     """
 
-    def __init__(self, flops: Callable[[NDArray[np.int64], int], float], peak_flops: float | None) -> None:
-        """flops: of forward and backward over sequences of these lengths with that many masked tokens.
+    def __init__(
+        self, flops: Callable[[NDArray[np.int64], NDArray[np.int64]], float], peak_flops: float | None
+    ) -> None:
+        """flops: of forward and backward over sequences of these lengths, with so many masked tokens in each.
         peak_flops: of one device, in FLOP/s."""
         self.flops, self.peak_flops = flops, peak_flops
-        self._lengths: list[NDArray[np.int64]] = []
-        self._masked = 0
+        self._sequences = [np.zeros((2, 0), np.int64)]  # lengths and masked tokens, of each step
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        self._lengths.append(np.diff(state.batch["cu_seqlens"].cpu().numpy()))
-        self._masked += state.batch["masked"]
+        bounds = state.batch["cu_seqlens"].long()
+        masked = F.pad((state.batch["labels"] != IGNORE).cumsum(0), (1, 0)).index_select(0, bounds)
+        self._sequences.append(torch.stack([bounds, masked]).diff().cpu().numpy())
 
     def read(self, window: Window) -> dict[str, Any]:
-        flops = self.flops(np.concatenate([np.zeros(0, np.int64), *self._lengths]), self._masked)
+        flops = self.flops(*np.concatenate(self._sequences, 1))
         rate = float(over_ranks(torch.tensor([flops], dtype=torch.float64))) / window.seconds
-        self._lengths, self._masked = [], 0
+        self._sequences = [np.zeros((2, 0), np.int64)]
         line = {
             "tokens_per_second": window.real_tokens / window.seconds,
             "slots_per_second": window.slots / window.seconds,

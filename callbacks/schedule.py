@@ -48,4 +48,8 @@ class StepSchedule(Callback):
             group["lr"] = phase.lr(step)
             if group.get("max_lr") is not None:  # optimi's decoupled decay is relative to the phase's peak
                 group["max_lr"] = phase.peak_lr
-        torch.manual_seed(self.generator_seed(step))
+        # Not torch.manual_seed: before CUDA is up it formats the call stack for later, a millisecond each time.
+        seed = self.generator_seed(step)
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(seed)

@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from flexbert.config import FlexBertConfig, without_init
+from flexbert.layers import OutputProjection
 from flexbert.model import FlexBertForMaskedLM, build
 
 
@@ -20,23 +21,28 @@ def count_parameters(config: FlexBertConfig) -> int:
 
 def flops_per_token(config: FlexBertConfig, seq_len: int, masked_fraction: float) -> float:
     """Floating-point operations of forward and backward, per token of sequences of `seq_len` tokens (batch_flops)."""
-    return batch_flops(config, [seq_len], masked_fraction * seq_len) / seq_len
+    return batch_flops(config, [seq_len], [masked_fraction * seq_len]) / seq_len
 
 
-def batch_flops(config: FlexBertConfig, lengths: ArrayLike, masked: float) -> float:
-    """Floating-point operations of forward and backward over packed sequences of these lengths, `masked` tokens masked.
+def batch_flops(config: FlexBertConfig, lengths: ArrayLike, masked: ArrayLike) -> float:
+    """Floating-point operations of forward and backward over packed sequences of these lengths, of each of which so
+    many tokens are masked.
 
     Per token: 3 * (2 * W_layers + sum over layers of 4 * D * K + masked share * 2 * (W_head + V * D)), where W counts
     the weights of linear layers, D is hidden_size and K the number of keys a token sees: its sequence in global layers,
     in local ones the window less what falls off the sequence's ends. A multiply-add is 2 operations and backward twice
     forward (Kaplan et al. 2020, arXiv 2001.08361, sec. 2.1); 4 * D * K: products with keys and values (PaLM, arXiv
     2204.02311, app. B). Norms, activations, softmax and the embedding lookup are left out (about 1 % at base size).
+    The last layer's queries and what follows them are needed at masked tokens only, and counted so, even where they are
+    computed for all (compiled blocks; queries in kernels other than sdpa).
     """
-    sizes = np.asarray(lengths, np.float64)
-    encoder_weights, head_weights, windows = _work(without_init(config).model_dump_json())
-    pairs = sum(layers * _keys(window, sizes).sum() for window, layers in windows.items())
-    forward = 2.0 * encoder_weights * sizes.sum() + 4.0 * config.hidden_size * pairs + 2.0 * head_weights * masked
-    return float(3.0 * forward)
+    sizes, wanted = np.asarray(lengths, np.float64), np.asarray(masked, np.float64)
+    work = _work(without_init(config).model_dump_json())
+    pairs = sum(layers * _keys(window, sizes).sum() for window, layers in work.windows.items())
+    shares = wanted / np.maximum(sizes, 1.0)
+    pairs += sum(layers * (_keys(window, sizes) * shares).sum() for window, layers in work.masked_windows.items())
+    weights = work.weights * sizes.sum() + work.masked_weights * wanted.sum()
+    return float(3.0 * (2.0 * weights + 4.0 * config.hidden_size * pairs))
 
 
 def memory_estimate(
@@ -55,15 +61,17 @@ def memory_estimate(
 
     Plus activations kept for backward: per token two numbers for each output of the layers' linear maps, which in a
     ModernBERT layer is 10 * D + 4 * F (two norms' inputs and outputs, queries, keys and values before and after
-    rotation, attention's result; both halves of the gated mlp, the activated half and the product), per masked token
-    6 * D, plus the decoder's gradient, which the loss computes ahead of backward, and a chunk of logits with its copy.
+    rotation, attention's result; both halves of the gated mlp, the activated half and the product), in the last layer
+    from attention on for masked tokens only; per masked token 6 * D, plus the decoder's gradient, which the loss
+    computes ahead of backward, and a chunk of logits with its copy.
 
     activation_bytes: of one activation: 4 in float32, 2 in bfloat16. masked_fraction: masked tokens over all.
     """
     parameters = count_parameters(config)
     layers = _on_meta(config).encoder.layers.modules()
-    per_token = 2.0 * sum(child.out_features for child in layers if isinstance(child, nn.Linear))
-    per_token += masked_fraction * 6 * config.hidden_size
+    outputs = sum(child.out_features for child in layers if isinstance(child, nn.Linear))
+    late = sum(linear.out_features for linear in _late(_on_meta(config)))
+    per_token = 2.0 * (outputs - (1 - masked_fraction) * late) + masked_fraction * 6 * config.hidden_size
     head = 4 * config.vocab_size * config.hidden_size + 2 * 4 * min(
         int(masked_fraction * tokens_per_microbatch) * config.vocab_size, 2**26
     )
@@ -89,15 +97,40 @@ def _linear_weights(module: nn.Module, besides: Tensor | None = None) -> int:
     return sum(weight.numel() for weight in weights if weight is not besides)
 
 
+class _Work(NamedTuple):
+    """What a forward does: of all tokens, and of the masked ones."""
+
+    weights: int  # of linear layers
+    masked_weights: int
+    windows: dict[tuple[int, int], int]  # layers of each window size
+    masked_windows: dict[tuple[int, int], int]
+
+
 @functools.lru_cache(maxsize=8)
-def _work(key: str) -> tuple[int, int, dict[tuple[int, int], int]]:
-    """Linear weights that each token meets, those that each masked token meets, and the layers of each window size."""
+def _work(key: str) -> _Work:
     model = _cached(key)
-    attentions: list[Any] = [module for module in model.encoder.modules() if hasattr(module, "window_size")]
-    windows = Counter(tuple(module.window_size) for module in attentions)
     decoder, _ = model.head.decoder(model.encoder.token_table)
-    head_weights = _linear_weights(model.head, besides=decoder) + decoder.numel()  # tied, of its own, or a parameter
-    return _linear_weights(model.encoder), head_weights, dict(windows)
+    head = _linear_weights(model.head, besides=decoder) + decoder.numel()  # tied, of its own, or a parameter
+    weights, windows = _linear_weights(model.encoder), _windows(model.encoder)
+    late = _late(model)
+    if not late:
+        return _Work(weights, head, windows, Counter())
+    late_weights, late_windows = sum(linear.weight.numel() for linear in late), _windows(model.encoder.layers[-1])
+    return _Work(weights - late_weights, head + late_weights, windows - late_windows, late_windows)
+
+
+def _late(model: FlexBertForMaskedLM) -> list[nn.Linear]:
+    """Linear layers of the last block that only masked tokens need: all but those that make queries, keys and values;
+    none of a block that is run whole."""
+    last: Any = model.encoder.layers[-1]
+    if not getattr(last, "selects_tokens", False):
+        return []
+    inputs = {module for module in last.attn.modules() if not isinstance(module, OutputProjection)}
+    return [module for module in last.modules() if isinstance(module, nn.Linear) and module not in inputs]
+
+
+def _windows(module: nn.Module) -> Counter[tuple[int, int]]:
+    return Counter(tuple(each.window_size) for each in module.modules() if hasattr(each, "window_size"))  # pyright: ignore
 
 
 def _keys(window_size: tuple[int, int], lengths: NDArray[np.float64]) -> NDArray[np.float64]:

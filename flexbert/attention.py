@@ -1,7 +1,7 @@
 """Slot `attention`.   T packed tokens, D hidden, N heads, K key-value heads, H head dim."""
 
 import functools
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -100,8 +100,12 @@ class MultiHeadAttention(nn.Module):
         self.Wo = OutputProjection(hidden_size, hidden_size, bias=config.out_bias, inputs=parts[:1])
         self.out_dropout = Dropout(config.out_dropout)
 
-    def forward(self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions) -> Tensor:
-        """(T, D) -> (T, D)."""
+    selects_tokens: ClassVar[bool] = True
+
+    def forward(
+        self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions, wanted: Tensor | None = None
+    ) -> Tensor:
+        """(T, D) -> (T, D), or (M, D) of the tokens `wanted`, (M,) int64 and rising."""
         rotation = positions.global_layers if self.is_global else positions.local_layers
         queries, keys, values = self._project(hidden_states, rotation)
         attended = attend(
@@ -113,6 +117,7 @@ class MultiHeadAttention(nn.Module):
             alibi_slopes=positions.alibi_slopes,
             dropout_p=self.config.probs_dropout if self.training else 0.0,
             backend=self.config.backend,
+            wanted=wanted,
         )
         return self.out_dropout(self.Wo(self.inner_norm(attended.flatten(1))))
 

@@ -1,4 +1,8 @@
-"""Slot `block`: how attention and mlp are joined to the residual stream.   T packed tokens, D hidden."""
+"""Slot `block`: how attention and mlp are joined to the residual stream.   T packed tokens, M of them wanted, D hidden.
+
+A block with `selects_tokens` takes `wanted`, (M,) int64 and rising, and then gives the states of these tokens only:
+pretraining reads the last block's at masked tokens. It needs an attention with the same. Others run whole.
+"""
 
 from typing import TYPE_CHECKING, ClassVar
 
@@ -6,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from flexbert.layers import add_residual, build_norm
+from flexbert.packed import gather_rows
 from flexbert.plan import AttentionPlan
 from flexbert.positions import Positions
 from flexbert.registry import ATTENTIONS, BLOCKS, MLPS, ModelComponent
@@ -30,6 +35,22 @@ def _mlp(model: "FlexBertConfig") -> nn.Module:
 
 def _norm(model: "FlexBertConfig") -> nn.Module:
     return build_norm(model.norm, model.hidden_size)
+
+
+def _select(hidden_states: Tensor, wanted: Tensor | None) -> Tensor:
+    return hidden_states if wanted is None else gather_rows(hidden_states, wanted)
+
+
+def _selects_tokens(attention: nn.Module) -> bool:
+    return getattr(attention, "selects_tokens", False)
+
+
+def _attended(
+    attention: nn.Module, hidden_states: Tensor, plan: AttentionPlan, positions: Positions, wanted: Tensor | None
+) -> Tensor:
+    if wanted is None:  # an attention from outside may not know the argument
+        return attention(hidden_states, plan, positions)
+    return attention(hidden_states, plan, positions, wanted)
 
 
 class _FirstNormConfig(ModelComponent):
@@ -65,13 +86,16 @@ class PreNormBlock(nn.Module):
         skip = layer_index == 0 and config.skip_first_attention_norm
         self.attn_norm = nn.Identity() if skip else _norm(model)
         self.attn = _attention(model, layer_index)
+        self.selects_tokens = _selects_tokens(self.attn)
         self.mlp_norm = _norm(model)
         self.mlp = _mlp(model)
 
-    def forward(self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions) -> Tensor:
-        """(T, D) -> (T, D)."""
-        attended = self.attn(self.attn_norm(hidden_states), plan, positions)
-        hidden_states = add_residual(hidden_states, attended)
+    def forward(
+        self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions, wanted: Tensor | None = None
+    ) -> Tensor:
+        """(T, D) -> (T, D), or (M, D) of the tokens `wanted`."""
+        attended = _attended(self.attn, self.attn_norm(hidden_states), plan, positions, wanted)
+        hidden_states = add_residual(_select(hidden_states, wanted), attended)
         return add_residual(hidden_states, self.mlp(self.mlp_norm(hidden_states)))
 
 
@@ -87,13 +111,17 @@ class PostNormBlock(nn.Module):
     def __init__(self, config: Config, *, model: "FlexBertConfig", layer_index: int) -> None:
         super().__init__()
         self.attn = _attention(model, layer_index)
+        self.selects_tokens = _selects_tokens(self.attn)
         self.attn_norm = _norm(model)
         self.mlp = _mlp(model)
         self.mlp_norm = _norm(model)
 
-    def forward(self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions) -> Tensor:
-        """(T, D) -> (T, D)."""
-        hidden_states = self.attn_norm(add_residual(hidden_states, self.attn(hidden_states, plan, positions)))
+    def forward(
+        self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions, wanted: Tensor | None = None
+    ) -> Tensor:
+        """(T, D) -> (T, D), or (M, D) of the tokens `wanted`."""
+        attended = _attended(self.attn, hidden_states, plan, positions, wanted)
+        hidden_states = self.attn_norm(add_residual(_select(hidden_states, wanted), attended))
         return self.mlp_norm(add_residual(hidden_states, self.mlp(hidden_states)))
 
 
@@ -111,12 +139,17 @@ class ParallelBlock(nn.Module):
         skip = layer_index == 0 and config.skip_first_attention_norm
         self.norm = nn.Identity() if skip else _norm(model)
         self.attn = _attention(model, layer_index)
+        self.selects_tokens = _selects_tokens(self.attn)
         self.mlp = _mlp(model)
 
-    def forward(self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions) -> Tensor:
-        """(T, D) -> (T, D)."""
+    def forward(
+        self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions, wanted: Tensor | None = None
+    ) -> Tensor:
+        """(T, D) -> (T, D), or (M, D) of the tokens `wanted`."""
         normed = self.norm(hidden_states)
-        return add_residual(add_residual(hidden_states, self.attn(normed, plan, positions)), self.mlp(normed))
+        attended = _attended(self.attn, normed, plan, positions, wanted)
+        hidden_states = add_residual(_select(hidden_states, wanted), attended)
+        return add_residual(hidden_states, self.mlp(_select(normed, wanted)))
 
 
 @BLOCKS.register("sandwich")
@@ -134,10 +167,13 @@ class SandwichBlock(nn.Module):
     def __init__(self, config: Config, *, model: "FlexBertConfig", layer_index: int) -> None:
         super().__init__()
         self.attn_norm, self.attn, self.attn_out_norm = _norm(model), _attention(model, layer_index), _norm(model)
+        self.selects_tokens = _selects_tokens(self.attn)
         self.mlp_norm, self.mlp, self.mlp_out_norm = _norm(model), _mlp(model), _norm(model)
 
-    def forward(self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions) -> Tensor:
-        """(T, D) -> (T, D)."""
-        attended = self.attn(self.attn_norm(hidden_states), plan, positions)
-        hidden_states = add_residual(hidden_states, self.attn_out_norm(attended))
+    def forward(
+        self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions, wanted: Tensor | None = None
+    ) -> Tensor:
+        """(T, D) -> (T, D), or (M, D) of the tokens `wanted`."""
+        attended = _attended(self.attn, self.attn_norm(hidden_states), plan, positions, wanted)
+        hidden_states = add_residual(_select(hidden_states, wanted), self.attn_out_norm(attended))
         return add_residual(hidden_states, self.mlp_out_norm(self.mlp(self.mlp_norm(hidden_states))))

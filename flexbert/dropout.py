@@ -24,10 +24,14 @@ _GOLDEN, _FIRST, _SECOND = (number - 2**64 for number in (0x9E3779B97F4A7C15, 0x
 class TokenKeys:
     """The keys of a packed batch's tokens. Nothing is computed before a mask is drawn."""
 
-    def __init__(self, seed: int, first_row: int, row_bounds: Tensor, num_tokens: int) -> None:
+    def __init__(
+        self, seed: int, first_row: int, row_bounds: Tensor, num_tokens: int, wanted: Tensor | None = None
+    ) -> None:
         """seed: 63 bits, of the step. first_row: place of the first row in the global batch. row_bounds: (rows + 1,)
-        int32 on the tokens' device, starts of the rows, then T. num_tokens: T, known to the caller without a sync."""
+        int32 on the tokens' device, starts of the rows, then T. num_tokens: T, known to the caller without a sync.
+        wanted: (M,) int64, tokens that masks may be of, instead of all."""
         self.seed, self.first_row, self.row_bounds, self.num_tokens = seed, first_row, row_bounds, num_tokens
+        self.wanted = wanted
         self._channels: dict[int, Tensor] = {}
 
     @cached_property
@@ -37,10 +41,16 @@ class TokenKeys:
         rows = torch.arange(len(bounds) - 1, device=bounds.device)
         rows = rows.repeat_interleave(bounds.diff(), output_size=self.num_tokens)
         places = torch.arange(self.num_tokens, device=bounds.device) - bounds.index_select(0, rows)
-        return _mix(_mix((rows + self.first_row) * _GOLDEN + self.seed) + places * _GOLDEN)
+        keys = _mix(_mix((rows + self.first_row) * _GOLDEN + self.seed) + places * _GOLDEN)
+        return keys if self.wanted is None else keys.index_select(0, self.wanted)
+
+    def of(self, wanted: Tensor) -> "TokenKeys":
+        """The same, of some tokens."""
+        return TokenKeys(self.seed, self.first_row, self.row_bounds, self.num_tokens, wanted)
 
     def kept(self, site: int, channels: int, probability: float) -> Tensor:
-        """(T, channels) bool, each False with the given probability; another draw for each site (63 bits).
+        """(T, channels) bool, or (M, channels), each False with the given probability; another draw for each site (63
+        bits).
 
         Channel c of a token is (a + m c')^2 + b in 32 bits, with a, b and an odd m from the token's key and the site,
         and c' from c: multiply-add makes channels pairwise independent (Dietzfelbinger, STACS 1996), the square breaks
@@ -70,6 +80,14 @@ def keyed_dropout(keys: TokenKeys | None) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
+@contextmanager
+def dropout_of(wanted: Tensor) -> Iterator[None]:
+    """Within, what is dropped has a line for each of these tokens, (M,) int64, and not for all."""
+    keys = _CURRENT.get()
+    with keyed_dropout(None if keys is None else keys.of(wanted)):
+        yield
+
+
 def with_same_masks(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, with the keys of now whenever it runs: in backward, on autograd's thread, the context is closed."""
     keys = _CURRENT.get()
@@ -93,7 +111,8 @@ class Dropout(nn.Module):
         self.site: int | None = None  # set by name_sites
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(T, D) -> (T, D). Within `keyed_dropout` it raises ValueError for another T than that of the keys."""
+        """(T, D) -> (T, D). Within `keyed_dropout` it raises ValueError for another number of tokens than the keys
+        have."""
         if not self.training or self.probability == 0:
             return hidden_states
         kept = self._kept(hidden_states)
@@ -109,8 +128,9 @@ class Dropout(nn.Module):
             return None
         assert self.site is not None, "name_sites was not called"
         tokens, channels = hidden_states.shape
-        if tokens != keys.num_tokens:
-            raise ValueError(f"keyed dropout: expected one line for each of {keys.num_tokens} tokens, got {tokens}")
+        expected = keys.num_tokens if keys.wanted is None else len(keys.wanted)
+        if tokens != expected:
+            raise ValueError(f"keyed dropout: expected one line for each of {expected} tokens, got {tokens}")
         return keys.kept(self.site, channels, self.probability)
 
 

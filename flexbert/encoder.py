@@ -1,13 +1,16 @@
 """The encoder: embedding, blocks, final norm.   B batch, S seq, T packed tokens, D hidden."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flexbert.config import FlexBertConfig
-from flexbert.dropout import with_same_masks
+from flexbert.dropout import dropout_of, with_same_masks
 from flexbert.layers import build_norm
-from flexbert.packed import check_packed, pad, unpad
+from flexbert.packed import check_packed, gather_rows, pad, unpad
 from flexbert.plan import AttentionPlan
 from flexbert.positions import RotaryPosition
 from flexbert.registry import BLOCKS, EMBEDDINGS, POSITIONS
@@ -30,6 +33,7 @@ class FlexBertEncoder(nn.Module):
         self.final_norm = build_norm(config.norm, config.hidden_size) if needs_norm else nn.Identity()
         self.recompute_every = 0
         """Every n-th block keeps its input only, and runs again in backward (arXiv 1604.06174); 0: none does."""
+        self._last_selects: bool = getattr(self.layers[-1], "selects_tokens", False)
 
     @property
     def token_table(self) -> Tensor:
@@ -37,12 +41,18 @@ class FlexBertEncoder(nn.Module):
         return self.embedding.tokens.weight
 
     def forward(
-        self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        token_type_ids: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states (T, D) of a packed batch.
+        """Hidden states (T, D) of a packed batch, or (M, D) of the tokens `wanted`.
 
         input_ids: (T,) int64. cu_seqlens: (num_seqs + 1,) int32, starts of the sequences, then T; empty sequences and
         T = 0 are fine. max_seqlen: tokens of the longest sequence, or more. token_type_ids: (T,) int64; None: all 0.
+        wanted: (M,) int64, rising: the last block then leaves out what only other tokens need. None: all tokens.
         Raises ValueError for other shapes and dtypes, for sequences longer than a table of positions and, on the CPU,
         for bounds that do not fit.
         """
@@ -51,13 +61,24 @@ class FlexBertEncoder(nn.Module):
         added = self.position.embed(plan.position_ids, max_seqlen)
         hidden_states = self.embedding(input_ids, added, token_type_ids)
         positions = self.position.for_attention(plan.position_ids, max_seqlen)
-        for index, layer in enumerate(self.layers):
-            if self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled():
-                again = with_same_masks(layer)
-                hidden_states = checkpoint(again, hidden_states, plan, positions, use_reentrant=False)
-            else:
-                hidden_states = layer(hidden_states, plan, positions)
+        for index in range(len(self.layers) - 1):
+            hidden_states = self._block(index, hidden_states, plan, positions)
+        last = len(self.layers) - 1
+        if wanted is None:
+            hidden_states = self._block(last, hidden_states, plan, positions)
+        elif len(wanted) and self._last_selects:
+            with dropout_of(wanted):
+                hidden_states = self._block(last, hidden_states, plan, positions, wanted)
+        else:
+            hidden_states = gather_rows(self._block(last, hidden_states, plan, positions), wanted)
         return self.final_norm(hidden_states)
+
+    def _block(self, index: int, *inputs: Any) -> Tensor:
+        layer: Callable[..., Tensor] = self.layers[index]
+        if self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled():
+            again: Any = checkpoint(with_same_masks(layer), *inputs, use_reentrant=False)
+            return again
+        return layer(*inputs)
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Hidden states (B, S, D) of a padded batch (B, S), zero where attention_mask (bool or 0/1) is false.
@@ -75,6 +96,7 @@ class FlexBertEncoder(nn.Module):
         """Compile each block by itself with torch.compile, for batches of few different T: each T compiles anew (on two
         CPU cores half a minute). Attention stays the kernel it is. Names of parameters do not change."""
         torch._dynamo.config.cache_size_limit = 64  # kinds of blocks times lengths; 8 by default
+        self._last_selects = False  # there are as many masked tokens as there happen to be
         for layer in self.layers:
             layer.compile(dynamic=False)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from flexbert import kernels_cpu, kernels_gpu
 from flexbert.kernels_gpu import Window
 from flexbert.packed import gather_rows, spread_rows
-from flexbert.plan import AttentionPlan
+from flexbert.plan import AttentionPlan, Bucket
 from schema import ConfigError
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ def attend(
     alibi_slopes: Tensor | None = None,
     dropout_p: float = 0.0,
     backend: Backend = "auto",
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k / sqrt(H) - slope |i - j|) v within each sequence: (T, N, H) -> (T, N, H) of the same dtype.
 
@@ -44,6 +45,8 @@ def attend(
     window_size: (left, right) tokens seen besides self, equal; (-1, -1): the whole sequence.
     alibi_slopes: (N,) float32; None: 0. Constants: they get no gradient.
     dropout_p: of the attention weights, drawn from torch's global generator.
+    wanted: (M,) int64, rising: the queries whose results are asked for, (M, N, H); None: all. Where whole sequences
+    attend by sdpa, the others are not computed.
     Raises ConfigError when the named backend cannot run here.
     """
     device = queries.device.type
@@ -60,8 +63,12 @@ def attend(
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     if not queries.numel():
         # Kernels refuse empty batches. The result must still hang on all three, for gradients of zero.
-        return queries + keys + values
-    return _KERNELS[backend](queries, keys, values, plan, window_size, alibi_slopes, dropout_p)
+        out = queries + keys + values
+    elif wanted is not None and len(wanted) and backend == "sdpa" and not alibi and _is_global(plan, window_size):
+        return _sdpa(gather_rows(queries, wanted), keys, values, plan, window_size, None, dropout_p, wanted)
+    else:
+        out = _KERNELS[backend](queries, keys, values, plan, window_size, alibi_slopes, dropout_p)
+    return out if wanted is None else gather_rows(out, wanted)
 
 
 @functools.cache
@@ -134,18 +141,29 @@ def _eager(
 
 
 def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: Window, slopes: Tensor | None, dropout_p: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    window: Window,
+    slopes: Tensor | None,
+    dropout_p: float,
+    wanted: Tensor | None = None,
 ) -> Tensor:
+    """wanted: the tokens that q (M, N, H) is of, which then see whole sequences."""
     if _wants_float32(q):
         with torch.autocast("cpu", enabled=False):
-            return _sdpa(q.float(), k.float(), v.float(), plan, window, slopes, dropout_p).to(q.dtype)
-    if window == (-1, -1):
-        return _sdpa_global(q, k, v, plan, slopes, dropout_p)
+            return _sdpa(q.float(), k.float(), v.float(), plan, window, slopes, dropout_p, wanted).to(q.dtype)
+    if _is_global(plan, window):
+        return _sdpa_global(q, k, v, plan, slopes, dropout_p, wanted)
     if window[0] != window[1]:
         raise ConfigError(f"attention: backend sdpa needs a symmetric window, got {window}")
-    if plan.max_seqlen <= window[0] + 1:
-        return _sdpa_global(q, k, v, plan, slopes, dropout_p)  # no sequence is longer than one side of the window
     return _sdpa_local(q, k, v, plan, window[0], slopes, dropout_p)
+
+
+def _is_global(plan: AttentionPlan, window: Window) -> bool:
+    """Whether each token sees its whole sequence: none may be longer than one side of the window."""
+    return window == (-1, -1) or plan.max_seqlen <= min(window) + 1
 
 
 def _wants_float32(q: Tensor) -> bool:
@@ -159,27 +177,41 @@ def _has_amx() -> bool:
 
 
 def _sdpa_global(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, slopes: Tensor | None, dropout_p: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    slopes: Tensor | None,
+    dropout_p: float,
+    wanted: Tensor | None,
 ) -> Tensor:
     """One call per bucket of sequences of similar length, padded to the bucket's longest."""
     out = None
     for number, bucket in enumerate(plan.buckets):
-        shape = (bucket.batch, bucket.length)
+        asked = bucket if wanted is None else plan.asked(number, wanted)
+        if asked is None:
+            continue
         mask = bucket.key_is_real if slopes is None else plan.alibi_bucket(number, slopes, q.dtype)
-        if bucket.tokens is None or bucket.slots is None:
-            tables = [x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v)]
-            return _sdpa_call(*tables, mask=mask, dropout_p=dropout_p).transpose(1, 2).flatten(0, 1)
-        tables = [
-            spread_rows(gather_rows(x, bucket.tokens), bucket.slots, bucket.batch * bucket.length)
-            .unflatten(0, shape)
-            .transpose(1, 2)
-            for x in (q, k, v)
-        ]
-        table = _sdpa_call(*tables, mask=mask, dropout_p=dropout_p).transpose(1, 2).flatten(0, 1)
-        part = spread_rows(gather_rows(table, bucket.slots), bucket.tokens, plan.num_tokens)
+        keys, values = _table(k, bucket), _table(v, bucket)
+        if q.device.type == "cpu":
+            # Its kernel reads them once for each block of queries: 1.04 times as fast at 8192 tokens when they lie
+            # together for each head.
+            keys, values = keys.contiguous(), values.contiguous()
+        table = _sdpa_call(_table(q, asked), keys, values, mask=mask, dropout_p=dropout_p)
+        table = table.transpose(1, 2).flatten(0, 1)
+        if asked.tokens is None or asked.slots is None:
+            return table
+        part = spread_rows(gather_rows(table, asked.slots), asked.tokens, len(q))
         out = part if out is None else out + part
     assert out is not None
     return out
+
+
+def _table(rows: Tensor, bucket: Bucket) -> Tensor:
+    """(T, N, H) -> (B, N, L, H), the bucket's rows; a view where the batch is the table."""
+    if bucket.tokens is not None and bucket.slots is not None:
+        rows = spread_rows(gather_rows(rows, bucket.tokens), bucket.slots, bucket.batch * bucket.length)
+    return rows.unflatten(0, (bucket.batch, bucket.length)).transpose(1, 2)
 
 
 def _sdpa_local(

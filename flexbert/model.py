@@ -10,7 +10,6 @@ from flexbert.dropout import name_sites
 from flexbert.encoder import FlexBertEncoder
 from flexbert.kernels import require_backend
 from flexbert.losses import TokenScores, masked_evaluation
-from flexbert.packed import gather_rows
 from flexbert.products import linear
 from flexbert.registry import HEADS, INITS, LOSSES
 from flexbert.tasks import FlexBertForSequenceClassification, FlexBertForTokenClassification
@@ -24,7 +23,7 @@ class MaskedLMOutput(NamedTuple):
 
     loss: Tensor | None  # float32 scalar, nats per masked token; None without labels
     logits: Tensor | None  # (T, V); None with labels
-    hidden_states: Tensor  # (T, D), after the final norm
+    hidden_states: Tensor | None  # (T, D), after the final norm; None with labels: then those of masked tokens suffice
     scores: TokenScores | None = None  # of each masked token, in order; None without labels
 
 
@@ -56,18 +55,20 @@ class FlexBertForMaskedLM(nn.Module):
         input_ids: (T,) int64. cu_seqlens: (num_seqs + 1,) int32. max_seqlen: tokens of the longest sequence.
         labels: (T,) int64, -100 = not masked. token_type_ids: (T,) int64; None: all 0.
         num_masked: how many labels are not -100; then the host never waits for the device. None: it is counted.
-        The head runs on masked tokens only and their logits never exist all at once. Without masked tokens the loss is
+        The head runs on masked tokens only and their logits never exist all at once; the last block computes only what
+        they need (FlexBertEncoder.forward, wanted). Without masked tokens the loss is
         0 and every parameter still gets a gradient, of zeros: DDP waits for it.
         Raises ValueError for other shapes and dtypes.
         """
-        hidden_states = self.encoder(input_ids, cu_seqlens, max_seqlen, token_type_ids)
         weight, bias = self.head.decoder(self.encoder.token_table)
         if labels is None:
+            hidden_states = self.encoder(input_ids, cu_seqlens, max_seqlen, token_type_ids)
             return MaskedLMOutput(None, linear(self.head(hidden_states), weight, bias), hidden_states)
-        masked, targets = _masked(hidden_states, labels, num_masked)
+        index, targets = _masked(input_ids, labels, num_masked)
+        hidden_states = self.encoder(input_ids, cu_seqlens, max_seqlen, token_type_ids, index)
         scores = TokenScores.empty(targets)
-        loss = self.loss(self.head(masked), weight, bias, targets, scores) / max(len(targets), 1)
-        return MaskedLMOutput(loss, None, hidden_states, scores)
+        loss = self.loss(self.head(hidden_states), weight, bias, targets, scores) / max(len(targets), 1)
+        return MaskedLMOutput(loss, None, None, scores)
 
     @torch.no_grad()
     def evaluate(
@@ -77,10 +78,10 @@ class FlexBertForMaskedLM(nn.Module):
 
         Arguments as in `forward`. Without gradients; whether dropout acts is the caller's `eval()`.
         """
-        hidden_states = self.encoder(input_ids, cu_seqlens, max_seqlen)
         weight, bias = self.head.decoder(self.encoder.token_table)
-        masked, targets = _masked(hidden_states, labels)
-        loss, correct = masked_evaluation(self.head(masked), weight, bias, targets)
+        index, targets = _masked(input_ids, labels)
+        hidden_states = self.encoder(input_ids, cu_seqlens, max_seqlen, wanted=index)
+        loss, correct = masked_evaluation(self.head(hidden_states), weight, bias, targets)
         return loss, correct, torch.tensor(len(targets), device=loss.device)
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
@@ -92,16 +93,14 @@ class FlexBertForMaskedLM(nn.Module):
         self.encoder.set_rope_theta(global_theta, local_theta)
 
 
-def _masked(hidden_states: Tensor, labels: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """Hidden states (M, D) and labels (M,) of the masked tokens. count: M, where the caller knows it."""
-    if labels.shape != hidden_states.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(
-            f"expected labels {tuple(hidden_states.shape[:1])} int64, got {tuple(labels.shape)} {labels.dtype}"
-        )
+def _masked(input_ids: Tensor, labels: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """Places (M,) and labels (M,) of the masked tokens. count: M, where the caller knows it."""
+    if labels.shape != input_ids.shape or labels.dtype != torch.int64:
+        raise ValueError(f"expected labels {tuple(input_ids.shape)} int64, got {tuple(labels.shape)} {labels.dtype}")
     real = labels != IGNORE
     # Sorting puts the masked tokens first, in order, and does not ask the device how many there are.
     index = real.nonzero().squeeze(1) if count is None else real.argsort(descending=True, stable=True)[:count]
-    return gather_rows(hidden_states, index), labels.index_select(0, index)
+    return index, labels.index_select(0, index)
 
 
 Model = FlexBertForMaskedLM | FlexBertForSequenceClassification | FlexBertForTokenClassification | FlexBertEncoder

@@ -21,7 +21,12 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(hidden_size, eps=config.eps, bias=config.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        bias = self.bias
+        if bias is None and input.device.type == "cpu":
+            bias = torch.zeros_like(
+                self.weight
+            )  # without one torch's kernel takes twice the time; the result is the same
+        return F.layer_norm(input, self.normalized_shape, self.weight, bias, self.eps)
 
 
 @NORMS.register("rmsnorm")

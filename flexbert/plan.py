@@ -89,6 +89,27 @@ class AttentionPlan:
                 buckets.append(_bucket(starts[first:last], lengths[first:last], self.num_tokens, device))
         return buckets
 
+    def asked(self, number: int, wanted: Tensor) -> Bucket | None:
+        """Some of the queries of a bucket, in a table of as many lines; None: it has none of them.
+
+        wanted: (M,) int64, packed indexes, rising. `tokens` of the result are places in `wanted`. Cost: host syncs.
+        """
+        bucket = self.buckets[number]
+        if bucket.tokens is None or bucket.slots is None:
+            lines, places = wanted // bucket.length, torch.arange(len(wanted), device=wanted.device)
+        else:
+            slots = torch.full((self.num_tokens,), -1, device=wanted.device).index_copy_(0, bucket.tokens, bucket.slots)
+            slots = slots.index_select(0, wanted)
+            places = (slots >= 0).nonzero().squeeze(1)
+            lines, order = (slots.index_select(0, places) // bucket.length).sort(stable=True)
+            places = places.index_select(0, order)
+        if not len(places):
+            return None
+        counts = lines.bincount(minlength=bucket.batch)
+        length = int(counts.max())
+        within = torch.arange(len(places), device=wanted.device) - (counts.cumsum(0) - counts).index_select(0, lines)
+        return Bucket(bucket.batch, length, places, lines * length + within, None)
+
     def runs(self, dtype: torch.dtype) -> list[tuple[int, int, Tensor | None]]:
         """The tokens cut between sequences: (first, stop, mask), one sequence or several short ones in a run.
 

@@ -1,5 +1,6 @@
 """What a run measures beside its loss: the gauges of callbacks/, made for a config."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ def build_gauges(
         Reading(lambda: _rope_theta(model)),
         StreamScores(list(config.data.streams)),
         Gradients(trainer.log_interval, trainer.gradient_clip_norm),
-        Efficiency(lambda lengths, masked: batch_flops(config.model, lengths, masked), peak),
+        Efficiency(functools.partial(batch_flops, config.model), peak),
         Memory(),
         Forecast(plan.total_tokens, plan.tokens_before, seconds, trainer.price_per_hour),
     ]

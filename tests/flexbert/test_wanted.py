@@ -1,0 +1,130 @@
+"""The last block at some tokens only equals the whole one at them: values, gradients, masks of dropout."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flexbert import build
+from flexbert.dropout import TokenKeys, keyed_dropout
+from flexbert.kernels import attend
+from flexbert.model import FlexBertForMaskedLM
+from flexbert.plan import AttentionPlan
+from tests.flexbert.conftest import ODD_LENGTHS, batch_of, gradients, tiny
+from tests.flexbert.test_kernels import LENGTHS, SLOPES, TOLERANCE, qkv_of
+
+BLOCKS = ("prenorm", "postnorm", "parallel", "sandwich")
+
+
+def some(total: int, share: float, seed: int = 0) -> Tensor:
+    """Places of about this share of the tokens, rising."""
+    return (torch.rand(total, generator=torch.Generator().manual_seed(seed)) < share).nonzero().squeeze(1)
+
+
+def attended(lengths: tuple[int, ...], wanted: Tensor, backend: Any, select: bool, **options: Any) -> list[Tensor]:
+    """Results at the tokens wanted, and gradients of queries, keys, values."""
+    tensors = qkv_of(sum(lengths))
+    plan = AttentionPlan(torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths, default=0), sum(lengths))
+    out = attend(*tensors, plan, backend=backend, wanted=wanted if select else None, **options)
+    out = out if select else out[wanted]
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (out * weights).sum().backward()
+    return [out, *(tensor.grad for tensor in tensors)]  # pyright: ignore[reportReturnType]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 1.0])
+@pytest.mark.parametrize("window", [(-1, -1), (7, 7), (499, 499)], ids=str)
+@pytest.mark.parametrize("slopes", [None, SLOPES], ids=["plain", "alibi"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_some_queries_equal_eager(
+    lengths: tuple[int, ...], slopes: Tensor | None, window: tuple[int, int], share: float
+) -> None:
+    wanted = some(sum(lengths), share)
+    options: dict[str, Any] = {"window_size": window, "alibi_slopes": slopes}
+    expected = attended(lengths, wanted, "eager", select=False, **options)
+    for ours, theirs in zip(attended(lengths, wanted, "sdpa", select=True, **options), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "tiled"])
+def test_other_kernels_leave_the_rest_out_afterwards(backend: Any) -> None:
+    wanted = some(sum(ODD_LENGTHS), 0.3)
+    pairs = [attended(ODD_LENGTHS, wanted, backend, select, window_size=(-1, -1)) for select in (True, False)]
+    for ours, theirs in zip(*pairs, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def losses_and_gradients(model: FlexBertForMaskedLM, masked: float, keys: TokenKeys | None) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    with keyed_dropout(keys):
+        loss = model(*batch_of(ODD_LENGTHS, masked=masked)).loss
+    assert loss is not None
+    loss.backward()
+    return {"loss": loss.detach(), **gradients(model)}
+
+
+DROPOUTS: dict[str, Any] = {
+    "attention": {"out_dropout": 0.3},
+    "mlp": {"name": "glu", "inner_dropout": 0.3, "out_dropout": 0.3},
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "last global": {},
+    "last local": {"attention": {"global_attn_every_n_layers": 2}},
+    "eager": {"attention": {"backend": "eager"}},
+    "norms": {"attention": {"qk_norm": "rmsnorm", "inner_norm": "layernorm", "num_key_value_heads": 1}},
+    "alibi": {"position": "alibi"},
+    "dropout": DROPOUTS,
+}
+
+
+@pytest.mark.parametrize("recompute_every", [0, 1])
+@pytest.mark.parametrize("masked", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_step_is_that_of_all_tokens(block: str, variant: str, masked: float, recompute_every: int) -> None:
+    model = build(tiny(**{"block": block, **VARIANTS[variant]}))
+    model.encoder.recompute_every = recompute_every
+    total = sum(ODD_LENGTHS)
+    keys = TokenKeys(5, 2, torch.tensor([0, 200, total]).int(), total) if variant == "dropout" else None
+    ours = losses_and_gradients(model, masked, keys)
+    assert model.encoder._last_selects
+    model.encoder._last_selects = False
+    for name, expected in losses_and_gradients(model, masked, keys).items():
+        torch.testing.assert_close(
+            ours[name], expected, atol=2e-5, rtol=1e-4, msg=lambda text, at=name: f"{at}: {text}"
+        )
+
+
+def test_dropout_of_other_tokens_would_be_seen() -> None:
+    """So that the case above can fail: with other keys the loss is another."""
+    model, total = build(tiny(**DROPOUTS)), sum(ODD_LENGTHS)
+    first, second = (TokenKeys(seed, 0, torch.tensor([0, total]).int(), total) for seed in (1, 2))
+    one, other = (losses_and_gradients(model, 0.3, keys)["loss"] for keys in (first, second))
+    assert abs(float(one - other)) > 1e-3
+
+
+def test_states_of_the_tokens_wanted() -> None:
+    ids, cu_seqlens, max_seqlen, _ = batch_of(ODD_LENGTHS)
+    encoder = build(tiny(), "encoder").eval()
+    wanted = some(len(ids), 0.1)
+    with torch.no_grad():
+        whole = encoder(ids, cu_seqlens, max_seqlen)
+        torch.testing.assert_close(
+            encoder(ids, cu_seqlens, max_seqlen, wanted=wanted), whole[wanted], atol=1e-5, rtol=0
+        )
+        assert encoder(ids, cu_seqlens, max_seqlen, wanted=wanted[:0]).shape == (0, 48)
+
+
+def test_what_no_masked_token_needs_is_not_computed() -> None:
+    """Lines that the last layer's mlp gets, in a step and in evaluation."""
+    model, batch = build(tiny()), batch_of(ODD_LENGTHS)
+    seen: list[int] = []
+    mlps: list[Any] = [layer.mlp for layer in model.encoder.layers]
+    for mlp in mlps:
+        mlp.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    masked, total = int((batch.labels != -100).sum()), len(batch.input_ids)
+    model(*batch)
+    model.evaluate(*batch)
+    assert seen == [total, total, total, masked] * 2
+    assert 0 < masked < total
