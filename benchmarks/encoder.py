@@ -154,11 +154,6 @@ class Side:
         self.optimizer.zero_grad(set_to_none=True)
         return total
 
-    def run(self, task: str, batches: list[Batch]) -> None:
-        """Each batch once."""
-        for batch in batches:
-            self.step(batch) if task == "training" else self.infer(batch)
-
     @torch.inference_mode()
     def infer(self, batch: Batch) -> Tensor:
         """Hidden states of the batch's real tokens (T, D), document by document."""
@@ -193,15 +188,16 @@ def _peer_inference(model: Any, batch: Batch) -> Tensor:
 
 WHO = ("ours", "peer", "peer_kept")
 MODELS: dict[str, Callable[[], Any]] = {"modernbert": modernbert_peer, "bert-base": bert_peer}
-CASES: dict[str, dict[str, Callable[[], list[Batch]]]] = {
+DOCUMENTS = 16  # of a batch of real lengths
+CASES: dict[str, dict[str, Callable[[], Batch]]] = {
     "modernbert": {
-        "4 x 1024": lambda: [Batch([1024] * 4, 50368, 0)],
-        "1 x 8192": lambda: [Batch([8192], 50368, 0)],
-        "real lengths to 1024": lambda: real_batches(1024, 50368),
+        "4 x 1024": lambda: Batch([1024] * 4, 50368, 0),
+        "1 x 8192": lambda: Batch([8192], 50368, 0),
+        "real lengths to 1024": lambda: Batch(document_lengths(1024, DOCUMENTS), 50368, 0),
     },
     "bert-base": {
-        "4 x 512": lambda: [Batch([512] * 4, 30522, 0)],
-        "real lengths to 512": lambda: real_batches(512, 30522),
+        "4 x 512": lambda: Batch([512] * 4, 30522, 0),
+        "real lengths to 512": lambda: Batch(document_lengths(512, DOCUMENTS), 30522, 0),
     },
 }
 
@@ -217,24 +213,26 @@ def serve(who: str, name: str, dtype: torch.dtype | None) -> None:
         del peer
     else:
         side = Side(peer, dtype, _peer_training, _peer_inference)
-    batches: dict[str, list[Batch]] = {}
+    batches: dict[str, Batch] = {}
     gemm, gemm_flops = gemm_call(dtype)
+    tasks = {"training": side.step, "inference": side.infer, "gemm": lambda _: gemm()}
     print("ready", flush=True)
     for line in sys.stdin:
         case, task, folder = json.loads(line)
         if case not in batches:
             batches = {case: CASES[name][case]()}
-        answer: dict[str, Any] = {"tokens": sum(batch.tokens for batch in batches[case])}
+        batch = batches[case]
+        answer: dict[str, Any] = {"tokens": batch.tokens}
         if task == "states":
             answer["file"] = f"{folder}/{who}.npy"
-            np.save(answer["file"], side.infer(batches[case][0]).float().numpy())
+            np.save(answer["file"], side.infer(batch).float().numpy())
         elif task == "work":
-            lengths = [n for batch in batches[case] for n in batch.packed["cu_seqlens"].diff().tolist()]
-            answer["padded_tokens"] = sum(batch.padded["input_ids"].numel() for batch in batches[case])
+            lengths = batch.packed["cu_seqlens"].diff().tolist()
+            answer["padded_tokens"] = batch.padded["input_ids"].numel()
             answer["flops"] = sum(flops_per_token(side.model.config, length, MASKED) * length for length in lengths)
         else:
             start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
-            gemm() if task == "gemm" else side.run(task, batches[case])
+            tasks[task](batch)
             answer["seconds"] = time.perf_counter() - start
             answer["system_seconds"] = resource.getrusage(resource.RUSAGE_SELF).ru_stime - used.ru_stime
             answer["flops"] = gemm_flops
@@ -300,7 +298,7 @@ def compare(name: str, labels: list[str], cases: list[str], rounds: int, limit: 
 
 
 def _difference(processes: dict[str, Process], case: str, limit: float) -> float | None:
-    """Of both sides' hidden states of the case's first batch; None when the peer took too long."""
+    """Of both sides' hidden states; None when the peer took too long."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         answers = [processes["ours"].ask(case, "states", folder=folder)]
@@ -348,14 +346,6 @@ def _case(processes: dict[str, Process], case: str, task: str, rounds: int, limi
         for who in processes.keys() - slow.keys():
             line[f"{who}_system_seconds"] = round(statistics.median(each["system_seconds"] for each in took[who]), 2)
     return line
-
-
-def real_batches(longest: int, vocab_size: int, count: int = 2, documents: int = 16) -> list[Batch]:
-    """`count` batches of so many documents each."""
-    lengths = document_lengths(longest, count * documents)
-    return [
-        Batch(lengths[number * documents : (number + 1) * documents], vocab_size, number) for number in range(count)
-    ]
 
 
 def compare_memory() -> None:
@@ -415,7 +405,7 @@ def profile(steps: int) -> None:
         side = Side(ours_of(modernbert_peer()), dtype, _our_training, _our_inference)
         gemm, gemm_flops = gemm_call(dtype)
         for case in ("4 x 1024", "1 x 8192"):
-            (batch,) = CASES["modernbert"][case]()
+            batch = CASES["modernbert"][case]()
             side.step(batch)
             gemm()
             rates = []
