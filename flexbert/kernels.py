@@ -218,7 +218,8 @@ def _sdpa_local(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, per_side: int, slopes: Tensor | None, dropout_p: float
 ) -> Tensor:
     """Blocks of queries against the keys that their windows reach: O(T * window), across borders of sequences."""
-    blocks = plan.blocks(per_side)
+    narrow = not torch.is_grad_enabled()
+    blocks = plan.blocks(per_side, narrow)
     slots = blocks.count * blocks.block
     padded = q if slots == len(q) else F.pad(q, (0, 0, 0, 0, 0, slots - len(q)))
     query_blocks = padded.unflatten(0, (blocks.count, blocks.block)).transpose(1, 2)
@@ -226,7 +227,7 @@ def _sdpa_local(
         _WindowBlocks.apply(x, blocks.count, blocks.block, per_side).transpose(1, 2)  # pyright: ignore
         for x in (k, v)
     )
-    mask = plan.additive_visible(per_side, q.dtype, slopes)
+    mask = plan.additive_visible(per_side, q.dtype, slopes, narrow)
     out = _sdpa_call(query_blocks, key_blocks, value_blocks, mask=mask, dropout_p=dropout_p)
     return out.transpose(1, 2).flatten(0, 1)[: len(q)]
 
@@ -238,7 +239,8 @@ def _sdpa_call(*tables: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor
 
 class _WindowBlocks(torch.autograd.Function):
     """(T, N, H) -> (count, block + 2 * per_side, N, H): each block with its neighbourhood, as overlapping views of one
-    padded copy. The generic gradient of such a view adds row by row; here it is three slices added in a fixed order."""
+    padded copy. The generic gradient of such a view adds row by row; here it is three slices added in a fixed order,
+    for blocks at least `per_side` wide."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, count: int, block: int, per_side: int) -> Tensor:

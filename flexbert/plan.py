@@ -21,6 +21,8 @@ _RUN = 128
 
 # Fewest queries per block of a sliding window: narrower blocks leave the matrix products too small.
 _MIN_BLOCK = 64
+# And without gradients: blocks narrower than a side of the window waste less, but each key is in more of them.
+_MIN_NARROW = 32
 
 
 class Bucket(NamedTuple):
@@ -50,8 +52,8 @@ class AttentionPlan:
         self.cu_seqlens, self.max_seqlen, self.num_tokens = cu_seqlens, max_seqlen, num_tokens
         self.flex_masks: dict[tuple[int, int], Any] = {}  # of kernels_gpu, by window
         self._runs: dict[torch.dtype, list[tuple[int, int, Tensor | None]]] = {}
-        self._blocks: dict[int, Blocks] = {}
-        self._additive: dict[tuple[int, torch.dtype, bool], Tensor] = {}
+        self._blocks: dict[tuple[int, bool], Blocks] = {}
+        self._additive: dict[tuple[int, torch.dtype, bool, bool], Tensor] = {}
         self._alibi: dict[tuple[int, torch.dtype], Tensor] = {}
 
     @cached_property
@@ -126,20 +128,24 @@ class AttentionPlan:
                 self._runs[dtype].append((first, stop, mask))
         return self._runs[dtype]
 
-    def blocks(self, per_side: int) -> Blocks:
-        """Sliding-window blocks for `per_side` tokens to each side of self."""
-        if per_side not in self._blocks:
-            self._blocks[per_side] = self._make_blocks(per_side)
-        return self._blocks[per_side]
+    def blocks(self, per_side: int, narrow: bool = False) -> Blocks:
+        """Sliding-window blocks for `per_side` tokens to each side of self. They are at least `per_side` queries wide,
+        if not narrow: then a key is in three blocks at most."""
+        if (per_side, narrow) not in self._blocks:
+            block = max(-(-per_side // 2), _MIN_NARROW) if narrow else max(per_side, _MIN_BLOCK)
+            self._blocks[per_side, narrow] = self._make_blocks(per_side, block)
+        return self._blocks[per_side, narrow]
 
-    def additive_visible(self, per_side: int, dtype: torch.dtype, slopes: Tensor | None = None) -> Tensor:
-        """`blocks(per_side).visible` as 0 and -inf: SDPA would convert a bool mask anew in every layer.
+    def additive_visible(
+        self, per_side: int, dtype: torch.dtype, slopes: Tensor | None = None, narrow: bool = False
+    ) -> Tensor:
+        """`blocks(...).visible` as 0 and -inf: SDPA would convert a bool mask anew in every layer.
 
         slopes: (N,) float32 of ALiBi, one and the same for all calls on a plan: -slope * distance in place of the 0.
         """
-        key = (per_side, dtype, slopes is not None)
+        key = (per_side, dtype, slopes is not None, narrow)
         if key not in self._additive:
-            blocks = self.blocks(per_side)
+            blocks = self.blocks(per_side, narrow)
             mask = torch.zeros((), dtype=dtype, device=blocks.visible.device)
             if slopes is not None:
                 places = torch.arange(blocks.block + 2 * per_side, device=blocks.visible.device)
@@ -192,9 +198,8 @@ class AttentionPlan:
                 runs.append((first, stop, False))
         return runs
 
-    def _make_blocks(self, per_side: int) -> Blocks:
+    def _make_blocks(self, per_side: int, block: int) -> Blocks:
         device = self.cu_seqlens.device
-        block = max(per_side, _MIN_BLOCK)
         count = -(-self.num_tokens // block)
         # Slots past the last token share the id -2: they see one another, so no query is left without any key.
         query_ids = torch.full((count * block,), -2, device=device)
