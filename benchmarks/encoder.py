@@ -12,10 +12,11 @@ sides. Real tokens are counted, never padding. A peer that needs more than LIMIT
 stopped, and its figures are bounds (`at_most`, `at_least`): so it is with torch's bfloat16 on CPUs that have no such
 products.
 
-`--profile` prints where our training step's time goes instead, and the rate of its products beside the square one's.
+`--profile` prints where our time goes instead, and what it would be if only products and attention's kernel took any.
 """
 
 import argparse
+import itertools
 import json
 import lzma
 import resource
@@ -309,41 +310,46 @@ def _difference(processes: dict[str, Process], case: str, limit: float) -> float
     return float(f"{np.abs(ours - peer).mean() / np.abs(peer).mean():.1e}")
 
 
+_SHORT = 6.0  # seconds
+
+
 def _case(processes: dict[str, Process], case: str, task: str, rounds: int, limit: float) -> dict[str, Any]:
-    """By turns, after one round to warm up. A peer is slow when it took more than `limit` times as long as ours."""
+    """By turns, after one round to warm up; three times as many rounds where ours takes a few seconds only. A peer is
+    slow when it took more than `limit` times as long as ours; then the other one is not tried."""
     took: dict[str, list[dict[str, Any]]] = {who: [] for who in (*processes, "gemm")}
     slow: dict[str, float] = {}
-    allowed = None
-    for number in range(rounds + 1):
+    ours = processes["ours"].ask(case, task)
+    assert ours is not None
+    allowed, count = limit * ours["seconds"], rounds if ours["seconds"] > _SHORT else 3 * rounds
+    for number in range(count + 1):
         for who in (*processes, "gemm"):
             process, what = (processes["ours"], "gemm") if who == "gemm" else (processes[who], task)
-            if who in slow:
+            if who in slow or (who == "peer_kept" and "peer" in slow):
                 continue
             answer = process.ask(case, what, allowed if who in ("peer", "peer_kept") else None)
             if answer is None:
-                assert allowed is not None
                 slow[who] = allowed
             elif number:
                 took[who].append(answer)
-            if who == "ours":
-                assert answer is not None
-                allowed = limit * answer["seconds"]
-    seconds = {who: [answer["seconds"] for answer in answers] for who, answers in took.items()}
-    median = {who: slow[who] if who in slow else statistics.median(found) for who, found in seconds.items()}
+    seconds = {who: [answer["seconds"] for answer in answers] for who, answers in took.items() if answers}
+    median = {who: statistics.median(found) for who, found in seconds.items()} | slow
     work = processes["ours"].ask(case, "work")
     assert work is not None
     tokens = work["tokens"]
     line: dict[str, Any] = {
-        f"{who}_tokens_per_second{'_at_most' if who in slow else ''}": round(tokens / median[who]) for who in processes
+        f"{who}_tokens_per_second{'_at_most' if who in slow else ''}": round(tokens / median[who])
+        for who in processes
+        if who in median
     }
     for peer, key in (("peer", "ratio"), ("peer_kept", "ratio_to_peer_kept")):
-        line[key + ("_at_least" if peer in slow else "")] = round(median[peer] / median["ours"], 2)
+        if peer in median:
+            line[key + ("_at_least" if peer in slow else "")] = round(median[peer] / median["ours"], 2)
     if task == "training":
         line["peer_slots_per_token"] = round(work["padded_tokens"] / tokens, 2)
         gemm_rate = took["gemm"][0]["flops"] / median["gemm"]
         line["gemm_gflops"] = round(gemm_rate / 1e9)
         line["share_of_gemm_rate"] = round(work["flops"] / median["ours"] / gemm_rate, 3)
-        for who in processes.keys() - slow.keys():
+        for who in processes.keys() & seconds.keys() - slow.keys():
             line[f"{who}_system_seconds"] = round(statistics.median(each["system_seconds"] for each in took[who]), 2)
     return line
 
@@ -397,21 +403,22 @@ KINDS = {
 }
 
 
-def profile(steps: int) -> None:
-    """Print shares of our training step's time by kind of operator; with the optimizer, as `training` is measured."""
+def profile(steps: int, labels: list[str]) -> None:
+    """Print shares of our time by kind of operator, with the optimizer where `training` has it, and how fast ours would
+    be if nothing but products and attention's kernel took any."""
     keep_freed_memory()
-    for label, dtype in DTYPES.items():
+    for label in labels:
         torch.manual_seed(0)
-        side = Side(ours_of(modernbert_peer()), dtype, _our_training, _our_inference)
-        gemm, gemm_flops = gemm_call(dtype)
-        for case in ("4 x 1024", "1 x 8192"):
-            batch = CASES["modernbert"][case]()
-            side.step(batch)
+        side = Side(ours_of(modernbert_peer()), DTYPES[label], _our_training, _our_inference)
+        gemm, gemm_flops = gemm_call(DTYPES[label])
+        for case, task in itertools.product(("4 x 1024", "1 x 8192"), ("training", "inference")):
+            batch, act = CASES["modernbert"][case](), side.step if task == "training" else side.infer
+            act(batch)
             gemm()
             rates = []
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
                 for _ in range(steps):
-                    side.step(batch)
+                    act(batch)
             for _ in range(10 * steps):
                 start = time.perf_counter()
                 gemm()
@@ -420,15 +427,17 @@ def profile(steps: int) -> None:
             total = sum(spent.values())
             kinds = {kind: sum(spent.get(name, 0.0) for name in names) for kind, names in KINDS.items()}
             kinds["everything else"] = total - sum(kinds.values())
-            # A sequence of one token has next to no attention: what is left is products.
-            flops = flops_per_token(side.model.config, 1, MASKED) * batch.tokens
             line = {
-                "step_seconds": round(total, 3),
+                "tokens_per_second": round(batch.tokens / total),
+                "of_products_and_attention_alone": round(batch.tokens / (kinds["products"] + kinds["attention"])),
                 "shares": {kind: round(seconds / total, 3) for kind, seconds in kinds.items()},
-                "gflops_of_products": round(flops / kinds["products"] / 1e9),
                 "gflops_of_square_product": round(statistics.median(rates) / 1e9),
             }
-            print(json.dumps({"model": "modernbert", "dtype": label, "case": case, "task": "profile", **line}))
+            if task == "training":
+                # A sequence of one token has next to no attention: what is left is products.
+                flops = flops_per_token(side.model.config, 1, MASKED) * batch.tokens
+                line["gflops_of_products"] = round(flops / kinds["products"] / 1e9)
+            print(json.dumps({"model": "modernbert", "dtype": label, "case": case, "task": task, **line}), flush=True)
 
 
 def _resident() -> int:
@@ -444,7 +453,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--cases", help="of the models, separated by commas; default: all")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="of the models, separated by commas")
-    parser.add_argument("--profile", action="store_true", help="of our training step, instead")
+    parser.add_argument("--profile", action="store_true", help="of ours, instead")
     parser.add_argument("--serve", choices=WHO, help=argparse.SUPPRESS)
     parser.add_argument("--model", choices=list(MODELS), help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", choices=["ours", "peer"], help=argparse.SUPPRESS)
@@ -458,7 +467,7 @@ def main() -> None:
         serve(arguments.serve, arguments.model, DTYPES[arguments.dtype])
         return
     if arguments.profile:
-        profile(arguments.rounds)
+        profile(arguments.rounds, arguments.dtypes.split(","))
         return
     parts = arguments.only.split(",")
     for name in MODELS:

@@ -35,12 +35,6 @@ class Linear(nn.Linear):
         return linear(input, weight, bias)
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether a module is nothing but weight and bias of a Linear: no class has been put in its place (adapters,
-    parametrisations), and nobody looks at what goes in or out."""
-    return type(module) is Linear and not module._forward_hooks and not module._forward_pre_hooks
-
-
 class OutputProjection(Linear):
     """A linear layer whose output is added to the residual stream. Inits that scale with depth look for this class."""
 

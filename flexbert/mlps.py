@@ -2,13 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from flexbert.dropout import Dropout
-from flexbert.layers import Linear, OutputProjection, build_optional_norm, is_plain
-from flexbert.products import multiplies_along, product, product_times
+from flexbert.layers import Linear, OutputProjection, build_optional_norm
 from flexbert.registry import MLPS, NORMS, Activation, build_activation, optional_slot
 from schema import Component
 
@@ -52,21 +50,10 @@ class GatedLinearUnit(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
-        inner = self.inner_norm(self._gate(hidden_states))
+        first, second = self.Wi(hidden_states).chunk(2, dim=-1)
+        activated, factor = (first, second) if self.config.activated_half == "first" else (second, first)
+        inner = self.inner_norm(self.activation(activated) * factor)
         return self.out_dropout(self.Wo(self.inner_dropout(inner)))
-
-    def _gate(self, hidden_states: Tensor) -> Tensor:
-        """(T, D) -> (T, F)."""
-        first_is_activated, wi = self.config.activated_half == "first", self.Wi
-        if not torch.is_grad_enabled() and is_plain(wi) and multiplies_along(hidden_states, wi.weight):
-            weights = wi.weight.chunk(2)
-            biases = (None, None) if wi.bias is None else wi.bias.chunk(2)
-            act, factor = (0, 1) if first_is_activated else (1, 0)
-            activated = self.activation(product(hidden_states, weights[act], biases[act]))
-            return product_times(hidden_states, weights[factor], biases[factor], activated)
-        first, second = wi(hidden_states).chunk(2, dim=-1)
-        activated, factor = (first, second) if first_is_activated else (second, first)
-        return self.activation(activated) * factor
 
 
 @MLPS.register("mlp")

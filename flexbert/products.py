@@ -55,16 +55,6 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _onednn_linear(rows.float(), weight.float(), None if bias is None else bias.float()).to(rows.dtype)
 
 
-def multiplies_along(rows: Tensor, weight: Tensor) -> bool:
-    """Whether `product_times` costs less than a product and a multiplication: on the CPU in float32."""
-    return rows.dtype == torch.float32 and _onednn(rows, weight) and not torch.compiler.is_compiling()
-
-
-def product_times(rows: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor:
-    """product(rows, weight, bias) * factor, (..., N), while the product's tiles are in the cache. Without gradients."""
-    return _ONEDNN._linear_pointwise.binary(rows, factor, weight, bias, "mul")
-
-
 # An operator of our own: torch.compile would take oneDNN's for one over frozen weights.
 @torch.library.custom_op("flexbert::onednn_linear", mutates_args=())
 def _onednn_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -159,6 +159,21 @@ def test_compiled_blocks_draw_the_same_and_are_compiled_once_for_all_layers() ->
     assert counted["unique_graphs"] == graphs
 
 
+def test_channels_have_no_linear_relations() -> None:
+    """Four channels whose numbers fulfil i + j = k + l: where a mask were linear in them, as without the square, the
+    mean of their product over tokens would be 1/3 (a square wave's Fourier series), and 0.02 is its error here."""
+    tokens, channels = 2048, 1024
+    keys = keys_of((tokens,))
+    drawn = deviations(keys.kept(11, channels, 0.5), 0.5)
+    numbers = keys._channels[channels].long()
+    first, second = torch.triu_indices(channels, channels, 1)
+    sums, order = ((numbers[first] + numbers[second]) & 0xFFFFFFFF).sort()
+    one = (sums[1:] == sums[:-1]).nonzero().squeeze(1)
+    pairs = [drawn[:, first[at]] * drawn[:, second[at]] for at in (order[one], order[one + 1])]
+    assert len(one) > 10
+    assert float((pairs[0] * pairs[1]).mean(0).abs().max()) < 0.12
+
+
 def test_another_number_of_lines_is_refused() -> None:
     model, batch = build(tiny(**ALL_SITES)), batch_of((40, 24))
     with (
