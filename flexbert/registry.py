@@ -13,7 +13,8 @@
 | loss | callable: (hidden_states (M, D), weight (V, D), bias (V,) or None, targets (M,), scores to fill) -> sum | |
 | init | callable: (module, seed, prefix) -> None | num_hidden_layers |
 
-`model` is the FlexBertConfig, as it is for the layer in question.
+`model` is the FlexBertConfig, as it is for the layer in question. An attention or block with `selects_tokens` takes one
+more argument, `wanted`: see flexbert/blocks.py; it may do without.
 T packed tokens, M masked ones, D hidden, V vocabulary.
 """
 

@@ -30,7 +30,7 @@ def model_card(
         "---",
         f"# {config.name}, {tokens:,} tokens",
         "",
-        f"A ModernBERT-style masked language model pretrained with FlexBERT: {describe_model(config)}, "
+        f"A masked language model pretrained with FlexBERT: {describe_model(config)}, "
         f"{model.num_attention_heads} heads, up to {model.max_position_embeddings} positions.",
         "",
         f"Trained on {tokens:,} of {plan.total_tokens:,} planned tokens of: {', '.join(config.data.streams)}.",
