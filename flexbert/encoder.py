@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from flexbert.config import FlexBertConfig
 from flexbert.dropout import dropout_of, with_same_masks
 from flexbert.layers import build_norm
-from flexbert.packed import check_packed, gather_rows, pad, unpad
+from flexbert.packed import check_packed, check_wanted, gather_rows, pad, unpad
 from flexbert.plan import AttentionPlan
 from flexbert.positions import RotaryPosition
 from flexbert.registry import BLOCKS, EMBEDDINGS, POSITIONS
@@ -54,9 +54,11 @@ class FlexBertEncoder(nn.Module):
         T = 0 are fine. max_seqlen: tokens of the longest sequence, or more. token_type_ids: (T,) int64; None: all 0.
         wanted: (M,) int64, rising: the last block then leaves out what only other tokens need. None: all tokens.
         Raises ValueError for other shapes and dtypes, for sequences longer than a table of positions and, on the CPU,
-        for bounds that do not fit.
+        for bounds that do not fit and tokens wanted twice or out of order.
         """
         check_packed(input_ids, cu_seqlens, max_seqlen)
+        if wanted is not None:
+            check_wanted(wanted, len(input_ids))
         plan = AttentionPlan(cu_seqlens, max_seqlen, len(input_ids))
         added = self.position.embed(plan.position_ids, max_seqlen)
         hidden_states = self.embedding(input_ids, added, token_type_ids)

@@ -56,8 +56,8 @@ class FlexBertForMaskedLM(nn.Module):
         labels: (T,) int64, -100 = not masked. token_type_ids: (T,) int64; None: all 0.
         num_masked: how many labels are not -100; then the host never waits for the device. None: it is counted.
         The head runs on masked tokens only and their logits never exist all at once; the last block computes only what
-        they need (FlexBertEncoder.forward, wanted). Without masked tokens the loss is
-        0 and every parameter still gets a gradient, of zeros: DDP waits for it.
+        they need (FlexBertEncoder.forward, wanted). Without masked tokens the loss is 0 and every parameter still gets
+        a gradient, of zeros: DDP waits for it.
         Raises ValueError for other shapes and dtypes.
         """
         weight, bias = self.head.decoder(self.encoder.token_table)

@@ -23,9 +23,8 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         bias = self.bias
         if bias is None and input.device.type == "cpu":
-            bias = torch.zeros_like(
-                self.weight
-            )  # without one torch's kernel takes twice the time; the result is the same
+            # Without one torch's kernel takes twice the time; the result is the same.
+            bias = torch.zeros_like(self.weight)
         return F.layer_norm(input, self.normalized_shape, self.weight, bias, self.eps)
 
 

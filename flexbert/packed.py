@@ -58,6 +58,19 @@ def check_packed(input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None
             raise ValueError(f"expected max_seqlen to be that of the longest sequence, {longest}, got {max_seqlen}")
 
 
+def check_wanted(wanted: Tensor, num_tokens: int) -> None:
+    """Raise ValueError unless these are places of tokens, each once and rising. Values are looked at on the CPU only
+    (no sync)."""
+    if wanted.ndim != 1 or wanted.dtype != torch.int64:
+        raise ValueError(f"expected wanted (num_wanted,) int64, got {tuple(wanted.shape)} {wanted.dtype}")
+    if wanted.device.type == "cpu" and len(wanted):
+        places = wanted.numpy()
+        if places[0] < 0 or places[-1] >= num_tokens or (places[1:] <= places[:-1]).any():
+            raise ValueError(
+                f"expected wanted to rise within 0 to {num_tokens - 1}, each token once: sort and dedupe it"
+            )
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:

@@ -116,6 +116,24 @@ def test_states_of_the_tokens_wanted() -> None:
         assert encoder(ids, cu_seqlens, max_seqlen, wanted=wanted[:0]).shape == (0, 48)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (torch.tensor([3, 1]), "expected wanted to rise within 0 to 521"),
+        (torch.tensor([1, 1]), "each token once"),
+        (torch.tensor([-1, 1]), "expected wanted to rise"),
+        (torch.tensor([1, 522]), "expected wanted to rise"),
+        (torch.ones(522, dtype=torch.bool), r"expected wanted \(num_wanted,\) int64, got \(522,\) torch.bool"),
+    ],
+    ids=["falling", "twice", "negative", "beyond", "mask"],
+)
+def test_other_indexes_are_refused(wanted: Tensor, message: str) -> None:
+    """They would give other tokens' states, silently."""
+    ids, cu_seqlens, max_seqlen, _ = batch_of(ODD_LENGTHS)
+    with pytest.raises(ValueError, match=message):
+        build(tiny(), "encoder")(ids, cu_seqlens, max_seqlen, wanted=wanted)
+
+
 def test_what_no_masked_token_needs_is_not_computed() -> None:
     """Lines that the last layer's mlp gets, in a step and in evaluation."""
     model, batch = build(tiny()), batch_of(ODD_LENGTHS)
