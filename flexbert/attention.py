@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flexbert.dropout import Dropout
 from flexbert.kernels import Backend, attend
-from flexbert.layers import Linear, OutputProjection, build_optional_norm
+from flexbert.layers import Linear, OutputProjection, build_optional_norm, is_plain
 from flexbert.plan import AttentionPlan
 from flexbert.positions import Positions
 from flexbert.registry import ATTENTIONS, NORMS, ModelComponent, optional_slot
@@ -126,7 +126,8 @@ class MultiHeadAttention(nn.Module):
         if self.config.fused:
             # Inductor fuses the rotation of halves, and has no complex numbers.
             pairs = None if rotation is None or torch.compiler.is_compiling() else rotation.pairs
-            if rotation is not None and pairs is not None and self.config.qk_norm is None:
+            rearranges = self.config.qk_norm is None and is_plain(self.Wqkv)
+            if rotation is not None and pairs is not None and rearranges:
                 arrange = None if rotation.interleaved else functools.partial(self._arrange, 2 * pairs.shape[-1])
                 return rotate_pairs(
                     self.Wqkv(hidden_states, arrange).unflatten(-1, (-1, self.head_dim)), pairs, self.heads

@@ -55,7 +55,8 @@ def attend(
         queries, keys, values = queries.to(dtype), keys.to(dtype), values.to(dtype)
     alibi, drops, head_dim = alibi_slopes is not None, dropout_p > 0, queries.shape[-1]
     if backend == "auto":
-        backend = choose_backend(device, queries.dtype, alibi, drops, head_dim)
+        local = not _is_global(plan, window_size)
+        backend = choose_backend(device, queries.dtype, alibi, drops, head_dim, local)
     else:
         require_backend(backend, device, queries.dtype, alibi, drops, head_dim)
     groups = queries.shape[1] // keys.shape[1]
@@ -73,12 +74,17 @@ def attend(
 
 @functools.cache
 def choose_backend(
-    device: str, dtype: torch.dtype, alibi: bool = False, drops: bool = False, head_dim: int | None = None
+    device: str,
+    dtype: torch.dtype,
+    alibi: bool = False,
+    drops: bool = False,
+    head_dim: int | None = None,
+    local: bool = False,
 ) -> Backend:
     """The kernel that `auto` stands for: the first of flash3, flash2, tiled (where it is the fastest) and sdpa that can
     run. Logged once for each case.
 
-    alibi, drops: whether it must do ALiBi, or dropout of attention weights. head_dim: H, if known.
+    alibi, drops: whether it must do ALiBi, or dropout of attention weights. head_dim: H, if known. local: for windows.
     """
     chosen: Backend = "sdpa"
     reasons = []
@@ -89,10 +95,10 @@ def choose_backend(
             chosen = backend
             break
     tiled_runs = not _why_not("tiled", device, dtype, alibi, drops, head_dim)
-    if chosen == "sdpa" and tiled_runs and kernels_cpu.is_fastest(dtype):
+    if chosen == "sdpa" and tiled_runs and kernels_cpu.is_fastest(dtype, local):
         chosen = "tiled"
     why = f"; {'; '.join(dict.fromkeys(reasons))}" if reasons else ""
-    log.info("attention backend: %s (%s, %s%s)", chosen, device, dtype, why)
+    log.info("attention backend: %s (%s, %s%s%s)", chosen, device, dtype, ", windows" if local else "", why)
     return chosen
 
 
@@ -218,8 +224,7 @@ def _sdpa_local(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, per_side: int, slopes: Tensor | None, dropout_p: float
 ) -> Tensor:
     """Blocks of queries against the keys that their windows reach: O(T * window), across borders of sequences."""
-    narrow = not torch.is_grad_enabled()
-    blocks = plan.blocks(per_side, narrow)
+    blocks = plan.blocks(per_side)
     slots = blocks.count * blocks.block
     padded = q if slots == len(q) else F.pad(q, (0, 0, 0, 0, 0, slots - len(q)))
     query_blocks = padded.unflatten(0, (blocks.count, blocks.block)).transpose(1, 2)
@@ -227,7 +232,7 @@ def _sdpa_local(
         _WindowBlocks.apply(x, blocks.count, blocks.block, per_side).transpose(1, 2)  # pyright: ignore
         for x in (k, v)
     )
-    mask = plan.additive_visible(per_side, q.dtype, slopes, narrow)
+    mask = plan.additive_visible(per_side, q.dtype, slopes)
     out = _sdpa_call(query_blocks, key_blocks, value_blocks, mask=mask, dropout_p=dropout_p)
     return out.transpose(1, 2).flatten(0, 1)[: len(q)]
 

@@ -1,9 +1,9 @@
-"""Attention in bfloat16 on the CPU: batched products, tile by tile.   T packed tokens, N heads, H head dim.
+"""Attention on the CPU as batched products, tile by tile.   T packed tokens, N heads, H head dim.
 
 A tile is some queries of some heads against all keys they may see. Its scores stay in the cache between two products
-and are made anew for the gradients, so memory grows with T, not with its square. Scores and weights of attention are
-rounded to bfloat16, as wherever autocast runs attention as plain products; softmax and its gradient compute in float32,
-sums over tiles are float32.
+and are made anew for the gradients, so memory grows with T, not with its square. In bfloat16, scores and weights of
+attention are rounded to it, as wherever autocast runs attention as plain products; softmax and its gradient compute in
+float32, sums over tiles are float32. A CPU without bfloat16 products computes in float32 what came in bfloat16.
 """
 
 import functools
@@ -14,18 +14,25 @@ import torch
 from torch import Tensor
 
 from flexbert.plan import AttentionPlan
+from flexbert.products import lacks
 
-# Scores of a tile: 4 MB. On two cores of a Zen 4, 2**21 and 2**22 cost the same; at 2**19 a document of 8192 tokens
-# costs 1.4 times as much.
-_TILE = 2**21
+# Bytes of a tile's scores. On two cores of a Zen 4 in bfloat16, twice as many cost the same; with a quarter, a document
+# of 8192 tokens costs 1.4 times as much.
+_TILE = 2**22
 _MIN_QUERIES = 64
 
 _softmax_backward: Any = getattr(torch.ops.aten._softmax_backward_data, "out")  # noqa: B009  (unknown to the type checker)
 
 
 @functools.cache
-def is_fastest(dtype: torch.dtype) -> bool:
-    """Whether this CPU has fast bfloat16 products of which torch's own kernel makes no use: AVX-512, without AMX."""
+def is_fastest(dtype: torch.dtype, local: bool) -> bool:
+    """Whether tiles take less time than torch's own kernel. local: for sliding windows.
+
+    In bfloat16 they do where the CPU has fast products of which torch's kernel makes no use: AVX-512, without AMX. In
+    float32 for windows, whose tables are too small for torch's kernel (Zen 3: 0.85 of its time, 0.8 with gradients).
+    """
+    if dtype == torch.float32 or lacks(dtype, "cpu"):
+        return local
     has_products = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
     return dtype == torch.bfloat16 and has_products and not torch.cpu._is_amx_tile_supported()
 
@@ -36,7 +43,8 @@ def tiled(
     """See flexbert.kernels.attend: (T, N, H), as many key heads. slopes and dropout_p must be None and 0."""
     assert slopes is None
     assert dropout_p == 0.0
-    layout = _Layout(plan, window[0] if 0 <= window[0] < plan.max_seqlen - 1 else None, q.shape[1])
+    per_side = window[0] if 0 <= window[0] < plan.max_seqlen - 1 else None
+    layout = _Layout(plan, per_side, q.shape[1], narrow=not torch.is_grad_enabled())
     return _Tiled.apply(q, k, v, layout)  # pyright: ignore[reportReturnType]
 
 
@@ -69,20 +77,21 @@ class _Tile(NamedTuple):
 class _Layout:
     """Where the tiles of a batch lie in tables of (margin + N * length + margin, H), head after head."""
 
-    def __init__(self, plan: AttentionPlan, per_side: int | None, heads: int) -> None:
-        """per_side: tokens seen to each side; None: whole sequences."""
-        self.plan, self.per_side, self.heads = plan, per_side, heads
+    def __init__(self, plan: AttentionPlan, per_side: int | None, heads: int, narrow: bool) -> None:
+        """per_side: tokens seen to each side; None: whole sequences. narrow: with blocks that have no gradients."""
+        self.plan, self.per_side, self.heads, self.narrow = plan, per_side, heads, narrow
         self.length, self.margin = plan.num_tokens, 0
         if per_side is not None:
-            blocks = plan.blocks(per_side)
+            blocks = plan.blocks(per_side, narrow)
             self.length, self.margin = blocks.count * blocks.block, per_side
 
-    def table(self, rows: Tensor) -> Tensor:
-        """(T, N, H) -> (margin + N * length + margin, H), zero where there is no token."""
+    def table(self, rows: Tensor, scale: float = 1.0) -> Tensor:
+        """scale * (T, N, H) -> (margin + N * length + margin, H), zero where there is no token."""
         whole = rows.new_empty(self.heads * self.length + 2 * self.margin, rows.shape[-1])
-        if len(whole) != self.heads * len(rows):
-            whole.zero_()
-        self._heads(whole)[:, : len(rows)] = rows.transpose(0, 1)
+        whole[: self.margin], whole[len(whole) - self.margin :] = 0, 0
+        heads = self._heads(whole)
+        heads[:, len(rows) :] = 0
+        torch.mul(rows.transpose(0, 1), scale, out=heads[:, : len(rows)])
         return whole
 
     def rows(self, table: Tensor) -> Tensor:
@@ -97,10 +106,11 @@ class _Layout:
         return self._whole(dtype) if self.per_side is None else self._windows(dtype, self.per_side)
 
     def _whole(self, dtype: torch.dtype) -> Iterator[_Tile]:
+        room = _TILE // dtype.itemsize
         for first, stop, mask in self.plan.runs(dtype):
             length = stop - first
-            heads = max(1, min(self.heads, _TILE // length**2))
-            queries = min(length, max(_MIN_QUERIES, _TILE // length))
+            heads = max(1, min(self.heads, room // length**2))
+            queries = min(length, max(_MIN_QUERIES, room // length))
             for head in range(0, self.heads, heads):
                 count, start = min(heads, self.heads - head), head * self.length + first
                 for query in range(0, length, queries):
@@ -112,11 +122,11 @@ class _Layout:
                     )
 
     def _windows(self, dtype: torch.dtype, per_side: int) -> Iterator[_Tile]:
-        blocks = self.plan.blocks(per_side)
-        mask = self.plan.additive_visible(per_side, dtype).squeeze(1)
+        blocks = self.plan.blocks(per_side, self.narrow)
+        mask = self.plan.additive_visible(per_side, dtype, narrow=self.narrow).squeeze(1)
         width = blocks.block + 2 * per_side
         # Whole heads, or parts of one: the mask is the same for all.
-        fit = max(1, _TILE // (blocks.block * width))
+        fit = max(1, _TILE // dtype.itemsize // (blocks.block * width))
         heads, part = max(1, fit // blocks.count), min(fit, blocks.count)
         for head in range(0, self.heads, heads):
             number = min(heads, self.heads - head)
@@ -132,24 +142,30 @@ class _Layout:
 
 class _Tiled(torch.autograd.Function):
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: _Layout) -> Tensor:
-        queries, keys, values = (layout.table(rows) for rows in (q, k, v))
         # The scale on the queries, not on their scores: exact where H is a power of 4, else one rounding of its own.
-        queries.mul_(q.shape[-1] ** -0.5)
-        out = torch.empty_like(queries)
-        for tile in layout.tiles(q.dtype):
-            probs = _probabilities(tile, queries, keys)
-            tile.queries.of(out).copy_(torch.bmm(probs, tile.keys.of(values)))
-        ctx.save_for_backward(queries, keys, values)
+        tables = layout.table(q, q.shape[-1] ** -0.5), layout.table(k), layout.table(v)
+        ctx.save_for_backward(*tables)
         ctx.layout = layout
-        return layout.rows(out)
+        queries, keys, values = map(_factor, tables)
+        out = torch.empty_like(queries)
+        for tile in layout.tiles(queries.dtype):
+            probs, place = _probabilities(tile, queries, keys), tile.queries.of(out)
+            if place.is_contiguous():
+                torch.bmm(probs, tile.keys.of(values), out=place)
+            else:
+                place.copy_(torch.bmm(probs, tile.keys.of(values)))
+        return layout.rows(out).to(q.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         layout: _Layout = ctx.layout
-        queries, keys, values = ctx.saved_tensors
-        out_gradient = layout.table(gradients[0])
+        dtype = gradients[0].dtype
+        queries, keys, values = map(_factor, ctx.saved_tensors)
+        out_gradient = _factor(layout.table(gradients[0]))
         query_gradient = torch.empty_like(queries)
         key_gradient, value_gradient = (torch.zeros_like(keys, dtype=torch.float32) for _ in range(2))
         for tile in layout.tiles(queries.dtype):
@@ -162,13 +178,21 @@ class _Tiled(torch.autograd.Function):
             tile.queries.of(query_gradient).copy_(torch.bmm(scores, tile.keys.of(keys)))
             tile.keys.add(key_gradient, torch.bmm(scores.transpose(1, 2), tile.queries.of(queries)))
         query_gradient.mul_(queries.shape[-1] ** -0.5)
-        found = (layout.rows(table).to(queries.dtype) for table in (query_gradient, key_gradient, value_gradient))
+        found = (layout.rows(table).to(dtype) for table in (query_gradient, key_gradient, value_gradient))
         return *found, None
+
+
+def _factor(table: Tensor) -> Tensor:
+    return table.float() if lacks(table.dtype, "cpu") else table
 
 
 def _probabilities(tile: _Tile, queries: Tensor, keys: Tensor) -> Tensor:
     """softmax(q k + mask): (count, queries, keys)."""
-    scores = torch.bmm(tile.queries.of(queries), tile.keys.of(keys).transpose(1, 2))
-    if tile.mask is not None:
-        scores.unflatten(0, (-1, len(tile.mask))).add_(tile.mask)
+    rows, columns = tile.queries.of(queries), tile.keys.of(keys).transpose(1, 2)
+    if tile.mask is None:
+        scores = torch.bmm(rows, columns)
+    else:
+        scores = rows.new_empty(len(rows), rows.shape[1], columns.shape[2])
+        scores.unflatten(0, (-1, len(tile.mask))).copy_(tile.mask)
+        scores.baddbmm_(rows, columns)
     return torch.softmax(scores, -1, out=scores)

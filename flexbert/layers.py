@@ -35,6 +35,12 @@ class Linear(nn.Linear):
         return linear(input, weight, bias)
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is no more than its weight and bias, so that what follows may be computed with it: nothing else
+    in its place (an adapter, a parametrization) and no hook that waits for its output."""
+    return type(layer) is Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
 class OutputProjection(Linear):
     """A linear layer whose output is added to the residual stream. Inits that scale with depth look for this class."""
 

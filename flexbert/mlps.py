@@ -6,7 +6,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from flexbert.dropout import Dropout
-from flexbert.layers import Linear, OutputProjection, build_optional_norm
+from flexbert.layers import Linear, OutputProjection, build_optional_norm, is_plain
+from flexbert.products import activated_product, activates_in_passing, product
 from flexbert.registry import MLPS, NORMS, Activation, build_activation, optional_slot
 from schema import Component
 
@@ -50,10 +51,18 @@ class GatedLinearUnit(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
-        first, second = self.Wi(hidden_states).chunk(2, dim=-1)
-        activated, factor = (first, second) if self.config.activated_half == "first" else (second, first)
-        inner = self.inner_norm(self.activation(activated) * factor)
+        inner = self.inner_norm(self._gated(hidden_states))
         return self.out_dropout(self.Wo(self.inner_dropout(inner)))
+
+    def _gated(self, hidden_states: Tensor) -> Tensor:
+        gate = 0 if self.config.activated_half == "first" else 1
+        weight, bias = self.Wi.weight, self.Wi.bias
+        if is_plain(self.Wi) and activates_in_passing(self.activation, hidden_states, weight):
+            weights, biases = weight.chunk(2), (None, None) if bias is None else bias.chunk(2)
+            activated = activated_product(hidden_states, weights[gate], biases[gate], self.activation)
+            return activated.mul_(product(hidden_states, weights[1 - gate], biases[1 - gate]))
+        halves = self.Wi(hidden_states).chunk(2, dim=-1)
+        return self.activation(halves[gate]) * halves[1 - gate]
 
 
 @MLPS.register("mlp")
@@ -75,5 +84,10 @@ class MultiLayerPerceptron(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
-        inner = self.inner_norm(self.activation(self.Wi(hidden_states)))
+        weight, bias = self.Wi.weight, self.Wi.bias
+        if is_plain(self.Wi) and activates_in_passing(self.activation, hidden_states, weight):
+            inner = activated_product(hidden_states, weight, bias, self.activation)
+        else:
+            inner = self.activation(self.Wi(hidden_states))
+        inner = self.inner_norm(inner)
         return self.out_dropout(self.Wo(self.inner_dropout(inner)))

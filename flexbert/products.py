@@ -6,6 +6,7 @@ In bfloat16 torch itself takes oneDNN, where the CPU has such products (AVX-512)
 result is rounded, which is what the instruction does.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,13 +56,41 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _onednn_linear(rows.float(), weight.float(), None if bias is None else bias.float()).to(rows.dtype)
 
 
-# An operator of our own: torch.compile would take oneDNN's for one over frozen weights.
-@torch.library.custom_op("flexbert::onednn_linear", mutates_args=())
+# oneDNN's names for what it can apply to a product while that is in the cache.
+_IN_PASSING: dict[Any, str] = {F.gelu: "gelu", F.silu: "swish", F.relu: "relu"}
+
+
+def activates_in_passing(activation: Callable[[Tensor], Tensor], rows: Tensor, weight: Tensor) -> bool:
+    """Whether `activated_product` takes these: on the CPU in float32, without gradients, not while compiling."""
+    return (
+        activation in _IN_PASSING
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and rows.dtype == torch.float32
+        and _onednn(rows, weight)
+    )
+
+
+def activated_product(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, activation: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """activation(rows @ weight.T + bias) in one pass: (..., K), (N, K), (N,) or None -> (..., N), a fresh tensor."""
+    return _ONEDNN._linear_pointwise(rows, weight, bias, _IN_PASSING[activation], [], "none")
+
+
 def _onednn_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _compiled_linear(rows, weight, bias)
     return _ONEDNN._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
-@_onednn_linear.register_fake
+# An operator of our own: torch.compile would take oneDNN's for one over frozen weights.
+@torch.library.custom_op("flexbert::onednn_linear", mutates_args=())
+def _compiled_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _ONEDNN._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+@_compiled_linear.register_fake
 def _(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return rows.new_empty(*rows.shape[:-1], weight.shape[0])
 
