@@ -16,6 +16,8 @@ products.
 """
 
 import argparse
+import ctypes
+import gc
 import itertools
 import json
 import lzma
@@ -378,16 +380,20 @@ def compare_memory() -> None:
 
 def memory_of(who: str, dtype: torch.dtype | None) -> int:
     """Bytes: weights, gradients, activations and temporary memory of one step without the optimizer."""
-    if who == "ours":
-        keep_freed_memory()
     peer = modernbert_peer()
     with tempfile.TemporaryDirectory() as folder:
         peer.save_pretrained(folder)
         model: Any = flexbert.from_hf(folder) if who == "ours" else type(peer).from_pretrained(folder)
     del peer
     batch = Batch([8192], 50368, 0)
+    for parameter in model.parameters():  # the peer's are in a file that is mapped, and not yet read
+        parameter.data = parameter.data.clone()
     weights = sum(parameter.nbytes for parameter in model.parameters())
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what loading has freed, and the step would take first
     before = _resident()
+    if who == "ours":
+        keep_freed_memory()
     autocast = nullcontext if dtype is None else lambda: torch.autocast("cpu", dtype=dtype)
     (_our_training if who == "ours" else _peer_training)(model.train(), batch, autocast)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before + weights
