@@ -178,4 +178,8 @@ def _not_finite(loss: float, optimizer: torch.optim.Optimizer) -> bool | Tensor:
     local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None]
     if not math.isfinite(loss) or not local:
         return not math.isfinite(loss)
+    if local[0].device.type == "cpu":
+        # Torch computes the norms of rows on all cores, that of a whole tensor on one.
+        rows = [torch.linalg.vector_norm(g, dim=-1).flatten() if g.ndim > 1 else g.flatten() for g in local]
+        return ~torch.isfinite(torch.linalg.vector_norm(torch.cat(rows)))
     return ~torch.isfinite(torch.nn.utils.get_total_norm(local))

@@ -1,9 +1,9 @@
 """From a planned order to batches: the global batch of step k is a function of the config and k.
 
 A global batch takes the same number of rows from each lane, lane-major; rank r of W takes the r-th contiguous slice.
-DataLoader worker w of K reads the tokens of steps w, w + K, ...; it plans the others (lengths only) to keep its lanes
-moving. So neither world size, workers nor restarts change what a step trains on. Workers hand over plain bytes through
-a pipe: there is no shared memory that could be left behind.
+DataLoader worker w of K reads the tokens of groups of steps w, w + K, ...; it plans the others (lengths only) to keep
+its lanes moving. So neither world size, workers nor restarts change what a step trains on. Workers hand over plain
+bytes through a pipe: there is no shared memory that could be left behind.
 """
 
 import math
@@ -34,6 +34,8 @@ from data.workers import Fork, Guarded, prepare_worker, with_plain_deaths
 from schema import ConfigError, Schema
 
 MAX_LANES = 64
+
+_GROUP_SLOTS = 2**16  # small batches go from worker to training process together, up to so many slots
 
 Batch = dict[str, Any]
 """input_ids, labels (total_tokens,) int64; cu_seqlens (documents + 1,) int32; max_seqlen int; sequences: documents of
@@ -258,6 +260,8 @@ class MixtureDataset(IterableDataset):
         self.order = MixtureOrder(self.streams, config.data, config.seed, config.lanes)
         self.mixtures = [self._mixture(index, phase) for index, phase in enumerate(config.phases)]
         self._ends = list(accumulate(phase.steps for phase in config.phases))
+        slots = max(phase.global_batch_size * phase.max_seq_len for phase in config.phases) // world_size
+        self.group = max(1, min(config.data.prefetch_batches, _GROUP_SLOTS // slots))  # steps that a worker hands over
         self.step = 0
         self.cursors = {lane: LaneCursor() for lane in range(config.lanes)}
 
@@ -324,7 +328,7 @@ class MixtureDataset(IterableDataset):
         assembler = Assembler(self.streams, self.config.seed)
         first = self.step
         for step, phase, rows, lanes in self.plan():
-            if (step - first) % workers == worker:
+            if (step - first) // self.group % workers == worker:
                 batch = assembler.batch(rows, phase.max_seq_len, phase.masking)
                 batch.cursors = {lane: lanes[lane].cursor.to_list() for lane in lanes}
                 batch.first_row = self.rank * phase.global_batch_size // self.world_size
@@ -362,11 +366,12 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         data = self.dataset.config.data
         workers = data.num_workers
+        group = self.dataset.group if workers else 1
         batches = DataLoader(
-            Guarded(self.dataset),
+            Guarded(self.dataset, group),
             batch_size=None,
             num_workers=workers,
-            prefetch_factor=data.prefetch_batches if workers else None,
+            prefetch_factor=data.prefetch_batches // group if workers else None,
             # The base seed that DataLoader draws for its workers must not touch the global generator.
             generator=torch.Generator(),
             worker_init_fn=prepare_worker,

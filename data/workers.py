@@ -17,23 +17,33 @@ from schema import ConfigError, RunError
 
 
 class Guarded(IterableDataset):
-    """Hands an error of ours to the training process as a value: a DataLoader would wrap its message in a traceback."""
+    """Lists of so many batches, the last one perhaps shorter: what a worker's message costs does not depend on its
+    size. An error of ours goes to the training process as a value behind the batches before it: a DataLoader would wrap
+    its message in a traceback."""
 
-    def __init__(self, dataset: IterableDataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: IterableDataset, group: int) -> None:
+        self.dataset, self.group = dataset, group
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[list[Any]]:
+        batches: list[Any] = []
         try:
-            yield from self.dataset
+            for batch in self.dataset:
+                batches.append(batch)
+                if len(batches) == self.group:
+                    yield batches
+                    batches = []
         except (RunError, ConfigError) as error:
-            yield error
+            batches.append(error)
+        if batches:
+            yield batches
 
 
-def with_plain_deaths(batches: Iterator[Any]) -> Iterator[Any]:
-    """The batches; a worker that was killed ends them with a RunError."""
-    with _watched([worker.sentinel for worker in getattr(batches, "_workers", [])]):
+def with_plain_deaths(groups: Iterator[list[Any]]) -> Iterator[Any]:
+    """The batches, one by one; a worker that was killed ends them with a RunError."""
+    with _watched([worker.sentinel for worker in getattr(groups, "_workers", [])]):
         try:
-            yield from batches
+            for group in groups:
+                yield from group
         except RuntimeError as error:
             raise worker_death(error) or error from None
 

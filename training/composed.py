@@ -51,6 +51,13 @@ class MaskedLanguageModel(ComposerModel):
         return self.parallelism.correct(outputs.loss)
 
 
+class Microbatch(dict[str, Any]):
+    """Composer copies each one deeply, for metrics of its own, of which there are none."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Microbatch":
+        return self
+
+
 def split_batch(batch: Batch, rows: int | float) -> list[Batch]:
     """Cut a batch into microbatches of at most `rows` rows. Masking is final before, and dropout
     keyed by row, so nothing else changes."""

@@ -23,6 +23,7 @@ from callbacks.metrics import MetricsLog
 from callbacks.milestones import BetweenSteps
 from callbacks.progress import ProgressLine
 from callbacks.schedule import StepSchedule
+from callbacks.together import Together
 from callbacks.watchdog import Watchdog
 from data.keyed import torch_seed
 from data.loader import Loader, build_loader, check_tokenizer, tokenizer_folder
@@ -36,7 +37,7 @@ from training import report, signals
 from training.allocator import keep_freed_memory
 from training.branching import read_origin
 from training.checkpoint import checkpoint_name, list_checkpoints, restore, take_snapshot
-from training.composed import MaskedLanguageModel, count_tokens, split_batch
+from training.composed import MaskedLanguageModel, Microbatch, count_tokens, split_batch
 from training.config import RunConfig
 from training.curves import draw_curves
 from training.evaluation import Evaluator
@@ -167,6 +168,7 @@ class Run:
         data = DataSpec(
             self.loader,
             split_batch=split_batch,
+            microbatch_transforms=Microbatch,
             get_num_samples_in_batch=lambda batch: len(batch["sequences"]),
             get_num_tokens_in_batch=count_tokens,  # pyright: ignore[reportArgumentType]
         )
@@ -201,7 +203,7 @@ class Run:
             train_dataloader=data,
             max_duration=f"{self.plan.total_steps}ba",
             optimizers=self.optimizer,
-            callbacks=callbacks,
+            callbacks=Together(callbacks),
             loggers=build_loggers(config, self.folder.path),
             run_name=config.name,
             seed=torch_seed(config.seed, "composer") % 2**32,

@@ -111,10 +111,13 @@ def test_more_ranks_than_lanes(folder: Path, lanes: int) -> None:
     assert all(equal(joined([rank[step] for rank in ranks]), expected) for step, expected in enumerate(one))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(folder: Path, workers: int) -> None:
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("ahead", [1, 4, 5, 40])
+def test_workers_change_nothing(folder: Path, workers: int, ahead: int) -> None:
+    """Also in groups: of up to as many batches as a worker keeps ahead."""
     expected = list(build_loader(config(folder, PHASES)))
-    loader = build_loader(config(folder, PHASES, {"num_workers": workers}))
+    loader = build_loader(config(folder, PHASES, {"num_workers": workers, "prefetch_batches": ahead}))
+    assert loader.dataset.group == min(ahead, 2**16 // (16 * 128))
     states, batches = [], []
     for batch in loader:
         batches.append(batch)
@@ -311,21 +314,27 @@ def test_errors(folder: Path, tmp_path: Path) -> None:
         DataConfig(tokenizer="t", streams={"a": StreamConfig(path="a", weight=1), "b": StreamConfig(path="b")})
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_damage_met_while_reading_is_one_plain_error(tmp_path: Path, workers: int) -> None:
+def test_damage_met_while_reading_is_one_plain_error_behind_the_batches_before(tmp_path: Path) -> None:
     for name, (seed, count, longest) in STREAMS.items():
         write_stream(tmp_path / name, "train", documents(seed, count, longest))
-    loader = build_loader(config(tmp_path, [(1000, 8, 64)], {"num_workers": workers}))
+    loaders = [
+        build_loader(config(tmp_path, [(1000, 8, 64)], {"num_workers": workers, "prefetch_batches": 3}))
+        for workers in (0, 1, 2)
+    ]
     shard = sorted((tmp_path / "code" / "train").glob("*.mds"))[2]
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(
-        RunError, match=rf"stream 'code': shard .*{shard.name}: damaged: documents \d+ to \d+"
-    ) as caught:
-        for _ in loader:
-            pass
-    assert "Traceback" not in str(caught.value)
+    for loader in loaders:
+        with pytest.raises(
+            RunError, match=rf"stream 'code': shard .*{shard.name}: damaged: documents \d+ to \d+"
+        ) as caught:
+            for _ in loader:
+                pass
+        assert "Traceback" not in str(caught.value)
+    states = [loader.state_dict() for loader in loaders]
+    assert states == states[:1] * 3
+    assert states[0]["step"] % loaders[0].dataset.group, "the damage lies within a group"
 
 
 def _workers(loader: Loader) -> tuple[Iterator[Batch], list[int]]:
