@@ -23,7 +23,7 @@ from callbacks.metrics import MetricsLog
 from callbacks.milestones import BetweenSteps
 from callbacks.progress import ProgressLine
 from callbacks.schedule import StepSchedule
-from callbacks.together import Together
+from callbacks.together import Together, without_ceremony
 from callbacks.watchdog import Watchdog
 from data.keyed import torch_seed
 from data.loader import Loader, build_loader, check_tokenizer, tokenizer_folder
@@ -217,7 +217,7 @@ class Run:
             **self.parallelism.options(self.model),
         )
         self.parallelism.prepared(self.model)
-        return trainer
+        return without_ceremony(trainer)
 
     def _microbatch_size(self) -> int | str:
         """Rows, or "auto": then Composer finds them, from the loader's `batch_size` down."""
