@@ -57,7 +57,9 @@ class DataConfig(CacheConfig):
         "two (for remote streams); default: all",
     )
     num_workers: int = Field(default=1, ge=0, description="loader processes per rank; 0 reads in the training process")
-    prefetch_batches: int = Field(default=4, ge=1, description="batches each worker keeps ahead")
+    prefetch_batches: int = Field(
+        default=4, ge=1, description="batches each worker keeps ahead; small ones it hands over together, up to so many"
+    )
 
     @model_validator(mode="after")
     def _check_one_rule(self) -> "DataConfig":
