@@ -38,7 +38,8 @@ class Linear(nn.Linear):
 def is_plain(layer: nn.Module) -> bool:
     """Whether a layer is no more than its weight and bias, so that what follows may be computed with it: nothing else
     in its place (an adapter, a parametrization) and no hook that waits for its output."""
-    return type(layer) is Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return type(layer) is Linear and not any(hooks)
 
 
 class OutputProjection(Linear):

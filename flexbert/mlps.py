@@ -56,8 +56,8 @@ class GatedLinearUnit(nn.Module):
 
     def _gated(self, hidden_states: Tensor) -> Tensor:
         gate = 0 if self.config.activated_half == "first" else 1
-        weight, bias = self.Wi.weight, self.Wi.bias
-        if is_plain(self.Wi) and activates_in_passing(self.activation, hidden_states, weight):
+        if is_plain(self.Wi) and activates_in_passing(self.activation, hidden_states, self.Wi.weight):
+            weight, bias = self.Wi.weight, self.Wi.bias
             weights, biases = weight.chunk(2), (None, None) if bias is None else bias.chunk(2)
             activated = activated_product(hidden_states, weights[gate], biases[gate], self.activation)
             return activated.mul_(product(hidden_states, weights[1 - gate], biases[1 - gate]))
@@ -84,10 +84,9 @@ class MultiLayerPerceptron(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
-        weight, bias = self.Wi.weight, self.Wi.bias
-        if is_plain(self.Wi) and activates_in_passing(self.activation, hidden_states, weight):
-            inner = activated_product(hidden_states, weight, bias, self.activation)
+        if is_plain(self.Wi) and activates_in_passing(self.activation, hidden_states, self.Wi.weight):
+            activated = activated_product(hidden_states, self.Wi.weight, self.Wi.bias, self.activation)
         else:
-            inner = self.activation(self.Wi(hidden_states))
-        inner = self.inner_norm(inner)
+            activated = self.activation(self.Wi(hidden_states))
+        inner = self.inner_norm(activated)
         return self.out_dropout(self.Wo(self.inner_dropout(inner)))

@@ -51,11 +51,13 @@ def test_mlps(mlp: str, activation: str, options: dict[str, Any], tokens: int) -
 
 
 class _Scaled(nn.Module):
-    """An adapter as libraries put them in the place of a layer: it shows the layer's weight, and does more."""
+    """An adapter as libraries put them in the place of a layer: it does more, and may show the layer's weight."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, shows: bool) -> None:
         super().__init__()
-        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+        self.layer = layer
+        if shows:
+            self.weight, self.bias = layer.weight, layer.bias
 
     def forward(self, states: Tensor, *arguments: Any) -> Tensor:
         return _scaled(self.layer(states, *arguments))
@@ -65,13 +67,14 @@ def _scaled(outputs: Tensor) -> Tensor:
     return outputs * torch.linspace(1, 1.5, outputs.shape[-1])
 
 
-@pytest.mark.parametrize("name", ["modernbert-tiny", "tiny"])
-def test_adapters_and_hooks_on_layers_are_never_passed_by(name: str) -> None:
+@pytest.mark.parametrize("mlp", ["glu", "mlp"])
+@pytest.mark.parametrize("shows", [False, True], ids=["hides weight", "shows weight"])
+def test_adapters_and_hooks_on_layers_are_never_passed_by(mlp: str, shows: bool) -> None:
     ids, cu_seqlens, max_seqlen, _ = batch_of(ODD_LENGTHS)
-    models = [build(tiny() if name == "tiny" else FlexBertConfig.from_yaml(name)).eval() for _ in range(3)]
+    models = [build(tiny(mlp=mlp)).eval() for _ in range(3)]
     calls = []
     for adapted, hooked, changed in zip(*(model.encoder.layers for model in models), strict=True):
-        adapted.mlp.Wi, adapted.attn.Wqkv = _Scaled(adapted.mlp.Wi), _Scaled(adapted.attn.Wqkv)
+        adapted.mlp.Wi, adapted.attn.Wqkv = _Scaled(adapted.mlp.Wi, shows), _Scaled(adapted.attn.Wqkv, shows)
         for layer in (hooked.mlp.Wi, hooked.attn.Wqkv):
             layer.register_forward_hook(lambda _, __, outputs: calls.append(1) or _scaled(outputs))
         for parameter in (*changed.mlp.Wi.parameters(), *changed.attn.Wqkv.parameters()):
