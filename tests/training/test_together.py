@@ -1,14 +1,18 @@
-"""Callbacks as one, and what the step guard asks of gradients."""
+"""Callbacks as one, events without ceremony, and what the step guard asks of gradients."""
 
 import math
 from typing import Any
 
 import pytest
 import torch
+from composer import Trainer
 from composer.core import Callback, Event
+from composer.loggers import LoggerDestination
+from composer.models import ComposerModel
+from torch.utils.data import DataLoader
 
 from callbacks.guards import _not_finite
-from callbacks.together import Together
+from callbacks.together import Together, without_ceremony
 
 
 class _Told(Callback):
@@ -47,6 +51,50 @@ def test_all_are_closed_whatever_one_raises() -> None:
         together.close(None, None)
     together.post_close()
     assert told == [(name, event) for event in ("close", "post_close") for name in ("first", "second", "third")]
+
+
+class _Line(ComposerModel):
+    """A linear model, the least that Composer trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.layer(batch)
+
+    def loss(self, outputs: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        return outputs.square().mean()
+
+
+def test_composer_tells_the_same_in_the_same_order_with_and_without_ceremony() -> None:
+    """Of a real trainer: before, in and after two steps, and at its end."""
+    found = []
+    for plain in (False, True):
+        told: list[tuple[str, str]] = []
+
+        class Tells(Callback):
+            def run_event(self, event: Event, state: Any, logger: Any, told: Any = told) -> None:
+                told.append((type(self).__name__, event.value))
+
+        class Logs(Tells, LoggerDestination):
+            pass
+
+        trainer = Trainer(
+            model=_Line(),
+            train_dataloader=DataLoader(torch.ones(4, 2), batch_size=2),  # pyright: ignore[reportArgumentType]
+            max_duration="2ba",
+            callbacks=[Tells()],
+            loggers=[Logs()],
+            progress_bar=False,
+            device="cpu",
+        )
+        (without_ceremony(trainer) if plain else trainer).fit()
+        trainer.close()
+        found.append([event for event in told if event[1] != "init"])
+    assert found[0] == found[1]
+    assert {name for name, _ in found[0]} == {"Tells", "Logs"}
+    assert sum(event == "batch_end" for _, event in found[0]) == 4
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (5, 3), (2, 3, 4), (0, 4)], ids=str)
