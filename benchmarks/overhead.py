@@ -7,7 +7,9 @@ a round of so many steps each, so that noise of the machine meets both:
            and loggers, metrics of every step (ten times as many as by default), guards
     bare   the same model, optimizer and batches in a loop: forward, backward, optimizer step, zero_grad
 
-`overhead` is the median over the rounds of run / bare - 1, in wall-clock time. Then the run goes on by itself, saves at
+`overhead` is run / bare - 1, where each is the sum over the steps of a round of the median over the rounds: what comes
+in each step or in one of ten counts, a burst of a neighbour's work does not. `of_rounds` is the median of the rounds'
+own ratios, `standard_error` that of `overhead`, by resampling the rounds. Then the run goes on by itself, saves at
 every tenth step, and `blocked` is the median time of a step with a save, less that of a step without one.
 """
 
@@ -22,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
@@ -55,19 +58,34 @@ def config_of(runs: Path, steps: int, save_every: int | None, overrides: list[st
     )
 
 
-class Gate(Callback):
-    """Before each round waits for a line on stdin, and answers with the seconds it took."""
+class Gate:
+    """Passed before each step: at a round's end writes the seconds of its steps, and waits for a line on stdin."""
 
     def __init__(self, steps: int) -> None:
-        self.steps, self.done, self.start = steps, -WARM, 0.0
+        self.steps, self.done, self.marks = steps, -WARM, [0.0]
+
+    def pass_by(self) -> bool:
+        """False when there is nothing more to do."""
+        if self.done >= 0:
+            self.marks.append(time.perf_counter())
+            if self.done % self.steps == 0:
+                if self.done:
+                    print(json.dumps([after - mark for mark, after in itertools.pairwise(self.marks)]), flush=True)
+                if not sys.stdin.readline():
+                    return False
+                self.marks = [time.perf_counter()]
+        self.done += 1
+        return True
+
+
+class GateCallback(Callback):
+    """The gate in a run."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
-        if self.done >= 0 and self.done % self.steps == 0:
-            if self.done:
-                print(json.dumps(time.perf_counter() - self.start), flush=True)
-            sys.stdin.readline()
-            self.start = time.perf_counter()
-        self.done += 1
+        self.gate.pass_by()
 
 
 class Watch(Callback):
@@ -105,15 +123,9 @@ def bare(config: RunConfig, steps: int) -> None:
     model, optimizer = run.model, run.optimizer
     loader = build_loader(PhasePlan(config).loader_config(config))
     batches = [batch for batch, _ in zip(loader, range(steps), strict=False)]
-    start = 0.0
-    for number in itertools.count(-WARM):
-        if number >= 0 and number % steps == 0:
-            if number:
-                print(json.dumps(time.perf_counter() - start), flush=True)
-            if not sys.stdin.readline():
-                return
-            start = time.perf_counter()
-        batch = batches[number % steps]
+    gate = Gate(steps)
+    while gate.pass_by():
+        batch = batches[gate.done % steps]
         names = ("input_ids", "cu_seqlens", "max_seqlen", "labels")
         loss = model(*(batch[name] for name in names), num_masked=batch["masked"]).loss
         assert loss is not None
@@ -150,13 +162,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         steps = (arguments.rounds + 1) * arguments.steps + 10
         if arguments.serve == "run":
-            run_steps(config_of(Path(folder), steps, None, arguments.overrides), Gate(arguments.steps))
+            run_steps(config_of(Path(folder), steps, None, arguments.overrides), GateCallback(Gate(arguments.steps)))
         elif arguments.serve == "bare":
             bare(config_of(Path(folder), steps, None, arguments.overrides), arguments.steps)
         elif arguments.serve == "blocked":
             print(json.dumps(blocked(Path(folder), arguments.overrides)))
         else:
             compare(arguments.rounds, arguments.steps, arguments.overrides)
+
+
+def overhead_of(run: np.ndarray, bare: np.ndarray) -> float:
+    """Of seconds (rounds, steps): see the module."""
+    return float(np.median(run, 0).sum() / np.median(bare, 0).sum() - 1)
 
 
 def compare(rounds: int, steps: int, overrides: list[str]) -> None:
@@ -166,21 +183,30 @@ def compare(rounds: int, steps: int, overrides: list[str]) -> None:
         who: subprocess.Popen([*command, "--serve", who], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for who in ("run", "bare")
     }
-    took: dict[str, list[float]] = {who: [] for who in processes}
+    took: dict[str, list[list[float]]] = {who: [] for who in processes}
     for _ in range(rounds):
         for who, process in processes.items():
             assert process.stdin is not None
             assert process.stdout is not None
             process.stdin.write("go\n")
             process.stdin.flush()
-            took[who].append(float(process.stdout.readline()) / steps)
+            took[who].append(json.loads(process.stdout.readline()))
     for process in processes.values():
         process.kill()
         process.wait()
-    ratios = [run / bare for run, bare in zip(took["run"], took["bare"], strict=True)]
-    found = {f"{who}_step_seconds": round(statistics.median(values), 4) for who, values in took.items()}
-    found |= {"overhead": round(statistics.median(ratios) - 1, 4), "rounds": [round(ratio - 1, 3) for ratio in ratios]}
-    print(json.dumps({"benchmark": "overhead", "steps_of_a_round": steps, **found}), flush=True)
+    run, bare = (np.array(values) for values in took.values())  # (rounds, steps), seconds
+    draws = np.random.default_rng(0).integers(rounds, size=(1000, rounds))
+    ratios = run.sum(1) / bare.sum(1) - 1
+    found = {
+        "run_step_seconds": np.median(run, 0).mean(),
+        "bare_step_seconds": np.median(bare, 0).mean(),
+        "overhead": overhead_of(run, bare),
+        "standard_error": np.std([overhead_of(run[draw], bare[draw]) for draw in draws]),
+        "of_rounds": np.median(ratios),
+    }
+    found = {name: round(float(value), 4) for name, value in found.items()}
+    rows = {"rounds": [round(float(ratio), 3) for ratio in ratios]}
+    print(json.dumps({"benchmark": "overhead", "steps_of_a_round": steps, **found, **rows}), flush=True)
     saved = subprocess.run([*command, "--serve", "blocked"], check=True, capture_output=True, text=True)
     print(json.dumps({"benchmark": "overhead", **json.loads(saved.stdout.splitlines()[-1])}))
 

@@ -77,6 +77,7 @@ def read_weights(folder: Path, hf_config: Any, mapping: Mapping | None, task: st
             local_files_only=True,
             use_safetensors=True,
             dtype=torch.float32,
+            attn_implementation="eager",  # it never runs; ModernBERT would take flash-attn, and warn of float32
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # else its error does not say of which layer
         )

@@ -44,6 +44,8 @@ def tiled(
     assert slopes is None
     assert dropout_p == 0.0
     per_side = window[0] if 0 <= window[0] < plan.max_seqlen - 1 else None
+    if per_side is not None and not torch.is_grad_enabled() and q.dtype == torch.float32:
+        return _windows(q, k, v, plan, per_side)
     layout = _Layout(plan, per_side, q.shape[1], narrow=not torch.is_grad_enabled())
     return _Tiled.apply(q, k, v, layout)  # pyright: ignore[reportReturnType]
 
@@ -58,8 +60,9 @@ class _Rows(NamedTuple):
 
     def of(self, table: Tensor) -> Tensor:
         """(count, rows, H), a view."""
-        width = table.shape[1]
-        return table.as_strided((self.count, self.rows, width), (self.stride * width, width, 1), self.first * width)
+        row, width = table.stride(0), table.shape[1]
+        shape, strides = (self.count, self.rows, width), (self.stride * row, row, table.stride(1))
+        return table.as_strided(shape, strides, table.storage_offset() + self.first * row)
 
     def add(self, table: Tensor, matrices: Tensor) -> None:
         """Add to the table where the matrices lie. Rows a stride apart may be the same: added by turns."""
@@ -188,11 +191,47 @@ def _factor(table: Tensor) -> Tensor:
 
 def _probabilities(tile: _Tile, queries: Tensor, keys: Tensor) -> Tensor:
     """softmax(q k + mask): (count, queries, keys)."""
-    rows, columns = tile.queries.of(queries), tile.keys.of(keys).transpose(1, 2)
-    if tile.mask is None:
-        scores = torch.bmm(rows, columns)
+    return _softmax(tile.queries.of(queries), tile.keys.of(keys), tile.mask, 1.0)
+
+
+def _softmax(queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale * q k + mask) of (m, queries, H) and (m, keys, H); the mask's count divides m."""
+    columns = keys.transpose(1, 2)
+    if mask is None:
+        assert scale == 1.0
+        scores = torch.bmm(queries, columns)
     else:
-        scores = rows.new_empty(len(rows), rows.shape[1], columns.shape[2])
-        scores.unflatten(0, (-1, len(tile.mask))).copy_(tile.mask)
-        scores.baddbmm_(rows, columns)
+        scores = queries.new_empty(len(queries), queries.shape[1], columns.shape[2])
+        scores.unflatten(0, (-1, len(mask))).copy_(mask)
+        scores.baddbmm_(queries, columns, alpha=scale)
     return torch.softmax(scores, -1, out=scores)
+
+
+def _windows(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, per_side: int) -> Tensor:
+    """Sliding windows without gradients, on queries, keys and values where they lie: (T, N, H) -> (T, N, H).
+
+    Blocks whose window lies within the batch are views of it, head by head; the few queries at its two ends see what
+    there is. Against tables of their own 0.85 of the time (Zen 3, 4,096 tokens).
+    """
+    blocks, total, scale = plan.blocks(per_side, narrow=True), plan.num_tokens, q.shape[-1] ** -0.5
+    block, width = blocks.block, blocks.block + 2 * per_side
+    mask = plan.additive_visible(per_side, q.dtype, narrow=True).squeeze(1)
+    first = min(-(-per_side // block), total // block)
+    stop = max(first, (total - per_side) // block)
+    out = q.new_empty(q.shape[1], total, q.shape[2])
+    part = max(1, _TILE // q.dtype.itemsize // (block * width))
+    for head in range(q.shape[1]):
+        for number in range(first, stop, part):
+            count = min(part, stop - number)
+            queries = _Rows(count, block, block, number * block)
+            keys = _Rows(count, width, block, number * block - per_side)
+            near = mask[number : number + count]
+            probs = _softmax(queries.of(q[:, head]), keys.of(k[:, head]), near, scale)
+            torch.bmm(probs, keys.of(v[:, head]), out=queries.of(out[head]))
+    for start, end in ((0, first * block), (stop * block, total)):
+        if start < end:
+            near = slice(max(0, start - per_side), min(total, end + per_side))
+            seen = plan.additive_between(slice(start, end), near, per_side, q.dtype)
+            queries, keys, values = (x.transpose(0, 1) for x in (q[start:end], k[near], v[near]))
+            torch.bmm(_softmax(queries, keys, seen, scale), values, out=out[:, start:end])
+    return out.transpose(0, 1)

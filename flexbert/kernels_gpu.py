@@ -62,7 +62,8 @@ def installed(package: str) -> bool:
 def flash2(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: Window, slopes: Tensor | None, dropout_p: float
 ) -> Tensor:
-    """FlashAttention-2 (arXiv 2307.08691), variable-length call: no padding."""
+    """FlashAttention-2 (arXiv 2307.08691), variable-length call: no padding. Its backward adds up in one order, that a
+    resumed run is the run."""
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     return flash_attn_varlen_func(
@@ -77,14 +78,15 @@ def flash2(
         causal=False,
         window_size=window,
         alibi_slopes=slopes,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
+        deterministic=True,
     )
 
 
 def flash3(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: Window, slopes: Tensor | None, dropout_p: float
 ) -> Tensor:
-    """FlashAttention-3 (arXiv 2407.08608), for Hopper; without ALiBi and dropout, which it does not have."""
+    """FlashAttention-3 (arXiv 2407.08608), for Hopper; without ALiBi and dropout, which it does not have. Backward: as
+    flash2."""
     from flash_attn_interface import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     assert slopes is None
@@ -99,7 +101,7 @@ def flash3(
         max_seqlen_k=plan.max_seqlen,
         causal=False,
         window_size=window,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
+        deterministic=True,
     )
     return out[0] if isinstance(out, tuple) else out  # its first versions return the log-sum-exp too
 

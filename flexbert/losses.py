@@ -1,7 +1,8 @@
 """Slot `loss`: over masked tokens, without ever holding all their logits.   M masked tokens, D hidden, V vocabulary."""
 
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,8 @@ class CrossEntropy:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.compiled = False
+        """Whether torch.compile fuses what a chunk's logits go through: for CUDA, the CPU has kernels for it."""
 
     def __call__(
         self,
@@ -55,7 +58,7 @@ class CrossEntropy:
     ) -> Tensor:
         """A float32 scalar; 0 for no tokens. Shapes: see masked_cross_entropy."""
         smoothing, z_loss = self.config.label_smoothing, self.config.z_loss
-        return masked_cross_entropy(hidden_states, weight, bias, targets, smoothing, z_loss, scores)
+        return masked_cross_entropy(hidden_states, weight, bias, targets, smoothing, z_loss, scores, self.compiled)
 
 
 def masked_cross_entropy(
@@ -66,24 +69,27 @@ def masked_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     scores: TokenScores | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """The sum that CrossEntropy states, for logits = hidden_states @ weight.T + bias; 0 for no tokens.
 
     hidden_states: (M, D). weight: (V, D). bias: (V,) or None. targets: (M,) int64 in [0, V). scores: filled if given.
+    compiled: what follows the products of a chunk by torch.compile, with gradients only.
     The products run in autocast's dtype if it is on, everything else in float32. Gradients are computed along with the
     loss, chunk by chunk, and only scaled in backward: exact, and no chunk's logits are made twice.
     """
     dtype = _product_dtype(hidden_states)
     if not (torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)):
         total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
-        for logits, rows in _chunks(hidden_states, factor(weight, dtype), bias, dtype):
+        for products, rows in _chunks(hidden_states, factor(weight, dtype), dtype):
+            logits = _logits(products, bias)
             target, log_norm = targets[rows, None], logits.logsumexp(1, keepdim=True)
             if scores is not None:
                 _fill(scores, rows, logits.gather(1, target), logits.amax(1, keepdim=True), log_norm)
             total += _chunk_loss(logits, target, log_norm, label_smoothing, z_loss)
         return total
     return _MaskedCrossEntropy.apply(  # pyright: ignore[reportReturnType]
-        hidden_states, weight, bias, targets, dtype, label_smoothing, z_loss, scores
+        hidden_states, weight, bias, targets, dtype, label_smoothing, z_loss, scores, compiled
     )
 
 
@@ -95,7 +101,8 @@ def masked_evaluation(
     loss = torch.zeros((), dtype=torch.float64, device=hidden_states.device)
     correct = torch.zeros((), dtype=torch.int64, device=hidden_states.device)
     dtype = _product_dtype(hidden_states)
-    for logits, rows in _chunks(hidden_states, factor(weight, dtype), bias, dtype):
+    for products, rows in _chunks(hidden_states, factor(weight, dtype), dtype):
+        logits = _logits(products, bias)
         correct += (logits.argmax(1) == targets[rows]).sum()
         loss += _chunk_loss(logits, targets[rows, None], logits.logsumexp(1, keepdim=True), 0.0, 0.0)
     return loss, correct
@@ -113,6 +120,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         label_smoothing: float,
         z_loss: float,
         scores: TokenScores | None,
+        compiled: bool,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         hidden_gradient = torch.empty_like(hidden_states)
@@ -120,28 +128,20 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         bias_gradient = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
         with torch.autocast(hidden_states.device.type, enabled=False):
             lowered = factor(weight, dtype)
-            for logits, rows in _chunks(hidden_states, lowered, bias, dtype):
+            gradient_of = _compiled_gradient() if compiled else _chunk_gradient
+            for products, rows in _chunks(hidden_states, lowered, dtype):
                 target, states = targets[rows, None], factor(hidden_states[rows], dtype)
-                chosen, largest = logits.gather(1, target), logits.amax(1, keepdim=True)
-                probs, log_norm, loss = _softmax(logits, chosen, largest, label_smoothing, z_loss)
+                found = gradient_of(products, bias, target, dtype, label_smoothing, z_loss)
+                total += found.loss
                 if scores is not None:
-                    _fill(scores, rows, chosen, largest, log_norm)
-                total += loss
-                # softmax minus the smoothed one-hot, written over the probabilities
-                gradient = probs
-                if z_loss:
-                    gradient *= 1 + 2 * z_loss * log_norm
-                if label_smoothing:
-                    gradient -= label_smoothing / len(weight)
-                gradient.scatter_add_(1, target, gradient.new_full(target.shape, label_smoothing - 1.0))
-                if bias_gradient is not None:
-                    bias_gradient += gradient.sum(0)
-                gradient = factor(gradient, dtype)
-                hidden_gradient[rows] = product(gradient, lowered.T)
-                if gradient.dtype == torch.float32:
-                    weight_gradient.addmm_(gradient.T, states)
+                    _fill(scores, rows, found.chosen, found.largest, found.log_norm)
+                if bias_gradient is not None and found.bias_gradient is not None:
+                    bias_gradient += found.bias_gradient
+                hidden_gradient[rows] = product(found.gradient, lowered.T)
+                if found.gradient.dtype == torch.float32:
+                    weight_gradient.addmm_(found.gradient.T, states)
                 else:
-                    weight_gradient += gradient.T @ states
+                    weight_gradient += found.gradient.T @ states
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
         return total
@@ -156,7 +156,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
             hidden_gradient * scale.to(hidden_gradient.dtype),
             (weight_gradient * scale).to(weight_dtype),
             None if bias_gradient is None else (bias_gradient * scale).to(bias_dtype),
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
@@ -165,10 +165,8 @@ def _product_dtype(states: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
-def _chunks(
-    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Iterator[tuple[Tensor, slice]]:
-    """Float32 logits of consecutive rows, and which rows. The consumer may overwrite them.
+def _chunks(hidden_states: Tensor, weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, slice]]:
+    """hidden_states @ weight.T of consecutive rows, and which rows. The consumer may overwrite them.
 
     weight: as `factor` gives it.
     """
@@ -176,8 +174,51 @@ def _chunks(
     pieces = -(-len(hidden_states) * len(weight) // elements)
     bounds = [len(hidden_states) * number // max(pieces, 1) for number in range(pieces + 1)]
     for rows in (slice(first, last) for first, last in itertools.pairwise(bounds) if last > first):
-        logits = product(factor(hidden_states[rows], dtype), weight).float()
-        yield logits if bias is None else logits.add_(bias), rows
+        yield product(factor(hidden_states[rows], dtype), weight), rows
+
+
+def _logits(products: Tensor, bias: Tensor | None) -> Tensor:
+    """In float32, on the memory of float32 products."""
+    logits = products.float()
+    return logits if bias is None else logits.add_(bias)
+
+
+class _ChunkGradient(NamedTuple):
+    """Of m rows: what the backward needs of them, and what metrics do."""
+
+    gradient: Tensor  # (m, V) of the loss by the logits, as a factor of products
+    bias_gradient: Tensor | None  # (V,) float32
+    loss: Tensor  # scalar float32
+    chosen: Tensor  # (m, 1) float32: the target's logit
+    largest: Tensor  # (m, 1) float32: the best one
+    log_norm: Tensor  # (m, 1) float32
+
+
+def _chunk_gradient(
+    products: Tensor, bias: Tensor | None, target: Tensor, dtype: torch.dtype, label_smoothing: float, z_loss: float
+) -> _ChunkGradient:
+    """The loss of rows (m, V) without their bias, and its gradient: softmax minus the smoothed one-hot, times
+    1 + 2 z log_norm for the z-loss. target: (m, 1)."""
+    logits = _logits(products, bias)
+    chosen, largest = logits.gather(1, target), logits.amax(1, keepdim=True)
+    gradient, log_norm, loss = _softmax(logits, chosen, largest, label_smoothing, z_loss)
+    if z_loss:
+        gradient *= 1 + 2 * z_loss * log_norm
+    if label_smoothing:
+        gradient -= label_smoothing / logits.shape[1]
+    if torch.compiler.is_compiling():  # becomes part of the pass that writes the gradient
+        is_target = torch.arange(logits.shape[1], device=target.device) == target
+        gradient = gradient + torch.where(is_target, label_smoothing - 1.0, 0.0)
+    else:
+        gradient.scatter_add_(1, target, gradient.new_full(target.shape, label_smoothing - 1.0))
+    bias_gradient = None if bias is None else gradient.sum(0)
+    return _ChunkGradient(factor(gradient, dtype), bias_gradient, loss, chosen, largest, log_norm)
+
+
+@functools.cache
+def _compiled_gradient() -> Callable[..., _ChunkGradient]:
+    """For CUDA, where each of its passes over the logits costs as much as a third of a product."""
+    return torch.compile(_chunk_gradient, dynamic=True)
 
 
 def _fill(scores: TokenScores, rows: slice, chosen: Tensor, largest: Tensor, log_norm: Tensor) -> None:
@@ -195,9 +236,13 @@ def _softmax(
     the cache: log_norm then follows from its largest entry.
     """
     mean = logits.mean(1) if label_smoothing else None
-    # Only the CPU's kernel is tested here with one tensor for both.
-    probs = torch.softmax(logits, 1, out=logits if logits.device.type == "cpu" else None)
-    log_norm = largest - probs.amax(1, keepdim=True).log()
+    if torch.compiler.is_compiling():
+        log_norm = logits.logsumexp(1, keepdim=True)
+        probs = (logits - log_norm).exp()
+    else:
+        # Only the CPU's kernel is tested here with one tensor for both.
+        probs = torch.softmax(logits, 1, out=logits if logits.device.type == "cpu" else None)
+        log_norm = largest - probs.amax(1, keepdim=True).log()
     loss = (log_norm - chosen).sum()
     if mean is not None:
         loss = (1 - label_smoothing) * loss + label_smoothing * (log_norm.sum() - mean.sum())

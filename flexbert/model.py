@@ -88,6 +88,12 @@ class FlexBertForMaskedLM(nn.Module):
         """Hidden states (batch, seq, D) of a padded batch (batch, seq), zero where attention_mask is false."""
         return self.encoder.encode(input_ids, attention_mask, token_type_ids)
 
+    def compile_blocks(self) -> None:
+        """Compile each block (FlexBertEncoder.compile_blocks) and, on CUDA, what is between products of the loss."""
+        self.encoder.compile_blocks()
+        if self.encoder.token_table.is_cuda and hasattr(self.loss, "compiled"):
+            self.loss.compiled = True
+
     def set_rope_theta(self, global_theta: float | None = None, local_theta: float | None = None) -> None:
         """See FlexBertEncoder.set_rope_theta."""
         self.encoder.set_rope_theta(global_theta, local_theta)

@@ -54,6 +54,7 @@ class AttentionPlan:
         self._runs: dict[torch.dtype, list[tuple[int, int, Tensor | None]]] = {}
         self._blocks: dict[tuple[int, bool], Blocks] = {}
         self._additive: dict[tuple[int, torch.dtype, bool, bool], Tensor] = {}
+        self._between: dict[tuple[Any, ...], Tensor] = {}
         self._alibi: dict[tuple[int, torch.dtype], Tensor] = {}
 
     @cached_property
@@ -153,6 +154,18 @@ class AttentionPlan:
                 mask = (-slopes[:, None, None] * distance.abs()).to(dtype)
             self._additive[key] = torch.where(blocks.visible, mask, float("-inf"))
         return self._additive[key]
+
+    def additive_between(self, queries: slice, keys: slice, per_side: int, dtype: torch.dtype) -> Tensor:
+        """(1, queries, keys) of `dtype`: 0 where a token of one range of the batch sees one of the other, else -inf."""
+        key = (queries.start, queries.stop, keys.start, keys.stop, per_side, dtype)
+        if key not in self._between:
+            ids = self.sequence_ids
+            places = torch.arange(self.num_tokens, device=ids.device)
+            near = (places[queries, None] - places[None, keys]).abs() <= per_side
+            mask = torch.zeros((), dtype=dtype, device=ids.device)
+            mask = torch.where(near & (ids[queries, None] == ids[None, keys]), mask, float("-inf"))
+            self._between[key] = mask.unsqueeze(0)
+        return self._between[key]
 
     def alibi_bucket(self, number: int, slopes: Tensor, dtype: torch.dtype) -> Tensor:
         """(1 or B, N, L, L): -slope * distance in a bucket's table, -inf at its empty slots. Quadratic in L.

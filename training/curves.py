@@ -18,28 +18,31 @@ def report(path: Path, picture: Path | None) -> Path:
     """
     folder = RunFolder(path)
     plan, picture = PhasePlan(folder.recorded_config()), picture or folder.curves
-    if not any("loss" in line for line in read_lines(folder.metrics)):
-        raise ConfigError(f"{path}: nothing to draw: metrics.jsonl has no line of a training step yet")
     try:
-        draw_curves(folder.metrics, picture, plan)
+        drawn = draw_curves(folder.metrics, picture, plan)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--output: {picture}: {error}: give a .png, .pdf or .svg in a folder that exists") from None
+    if not drawn:
+        raise ConfigError(f"{path}: nothing to draw: metrics.jsonl has no line with a loss of training yet")
     return picture
 
 
-def draw_curves(metrics: Path, picture: Path, plan: PhasePlan) -> None:
+def draw_curves(metrics: Path, picture: Path, plan: PhasePlan) -> bool:
     """Five panels over one axis of tokens (slots): training and held-out loss, then what the phases set; phases shaded.
 
-    All from the lines of metrics.jsonl, so from what was trained and not from what was planned.
+    All from the lines of metrics.jsonl, so from what was trained and not from what was planned. False, and no picture,
+    when none of them has a loss.
     """
+    lines = list(read_lines(metrics))
+    train = [line for line in lines if line.get("loss") is not None]
+    if not train:
+        return False
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
-    lines = list(read_lines(metrics))
-    train = [line for line in lines if line.get("loss") is not None]
     held_out = [line for line in lines if "validation" in line]
     figure, axes = plt.subplots(
         len(_PANELS), figsize=(8, 9.5), dpi=110, sharex=True, gridspec_kw={"height_ratios": [3, 1, 1, 1, 1]}
@@ -88,6 +91,7 @@ def draw_curves(metrics: Path, picture: Path, plan: PhasePlan) -> None:
     figure.savefig(beside)
     plt.close(figure)
     beside.replace(picture)
+    return True
 
 
 def _draw_loss(axis: Any, train: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> None:

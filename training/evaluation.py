@@ -67,7 +67,9 @@ class Evaluator:
                 labels = batch["labels"][batch["labels"] != IGNORE]
                 hits = [(labels == token).sum() for token in (self.frequent[name], self.frequent_overall)]
                 sums += torch.tensor([float(value) for value in (loss, correct, masked, *hits)], dtype=torch.float64)
+            sums = sums.to(device)  # NCCL reduces nothing else
             dist.all_reduce(sums, "SUM")
+            sums = sums.cpu()
             streams[name] = _means(sums[:4])
             total += sums[[0, 1, 2, 4]]
         model.train(was_training)

@@ -68,8 +68,6 @@ class StableAdamW:
     def __new__(cls, config: Config, *, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         from training.stable_adamw import ShardedStableAdamW as Implementation
 
-        # optimi 0.3.3 picks Triton from an empty list of parameters, also on CPU, and crashes there: decide here.
-        on_cuda = all(parameter.is_cuda for parameter in model.parameters())
         return Implementation(
             parameter_groups(model, config),
             lr=lr,
@@ -77,7 +75,7 @@ class StableAdamW:
             eps=config.eps,
             decouple_lr=config.decouple_lr,
             max_lr=lr if config.decouple_lr else None,
-            triton=on_cuda,
+            triton=False,  # 0.3.3 would pick it from an empty list of parameters; on CUDA see there
             foreach=False,
         )
 

@@ -94,6 +94,7 @@ def closing_table(config: RunConfig, summary: dict[str, Any], console: Console) 
     facts.add_row("time", f"{summary['seconds']:.0f} s ({summary['train_seconds']:.0f} s of training steps)")
     facts.add_row("export", summary["export"] or "none: a component of imports is in no export")
     facts.add_row("checkpoints", str(config.folder / "checkpoints"))
-    facts.add_row("curves", str(config.folder / "curves.png"))
+    if (curves := config.folder / "curves.png").exists():
+        facts.add_row("curves", str(curves))
     facts.add_row("metrics", f"{config.folder / 'metrics.jsonl'}, {config.folder / 'tensorboard'}")
     console.print(facts, highlight=False)

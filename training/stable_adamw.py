@@ -1,7 +1,7 @@
-"""StableAdamW for parameters of which each rank holds a part (FSDP2)."""
+"""StableAdamW where torch-optimi's own step does not serve: on CUDA, and for parts of parameters (FSDP2)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
@@ -10,50 +10,84 @@ from optimi.utils import debias_beta
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+_foreach: Any = torch  # its operations on lists of tensors have no public names
+
+
+class _Tensors(NamedTuple):
+    """This rank's parts of a group's parameters that have gradients, and each one's share of its mean square."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    mean_squares: Tensor  # (params,) float32: this rank's sum of grad^2 / max(exp_avg_sq, eps^2) over all its elements
+
 
 class ShardedStableAdamW(StableAdamW):
-    """torch-optimi's StableAdamW, which it is for plain parameters; its state is the same for sharded ones, so either
-    continues what the other began.
+    """torch-optimi's StableAdamW, which it is for whole parameters on the CPU; its state is the same for all others, so
+    either continues what the other began.
 
-    Its own step divides the learning rate of each tensor by the root mean square of grad^2 / max(exp_avg_sq, eps^2)
-    where that is over 1 (arXiv 2304.13013, algorithm 2). The mean is over the whole tensor, of which a rank sees a
-    part: here all ranks' sums are added up, for all tensors in one collective.
+    It divides the learning rate of each tensor by the root mean square of grad^2 / max(exp_avg_sq, eps^2) where that is
+    over 1 (arXiv 2304.13013, algorithm 2). Its kernel for CUDA sums that by atomic additions, in an order that differs
+    from run to run (0.3.3): a resumed run would not be the run. And the mean is over the whole tensor, of which a rank
+    may see a part. Here sums have one order, those of all ranks are added up, for all tensors in one collective, and
+    the host waits for nothing.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[..., Any] | None = None, param: Tensor | None = None) -> Any:
-        if not any(isinstance(parameter, DTensor) for group in self.param_groups for parameter in group["params"]):
+        params = [each for group in self.param_groups for each in group["params"]]
+        sharded = any(isinstance(each, DTensor) for each in params)
+        if not sharded and all(each.device.type == "cpu" for each in params):
             return super().step(closure, param)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        parts = [part for group in self.param_groups for part in self._parts(group)]
-        sums = torch.stack([square_sum for *_, square_sum in parts])
-        torch.distributed.all_reduce(sums)
-        for (group, parameter, exp_avg, exp_avg_sq, size, _), square_sum in zip(parts, sums.tolist(), strict=True):
-            lr = group["lr"] / max(1.0, (square_sum / size) ** 0.5)
-            if group["weight_decay"]:
-                parameter.mul_(1 - lr / (group["max_lr"] if group["decouple_lr"] else 1.0) * group["weight_decay"])
-            parameter.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(group["eps"]), value=-lr)
+        self._step_together(sharded)
         return loss
 
-    def _parts(self, group: dict[str, Any]) -> list[tuple[dict[str, Any], Tensor, Tensor, Tensor, int, Tensor]]:
-        """Moves a group's means on. Of each tensor with a gradient: (group; this rank's part of parameter, exp_avg and
-        exp_avg_sq; elements of the whole tensor; this rank's sum of grad^2 / max(exp_avg_sq, eps^2))."""
-        params, grads, exp_avgs, exp_avg_sqs = [], [], [], []
-        self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, [], [], [])
+    def _step_together(self, sharded: bool) -> None:
+        """sharded: whether other ranks hold the rest of the parameters."""
+        parts = [part for part in map(self._move_means, self.param_groups) if part.params]
+        if not parts:
+            return
+        mean_squares = torch.cat([part.mean_squares for part in parts])
+        if sharded:
+            torch.distributed.all_reduce(mean_squares)
+        for part, means in zip(parts, mean_squares.split([len(part.params) for part in parts]), strict=True):
+            group = part.group
+            lrs = group["lr"] / means.sqrt().clamp_min(1.0)
+            if group["weight_decay"]:
+                decay = lrs / (group["max_lr"] if group["decouple_lr"] else 1.0) * group["weight_decay"]
+                _foreach._foreach_mul_(part.params, list((1 - decay).unbind()))
+            roots = _foreach._foreach_sqrt(part.exp_avg_sqs)
+            _foreach._foreach_add_(roots, group["eps"])
+            updates = _foreach._foreach_div(part.exp_avgs, roots)
+            _foreach._foreach_mul_(updates, list(lrs.unbind()))
+            _foreach._foreach_sub_(part.params, updates)
+
+    def _move_means(self, group: dict[str, Any]) -> _Tensors:
+        """Move a group's means on, by the gradients."""
+        wholes, grads, exp_avgs, exp_avg_sqs = [], [], [], []
+        self._init_group(group, wholes, grads, exp_avgs, exp_avg_sqs, [], [], [])
         group["step"] += 1
+        if not wholes:
+            return _Tensors(group, [], [], [], torch.empty(0))
         step = int(group["step"])
         weights = [1 - debias_beta(group[beta], step) for beta in ("beta1", "beta2")]
-        parts = []
-        for whole, *rest in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-            parameter, grad, exp_avg, exp_avg_sq = (_local(tensor) for tensor in (whole, *rest))
-            exp_avg.lerp_(grad, weights[0])
-            exp_avg_sq.mul_(1 - weights[1]).addcmul_(grad, grad, value=weights[1])
-            square_sum = grad.square().div_(exp_avg_sq.clamp_min(group["eps"] ** 2)).sum(dtype=torch.float32)
-            parts.append((group, parameter, exp_avg, exp_avg_sq, whole.numel(), square_sum))
-        return parts
+        sizes = [whole.numel() for whole in wholes]
+        params, grads, exp_avgs, exp_avg_sqs = (
+            [_local(tensor) for tensor in tensors] for tensors in (wholes, grads, exp_avgs, exp_avg_sqs)
+        )
+        _foreach._foreach_lerp_(exp_avgs, grads, weights[0])
+        _foreach._foreach_mul_(exp_avg_sqs, 1 - weights[1])
+        _foreach._foreach_addcmul_(exp_avg_sqs, grads, grads, weights[1])
+        roots = _foreach._foreach_maximum(exp_avg_sqs, group["eps"] ** 2)
+        _foreach._foreach_sqrt_(roots)
+        norms = _foreach._foreach_norm(_foreach._foreach_div(grads, roots))
+        _foreach._foreach_div_(norms, [size**0.5 for size in sizes])
+        return _Tensors(group, params, exp_avgs, exp_avg_sqs, torch.stack(list(norms)).square())
 
 
 def _local(tensor: Tensor) -> Tensor:

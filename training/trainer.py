@@ -96,7 +96,7 @@ class Run:
         self.autocast = functools.partial(torch.autocast, device, torch.bfloat16, bf16)
         self.model.encoder.recompute_every = config.trainer.activation_checkpointing
         if config.trainer.compile:
-            self.model.encoder.compile_blocks()
+            self.model.compile_blocks()
         self.optimizer = OPTIMIZERS.build(config.optimizer, model=self.model, lr=self.plan.phases[0].peak_lr)
         self.ledger = Ledger(self.folder.ledger, list(config.data.streams))
         remote = RemoteCheckpoints(config) if config.checkpoint.remote and self.rank == 0 else None

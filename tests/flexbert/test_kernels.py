@@ -394,6 +394,7 @@ def _flash2_stand_in(
     assert min(max_seqlen_q, max_seqlen_k) >= cu_seqlens_q.diff().max()
     assert not causal
     assert not return_attn_probs
+    assert deterministic
     assert softcap == 0.0
     DROPPED.append(dropout_p)
     assert softmax_scale is block_table is None
@@ -431,6 +432,7 @@ def _flash3_stand_in(
     assert min(max_seqlen_q, max_seqlen_k) >= cu_seqlens_q.diff().max()
     assert not causal
     assert not return_attn_probs
+    assert deterministic
     assert softcap == attention_chunk == 0
     assert seqused_q is seqused_k is softmax_scale is qv is None
     return _varlen(q, k, v, cu_seqlens_q, window_size)

@@ -58,6 +58,33 @@ def test_scores_are_those_of_each_token(chunk: int, gradients: bool, monkeypatch
     assert 33 <= scores.hits.sum() < 65
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("smoothing", "z_loss", "with_bias"), [(0.0, 0.0, False), (0.1, 1e-2, True)])
+def test_compiled_chunks_are_the_same_function(
+    smoothing: float, z_loss: float, with_bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, of chunks of different sizes: of 6 or 7 rows, then one of all."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(65, 8, generator=generator).requires_grad_()
+    weight = torch.randn(50, 8, generator=generator).requires_grad_()
+    bias = torch.randn(50, generator=generator).requires_grad_() if with_bias else None
+    targets = torch.randint(0, 50, (65,), generator=generator)
+    inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
+    for chunk in (7, 1000):
+        monkeypatch.setattr(losses, "_CHUNK_ELEMENTS_DEFAULT", chunk * 50)
+        found: list[list[torch.Tensor]] = []
+        for compiled in (False, True):
+            scores = TokenScores.empty(targets)
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss = masked_cross_entropy(hidden, weight, bias, targets, smoothing, z_loss, scores, compiled)
+            found.append([loss.detach(), *scores, *torch.autograd.grad(loss, inputs)])
+        for plain, ours in zip(*found, strict=True):
+            # Both round the same gradient to the product's dtype: here and there to neighbours
+            tolerance = 2e-5 if dtype == torch.float32 else 1e-2
+            torch.testing.assert_close(ours, plain, atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize(("smoothing", "z_loss"), [(0.1, 0.0), (0.0, 1e-2), (0.3, 1e-3)])
 @pytest.mark.parametrize("chunk", [7, 1000])
 def test_label_smoothing_and_z_loss_are_what_they_are_defined_as(

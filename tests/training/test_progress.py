@@ -1,6 +1,7 @@
 """What a run draws while it trains, on a terminal and elsewhere: nothing is cut off, whatever the width."""
 
 import io
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from rich.console import Console
 from callbacks import progress
 from tests.training.tiny import write_config
 from training.config import load_run_config
+from training.curves import draw_curves
+from training.phases import PhasePlan
 from training.trainer import train
 
 STEPS = 12
@@ -61,3 +64,18 @@ def test_parts_are_wrapped_whole() -> None:
     assert progress._stream_losses({"streams": {"one": {"loss": 2.0}}}) == []
     unknown = {"streams": {"one": {"loss": None}, "two": {"loss": 2.0}, "three": {"loss": 3.0}}}
     assert progress._stream_losses(unknown) == ["loss by stream:", "two 2.000", "three 3.000"]
+
+
+def test_a_run_shorter_than_the_log_interval_ends_with_a_line_of_its_own(tiny_data: Path, tmp_path: Path) -> None:
+    file = write_config(tmp_path, tiny_data, 2, trainer={"log_interval": 10})
+    train(load_run_config(file), Console(file=io.StringIO()))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [2]
+    assert (tmp_path / "run" / "curves.png").exists()
+
+
+def test_nothing_is_drawn_where_no_loss_was(tiny_data: Path, tmp_path: Path) -> None:
+    plan = PhasePlan(load_run_config(write_config(tmp_path, tiny_data, 2)))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "tokens": 512, "loss": null}\n')
+    assert not draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", plan)
+    assert not (tmp_path / "curves.png").exists()
