@@ -43,9 +43,11 @@ class Together(Callback):
 
 
 def without_ceremony(trainer: Trainer) -> Trainer:
-    """The trainer, whose events run its callbacks and then its loggers, and nothing else. It must have neither
-    algorithms nor a profiler."""
+    """The trainer, whose events run its callbacks and then its loggers, and nothing else, and which logs nothing of its
+    own: a loss and nine clocks a step. What callbacks are given to log by is `trainer.engine.logger`. It must have
+    neither algorithms nor a profiler."""
     state, logger = trainer.state, trainer.logger
+    trainer.logger = Logger(state, [])
     assert not state.algorithms
     assert state.profiler is None
 

@@ -1,7 +1,10 @@
 """Slot `mlp`: the feed-forward half of a block.   T packed tokens, D hidden, F intermediate."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
+import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -61,8 +64,46 @@ class GatedLinearUnit(nn.Module):
             weights, biases = weight.chunk(2), (None, None) if bias is None else bias.chunk(2)
             activated = activated_product(hidden_states, weights[gate], biases[gate], self.activation)
             return activated.mul_(product(hidden_states, weights[1 - gate], biases[1 - gate]))
-        halves = self.Wi(hidden_states).chunk(2, dim=-1)
+        states = self.Wi(hidden_states)
+        if (
+            self.activation in _IN_PLACE and not torch.compiler.is_compiling()
+        ):  # Inductor chooses by itself what to keep
+            return _Gate.apply(states, self.activation, gate)  # pyright: ignore[reportReturnType]
+        halves = states.chunk(2, dim=-1)
         return self.activation(halves[gate]) * halves[1 - gate]
+
+
+_aten: Any = torch.ops.aten
+# Torch's own, into memory that is there: (input, out) and (gradient, input, grad_input).
+_IN_PLACE: dict[Any, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    F.gelu: (_aten.gelu.out, _aten.gelu_backward.grad_input),
+    F.silu: (_aten.silu.out, _aten.silu_backward.grad_input),
+}
+
+
+class _Gate(torch.autograd.Function):
+    """act(a) * b of [a|b] in either order. Keeps these only: act(a) is made again for the gradient, whose halves are
+    written where they belong."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, activation: Callable[[Tensor], Tensor], gate: int) -> Tensor:
+        ctx.save_for_backward(states)
+        ctx.activation, ctx.gate = activation, gate
+        halves = states.chunk(2, dim=-1)
+        return activation(halves[gate]).mul_(halves[1 - gate])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (states,) = ctx.saved_tensors
+        gradient = torch.empty_like(states)
+        acted, factor = (states.chunk(2, dim=-1)[number] for number in (ctx.gate, 1 - ctx.gate))
+        of_acted, of_factor = (gradient.chunk(2, dim=-1)[number] for number in (ctx.gate, 1 - ctx.gate))
+        activate, backward = _IN_PLACE[ctx.activation]
+        activate(acted, out=of_factor).mul_(gradients[0])
+        torch.mul(gradients[0], factor, out=of_acted)
+        backward(of_acted, acted, grad_input=of_acted)
+        return gradient, None, None
 
 
 @MLPS.register("mlp")

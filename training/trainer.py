@@ -1,6 +1,7 @@
 """One run from start to end. Only training/ and callbacks/ know Composer."""
 
 import functools
+import gc
 import json
 import logging
 import time
@@ -292,6 +293,10 @@ class Run:
         while step < self.plan.total_steps:
             self.faults.check_start()
             self.trainer.state.max_duration = f"{self.plan.total_steps}ba"
+            # What is there by now, a million objects of libraries, stays: no collection of this process or of the
+            # loader's workers, which are its forks, needs to walk through it.
+            gc.collect()
+            gc.freeze()
             self.trainer.fit()
             if self.faults.preempted:
                 self.saver.settle_last(finished=False)
@@ -326,12 +331,12 @@ class Run:
         result = self._measure()
         self.evaluation, self._evaluated = (step, result), step
         line = {"step": step, "tokens": self.plan.tokens_before(step), "validation": result}
-        self.trainer.logger.log_metrics(flat(result, "validation"))
+        self.trainer.engine.logger.log_metrics(flat(result, "validation"))
         averaged = ""
         if self.ema is not None and self.ema.updates:
             with self.ema.swapped_in():
                 line["validation_ema"] = self._measure()
-            self.trainer.logger.log_metrics(flat(line["validation_ema"], "validation_ema"))
+            self.trainer.engine.logger.log_metrics(flat(line["validation_ema"], "validation_ema"))
             averaged = f"; of the averaged weights: loss {line['validation_ema']['loss']:.3f}"
         self.metrics.append(line)
         self._say(

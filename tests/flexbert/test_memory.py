@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -75,3 +76,34 @@ def test_tables_of_angles_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None
     for lengths in ((600,), (5,)):
         model(*batch_of(lengths))
     assert made[4:] == [(100.0, 600)], "one theta, one table"
+
+
+@pytest.mark.parametrize("half", ["first", "second"])
+@pytest.mark.parametrize("activation", ["gelu", "silu", "relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 77])
+def test_a_gate_is_its_formula_and_keeps_what_it_was_given(
+    tokens: int, dtype: torch.dtype, activation: str, half: str
+) -> None:
+    """gelu and silu, bit by bit the gradient of autograd; in bfloat16 but for one rounding less of g * b."""
+    module: Any = (
+        build(tiny(mlp={"name": "glu", "activation": activation, "activated_half": half})).encoder.layers[1].mlp
+    )
+    module.to(dtype)
+    states = torch.randn(tokens, 48, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        gated = module._gated(states)
+    weights = torch.randn(gated.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    inputs = [states, module.Wi.weight]
+    found = [gated, *torch.autograd.grad((gated * weights).sum(), inputs)]
+    first, second = F.linear(states, module.Wi.weight).chunk(2, -1)
+    acted, factor = (first, second) if half == "first" else (second, first)
+    expected = getattr(F, activation)(acted) * factor
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    for ours, theirs in zip(found, [expected, *torch.autograd.grad((expected * weights).sum(), inputs)], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+    wide = [x for x in kept if x.shape == (tokens, 2 * gated.shape[1])]
+    if activation != "relu" and tokens:
+        assert len(wide) == 1
+        assert not [x for x in kept if x.shape == gated.shape], "the activated half is made again"

@@ -69,16 +69,18 @@ class _Line(ComposerModel):
 
 def test_composer_tells_the_same_in_the_same_order_with_and_without_ceremony() -> None:
     """Of a real trainer: before, in and after two steps, and at its end."""
-    found = []
+    found, own = [], []
     for plain in (False, True):
         told: list[tuple[str, str]] = []
+        logged: list[str] = []
 
         class Tells(Callback):
             def run_event(self, event: Event, state: Any, logger: Any, told: Any = told) -> None:
                 told.append((type(self).__name__, event.value))
 
         class Logs(Tells, LoggerDestination):
-            pass
+            def log_metrics(self, metrics: dict[str, Any], step: int | None = None, logged: Any = logged) -> None:
+                logged.extend(metrics)
 
         trainer = Trainer(
             model=_Line(),
@@ -90,11 +92,15 @@ def test_composer_tells_the_same_in_the_same_order_with_and_without_ceremony() -
             device="cpu",
         )
         (without_ceremony(trainer) if plain else trainer).fit()
+        trainer.engine.logger.log_metrics({"ours": 1.0})
         trainer.close()
+        own.append(logged)
         found.append([event for event in told if event[1] != "init"])
     assert found[0] == found[1]
     assert {name for name, _ in found[0]} == {"Tells", "Logs"}
     assert sum(event == "batch_end" for _, event in found[0]) == 4
+    assert len(own[0]) > 10
+    assert own[1] == ["ours"]
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (5, 3), (2, 3, 4), (0, 4)], ids=str)
