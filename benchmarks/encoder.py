@@ -288,11 +288,12 @@ def compare(name: str, labels: list[str], cases: list[str], rounds: int, limit: 
     for label in labels:
         processes = {who: Process(who, name, label) for who in WHO}
         try:
+            # Before any training: sides that took another number of steps are different models.
+            differences = {case: _difference(processes, case, limit) for case in cases}
             for case in cases:
-                difference = _difference(processes, case, limit)
                 for task in ("training", "inference"):
                     line = _case(processes, case, task, rounds, limit)
-                    line["mean_relative_difference_of_states"] = difference
+                    line["mean_relative_difference_of_states"] = differences[case]
                     print(json.dumps({"model": name, "dtype": label, "case": case, "task": task, **line}), flush=True)
         finally:
             for process in processes.values():
@@ -316,7 +317,7 @@ _SHORT = 6.0  # seconds
 
 def _case(processes: dict[str, Process], case: str, task: str, rounds: int, limit: float) -> dict[str, Any]:
     """By turns, after one round to warm up; three times as many rounds where ours takes a few seconds only. A peer is
-    slow when it took more than `limit` times as long as ours; then the other one is not tried."""
+    slow when it took more than `limit` times as long as ours in the first; then the other one is not tried."""
     took: dict[str, list[dict[str, Any]]] = {who: [] for who in (*processes, "gemm")}
     slow: dict[str, float] = {}
     ours = processes["ours"].ask(case, task)
@@ -328,12 +329,16 @@ def _case(processes: dict[str, Process], case: str, task: str, rounds: int, limi
             if who in slow or (who == "peer_kept" and "peer" in slow):
                 continue
             answer = process.ask(case, what, allowed if who in ("peer", "peer_kept") else None)
+            if answer is None and number:  # the machine stalled, or this peer is near the limit: the turn counts as it
+                process.ask(case, what, allowed)  # and the new process warms up
+                answer = {"seconds": allowed, "system_seconds": 0.0}
             if answer is None:
                 slow[who] = allowed
             elif number:
                 took[who].append(answer)
     seconds = {who: [answer["seconds"] for answer in answers] for who, answers in took.items() if answers}
     median = {who: statistics.median(found) for who, found in seconds.items()} | slow
+    slow |= {who: allowed for who in ("peer", "peer_kept") if median.get(who, 0.0) >= allowed}
     work = processes["ours"].ask(case, "work")
     assert work is not None
     tokens = work["tokens"]

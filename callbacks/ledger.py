@@ -11,7 +11,7 @@ from composer.utils import dist
 
 from callbacks.guards import step_loss
 from callbacks.lines import append_line, step_of, trim_lines
-from data.loader import SEEN
+from data.batches import SEEN
 from durable import sync
 
 

@@ -42,7 +42,9 @@ class StreamScores(Gauge):
         streams = state.batch["masked_streams"].long()
         if self._step is None:
             self._step = self._zeros(losses.device)
-        self._step.index_add_(1, streams, torch.stack([losses, hits, torch.ones_like(losses)]).double())
+        # A product and not index_add_, which on CUDA adds in another order each time.
+        of_stream = streams[:, None] == torch.arange(len(self.stream_names), device=streams.device)
+        self._step += torch.stack([losses, hits, torch.ones_like(losses)]).double() @ of_stream.double()
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self._step is not None and math.isfinite(float(state.total_loss_dict["loss/train/total"])):

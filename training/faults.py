@@ -13,7 +13,7 @@ from callbacks.agree import from_rank_0, on_any_rank
 from callbacks.culprit import name_culprit
 from callbacks.guards import Spike, SpikeDetector, StepGuard
 from callbacks.ledger import Ledger
-from data.loader import Batch
+from data.batches import Batch
 from durable import remove_folder
 from schema import RunError
 from training import signals

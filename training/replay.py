@@ -12,8 +12,9 @@ from rich.panel import Panel
 from rich.text import Text
 
 from callbacks.ledger import nearest_line
+from data.batches import Assembler, join_pieces
 from data.lanes import Rows
-from data.loader import Assembler, MixtureDataset, join_pieces, tokenizer_folder
+from data.loader import MixtureDataset, tokenizer_folder
 from data.masking import IGNORE, MaskingConfig
 from data.shards import Stream
 from data.tokenizer import corpus_tokenizer

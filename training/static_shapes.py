@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from data.loader import Batch
+from data.batches import Batch
 from data.masking import IGNORE
 
 

@@ -13,16 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from data.batches import SEEN, Batch
 from data.lanes import LaneCursor
-from data.loader import (
-    SEEN,
-    Batch,
-    Loader,
-    LoaderConfig,
-    LoaderPhase,
-    build_loader,
-    canonical_lanes,
-)
+from data.loader import Loader, LoaderConfig, LoaderPhase, build_loader, canonical_lanes
 from data.masking import IGNORE, MaskingConfig
 from data.mixture import DataConfig, StreamConfig
 from data.shards import open_stream

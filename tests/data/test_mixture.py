@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.loader import LoaderConfig, LoaderPhase, MixtureDataset, join_pieces
+from data.batches import join_pieces
+from data.loader import LoaderConfig, LoaderPhase, MixtureDataset
 from data.masking import MaskingConfig
 from data.mixture import DataConfig, StreamConfig, StreamShare, stream_weights
 from schema import ConfigError

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from data.loader import SEEN, LoaderConfig, LoaderPhase, MixtureDataset, build_loader, count_seen, join_pieces
+from data.batches import SEEN, count_seen, join_pieces
+from data.loader import LoaderConfig, LoaderPhase, MixtureDataset, build_loader
 from data.masking import MaskingConfig
 from data.mixture import DataConfig, StreamConfig, StreamShare
 from data.packing import SPECIAL_TOKENS_PER_SEQUENCE

@@ -16,7 +16,8 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
-from data.loader import SEEN, build_loader
+from data.batches import SEEN
+from data.loader import build_loader
 from flexbert import FlexBertConfig, build, from_hf
 from tests.data.servers import Bucket, run_moto, s3_environment
 from tests.training.runs import (
