@@ -17,8 +17,7 @@ from callbacks.lines import append_line, flat, step_of, trim_lines
 
 
 class MetricsLog(Callback):
-    """One line per interval, the last may be shorter; numbers do not depend on world size, nor (but for times) on
-    restarts.
+    """One line per interval; numbers of a step do not depend on world size, nor (but for times) on restarts.
 
     | logged | unit | event, interval |
     |---|---|---|
@@ -77,7 +76,7 @@ class MetricsLog(Callback):
             self._window["loss"] += loss
             self._window["steps"] += 1
         step = state.timestamp.batch.value
-        if step % self.log_interval == 0 or state.timestamp.batch == state.max_duration:
+        if step % self.log_interval == 0:
             self._write_line(step, state, logger)
 
     def state_dict(self) -> dict[str, Any]:

@@ -297,7 +297,10 @@ class Run:
             # loader's workers, which are its forks, needs to walk through it.
             gc.collect()
             gc.freeze()
-            self.trainer.fit()
+            try:
+                self.trainer.fit()
+            finally:
+                gc.unfreeze()
             if self.faults.preempted:
                 self.saver.settle_last(finished=False)
                 self.trainer.close()  # together: a launcher kills the rest when the first rank is gone
