@@ -20,7 +20,7 @@ class _Tensors(NamedTuple):
     params: list[Tensor]
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
-    mean_squares: Tensor  # (params,) float32: this rank's sum of grad^2 / max(exp_avg_sq, eps^2) over all its elements
+    mean_squares: Tensor  # (params,) float32: of grad^2 / max(exp_avg_sq, eps^2), this rank's part of each mean
 
 
 class ShardedStableAdamW(StableAdamW):

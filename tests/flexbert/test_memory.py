@@ -85,7 +85,7 @@ def test_tables_of_angles_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_gate_is_its_formula_and_keeps_what_it_was_given(
     tokens: int, dtype: torch.dtype, activation: str, half: str
 ) -> None:
-    """gelu and silu, bit by bit the gradient of autograd; in bfloat16 but for one rounding less of g * b."""
+    """Against torch's functions and autograd, to rounding; gelu and silu without keeping the activated half."""
     module: Any = (
         build(tiny(mlp={"name": "glu", "activation": activation, "activated_half": half})).encoder.layers[1].mlp
     )

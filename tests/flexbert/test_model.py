@@ -15,15 +15,21 @@ from schema import ConfigError
 from tests.flexbert.conftest import ODD_LENGTHS, batch_of, gradients, tiny
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_chunked_loss_is_plain_cross_entropy(chunk: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS_DEFAULT", chunk * 50)
+def loss_inputs(with_bias: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """States (65, 8), decoder weight (50, 8) and bias (50,), targets (65,)."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(65, 8, generator=generator).requires_grad_()
     weight = torch.randn(50, 8, generator=generator).requires_grad_()
     bias = torch.randn(50, generator=generator).requires_grad_() if with_bias else None
     targets = torch.randint(0, 50, (65,), generator=generator)
+    return hidden, weight, bias, targets
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_chunked_loss_is_plain_cross_entropy(chunk: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS_DEFAULT", chunk * 50)
+    hidden, weight, bias, targets = loss_inputs(with_bias)
     inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
     expected = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="sum")
     loss = masked_cross_entropy(hidden, weight, bias, targets)
@@ -65,11 +71,7 @@ def test_compiled_chunks_are_the_same_function(
     smoothing: float, z_loss: float, with_bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on CUDA, of chunks of different sizes: of 6 or 7 rows, then one of all."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(65, 8, generator=generator).requires_grad_()
-    weight = torch.randn(50, 8, generator=generator).requires_grad_()
-    bias = torch.randn(50, generator=generator).requires_grad_() if with_bias else None
-    targets = torch.randint(0, 50, (65,), generator=generator)
+    hidden, weight, bias, targets = loss_inputs(with_bias)
     inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
     for chunk in (7, 1000):
         monkeypatch.setattr(losses, "_CHUNK_ELEMENTS_DEFAULT", chunk * 50)

@@ -115,7 +115,7 @@ def test_decoupled_decay_is_relative_to_the_phases_peak() -> None:
 
 @pytest.mark.parametrize("decouple_lr", [True, False])
 def test_stableadamw_of_cuda_and_shards_is_optimis(decouple_lr: bool) -> None:
-    """All tensors at once against one by one, ten steps; gradients that grow clip some updates. Measured: 3e-8 apart."""
+    """All tensors at once against one by one, ten steps; gradients that grow clip some updates. Measured: 1.2e-7 apart."""
     ours, theirs = tiny(), tiny()
     options = {"lr": 0.02, "weight_decay": 0.1, "decouple_lr": decouple_lr}
     together, one_by_one = (make("stableadamw", model, **options) for model in (ours, theirs))
