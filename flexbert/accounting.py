@@ -59,19 +59,20 @@ def memory_estimate(
     ranks that share them; plus, where they do, weight and gradient of what is gathered at a time: two blocks, one of
     them on its way, and all that is in no block (PyTorch's fully_shard keeps its root whole).
 
-    Plus activations kept for backward: per token two numbers for each output of the layers' linear maps, which in a
-    ModernBERT layer is 10 * D + 4 * F (two norms' inputs and outputs, queries, keys and values before and after
-    rotation, attention's result; both halves of the gated mlp, the activated half and the product), in the last layer
-    from attention on for masked tokens only; per masked token 6 * D, plus the decoder's gradient, which the loss
-    computes ahead of backward, and a chunk of logits with its copy.
+    Plus activations kept for backward: per token inputs and outputs of the layers' linear maps, which in a ModernBERT
+    layer is 8 * D + 3 * F (two norms' inputs and outputs, queries, keys and values, attention's result; both halves of
+    the gated mlp and their product), F more with dropout inside the mlp, in the last layer from attention on for masked
+    tokens only; per masked token 6 * D, plus the decoder's gradient, which the loss computes ahead of backward, and a
+    chunk of logits with its copy. Not `attention_weights_memory`, which flash-attn does not need.
 
     activation_bytes: of one activation: 4 in float32, 2 in bfloat16. masked_fraction: masked tokens over all.
     """
     parameters = count_parameters(config)
-    layers = _on_meta(config).encoder.layers.modules()
-    outputs = sum(child.out_features for child in layers if isinstance(child, nn.Linear))
-    late = sum(linear.out_features for linear in _late(_on_meta(config)))
-    per_token = 2.0 * (outputs - (1 - masked_fraction) * late) + masked_fraction * 6 * config.hidden_size
+    layers = list(_on_meta(config).encoder.layers.modules())
+    ends = sum(child.in_features + child.out_features for child in layers if isinstance(child, nn.Linear))
+    ends += sum(child.Wo.in_features for child in layers if _drops(child, "inner_dropout"))
+    late = sum(linear.in_features + linear.out_features for linear in _late(_on_meta(config)))
+    per_token = ends - (1 - masked_fraction) * late + masked_fraction * 6 * config.hidden_size
     head = 4 * config.vocab_size * config.hidden_size + 2 * 4 * min(
         int(masked_fraction * tokens_per_microbatch) * config.vocab_size, 2**26
     )
@@ -80,6 +81,17 @@ def memory_estimate(
         blocks = [sum(weight.numel() for weight in block.parameters()) for block in _on_meta(config).encoder.layers]
         kept += 8 * (parameters - sum(blocks) + sum(sorted(blocks)[-2:]))
     return round(kept + activation_bytes * per_token * tokens_per_microbatch + head)
+
+
+def attention_weights_memory(config: FlexBertConfig, seq_len: int, activation_bytes: int = 4) -> int:
+    """Bytes per token of sequences of `seq_len` tokens that kernels other than flash-attn's keep for the gradient of
+    dropped attention weights (in BERT): weights, their dropout and its result. 0 without such dropout."""
+    dropped = sum(_drops(child, "probs_dropout") for child in _on_meta(config).modules())
+    return 3 * activation_bytes * dropped * config.num_attention_heads * seq_len
+
+
+def _drops(module: nn.Module, place: str) -> bool:
+    return getattr(getattr(module, "config", None), place, 0.0) > 0
 
 
 @functools.lru_cache(maxsize=8)

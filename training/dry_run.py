@@ -13,7 +13,7 @@ from data.mixture import MixtureOrder, stream_weights
 from data.shards import Stream
 from data.transfer import is_url
 from flexbert import build
-from flexbert.accounting import flops_per_token, memory_estimate
+from flexbert.accounting import attention_weights_memory, flops_per_token, memory_estimate
 from schema import ConfigError
 from training.branching import read_origin
 from training.config import PhaseConfig, RunConfig
@@ -80,9 +80,10 @@ def _phase_facts(
     half = config.trainer.precision == "amp_bf16" or (config.trainer.precision == "auto" and torch.cuda.is_available())
     shards = world_size if PARALLELISMS.build(config.trainer.parallelism, world_size=world_size).shards else 1
     averages = int(config.ema is not None)
-    memory = memory_estimate(
-        config.model, rows * phase.max_seq_len, phase.masking.rate, 2 if half else 4, shards, averages
-    )
+    tokens, activation_bytes = rows * phase.max_seq_len, 2 if half else 4
+    memory = memory_estimate(config.model, tokens, phase.masking.rate, activation_bytes, shards, averages)
+    scores = attention_weights_memory(config.model, phase.max_seq_len, activation_bytes) * tokens
+    more = f", {scores / 2**30:.2f} GiB more for dropped attention weights without flash-attn" if scores else ""
     ranks = f"{world_size} ranks, {'sharded' if shards > 1 else 'each whole'}" if world_size > 1 else "1 rank"
     steps = [segment.tokens_per_step for segment in phase.segments]
     return {
@@ -99,7 +100,7 @@ def _phase_facts(
         "checkpoints": f"{plan.checkpoints(phase, config.checkpoint.interval):,}",
         "FLOPs per token": f"{flops / 1e9:.3f} G",
         "FLOPs": f"{flops * phase.tokens:.3e}",
-        "memory per rank": f"{memory / 2**30:.2f} GiB in microbatches of {rows}; {ranks}",
+        "memory per rank": f"{memory / 2**30:.2f} GiB in microbatches of {rows}{more}; {ranks}",
     }
 
 

