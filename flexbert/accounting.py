@@ -68,7 +68,7 @@ def memory_estimate(
     activation_bytes: of one activation: 4 in float32, 2 in bfloat16. masked_fraction: masked tokens over all.
     """
     parameters = count_parameters(config)
-    layers = list(_on_meta(config).encoder.layers.modules())
+    layers: list[Any] = list(_on_meta(config).encoder.layers.modules())
     ends = sum(child.in_features + child.out_features for child in layers if isinstance(child, nn.Linear))
     ends += sum(child.Wo.in_features for child in layers if _drops(child, "inner_dropout"))
     late = sum(linear.in_features + linear.out_features for linear in _late(_on_meta(config)))
