@@ -66,7 +66,7 @@ class Ledger(Callback):
 
     def write_skip(self, step: int, skip: range, spike: dict[str, Any]) -> None:
         """Add the line of a rollback to `step`, synced: what follows depends on it (rank 0)."""
-        append_line(self.file, {"step": step, "skip": [skip.start, skip.stop - 1], "spike": spike})
+        append_line(self.file, {"step": step, "skip": first_and_last(skip), "spike": spike})
         sync(self.file)
 
     def skips(self) -> list[range]:
@@ -78,6 +78,18 @@ class Ledger(Callback):
     def trim(self, step: int) -> None:
         """Drop the lines of steps that a restart will repeat (rank 0)."""
         trim_lines(self.file, step, keep=_is_skip)
+
+
+def knows_rollbacks(state: dict[str, Any], skipped: list[range]) -> bool:
+    """Whether a checkpoint's state is of the history in which these steps were skipped: it is of before them, or was
+    written by a run that had skipped them."""
+    known = state["faults"]["skipped"]
+    return all(state["step"] < steps.start or first_and_last(steps) in known for steps in skipped)
+
+
+def first_and_last(steps: range) -> list[int]:
+    """As JSON holds skipped steps."""
+    return [steps.start, steps.stop - 1]
 
 
 def _is_skip(line: str) -> bool:

@@ -160,6 +160,17 @@ def newest_checkpoint(folder: Path, accept: Callable[[dict[str, Any]], bool] = l
     return None
 
 
+def newest_whole(folder: Path) -> int:
+    """Tokens of the newest checkpoint that is whole by its hashes; -1: there is none."""
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            verify_checkpoint(path)
+        except RunError:
+            continue
+        return tokens_of(path)
+    return -1
+
+
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Copy a checkpoint into a model and its optimizer, in place. Raises RunError when shapes or names differ."""
     try:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from callbacks.agree import from_rank_0, on_any_rank
 from callbacks.culprit import name_culprit
 from callbacks.guards import Spike, SpikeDetector, StepGuard
-from callbacks.ledger import Ledger
+from callbacks.ledger import Ledger, first_and_last, knows_rollbacks
 from data.batches import Batch
 from durable import remove_folder
 from schema import RunError
@@ -50,16 +50,11 @@ class Faults:
         """The newest whole one of this run's history: one that knows nothing of a rollback to before it is of a
         history that was given up. Learns from the ledger what to skip. A collective."""
         self.guard.skipped = skipped = from_rank_0(self.ledger.skips())
-        return newest_checkpoint(
-            self.saver.folder,
-            lambda state: all(
-                state["step"] < steps.start or _pair(steps) in state["faults"]["skipped"] for steps in skipped
-            ),
-        )
+        return newest_checkpoint(self.saver.folder, lambda state: knows_rollbacks(state, skipped))
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values for the checkpoint."""
-        return {**self.guard.state_dict(), "skipped": [_pair(steps) for steps in self.guard.skipped]}
+        return {**self.guard.state_dict(), "skipped": [first_and_last(steps) for steps in self.guard.skipped]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.guard.load_state_dict(state)
@@ -112,11 +107,6 @@ class Faults:
         model = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
         seed = self._generator_seed(state.timestamp.batch.value)
         return name_culprit(state, model, microbatches, seed)
-
-
-def _pair(steps: range) -> list[int]:
-    """First and last."""
-    return [steps.start, steps.stop - 1]
 
 
 def lost_rank(error: RuntimeError) -> RunError | None:

@@ -6,6 +6,7 @@ manifest of the checkpoint that they belong to; lines of later steps are dropped
 """
 
 import io
+import json
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -13,10 +14,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from callbacks.agree import from_rank_0
+from callbacks.ledger import Ledger, knows_rollbacks
 from data.transfer import Patience, Store, TransferError, open_store, with_retries
-from durable import new_folder, write_file
+from durable import holder, new_folder, write_file
 from schema import ConfigError, RunError
-from training.checkpoint import MANIFEST, list_checkpoints, tokens_of, verify_checkpoint
+from training.checkpoint import MANIFEST, list_checkpoints, newest_whole, tokens_of, verify_checkpoint
 from training.config import CheckpointConfig, RunConfig
 from training.folder import RunFolder
 from training.retention import Facts, facts_of, surplus
@@ -70,17 +72,22 @@ class RemoteCheckpoints:
             raise NotCopiedError(f"{self.url}: {newest.name} not copied: {error}; it is whole in {newest}") from error
 
     def fetch(self, folder: RunFolder, config: RunConfig) -> None:
-        """Bring the newest whole checkpoint into a run folder that has none; others are skipped, loudly.
+        """Bring the newest whole checkpoint into the run folder when none there is as new: on a fresh machine, where
+        its own are damaged, or where the run has gone on elsewhere since. Others are skipped, loudly.
 
-        Raises RunError when there are some and none is of use, or the server cannot be reached: starting over silently
-        would hide the loss; ConfigError when the run was started with a config that trains otherwise.
+        Raises RunError when the folder has no whole one and none of those there is of use, or the server cannot be
+        reached: starting over, or from an older one, would silently lose what is there; ConfigError when the run was
+        started with a config that trains otherwise.
         """
+        here, skipped = newest_whole(folder.checkpoints), Ledger(folder.ledger, []).skips()
         try:
             store = open_store(self.url, self._patience)
-            found = self._checkpoints(store)
+            found = {name: files for name, files in self._checkpoints(store).items() if _tokens(name) > here}
             whole = [name for name in sorted(found, key=_tokens, reverse=True) if MANIFEST in found[name]]
             for name in found.keys() - whole:
                 log.warning("SKIPPING HALF-COPIED CHECKPOINT %s/%s: it has no manifest", self.url, name)
+            if skipped:  # here the run went back to an older one, and was ended before the next copy
+                whole = [name for name in whole if self._knows(store, name, skipped)]
             if whole:
                 self._fetch_history(store, folder)
                 folder.check_config(config)
@@ -98,7 +105,7 @@ class RemoteCheckpoints:
         except (TransferError, OSError) as error:
             fix = "mend that, or leave checkpoint.remote out to start without"
             raise RunError(f"{self.url}: cannot look for checkpoints: {error}: {fix}") from None
-        if whole:
+        if whole and here < 0:
             raise RunError(f"{self.url}: none of the {len(whole)} checkpoints is whole: delete them to start over")
 
     def probe(self) -> int:
@@ -150,6 +157,13 @@ class RemoteCheckpoints:
             self._facts[name] = facts_of(self._read(store, f"{name}/{_STATE}"))
         return self._facts[name]
 
+    def _knows(self, store: Store, name: str, skipped: list[range]) -> bool:
+        try:
+            return knows_rollbacks(json.loads(self._read(store, f"{name}/{_STATE}"))["run"], skipped)
+        except (ValueError, KeyError, TypeError):
+            log.warning("SKIPPING DAMAGED CHECKPOINT %s/%s: %s is damaged", self.url, name, _STATE)
+            return False
+
     def _read(self, store: Store, name: str) -> bytes:
         return with_retries(lambda: b"".join(map(bytes, store.blocks(name))), self._patience)
 
@@ -174,9 +188,10 @@ def _tokens(name: str) -> int:
 
 
 def fetch_newest(config: RunConfig, folder: RunFolder, rank: int) -> None:
-    """Before anything else looks into a run folder without checkpoints: see RemoteCheckpoints.fetch. A collective."""
+    """Before anything else looks into a run folder: see RemoteCheckpoints.fetch. A collective."""
     problem = None
-    if rank == 0 and config.checkpoint.remote is not None and not list_checkpoints(folder.checkpoints):
+    live = holder(folder.lock) is not None  # opening the folder will say so
+    if rank == 0 and config.checkpoint.remote is not None and not live:
         try:
             RemoteCheckpoints(config).fetch(folder, config)
         except (ConfigError, RunError) as error:

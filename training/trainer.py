@@ -6,7 +6,6 @@ import json
 import logging
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +14,6 @@ from composer.trainer import Trainer
 from composer.utils import dist
 from rich.console import Console
 
-import flexbert
-from callbacks.agree import from_rank_0
 from callbacks.ema import WeightAverage
 from callbacks.ledger import Ledger
 from callbacks.lines import flat, read_lines
@@ -27,12 +24,11 @@ from callbacks.schedule import StepSchedule
 from callbacks.together import Together, without_ceremony
 from callbacks.watchdog import Watchdog
 from data.keyed import torch_seed
-from data.loader import Loader, build_loader, check_tokenizer, tokenizer_folder
+from data.loader import Loader, build_loader, check_tokenizer
 from data.workers import worker_death
 from durable import write_file
 from flexbert import build
 from flexbert.config import without_init
-from flexbert.hf import check_exportable
 from schema import ConfigError, RunError
 from training import report, signals
 from training.allocator import keep_freed_memory
@@ -42,6 +38,7 @@ from training.composed import MaskedLanguageModel, Microbatch, count_tokens, spl
 from training.config import RunConfig
 from training.curves import draw_curves
 from training.evaluation import Evaluator
+from training.exporting import Exporter
 from training.faults import COLLECTIVE_MARGIN, Faults, lost_rank
 from training.folder import RunFolder
 from training.gauges import build_gauges
@@ -51,7 +48,7 @@ from training.parallelism import PARALLELISMS, Parallelism
 from training.phases import PhasePlan
 from training.remote_checkpoints import RemoteCheckpoints, fetch_newest
 from training.saving import Saver
-from training.shards import cut_like, reshard, whole_model
+from training.shards import cut_like, reshard
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +111,7 @@ class Run:
             self.gauges,
         )
         self.ema = None if config.ema is None else WeightAverage(self.model, config.ema.decay, self._ema_due)
+        self.exporter = Exporter(config, self.plan, self.model, self.ema, self.folder.exports, self.metrics)
         self.seconds_before = 0.0  # of earlier processes, up to their last checkpoint
         self.started = time.monotonic()
         self.evaluation: tuple[int, dict[str, Any]] | None = None
@@ -177,7 +175,7 @@ class Run:
             [
                 (self._evaluation_due, self._evaluate),
                 (self._checkpoint_due, self._save),
-                (self.plan.is_milestone, self._export),
+                (self.plan.is_milestone, self.exporter.export),
             ],
             on_resume=self._catch_up,
             after=self.metrics.start_clock,
@@ -328,7 +326,7 @@ class Run:
         if step and self._evaluation_due(step) and self._evaluated != step:
             self._evaluate(step)
         if self.plan.is_milestone(step):
-            self._export(step)
+            self.exporter.export(step)
 
     def _evaluate(self, step: int) -> None:
         result = self._measure()
@@ -376,35 +374,6 @@ class Run:
             path = self.folder.checkpoints / checkpoint_name(self.plan.tokens_before(step))
             self.saver.start(path, snapshot, state)
 
-    def _export(self, step: int) -> None:
-        self._write_export(step, self.export_path(step), "validation", None)
-        if self.ema is not None and self.ema.updates:
-            note = (
-                f"These weights are an exponential moving average of the training's: decay {self.ema.decay:g}, "
-                f"{self.ema.updates:,} updates."
-            )
-            with self.ema.swapped_in():
-                self._write_export(step, self.export_path(step, "-ema"), "validation_ema", note)
-
-    def _write_export(self, step: int, path: Path, evaluation: str, note: str | None) -> None:
-        if from_rank_0(path.exists()):
-            return
-        try:
-            check_exportable(self.config.model)
-        except ConfigError as error:  # a component of `imports`; the checkpoint has the weights
-            if self.rank == 0:
-                log.warning("no export of step %d: %s", step, error)
-            return
-        model = whole_model(self.model, self.rank == 0)
-        if model is not None:
-            facts = self.metrics.evaluation_at(step, evaluation)
-            card = report.model_card(self.config, self.plan, self.plan.tokens_before(step), facts, note)
-            flexbert.to_hf(model, tokenizer_folder(self.config.data), path, card=card)
-        dist.barrier()
-
-    def export_path(self, step: int, suffix: str = "") -> Path:
-        return self.folder.exports / (checkpoint_name(self.plan.tokens_before(step)) + suffix)
-
     @property
     def seconds(self) -> float:
         """Wall-clock seconds of this run's processes, less what a kill threw away."""
@@ -416,10 +385,10 @@ class Run:
         step = self.plan.total_steps
         if self.evaluation is None or self.evaluation[0] != step:
             self._evaluate(step)
-        self._export(step)
+        self.exporter.export(step)
         assert self.evaluation is not None
         stream_tokens = self.ledger.real_tokens()
-        tokens = sum(stream_tokens.values())
+        tokens, export = sum(stream_tokens.values()), self.exporter.path(step)
         summary = {
             "tokens": tokens,
             "tokens_per_second": tokens / self.metrics.train_seconds,
@@ -428,7 +397,7 @@ class Run:
             "stream_tokens": stream_tokens,
             "streams": self.ledger.totals(),
             "steps": step,
-            "export": str(self.export_path(step)) if self.export_path(step).exists() else None,
+            "export": str(export) if export.exists() else None,
             "seconds": self.seconds,
             "train_seconds": self.metrics.train_seconds,
         }

@@ -132,7 +132,7 @@ def test_a_killed_run_has_the_same_average(
         def open_with_a_stop(run: trainer.Run, step: int = step, export: bool = export) -> None:
             opened(run)
             if export:
-                monkeypatch.setattr(run, "_write_export", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+                monkeypatch.setattr(run.exporter, "_write", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
             else:
                 run.trainer.state.callbacks.append(Stop(step))
 

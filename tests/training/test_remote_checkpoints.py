@@ -1,5 +1,6 @@
 """checkpoint.remote against a real S3 server: a machine that lost its disk goes on bit-equal, and failures harm nothing."""
 
+import json
 import logging
 import re
 import shutil
@@ -10,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from callbacks.ledger import Ledger
 from callbacks.lines import read_lines
 from schema import ConfigError, RunError
 from tests.data.servers import BUCKET, Bucket, Proxy
@@ -130,6 +132,62 @@ def test_what_is_half_copied_or_damaged_is_skipped_loudly(
     machine.lose_disk()
     with pytest.raises(RunError, match=r"^s3://data/.*/run: none of the 6 checkpoints is whole: "):
         machine.train()
+
+
+def back_to(run: Path, step: int) -> None:
+    """The run folder as it was when a machine was lost in the step after this one."""
+    (run / "summary.json").unlink()
+    for path in list_checkpoints(run / "checkpoints"):
+        if int(path.name.removeprefix("tokens-")) > step * SLOTS:
+            shutil.rmtree(path)
+
+
+def test_a_disk_behind_the_copies_catches_up(
+    machine: Machine, straight: dict[str, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run was here until step 2, and elsewhere until step 4."""
+    run = machine.train()
+    back_to(run, 2)
+    machine.forget(5, 6)
+    run = machine.train()
+    assert f"{run}: {name(4)} comes from {machine.options['remote']}/run" in caplog.text
+    assert weights(run) == straight
+    assert steps_of(run) == list(range(1, STEPS + 1))
+    assert machine.copied().keys() == {name(step) for step in range(1, STEPS + 1)}
+
+    caplog.clear()
+    back_to(run, 4)
+    machine.forget(5, 6)
+    machine.train()
+    assert "comes from" not in caplog.text  # nothing there was newer
+    assert weights(run) == straight
+
+
+def test_damaged_checkpoints_are_replaced_by_their_copies(
+    machine: Machine, straight: dict[str, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = machine.train()
+    (run / "summary.json").unlink()
+    for path in list_checkpoints(run / "checkpoints"):
+        (path / "model.safetensors").write_bytes(b"")
+    machine.forget(6)
+    machine.train()
+    assert f"{name(5)} comes from" in caplog.text
+    assert weights(run) == straight
+
+
+def test_a_history_that_was_given_up_does_not_come_back(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
+    """Back at step 2 after a loss spike in step 3, and ended before the next copy: those of steps 3 to 6 are void."""
+    run = machine.train()
+    void = weights(run)
+    back_to(run, 2)
+    Ledger(run / "ledger.jsonl", []).write_skip(2, range(3, 4), {})
+    machine.train()
+    assert "comes from" not in caplog.text
+    assert weights(run) != void
+    assert machine.copied().keys() == {path.name for path in list_checkpoints(run / "checkpoints")}
+    state = machine.bucket.get(f"{machine.prefix}/{name(6)}/state.json")
+    assert json.loads(state)["run"]["faults"]["skipped"] == [[3, 3]]
 
 
 def test_a_server_that_fails_for_a_while(

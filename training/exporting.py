@@ -1,0 +1,68 @@
+"""What a run exports at the end of each phase: its weights, and their moving average, as folders for `transformers`."""
+
+import logging
+from pathlib import Path
+
+from composer.utils import dist
+
+import flexbert
+from callbacks.agree import from_rank_0
+from callbacks.ema import WeightAverage
+from callbacks.metrics import MetricsLog
+from data.loader import tokenizer_folder
+from flexbert.hf import check_exportable
+from flexbert.model import FlexBertForMaskedLM
+from schema import ConfigError
+from training import report
+from training.checkpoint import checkpoint_name
+from training.config import RunConfig
+from training.phases import PhasePlan
+from training.shards import whole_model
+
+log = logging.getLogger(__name__)
+
+
+class Exporter:
+    """Writes exports/tokens-N and, with an average, exports/tokens-N-ema; what is there already is left."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: PhasePlan,
+        model: FlexBertForMaskedLM,
+        ema: WeightAverage | None,
+        folder: Path,
+        metrics: MetricsLog,
+    ) -> None:
+        self.config, self.plan, self.model, self.ema = config, plan, model, ema
+        self.folder, self.metrics = folder, metrics
+
+    def path(self, step: int, suffix: str = "") -> Path:
+        return self.folder / (checkpoint_name(self.plan.tokens_before(step)) + suffix)
+
+    def export(self, step: int) -> None:
+        """The state after `step` steps. A collective."""
+        self._write(step, self.path(step), "validation", None)
+        if self.ema is not None and self.ema.updates:
+            note = (
+                f"These weights are an exponential moving average of the training's: decay {self.ema.decay:g}, "
+                f"{self.ema.updates:,} updates."
+            )
+            with self.ema.swapped_in():
+                self._write(step, self.path(step, "-ema"), "validation_ema", note)
+
+    def _write(self, step: int, path: Path, evaluation: str, note: str | None) -> None:
+        if from_rank_0(path.exists()):
+            return
+        try:
+            check_exportable(self.config.model)
+        except ConfigError as error:  # a component of `imports`; the checkpoint has the weights
+            if dist.get_global_rank() == 0:
+                log.warning("no export of step %d: %s", step, error)
+            return
+        model = whole_model(self.model, dist.get_global_rank() == 0)
+        if model is not None:
+            facts = self.metrics.evaluation_at(step, evaluation)
+            card = report.model_card(self.config, self.plan, self.plan.tokens_before(step), facts, note)
+            flexbert.to_hf(model, tokenizer_folder(self.config.data), path, card=card)
+        dist.barrier()
