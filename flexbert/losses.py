@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flexbert.products import factor, product
+from flexbert.products import factor, factor_, product
 from flexbert.registry import LOSSES
 from schema import Component
 
@@ -212,7 +212,7 @@ def _chunk_gradient(
     else:
         gradient.scatter_add_(1, target, gradient.new_full(target.shape, label_smoothing - 1.0))
     bias_gradient = None if bias is None else gradient.sum(0)
-    return _ChunkGradient(factor(gradient, dtype), bias_gradient, loss, chosen, largest, log_norm)
+    return _ChunkGradient(factor_(gradient, dtype), bias_gradient, loss, chosen, largest, log_norm)
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from torch import Tensor
 _AVAILABLE = torch.backends.mkldnn.is_available()
 _ONEDNN: Any = torch.ops.mkldnn
 _LACKS_BFLOAT16 = _AVAILABLE and not _ONEDNN._is_mkldnn_bf16_supported()
+CAST_ROWS = 2048  # that the CPU has in float32 at a time where it lacks bfloat16: they stay in the cache
 
 
 def lacks(dtype: torch.dtype, device: str) -> bool:
@@ -24,9 +25,24 @@ def lacks(dtype: torch.dtype, device: str) -> bool:
 
 
 def factor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A factor of products in `dtype`: rounded to it, and where the machine lacks those, float32 again."""
-    rounded = tensor.to(dtype)
-    return rounded.float() if lacks(dtype, tensor.device.type) else rounded
+    """A factor of products in `dtype`, without gradients: rounded to it, and where the machine lacks those, float32
+    again."""
+    if not lacks(dtype, tensor.device.type):
+        return tensor.to(dtype)
+    return _round(tensor, torch.empty_like(tensor, dtype=torch.float32), dtype)
+
+
+def factor_(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`factor` of a float32 tensor that nobody needs after it: on its memory, where the machine lacks `dtype`."""
+    return _round(tensor, tensor, dtype) if lacks(dtype, tensor.device.type) else tensor.to(dtype)
+
+
+def _round(tensor: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:
+    """Into `out` what `dtype` makes of the tensor, part by part: no copy of all of it is made."""
+    rows = max(1, 2**20 // max(1, tensor[:1].numel()))
+    for part, place in zip(tensor.split(rows), out.split(rows), strict=True):
+        place.copy_(part.to(dtype))
+    return out
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -53,7 +69,13 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(rows, weight, bias)
     if rows.dtype == torch.float32:
         return _onednn_linear(rows, weight, bias)
-    return _onednn_linear(rows.float(), weight.float(), None if bias is None else bias.float()).to(rows.dtype)
+    weight, bias = weight.float(), None if bias is None else bias.float()
+    if torch.compiler.is_compiling() or rows.ndim > 2:
+        return _onednn_linear(rows.float(), weight, bias).to(rows.dtype)
+    out = rows.new_empty(len(rows), len(weight))
+    for part, place in zip(rows.split(CAST_ROWS), out.split(CAST_ROWS), strict=True):
+        place.copy_(_onednn_linear(part.float(), weight, bias))
+    return out
 
 
 # oneDNN's names for what it can apply to a product while that is in the cache.

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from flexbert.products import CAST_ROWS
 from flexbert.registry import ModelComponent
 
 if TYPE_CHECKING:
@@ -194,6 +195,10 @@ class _RotatePairs(torch.autograd.Function):
 def _turn_pairs(states: Tensor, pairs: Tensor, out: Tensor) -> None:
     """states (T, n, H) turned into `out`; its components are neighbours in pairs, as far as they turn."""
     dim = 2 * pairs.shape[-1]
+    if states.device.type == "cpu" and states.dtype != torch.float32 and len(states) > CAST_ROWS:
+        for part in zip(states.split(CAST_ROWS), pairs.split(CAST_ROWS), out.split(CAST_ROWS), strict=True):
+            _turn_pairs(*part)
+        return
     turning = states[..., :dim].to(torch.promote_types(states.dtype, torch.float32)).unflatten(-1, (-1, 2))
     if out.dtype == turning.dtype:
         torch.mul(

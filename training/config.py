@@ -154,7 +154,7 @@ class CheckpointConfig(Schema):
     remote: Annotated[Line, AfterValidator(_writable)] | None = Field(
         default=None,
         description="URL (s3://bucket/path, or of fsspec) where each checkpoint is copied, to URL/NAME; a run folder "
-        "without checkpoints fetches the newest whole one",
+        "without one that is whole and as new fetches the newest",
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flexbert import FlexBertConfig, build, losses
+from flexbert import FlexBertConfig, build, losses, rotary
 from flexbert.losses import TokenScores, masked_cross_entropy
 from flexbert.registry import LOSSES
 from flexbert.rotary import Rotation, pairs_of_halves, rotate, rotate_pairs
@@ -240,8 +240,9 @@ def test_scores_depend_on_distance_only() -> None:
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.25])
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
 def test_turning_pairs_gives_the_scores_and_gradients_of_turning_components(
-    layout: str, fraction: float, dtype: torch.dtype
+    layout: str, fraction: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(rotary, "CAST_ROWS", 2)  # five tokens in three parts
     heads, head_dim, width = (3, 1, 1), 16, 24
     options = {"layout": layout, "rotary_fraction": fraction}
     sizes: Any = {"hidden_size": 48, "num_attention_heads": 3}

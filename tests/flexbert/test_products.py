@@ -26,7 +26,7 @@ def test_linear_equals_torch(shape: tuple[int, ...], bias: bool) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [0, 1, 130])
+@pytest.mark.parametrize("rows", [0, 1, 130, 2049])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_rounds_factors_and_result_and_nothing_else(rows: int, bias: bool, autocast: bool) -> None:
     """Against float64 products of the rounded factors: whatever instructions this CPU has."""
@@ -52,8 +52,9 @@ def test_bfloat16_rounds_factors_and_result_and_nothing_else(rows: int, bias: bo
 def test_the_loss_in_bfloat16_is_that_of_rounded_factors() -> None:
     """Loss and gradients against float64, from hidden states and weights that bfloat16 holds exactly."""
     generator = torch.Generator().manual_seed(0)
-    states, weight = (torch.randn(n, 64, generator=generator).bfloat16().float() for n in (50, 301))
-    targets = torch.randint(0, 301, (50,), generator=generator)
+    # More classes than are rounded at a time, and masked tokens that share chunks with others
+    states, weight = (torch.randn(n, 64, generator=generator).bfloat16().float() for n in (50, 2**15))
+    targets = torch.randint(0, 2**15, (50,), generator=generator)
     tensors = [x.clone().requires_grad_() for x in (states, weight)]
     with torch.autocast("cpu", torch.bfloat16):
         loss = masked_cross_entropy(tensors[0], tensors[1], None, targets)
