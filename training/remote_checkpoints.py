@@ -103,7 +103,7 @@ class RemoteCheckpoints:
                     log.warning("%s: %s comes from %s", folder.path, name, self.url)
                     return
         except (TransferError, OSError) as error:
-            fix = "mend that, or leave checkpoint.remote out to start without"
+            fix = "mend that, or leave checkpoint.remote out to go on without"
             raise RunError(f"{self.url}: cannot look for checkpoints: {error}: {fix}") from None
         if whole and here < 0:
             raise RunError(f"{self.url}: none of the {len(whole)} checkpoints is whole: delete them to start over")

@@ -106,8 +106,11 @@ def test_flops_of_a_packed_batch_are_those_of_its_sequences() -> None:
 
 
 @pytest.mark.parametrize("lengths", [(512,) * 4, (100, 400, 30, 482, 512, 5, 7, 500)], ids=str)
-@pytest.mark.parametrize("preset", ["modernbert-tiny", "bert-base", "mosaicbert-base", "neobert"])
-def test_memory_estimate_is_near_what_autograd_keeps(preset: str, lengths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("preset", "within"), [("modernbert-tiny", 0.15), ("bert-base", 0.15), ("mosaicbert-base", 0.3), ("neobert", 0.3)]
+)
+def test_memory_estimate_is_near_what_autograd_keeps(preset: str, within: float, lengths: tuple[int, ...]) -> None:
+    """Within the 30 % that memory_estimate says, ModernBERT and BERT nearer."""
     small = {"num_hidden_layers": 4, "vocab_size": 8192}
     config = FlexBertConfig.model_validate(FlexBertConfig.from_yaml(preset).model_dump() | small)
     model = build(config)
@@ -125,7 +128,7 @@ def test_memory_estimate_is_near_what_autograd_keeps(preset: str, lengths: tuple
     logits = 2 * 4 * int(0.3 * tokens) * config.vocab_size  # alive during the loss only
     estimate = memory_estimate(config, tokens, 0.3) - 16 * count_parameters(config) - logits
     estimate += attention_weights_memory(config, 512) * tokens  # no flash-attn on the CPU
-    assert estimate == pytest.approx(measured, rel=0.3)
+    assert estimate == pytest.approx(measured, rel=within)
 
 
 def test_memory_of_a_rank_that_shares() -> None:
