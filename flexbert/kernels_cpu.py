@@ -22,6 +22,8 @@ _TILE = 2**22
 _MIN_QUERIES = 64
 
 _softmax_backward: Any = getattr(torch.ops.aten._softmax_backward_data, "out")  # noqa: B009  (unknown to the type checker)
+_ATTENTION: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_ATTENTION_BACKWARD: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @functools.cache
@@ -205,6 +207,41 @@ def _softmax(queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float) -
         scores.unflatten(0, (-1, len(mask))).copy_(mask)
         scores.baddbmm_(queries, columns, alpha=scale)
     return torch.softmax(scores, -1, out=scores)
+
+
+def in_float32(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """torch's attention in float32 of tables in a narrower dtype, which are what is kept for the gradients.
+
+    q: (B, N, M, H); k, v: (B, N, L, H). mask: without gradient, bool (True is seen) or float32 (added to the scores),
+    broadcast to (B, N, M, L). The result (B, N, M, H), of the dtype of q, lies token by token.
+    """
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, float("-inf"))
+    # A view of the values would keep the whole projection.
+    return _InFloat32.apply(q, k, v.contiguous(), mask)  # pyright: ignore[reportReturnType]
+
+
+class _InFloat32(torch.autograd.Function):
+    @staticmethod
+    @torch.autocast("cpu", enabled=False)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        found, log_norm = _ATTENTION(*_wide(q, k, v), attn_mask=mask)
+        out = found.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, log_norm, mask)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @torch.autocast("cpu", enabled=False)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, log_norm, mask = ctx.saved_tensors
+        gradient, *tables = _wide(gradients[0], q, k, v, out)
+        found = _ATTENTION_BACKWARD(gradient, *tables, log_norm, 0.0, False, attn_mask=mask)
+        return *(part.to(q.dtype) for part in found), None
+
+
+def _wide(*tables: Tensor) -> Iterator[Tensor]:
+    return (table.to(torch.float32, memory_format=torch.contiguous_format) for table in tables)
 
 
 def _windows(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, per_side: int) -> Tensor:

@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flexbert import build, losses, rotary
+from flexbert.kernels import attend
 from flexbert.losses import masked_cross_entropy, masked_evaluation
+from flexbert.plan import AttentionPlan
 from tests.flexbert.conftest import batch_of, tiny
 
 CHUNK = 2**13
@@ -107,3 +109,20 @@ def test_a_gate_is_its_formula_and_keeps_what_it_was_given(
     if activation != "relu" and tokens:
         assert len(wide) == 1
         assert not [x for x in kept if x.shape == gated.shape], "the activated half is made again"
+
+
+@pytest.mark.parametrize("lengths", [(300,), (40, 170, 90)], ids=["one", "several"])
+def test_attention_in_bfloat16_keeps_nothing_wider(lengths: tuple[int, ...]) -> None:
+    """For the gradients: queries, keys, values, the result, and the norm of each row of scores; in float32, where the
+    CPU computes it so, they would be twice as large."""
+    total, heads, dim = sum(lengths), 2, 32
+    plan = AttentionPlan(torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths), total)
+    qkv = torch.randn(total, 3 * heads, dim, dtype=torch.bfloat16, requires_grad=True)
+    kept: dict[int, Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x):
+        queries, keys, values = qkv.split(heads, dim=1)
+        attend(queries.clone(), keys.clone(), values.clone(), plan, window_size=(-1, -1), backend="sdpa")
+    slots = sum(bucket.batch * bucket.length for bucket in plan.buckets)
+    tables = [tensor for tensor in kept.values() if tensor.is_floating_point()]
+    assert sum(tensor.nbytes for tensor in tables) <= slots * heads * (4 * dim * 2 + 2 * 4)
+    assert len(tables) >= 4
