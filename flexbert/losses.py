@@ -124,7 +124,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         hidden_gradient = torch.empty_like(hidden_states)
-        weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        weight_gradient = None
         bias_gradient = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
         with torch.autocast(hidden_states.device.type, enabled=False):
             lowered = factor(weight, dtype)
@@ -138,10 +138,9 @@ class _MaskedCrossEntropy(torch.autograd.Function):
                 if bias_gradient is not None and found.bias_gradient is not None:
                     bias_gradient += found.bias_gradient
                 hidden_gradient[rows] = product(found.gradient, lowered.T)
-                if found.gradient.dtype == torch.float32:
-                    weight_gradient.addmm_(found.gradient.T, states)
-                else:
-                    weight_gradient += found.gradient.T @ states
+                weight_gradient = _with_product(weight_gradient, found.gradient.T, states)
+            if weight_gradient is None:
+                weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
         return total
@@ -158,6 +157,15 @@ class _MaskedCrossEntropy(torch.autograd.Function):
             None if bias_gradient is None else (bias_gradient * scale).to(bias_dtype),
             *(None,) * 6,
         )
+
+
+def _with_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """total + left @ right in float32, on the memory of `total`."""
+    if total is None:
+        return (left @ right).float()
+    if left.dtype == torch.float32:
+        return total.addmm_(left, right)
+    return total.add_(left @ right)
 
 
 def _product_dtype(states: Tensor) -> torch.dtype:

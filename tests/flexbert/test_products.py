@@ -4,13 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from flexbert import products
 from flexbert.losses import masked_cross_entropy
 from flexbert.products import linear
 
 
+@pytest.mark.parametrize("avx512", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1, 5, 3), (0, 5, 3), (7, 1, 1), (130, 384, 1152), (2, 33, 48, 31)], ids=str)
-def test_linear_equals_torch(shape: tuple[int, ...], bias: bool) -> None:
+def test_linear_equals_torch(shape: tuple[int, ...], bias: bool, avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_HAS_AVX512", avx512)
     generator = torch.Generator().manual_seed(0)
     *rows, inputs, outputs = shape
     given = [torch.randn(*rows, inputs, generator=generator), torch.randn(outputs, inputs, generator=generator)]
@@ -25,11 +28,15 @@ def test_linear_equals_torch(shape: tuple[int, ...], bias: bool) -> None:
         torch.testing.assert_close(ours, expected, atol=2e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("avx512", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 130, 2049])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_bfloat16_rounds_factors_and_result_and_nothing_else(rows: int, bias: bool, autocast: bool) -> None:
+def test_bfloat16_rounds_factors_and_result_and_nothing_else(
+    rows: int, bias: bool, autocast: bool, avx512: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against float64 products of the rounded factors: whatever instructions this CPU has."""
+    monkeypatch.setattr(products, "_HAS_AVX512", avx512)
     generator = torch.Generator().manual_seed(0)
     given = [torch.randn(rows, 384, generator=generator), torch.randn(96, 384, generator=generator)]
     given += [torch.randn(96, generator=generator)] if bias else []
