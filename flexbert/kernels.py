@@ -7,7 +7,7 @@ only `auto` chooses.
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -193,16 +193,19 @@ def _sdpa_global(
     wanted: Tensor | None,
 ) -> Tensor:
     """One call per bucket of sequences of similar length, padded to the bucket's longest."""
-    out = None
+    buckets = plan.buckets
+    asked = buckets if wanted is None else [plan.asked(number, wanted) for number in range(len(buckets))]
+    parts = zip(_by_bucket(q, asked), _by_bucket(k, buckets), _by_bucket(v, buckets), strict=True)
     narrow = _wants_float32(q)
-    for number, bucket in enumerate(plan.buckets):
-        asked = bucket if wanted is None else plan.asked(number, wanted)
-        if asked is None:
+    results = []
+    for number, (queries, keys, values) in enumerate(parts):
+        if not len(queries):
             continue
+        bucket, of_queries = buckets[number], asked[number]
         mask = bucket.key_is_real
         if slopes is not None:
             mask = plan.alibi_bucket(number, slopes, torch.float32 if narrow else q.dtype)
-        queries, keys, values = _table(q, asked), _table(k, bucket), _table(v, bucket)
+        queries, keys, values = _table(queries, of_queries), _table(keys, bucket), _table(values, bucket)
         if narrow:
             table = kernels_cpu.in_float32(queries, keys, values, mask)
         else:
@@ -212,18 +215,30 @@ def _sdpa_global(
                 keys, values = keys.contiguous(), values.contiguous()
             table = _sdpa_call(queries, keys, values, mask=mask, dropout_p=dropout_p)
         table = table.transpose(1, 2).flatten(0, 1)
-        if asked.tokens is None or asked.slots is None:
-            return table
-        part = spread_rows(gather_rows(table, asked.slots), asked.tokens, len(q))
-        out = part if out is None else out + part
-    assert out is not None
-    return out
+        results.append(table if of_queries.slots is None else gather_rows(table, of_queries.slots))
+    order = _order(asked)
+    return results[0] if order is None else spread_rows(torch.cat(results), order, len(q))
+
+
+def _order(buckets: list[Bucket]) -> Tensor | None:
+    """Packed indexes of the buckets' tokens, one after the other; None: as they are packed."""
+    found = [bucket.tokens for bucket in buckets if bucket.tokens is not None]
+    return torch.cat(found) if found else None
+
+
+def _by_bucket(rows: Tensor, buckets: list[Bucket]) -> Sequence[Tensor]:
+    """The rows (T, ...) of each bucket. All are moved at once: moved bucket by bucket, each has a gradient as large as
+    all rows."""
+    order = _order(buckets)
+    if order is None:
+        return (rows,)
+    return gather_rows(rows, order).split([0 if bucket.tokens is None else len(bucket.tokens) for bucket in buckets])
 
 
 def _table(rows: Tensor, bucket: Bucket) -> Tensor:
-    """(T, N, H) -> (B, N, L, H), the bucket's rows; a view where the batch is the table."""
-    if bucket.tokens is not None and bucket.slots is not None:
-        rows = spread_rows(gather_rows(rows, bucket.tokens), bucket.slots, bucket.batch * bucket.length)
+    """A bucket's rows (n, N, H) -> (B, N, L, H); a view where no slot is empty."""
+    if bucket.slots is not None:
+        rows = spread_rows(rows, bucket.slots, bucket.batch * bucket.length)
     return rows.unflatten(0, (bucket.batch, bucket.length)).transpose(1, 2)
 
 

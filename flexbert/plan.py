@@ -26,12 +26,12 @@ _MIN_NARROW = 32
 
 
 class Bucket(NamedTuple):
-    """Sequences of similar length, one per line of a (B, L) table. None for both indexes: the batch is the table."""
+    """Sequences of similar length, one per line of a (B, L) table."""
 
     batch: int
     length: int
-    tokens: Tensor | None  # int64: packed index of each of the bucket's tokens
-    slots: Tensor | None  # int64: index of each in the flattened table
+    tokens: Tensor | None  # int64: packed index of each of the bucket's tokens; None: all, as they are packed
+    slots: Tensor | None  # int64: index of each in the flattened table; None: they fill it
     key_is_real: Tensor | None  # (B, 1, 1, L) bool, None when no slot is empty
 
 
@@ -92,25 +92,24 @@ class AttentionPlan:
                 buckets.append(_bucket(starts[first:last], lengths[first:last], self.num_tokens, device))
         return buckets
 
-    def asked(self, number: int, wanted: Tensor) -> Bucket | None:
-        """Some of the queries of a bucket, in a table of as many lines; None: it has none of them.
+    def asked(self, number: int, wanted: Tensor) -> Bucket:
+        """Some of the queries of a bucket, in a table of as many lines, or of length 0 where it has none of them.
 
         wanted: (M,) int64, packed indexes, rising. `tokens` of the result are places in `wanted`. Cost: host syncs.
         """
-        bucket = self.buckets[number]
-        if bucket.tokens is None or bucket.slots is None:
-            lines, places = wanted // bucket.length, torch.arange(len(wanted), device=wanted.device)
+        bucket, places = self.buckets[number], None
+        if bucket.tokens is None:  # and no slot is empty
+            lines = wanted // bucket.length
         else:
-            slots = torch.full((self.num_tokens,), -1, device=wanted.device).index_copy_(0, bucket.tokens, bucket.slots)
+            slots = torch.arange(len(bucket.tokens), device=wanted.device) if bucket.slots is None else bucket.slots
+            slots = torch.full((self.num_tokens,), -1, device=wanted.device).index_copy_(0, bucket.tokens, slots)
             slots = slots.index_select(0, wanted)
             places = (slots >= 0).nonzero().squeeze(1)
             lines, order = (slots.index_select(0, places) // bucket.length).sort(stable=True)
             places = places.index_select(0, order)
-        if not len(places):
-            return None
         counts = lines.bincount(minlength=bucket.batch)
         length = int(counts.max())
-        within = torch.arange(len(places), device=wanted.device) - (counts.cumsum(0) - counts).index_select(0, lines)
+        within = torch.arange(len(lines), device=wanted.device) - (counts.cumsum(0) - counts).index_select(0, lines)
         return Bucket(bucket.batch, length, places, lines * length + within, None)
 
     def runs(self, dtype: torch.dtype) -> list[tuple[int, int, Tensor | None]]:
@@ -232,13 +231,12 @@ def _bucket(starts: Tensor, lengths: Tensor, num_tokens: int, device: torch.devi
     ragged = int(lengths[-1]) != length
     if not ragged and total == num_tokens:
         return Bucket(batch, length, None, None, None)
-    if ragged:
-        length = -(-length // 8) * 8  # CUDA's memory-efficient kernel wants masks aligned to 8
     firsts = lengths.cumsum(0) - lengths
     within = torch.arange(total) - firsts.repeat_interleave(lengths)
-    tokens = within + starts.repeat_interleave(lengths)
+    tokens = (within + starts.repeat_interleave(lengths)).to(device)
+    if not ragged:
+        return Bucket(batch, length, tokens, None, None)
+    length = -(-length // 8) * 8  # CUDA's memory-efficient kernel wants masks aligned to 8
     slots = within + (torch.arange(batch) * length).repeat_interleave(lengths)
-    key_is_real = (
-        (torch.arange(length)[None, :] < lengths[:, None]).view(batch, 1, 1, length).to(device) if ragged else None
-    )
-    return Bucket(batch, length, tokens.to(device), slots.to(device), key_is_real)
+    key_is_real = (torch.arange(length)[None, :] < lengths[:, None]).view(batch, 1, 1, length)
+    return Bucket(batch, length, tokens, slots.to(device), key_is_real.to(device))

@@ -1,10 +1,14 @@
 """Fixtures of the data tests that need a server."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from data import transfer
+from tests.data.remote import DOCUMENTS
 from tests.data.servers import Bucket, Proxy, run_moto, s3_environment
+from tests.data.synthetic import write_stream
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +39,27 @@ def proxy(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     yield proxy
     proxy.stop()
+
+
+@pytest.fixture(scope="session")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stream of them in a folder."""
+    return write_stream(tmp_path_factory.mktemp("remote") / "prose", "train", DOCUMENTS)
+
+
+@pytest.fixture(scope="session")
+def url(local: Path, bucket: Bucket) -> str:
+    """The stream on S3; tests that damage it make their own."""
+    return bucket.upload(local, "whole/prose/train")
+
+
+@pytest.fixture
+def own(local: Path, bucket: Bucket, tmp_path: Path) -> str:
+    """A copy on S3 that the test may damage."""
+    return bucket.upload(local, f"{tmp_path.name}/prose/train")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed request is repeated at once."""
+    monkeypatch.setattr(transfer, "_FIRST_DELAY", 0.02)
