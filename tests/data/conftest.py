@@ -43,7 +43,7 @@ def proxy(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 
 @pytest.fixture(scope="session")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stream of them in a folder."""
+    """A folder with the stream of tests.data.remote.DOCUMENTS."""
     return write_stream(tmp_path_factory.mktemp("remote") / "prose", "train", DOCUMENTS)
 
 

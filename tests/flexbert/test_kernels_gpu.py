@@ -1,6 +1,6 @@
 """The CUDA kernels against the eager reference, forward and backward, on the device itself.
 
-Every test here is skipped without one, with the reason; what the kernels are called with is tested in test_kernels.py.
+Every test here is skipped without one, with the reason; what the kernels are called with is tested in test_kernels_calls.py.
 """
 
 from typing import Any
