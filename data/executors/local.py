@@ -41,7 +41,8 @@ class Local(Executor):
         if self.workers > 1:
             from multiprocess import forkserver
 
-            forkserver.set_forkserver_preload(["data.pipeline", "streaming"])
+            os.environ["FLEXBERT_PREPARE_PID"] = str(os.getpid())  # for data.preload
+            forkserver.set_forkserver_preload(["data.preload", "data.pipeline", "streaming"])
             forkserver.ensure_running()
 
     def run(self, stage: Stage) -> None:

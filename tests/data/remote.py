@@ -66,10 +66,10 @@ def bytes_in(folder: Path) -> int:
         return sum(file.stat().st_size for file in folder.glob("*-*") if file.exists())
 
 
-def until(condition: Callable[[], object]) -> None:
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
     start = time.monotonic()
     while not condition():
-        assert time.monotonic() - start < 20
+        assert time.monotonic() - start < seconds
         time.sleep(0.005)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.remote import until
 from tests.data.servers import Bucket
 from tests.data.synthetic import documents, write_stream
 
@@ -108,4 +109,5 @@ def test_kills_leave_nothing_behind(s3: str, bucket: Bucket, tmp_path: Path) -> 
     assert limit // 2 < found["largest"] <= limit
     good = {f"{shard['xxh3_64']}-{shard['bytes']}" for shard in manifest["shards"]}
     assert set(found["names"]) <= good | {"lock"}
-    assert set(Path("/dev/shm").iterdir()) <= shared_memory
+    left = set(Path("/dev/shm").iterdir()) - shared_memory
+    until(lambda: left.isdisjoint(Path("/dev/shm").iterdir()), 120)  # what tests at the same time have there goes

@@ -124,12 +124,10 @@ reading = st.fixed_dictionaries(
     }
 )
 formats = st.tuples(st.sampled_from([300, 1 << 12, 1 << 20]), st.sampled_from([1, 2, 8]))
-slow = settings(
-    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
-)
+few = settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 
 
-@slow
+@few
 @given(
     corpora,
     shares,
@@ -151,7 +149,7 @@ def test_every_token_once_a_pass(
 few_long = st.lists(st.one_of(st.integers(1, 300), st.integers(1025, 1600)), min_size=2, max_size=4)
 
 
-@settings(slow, max_examples=8)
+@settings(few, max_examples=8)
 @given(
     st.lists(few_long, min_size=2, max_size=2),
     st.sampled_from([[{}, {}, {}], [{"weight": 2}, {"weight": 3}, {}]]),
@@ -200,7 +198,7 @@ def check_every_token_once(
         }
 
 
-@slow
+@few
 @given(
     corpora,
     reading,
@@ -254,7 +252,7 @@ mixtures = st.lists(
 )
 
 
-@slow
+@few
 @given(st.lists(lengths, min_size=3, max_size=3), reading, formats, mixtures)
 def test_a_change_of_mixture_loses_and_repeats_nothing(
     lengths: list[list[int]],
@@ -304,7 +302,7 @@ def trace(found: Corpus, dataset: MixtureDataset) -> list[list[Any]]:
     ]
 
 
-@settings(slow, max_examples=8)
+@settings(few, max_examples=8)
 @given(
     st.lists(lengths, min_size=3, max_size=3),
     shares,

@@ -28,7 +28,7 @@ def check_rows(plan: Plan) -> None:
         assert (pieces.stop > pieces.start).all()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(st.integers(1, 300), max_size=80), st.integers(3, 70), st.integers(0, 5))
 def test_every_token_once(lengths: list[int], max_seq_len: int, seed: int) -> None:
     plan = pack(whole(lengths), max_seq_len, np.random.default_rng(seed))
@@ -36,7 +36,7 @@ def test_every_token_once(lengths: list[int], max_seq_len: int, seed: int) -> No
     assert sorted(tokens_of(plan.pieces)) == tokens_of(whole(lengths))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.lists(st.integers(1, 300), min_size=1, max_size=60),
     st.lists(st.tuples(st.integers(3, 70), st.floats(0, 1)), max_size=4),
@@ -68,7 +68,7 @@ def slow_best_fit_decreasing(lengths: list[int], capacity: int) -> int:
     return len(space)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(st.integers(1, 510), min_size=1, max_size=150), st.sampled_from([512, 513, 640, 1000]))
 def test_opens_the_rows_of_best_fit_decreasing(lengths: list[int], capacity: int) -> None:
     plan = pack(whole(lengths), capacity, np.random.default_rng(0))

@@ -109,7 +109,7 @@ class Run:
         return found
 
     def wait_until_all_ended(self) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while alive := self.alive():
             assert time.monotonic() < deadline, f"processes {alive} outlive the run"
             time.sleep(0.05)

@@ -168,6 +168,7 @@ def test_the_order_is_uniform_with_few_shards_mixed(folder: Path) -> None:
     assert max(lanes_of_a_shard) <= 2
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_a_uniform_order(folder: Path) -> None:
     """Over many independent samples the z-scores are standard normal: neither the order nor the tests are off."""
     scores = np.array([[test(passes(folder, 1000 + seed, 6)) for test in TESTS.values()] for seed in range(30)])

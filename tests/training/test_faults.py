@@ -258,6 +258,7 @@ def at_step(folder: Path, step: int, act: Callable[[], None]) -> threading.Threa
     return thread
 
 
+@pytest.mark.slow
 def test_signals_save_and_the_rest_is_bit_equal(dataset: Path, tmp_path: Path) -> None:
     """Stopped four times by each of the signals, also where an evaluation is due: the same weights and metrics."""
     options = ["evaluation.interval=1K", "checkpoint.interval=1B"]

@@ -1,12 +1,14 @@
 """Components from a user's own file, from the command line: every process runs the file before the config is checked."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
+from flexbert.registry import SLOTS
 from schema import ConfigError
 from tests.training.runs import command, launched, run
 from tests.training.synthetic_runs import RUN, write_dataset
@@ -65,6 +67,15 @@ def run_file(folder: Path, dataset: Path, name: str, source: str, imports: Any =
     }
     (folder / "run.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(node)))
     return folder / "run.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _registries_as_before() -> Iterator[None]:
+    """What a file registers in this process is of no concern to the tests that come later."""
+    before = {slot: dict(registry.entries) for slot, registry in SLOTS.items()}
+    yield
+    for slot, registry in SLOTS.items():
+        registry.entries = before[slot]
 
 
 @pytest.mark.slow
