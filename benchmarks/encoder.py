@@ -312,17 +312,19 @@ def _difference(processes: dict[str, Process], case: str, limit: float) -> float
     return float(f"{np.abs(ours - peer).mean() / np.abs(peer).mean():.1e}")
 
 
-_SHORT = 6.0  # seconds
+_SECONDS, _MOST = 12.0, 9  # of ours in one of ROUNDS; turns in it
 
 
 def _case(processes: dict[str, Process], case: str, task: str, rounds: int, limit: float) -> dict[str, Any]:
-    """By turns, after one round to warm up; three times as many rounds where ours takes a few seconds only. A peer is
-    slow when it took more than `limit` times as long as ours in the first; then the other one is not tried."""
+    """By turns, after one round to warm up; more rounds where ours takes a few seconds only, since the median of few
+    short turns says as much of the machine as of the sides. A peer is slow when it took more than `limit` times as long
+    as ours in the first; then the other one is not tried."""
     took: dict[str, list[dict[str, Any]]] = {who: [] for who in (*processes, "gemm")}
     slow: dict[str, float] = {}
     ours = processes["ours"].ask(case, task)
     assert ours is not None
-    allowed, count = limit * ours["seconds"], rounds if ours["seconds"] > _SHORT else 3 * rounds
+    allowed = limit * ours["seconds"]
+    count = rounds * min(max(round(_SECONDS / ours["seconds"]), 1), _MOST)
     for number in range(count + 1):
         for who in (*processes, "gemm"):
             process, what = (processes["ours"], "gemm") if who == "gemm" else (processes[who], task)
