@@ -1,5 +1,7 @@
 """Slot `norm`: one entry serves every normalisation of a model."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -42,4 +44,32 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) -> (..., D), same dtype."""
-        return F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.eps).to(hidden_states)
+        if torch.compiler.is_compiling():  # Inductor fuses torch's own
+            normed = F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.eps)
+            return normed.to(hidden_states)
+        return _RootMeanSquare.apply(hidden_states, self.weight, self.eps)  # pyright: ignore[reportReturnType]
+
+
+class _RootMeanSquare(torch.autograd.Function):
+    """Keeps its input and one number a row. torch's own, where no kernel fuses it, keeps the scaled rows as well."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(states.dtype, torch.float32)
+        scales = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=wide)
+        scales = scales.square_().div_(states.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(states, weight, scales)
+        return (states * scales).mul_(weight).to(states.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        states, weight, scales = ctx.saved_tensors
+        width, scales = states.shape[-1], scales.reshape(-1, 1)
+        rows, gradient = (each.reshape(-1, width).to(scales.dtype) for each in (states, gradients[0]))
+        # y_i = s x_i w_i with s = 1 / sqrt(mean x^2 + eps), so that ds / dx_i = -s^3 x_i / D.
+        products = gradient * rows  # only ever summed, never a factor of a product: autocast would round it
+        slopes = (products * weight).sum(-1, keepdim=True).mul_(scales.pow(3)).div_(-width)
+        of_weight = products.mul_(scales).sum(0).to(weight.dtype)
+        of_rows = (gradient * weight).mul_(scales).addcmul_(rows, slopes)
+        return of_rows.to(states.dtype).view_as(states), of_weight, None

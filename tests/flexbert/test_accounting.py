@@ -107,10 +107,10 @@ def test_flops_of_a_packed_batch_are_those_of_its_sequences() -> None:
 
 @pytest.mark.parametrize("lengths", [(512,) * 4, (100, 400, 30, 482, 512, 5, 7, 500)], ids=str)
 @pytest.mark.parametrize(
-    ("preset", "within"), [("modernbert-tiny", 0.15), ("bert-base", 0.15), ("mosaicbert-base", 0.3), ("neobert", 0.3)]
+    ("preset", "within"), [("modernbert-tiny", 0.15), ("bert-base", 0.15), ("mosaicbert-base", 0.3), ("neobert", 0.15)]
 )
 def test_memory_estimate_is_near_what_autograd_keeps(preset: str, within: float, lengths: tuple[int, ...]) -> None:
-    """Within the 30 % that memory_estimate says, ModernBERT and BERT nearer."""
+    """Within the 30 % that memory_estimate says, most much nearer."""
     small = {"num_hidden_layers": 4, "vocab_size": 8192}
     config = FlexBertConfig.model_validate(FlexBertConfig.from_yaml(preset).model_dump() | small)
     model = build(config)

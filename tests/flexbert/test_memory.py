@@ -13,6 +13,7 @@ from flexbert import build, losses, rotary
 from flexbert.kernels import attend
 from flexbert.losses import masked_cross_entropy, masked_evaluation
 from flexbert.plan import AttentionPlan
+from flexbert.registry import NORMS
 from tests.flexbert.conftest import batch_of, tiny
 
 CHUNK = 2**13
@@ -109,6 +110,34 @@ def test_a_gate_is_its_formula_and_keeps_what_it_was_given(
     if activation != "relu" and tokens:
         assert len(wide) == 1
         assert not [x for x in kept if x.shape == gated.shape], "the activated half is made again"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(0, 24), (1, 24), (77, 24), (24,), (13, 3, 8)], ids=str)
+def test_rmsnorm_is_its_formula_and_keeps_what_it_was_given(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Under autocast too, as its backward may run there: inside it never rounds to bfloat16."""
+    torch.manual_seed(0)
+    norm = NORMS.build(NORMS.parse("rmsnorm"), hidden_size=shape[-1]).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    states = (torch.randn(shape) * torch.rand(shape[0], *(1,) * (len(shape) - 1))).to(dtype).requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: (kept.append(tensor), tensor)[1], lambda tensor: tensor
+    ):
+        found = norm(states)
+    assert sum(tensor.numel() for tensor in kept) == states.numel() + norm.weight.numel() + states[..., 0].numel()
+    weights = torch.randn(shape, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        found.backward(weights)
+    assert found.dtype == dtype
+    exact, scale = states.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
+    expected = exact / torch.sqrt(exact.square().mean(-1, keepdim=True) + norm.eps) * scale
+    expected.backward(weights.double())
+    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for ours, theirs in ((found, expected), (states.grad, exact.grad), (norm.weight.grad, scale.grad)):
+        assert ours is not None
+        assert theirs is not None
+        torch.testing.assert_close(ours.detach().double(), theirs.detach(), rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize("lengths", [(300,), (40, 170, 90)], ids=["one", "several"])
