@@ -460,7 +460,7 @@ def _resident() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=["transformers"], default="transformers")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="of each case; up to nine times as many of short ones")
     parser.add_argument("--limit", type=float, default=10, help="times as long as ours that a peer may take")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--cases", help="of the models, separated by commas; default: all")

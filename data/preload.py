@@ -1,15 +1,17 @@
 """What the process that local workers are forked from imports first: from then on it is killed when its parent ends.
 
-By itself it would notice only after all its other imports, seconds later. Linux (prctl(2), PR_SET_PDEATHSIG); forked
-workers do not inherit it, they watch their parent themselves.
+By itself it would notice only after all its other imports, seconds later, as it does where there is no Linux
+(prctl(2), PR_SET_PDEATHSIG). Forked workers do not inherit it, they watch their parent themselves.
 """
 
 import ctypes
 import os
 import signal
+import sys
 
 _PR_SET_PDEATHSIG = 1
 
-ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+if sys.platform.startswith("linux"):
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 if os.getppid() != int(os.environ["FLEXBERT_PREPARE_PID"]):  # it ended before that
     os._exit(1)

@@ -66,7 +66,7 @@ def bytes_in(folder: Path) -> int:
         return sum(file.stat().st_size for file in folder.glob("*-*") if file.exists())
 
 
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
+def until(condition: Callable[[], object], seconds: float = 20) -> None:
     start = time.monotonic()
     while not condition():
         assert time.monotonic() - start < seconds

@@ -109,7 +109,7 @@ class Run:
         return found
 
     def wait_until_all_ended(self) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 10
         while alive := self.alive():
             assert time.monotonic() < deadline, f"processes {alive} outlive the run"
             time.sleep(0.05)
@@ -134,6 +134,26 @@ def test_killed_again_and_again(corpus: Path, uninterrupted: dict[str, bytes], t
     assert last.process.wait(120) == 0
     assert files(output) == uninterrupted
     assert {path: path.stat().st_mtime_ns for path in output.glob("*/*/part-*")} == parts  # none was made again
+
+
+PARENT = """
+import os, subprocess, sys, time
+os.environ["FLEXBERT_PREPARE_PID"] = sys.argv[1] or str(os.getpid())
+code = "import data.preload, time; print('tied', flush=True); time.sleep(600)"
+child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=sys.stdout)
+print(child.stdout.readline() or child.wait(), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("claimed", "said"), [("", "b'tied\\n'"), ("1", "1")], ids=["parent alive", "ended before"])
+def test_the_parent_of_workers_ends_with_its_own(claimed: str, said: str) -> None:
+    """Whatever it imports: here it would sleep for ten minutes, with the pipe that is read to its end open."""
+    process = subprocess.Popen([sys.executable, "-c", PARENT, claimed], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == said
+    process.kill()
+    assert process.communicate(timeout=60)[0] == ""
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def test_a_stalled_answer_is_tried_again(proxy: Proxy, url: str, tmp_path: Path)
     proxy.misbehave = lambda request: next(faults, None)
     start = time.monotonic()
     np.testing.assert_array_equal(stream.document(0, 0), DOCUMENTS[0])
-    assert time.monotonic() - start >= 0.5
+    assert 0.5 <= time.monotonic() - start < 5
     assert len(proxy.gets(stream.manifest.shards[0].file)) == 2
 
 

@@ -140,7 +140,7 @@ def test_flash_attn_is_called_by_its_signature(
     backend: Any, window: tuple[int, int], slopes: Tensor | None, kv_heads: int
 ) -> None:
     if backend == "flash3" and slopes is not None:
-        pytest.skip("flash-attn 3 has no ALiBi: refused, see above")
+        pytest.skip("flash-attn 3 has no ALiBi: refused, see test_kernels.py")
     found = []
     for name, dtype in ((backend, torch.bfloat16), ("eager", torch.float32)):
         queries, keys, values = (t.detach().bfloat16().to(dtype) for t in qkv_of(sum(ODD_LENGTHS)))
