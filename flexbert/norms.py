@@ -51,8 +51,8 @@ class RMSNorm(nn.Module):
 
 
 class _RootMeanSquare(torch.autograd.Function):
-    """States (..., D), weight (D,) -> (..., D). Keeps its input and one number a row. torch's own, where no kernel fuses
-    it, keeps the scaled rows as well."""
+    """States (..., D), weight (D,) -> (..., D). Keeps its input and one number a row; torch's own, where no kernel
+    fuses it, keeps the scaled rows as well."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:
