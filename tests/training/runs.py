@@ -100,11 +100,15 @@ def prepare_dataset(folder: Path) -> Path:
     return folder / "dataset"
 
 
-def write_config(folder: Path, dataset: Path) -> Path:
-    """A run file whose runs folder is inside `folder`."""
+def write_config(folder: Path, dataset: Path, endless: bool = False) -> Path:
+    """A run file whose runs folder is inside `folder`.
+
+    endless: the first phase outlasts every test, on a machine of any speed: for runs that a test ends while they train.
+    """
     folder.mkdir(exist_ok=True)
     file = folder / "train.yaml"
-    file.write_text(TRAIN.format(runs=folder / "runs", dataset=dataset))
+    text = TRAIN.format(runs=folder / "runs", dataset=dataset)
+    file.write_text(text.replace("tokens: 40K", "tokens: 400M") if endless else text)
     return file
 
 

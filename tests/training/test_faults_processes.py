@@ -32,7 +32,7 @@ def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[str]") -> 
 def test_one_rank_stops_hangs_or_dies(tmp_path: Path) -> None:
     """In a row, each on what the one before left: SIGUSR1 to rank 1; SIGSTOP of rank 1; SIGKILL of rank 0."""
     folder = tmp_path / "run"
-    config = write_config(folder, prepare_dataset(tmp_path))
+    config = write_config(folder, prepare_dataset(tmp_path), endless=True)
 
     process = launch(config)
     wait_for_step(folder, 3, process)

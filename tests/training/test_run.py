@@ -271,7 +271,7 @@ def test_dry_run_says_what_the_run_will_be(straight: Path) -> None:
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_a_damaged_shard_stops_the_run_and_harms_no_checkpoint(dataset: Path, tmp_path: Path, damage: str) -> None:
     shutil.copytree(dataset, tmp_path / "copy")
-    config = write_config(tmp_path / "run", tmp_path / "copy")
+    config = write_config(tmp_path / "run", tmp_path / "copy", endless=True)
     process = start(config)
     wait_for_step(tmp_path / "run", 20, process)
     process.kill()
@@ -302,7 +302,7 @@ def test_a_damaged_shard_stops_the_run_and_harms_no_checkpoint(dataset: Path, tm
 def test_other_shards_are_refused_on_resume(dataset: Path, tmp_path: Path) -> None:
     """The same files in another order are another dataset: a resumed run would repeat and lose documents."""
     shutil.copytree(dataset, tmp_path / "copy")
-    config = write_config(tmp_path / "run", tmp_path / "copy")
+    config = write_config(tmp_path / "run", tmp_path / "copy", endless=True)
     process = start(config)
     wait_for_step(tmp_path / "run", 12, process)
     process.kill()
@@ -332,7 +332,7 @@ def test_wandb_offline(dataset: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_one_line(dataset: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach the loader's worker, too."""
-    config = write_config(tmp_path / "run", dataset)
+    config = write_config(tmp_path / "run", dataset, endless=True)
     process = start(config, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for_step(tmp_path / "run", 3, process)
     os.killpg(process.pid, number)
@@ -345,7 +345,7 @@ def test_an_interrupted_run_says_one_line(dataset: Path, tmp_path: Path, number:
 
 
 def test_two_processes_cannot_share_a_run_folder(dataset: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "run", dataset)
+    config = write_config(tmp_path / "run", dataset, endless=True)
     process = start(config)
     wait_for_step(tmp_path / "run", 1, process)
     process.send_signal(signal.SIGSTOP)
