@@ -17,6 +17,7 @@ Both `norm: rmsnorm` and `norm: {name: rmsnorm, eps: 1e-5}` then validate, to `R
 """
 
 import difflib
+import importlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -100,17 +101,28 @@ class Component(Schema):
 class Registry:
     """Named implementations of one slot."""
 
-    def __init__(self, slot_name: str) -> None:
+    def __init__(self, slot_name: str, filled_by: str | None = None) -> None:
+        """filled_by: a module that registers entries, imported when the slot is first looked into. So the room of a
+        schema need not import the rooms of the components that it names."""
         self.slot_name = slot_name
-        self.entries: dict[str, Any] = {}
+        self._entries: dict[str, Any] = {}
+        self._filled_by = filled_by
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        """By name."""
+        if self._filled_by is not None:
+            module, self._filled_by = self._filled_by, None
+            importlib.import_module(module)
+        return self._entries
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator. The entry must carry a `Config` derived from Component (for a function: set the attribute)."""
 
         def add(entry: T) -> T:
-            if name in self.entries:
+            if name in self._entries:
                 raise ValueError(f"{self.slot_name} {name!r} is registered twice")
-            self.entries[name] = entry
+            self._entries[name] = entry
             return entry
 
         return add

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from composer.core import State
-from composer.loggers import Logger
 from composer.utils import dist
 from numpy.typing import NDArray
 
-from callbacks.gauge import Gauge, Window, over_ranks
+from callbacks.clock import Clock, Window
+from callbacks.gauge import Gauge, over_ranks
 from data.masking import IGNORE
 
 
@@ -30,19 +30,23 @@ class Efficiency(Gauge):
     """
 
     def __init__(
-        self, flops: Callable[[NDArray[np.int64], NDArray[np.int64]], float], peak_flops: float | None
+        self,
+        clock: Clock,
+        flops: Callable[[NDArray[np.int64], NDArray[np.int64]], float],
+        peak_flops: float | None,
     ) -> None:
         """flops: of forward and backward over sequences of these lengths, with so many masked tokens in each.
         peak_flops: of one device, in FLOP/s."""
+        super().__init__(clock)
         self.flops, self.peak_flops = flops, peak_flops
         self._sequences = [np.zeros((2, 0), np.int64)]  # lengths and masked tokens, of each step
 
-    def batch_end(self, state: State, logger: Logger) -> None:
+    def take_in(self, state: State) -> None:
         bounds = state.batch["cu_seqlens"].long()
         masked = F.pad((state.batch["labels"] != IGNORE).cumsum(0), (1, 0)).index_select(0, bounds)
         self._sequences.append(torch.stack([bounds, masked]).diff().cpu().numpy())
 
-    def read(self, window: Window) -> dict[str, Any]:
+    def read(self, state: State, window: Window) -> dict[str, Any]:
         flops = self.flops(*np.concatenate(self._sequences, 1))
         rate = float(over_ranks(torch.tensor([flops], dtype=torch.float64))) / window.seconds
         self._sequences = [np.zeros((2, 0), np.int64)]

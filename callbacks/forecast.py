@@ -8,7 +8,8 @@ from typing import Any
 from composer.core import State
 from composer.loggers import Logger
 
-from callbacks.gauge import Gauge, Window
+from callbacks.clock import Clock, Window
+from callbacks.gauge import Gauge
 
 _LINES = 100  # the pace is that of so many lines: it follows a new phase, and evens out evaluations and checkpoints
 
@@ -25,6 +26,7 @@ class Forecast(Gauge):
 
     def __init__(
         self,
+        clock: Clock,
         total_tokens: int,
         tokens_at: Callable[[int], int],
         seconds: Callable[[], float],
@@ -32,6 +34,7 @@ class Forecast(Gauge):
     ) -> None:
         """total_tokens: slots of the run. tokens_at: slots before a step. seconds: wall clock of the run so far.
         price_per_hour: of all machines together."""
+        super().__init__(clock)
         self.total_tokens, self.tokens_at, self.seconds = total_tokens, tokens_at, seconds
         self.price_per_hour = price_per_hour
         self._pace: deque[tuple[float, int]] = deque(maxlen=_LINES + 1)
@@ -40,7 +43,7 @@ class Forecast(Gauge):
         self._pace.clear()
         self._pace.append((time.monotonic(), self.tokens_at(state.timestamp.batch.value)))
 
-    def read(self, window: Window) -> dict[str, Any]:
+    def read(self, state: State, window: Window) -> dict[str, Any]:
         self._pace.append((time.monotonic(), window.tokens))
         (begin, first), (now, last) = self._pace[0], self._pace[-1]
         eta = (self.total_tokens - last) * (now - begin) / (last - first)

@@ -1,45 +1,51 @@
-"""What a line of metrics.jsonl is made of: gauges, each of which measures one thing between two lines."""
+"""What measures one thing between two lines of metrics, and logs it when a line is due."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from composer.core import Callback
+from composer.core import Callback, State
+from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Window:
-    """The steps since the last line. tokens: slots of the run so far. slots, real_tokens, seconds: of these steps, all
-    ranks; seconds without evaluation and saving."""
-
-    step: int
-    tokens: int
-    slots: int
-    real_tokens: int
-    seconds: float
+from callbacks.clock import Clock, Window
+from callbacks.lines import flat
 
 
 class Gauge(Callback):
-    """Measures through Composer's events; the same on all ranks when read, where it does not say otherwise.
+    """Measures through Composer's events, and logs `train/NAME` for each value of `read` when the clock opens a window.
 
-    `state_dict` and `load_state_dict` (JSON values, collectives) carry what a checkpoint inside a window must keep.
+    The values are the same on all ranks, where a gauge does not say otherwise. `state_dict` and `load_state_dict` (JSON
+    values, collectives) carry what a checkpoint inside a window must keep.
     """
 
-    def read(self, window: Window) -> dict[str, Any]:
-        """Values for the line, and begin anew. Nothing to say: an empty dict. A collective."""
+    def __init__(self, clock: Clock) -> None:
+        """clock: comes before this callback."""
+        self.clock = clock
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.take_in(state)
+        if self.clock.window is not None:
+            logger.log_metrics(flat(self.read(state, self.clock.window), "train"))
+
+    def take_in(self, state: State) -> None:
+        """Count the step that has just ended."""
+
+    def read(self, state: State, window: Window) -> dict[str, Any]:
+        """Values for the line, nested by name, None where one is unknown; then the gauge begins anew. Nothing to say:
+        an empty dict. A collective."""
         raise NotImplementedError
 
 
 class Reading(Gauge):
     """A gauge without memory."""
 
-    def __init__(self, read: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, clock: Clock, read: Callable[[], dict[str, Any]]) -> None:
+        super().__init__(clock)
         self._read = read
 
-    def read(self, window: Window) -> dict[str, Any]:
+    def read(self, state: State, window: Window) -> dict[str, Any]:
         return self._read()
 
 

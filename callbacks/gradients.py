@@ -9,7 +9,8 @@ from composer.loggers import Logger
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from callbacks.gauge import Gauge, Window, over_ranks
+from callbacks.clock import Clock, Window
+from callbacks.gauge import Gauge, over_ranks
 
 _SAMPLE = 2**14  # weights of a matrix that are compared; the ratio is then within about 1 % of that of all
 
@@ -26,14 +27,15 @@ class Gradients(Gauge):
     is part of the change; a step that is not applied changes nothing.
     """
 
-    def __init__(self, log_interval: int, clip_norm: float | None) -> None:
-        self.log_interval, self.clip_norm = log_interval, clip_norm
+    def __init__(self, clock: Clock, clip_norm: float | None) -> None:
+        super().__init__(clock)
+        self.clip_norm = clip_norm
         self._norm: Tensor | None = None
         self._views: list[Tensor] = []  # the weights that are compared, as they are
         self._before, self._scale = torch.zeros(0), torch.zeros(0)  # what they were; weights that each stands for
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        due = (state.timestamp.batch.value + 1) % self.log_interval == 0
+        due = (state.timestamp.batch.value + 1) % self.clock.log_interval == 0
         if not due and self.clip_norm is None:
             return
         parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
@@ -48,7 +50,7 @@ class Gradients(Gauge):
             counts = torch.tensor([len(view) for view in self._views])
             self._scale = torch.tensor([scale for _, scale in samples]).repeat_interleave(counts).to(self._before)
 
-    def read(self, window: Window) -> dict[str, Any]:
+    def read(self, state: State, window: Window) -> dict[str, Any]:
         if self._norm is None:
             return {}
         norm, now = float(self._norm), torch.cat([self._norm.new_zeros(0), *self._views]).double()

@@ -1,6 +1,7 @@
 """Files of JSON lines that belong to steps: metrics.jsonl and ledger.jsonl."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,33 @@ def trim_lines(file: Path, step: int, keep: Callable[[str], bool] = lambda line:
 
 
 def flat(node: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """The numbers in nested mappings under names for loggers: PREFIX/loss, PREFIX/streams/NAME/loss, ..."""
+    """The numbers in nested mappings under names for loggers: PREFIX/loss, PREFIX/streams/NAME/loss, ...
+
+    None, which says that a number is not known, becomes NaN.
+    """
     values: dict[str, float] = {}
     for key, value in node.items():
         if isinstance(value, Mapping):
             values |= flat(value, f"{prefix}/{key}")
-        elif isinstance(value, int | float):
-            values[f"{prefix}/{key}"] = value
+        elif value is None or isinstance(value, int | float):
+            values[f"{prefix}/{key}"] = math.nan if value is None else value
     return values
+
+
+def nested(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flat`: `a/b/c` becomes {a: {b: {c: ...}}}; a name that goes through another's value keeps its
+    slashes from there on."""
+    node: dict[str, Any] = {}
+    for name, value in metrics.items():
+        parts, place = name.split("/"), node
+        while len(parts) > 1 and isinstance(place.setdefault(parts[0], {}), dict):
+            place = place[parts.pop(0)]
+        key = "/".join(parts)
+        if isinstance(place.get(key), dict):  # a name that is the beginning of others
+            node[name] = value
+        else:
+            place[key] = value
+    return node
 
 
 def step_of(line: str) -> float:

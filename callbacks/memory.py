@@ -4,8 +4,10 @@ from typing import Any
 
 import psutil
 import torch
+from composer.core import State
 
-from callbacks.gauge import Gauge, Window, over_ranks
+from callbacks.clock import Clock, Window
+from callbacks.gauge import Gauge, over_ranks
 
 
 class Memory(Gauge):
@@ -17,10 +19,11 @@ class Memory(Gauge):
     | cuda_peak_bytes | most that tensors held at once since the last line; CUDA only | when read |
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
         self._process = psutil.Process()
 
-    def read(self, window: Window) -> dict[str, Any]:
+    def read(self, state: State, window: Window) -> dict[str, Any]:
         on_cuda = torch.cuda.is_available()
         values = [self._process.memory_info().rss, torch.cuda.max_memory_allocated() if on_cuda else 0]
         if on_cuda:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from callbacks.guards import step_loss
+from callbacks.metrics_file import MetricsFile
 
 _SECONDS_BETWEEN_LINES = 15.0
 _SMOOTHING_STEPS = 50
@@ -24,7 +25,7 @@ class ProgressLine(Callback):
 
     loss: mean over the last 50 steps or so. tokens/s: slots, evaluations and saves included. Masked accuracy, gradient
     norm, update-to-weight ratio, MFU, share of time waiting for data, memory, cost, losses of the streams: those of the
-    newest line of metrics.jsonl.
+    newest line of metrics.jsonl. Below them, what other callbacks log.
     """
 
     def __init__(
@@ -32,10 +33,9 @@ class ProgressLine(Callback):
         console: Console,
         total_tokens: int,
         describe: Callable[[int], dict[str, Any]],
-        latest: Callable[[], dict[str, Any]],
+        metrics: MetricsFile,
     ) -> None:
-        """latest: the newest line of metrics.jsonl by this process, or nothing yet."""
-        self.console, self.total_tokens, self.describe, self.latest = console, total_tokens, describe, latest
+        self.console, self.total_tokens, self.describe, self.metrics = console, total_tokens, describe, metrics
         self._progress: _Bar | None = None
         self._loss = 0.0
         self._steps = 0
@@ -66,19 +66,25 @@ class ProgressLine(Callback):
         facts = self.describe(step)
         tokens, now = facts["tokens"], time.monotonic()
         speed = (tokens - self._first_tokens) / (now - self._start)
-        lr, latest = state.optimizers[0].param_groups[0]["lr"], self.latest()
+        lr, latest = state.optimizers[0].param_groups[0]["lr"], self.metrics.latest
         done = [f"{_short(tokens)}/{_short(self.total_tokens)} tokens", f"{_short(speed)} tokens/s"]
         scores = _scores(self._loss, lr, latest)
         if self._progress is not None:
-            self._progress.below = [scores, _stream_losses(latest)]
+            self._progress.below = [scores, _stream_losses(latest), self._others()]
             text = "  ".join(done)
             self._progress.update(self._progress.task_ids[0], completed=tokens, phase=facts["phase"], text=text)
         elif now - self._last_line >= _SECONDS_BETWEEN_LINES or tokens == self.total_tokens:
             self._last_line = now
             eta = (self.total_tokens - tokens) / speed
             first = [f"{facts['phase']:<10} step {step}", *done, f"ETA {eta // 60:.0f}:{eta % 60:02.0f}", *scores]
-            lines = [*_wrapped(first, self.console.width), *_indented(_stream_losses(latest), self.console.width)]
+            lines = _wrapped(first, self.console.width)
+            for parts in (_stream_losses(latest), self._others()):
+                lines += _indented(parts, self.console.width)
             self.console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+    def _others(self) -> list[str]:
+        """What callbacks of the user's log; evaluation has lines of its own."""
+        return [f"{name} {value:.4g}" for name, value in self.metrics.others.items()]
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self.close(state, logger)

@@ -8,7 +8,8 @@ from composer.core import State
 from composer.loggers import Logger
 from torch import Tensor
 
-from callbacks.gauge import Gauge, Window, over_ranks
+from callbacks.clock import Clock, Window
+from callbacks.gauge import Gauge, over_ranks
 
 
 class StreamScores(Gauge):
@@ -25,7 +26,8 @@ class StreamScores(Gauge):
     scores better in evaluation.
     """
 
-    def __init__(self, stream_names: list[str]) -> None:
+    def __init__(self, clock: Clock, stream_names: list[str]) -> None:
+        super().__init__(clock)
         self.stream_names = stream_names
         self._reduced = self._zeros("cpu")  # over ranks
         self._local: Tensor | None = None  # this rank's since the last reduction
@@ -46,12 +48,12 @@ class StreamScores(Gauge):
         of_stream = streams[:, None] == torch.arange(len(self.stream_names), device=streams.device)
         self._step += torch.stack([losses, hits, torch.ones_like(losses)]).double() @ of_stream.double()
 
-    def batch_end(self, state: State, logger: Logger) -> None:
+    def take_in(self, state: State) -> None:
         if self._step is not None and math.isfinite(float(state.total_loss_dict["loss/train/total"])):
             self._local = self._step if self._local is None else self._local + self._step
         self._step = None
 
-    def read(self, window: Window) -> dict[str, Any]:
+    def read(self, state: State, window: Window) -> dict[str, Any]:
         self._reduce()
         rows = zip(self.stream_names, self._reduced.T.tolist(), strict=True)
         streams = {name: _means(*sums) for name, sums in rows if sums[2]}

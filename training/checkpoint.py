@@ -2,7 +2,8 @@
 safetensors, everything else as JSON, and no other file in the folder is looked into.
 
 checkpoints/tokens-N/ holds model.safetensors, optimizer.safetensors, state.json (step, loader cursors, counters) and
-manifest.json (size and xxh3_64 of each file); with an average of the weights also ema.safetensors. N counts tokens
+manifest.json (size and xxh3_64 of each file); with an average of the weights also ema.safetensors, with tensors in the
+state of callbacks or algorithms parts.safetensors. N counts tokens
 (slots) trained.
 """
 
@@ -28,6 +29,7 @@ from training.shards import cut_like, load_weights, unshared, whole
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 _EMA = "ema.safetensors"
+_PARTS = "parts.safetensors"
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 SCHEMA_VERSION = 2
 
@@ -42,6 +44,7 @@ class Checkpoint:
     optimizer_scalars: dict[str, Any]
     state: dict[str, Any]
     ema: dict[str, Tensor]
+    parts: dict[str, Tensor]
 
 
 def checkpoint_name(tokens: int) -> str:
@@ -66,17 +69,19 @@ class Snapshot:
     optimizer: dict[str, Tensor]
     optimizer_scalars: dict[str, Any]
     ema: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
 
 def take_snapshot(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     ema: Mapping[str, Tensor] | None = None,
+    parts: Mapping[str, Tensor] | None = None,
     *,
     wanted: bool = True,
 ) -> Snapshot:
     """Cost: one copy of parameters, optimizer state and `ema` (averaged weights by name) to host memory, where wanted;
-    elsewhere the result is empty.
+    elsewhere the result is empty. parts: tensors in the state of callbacks and algorithms, copies already.
 
     Of a sharded model (FSDP2) a collective, tensor by tensor: a rank that does not want it holds one whole tensor.
     """
@@ -84,7 +89,7 @@ def take_snapshot(
     tensors, scalars = _flatten_optimizer(model, optimizer)
     states = {name: _copy(part, wanted) for name, part in tensors.items()}
     averaged = {name: _copy(part, wanted) for name, part in (ema or {}).items()}
-    return Snapshot(weights, states, scalars, averaged) if wanted else Snapshot({}, {}, {})
+    return Snapshot(weights, states, scalars, averaged, dict(parts or {})) if wanted else Snapshot({}, {}, {})
 
 
 def write_checkpoint(path: Path, snapshot: Snapshot, state: dict[str, Any]) -> None:
@@ -96,8 +101,9 @@ def write_checkpoint(path: Path, snapshot: Snapshot, state: dict[str, Any]) -> N
         with new_folder(path) as folder:
             save_file(snapshot.model, folder / "model.safetensors")
             save_file(snapshot.optimizer, folder / "optimizer.safetensors")
-            if snapshot.ema:
-                save_file(snapshot.ema, folder / _EMA)
+            for name, tensors in ((_EMA, snapshot.ema), (_PARTS, snapshot.parts)):
+                if tensors:
+                    save_file(tensors, folder / name)
             scalars = snapshot.optimizer_scalars
             write_file(folder / "state.json", json.dumps({"optimizer": scalars, "run": state}, indent=1))
             files = {file.name: _digest(file) for file in sorted(folder.iterdir())}
@@ -131,8 +137,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         state = json.loads((path / "state.json").read_text())
         model, optimizer = (load_file(path / name) for name in _FILES[:2])
-        ema = load_file(path / _EMA) if _EMA in files else {}
-        return Checkpoint(path, model, optimizer, state["optimizer"], state["run"], ema)
+        ema, parts = (load_file(path / name) if name in files else {} for name in (_EMA, _PARTS))
+        return Checkpoint(path, model, optimizer, state["optimizer"], state["run"], ema, parts)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         # whole by its hashes, but not written by write_checkpoint
         raise RunError(f"{path}: no checkpoint of FlexBERT's format: {error}") from None

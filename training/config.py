@@ -13,6 +13,7 @@ from data.mixture import DataConfig, StreamShare, check_one_rule, rule_of
 from data.transfer import is_url
 from flexbert import FlexBertConfig
 from flexbert.config import PRESETS
+from recipe.slots import ALGORITHMS, CALLBACKS, LOGGERS
 from schema import ConfigError, Count, Line, Schema, did_you_mean, load_node, validate
 from training.batch_sizes import BatchSizeWarmup
 from training.imports import import_components
@@ -178,14 +179,6 @@ class EmaConfig(Schema):
     every: Count | None = Field(default=None, gt=0, description="tokens between updates; absent: after each step")
 
 
-class WandbConfig(Schema):
-    """Weights & Biases logging, on when the run file has this section."""
-
-    project: str = Field(description="project the run appears in")
-    entity: str | None = Field(default=None, description="team or user; default: the account's")
-    mode: Literal["online", "offline"] = Field(default="online", description="offline: sync later")
-
-
 def _local(folder: str) -> str:
     if is_url(folder):
         raise ValueError(f"a run lives in a local folder: give one, and checkpoint.remote={folder}")
@@ -215,7 +208,22 @@ class RunConfig(Schema):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     ema: EmaConfig | None = None
-    wandb: WandbConfig | None = None
+    callbacks: list[Annotated[Any, *CALLBACKS.slot()]] = Field(
+        default=[], description="watch the run, in this order; may differ when a run is resumed"
+    )
+    algorithms: list[Annotated[Any, *ALGORITHMS.slot()]] = Field(
+        default=[], description="change how the run trains: Composer's, or yours"
+    )
+    loggers: list[Annotated[Any, *LOGGERS.slot()]] = Field(
+        default=["tensorboard"], description="where metrics go besides metrics.jsonl and the console"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _point_to_loggers(cls, node: Any) -> Any:
+        if isinstance(node, dict) and "wandb" in node:
+            raise ValueError("wandb: is an entry of `loggers`: say loggers: [tensorboard, {name: wandb, project: ...}]")
+        return node
 
     @property
     def folder(self) -> Path:
@@ -347,7 +355,11 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 
 def read_recorded_config(file: Path) -> RunConfig:
     """The config that a run recorded in its folder. Raises ConfigError when it does not load any more."""
-    return check_run(load_node(file), file)
+    node = load_node(file)
+    if "wandb" in node:  # a section of its own, up to commit ac193e8
+        wandb = node.pop("wandb")
+        node["loggers"] = ["tensorboard", *([{"name": "wandb", **wandb}] if wandb else [])]
+    return check_run(node, file)
 
 
 def check_run(node: dict[str, Any], path: Path) -> RunConfig:

@@ -8,7 +8,7 @@ from composer.utils import dist
 import flexbert
 from callbacks.agree import from_rank_0
 from callbacks.ema import WeightAverage
-from callbacks.metrics import MetricsLog
+from callbacks.metrics_file import MetricsFile
 from data.loader import tokenizer_folder
 from flexbert.hf import check_exportable
 from flexbert.model import FlexBertForMaskedLM
@@ -32,7 +32,7 @@ class Exporter:
         model: FlexBertForMaskedLM,
         ema: WeightAverage | None,
         folder: Path,
-        metrics: MetricsLog,
+        metrics: MetricsFile,
     ) -> None:
         self.config, self.plan, self.model, self.ema = config, plan, model, ema
         self.folder, self.metrics = folder, metrics

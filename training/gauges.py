@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 
+from callbacks.clock import Clock
 from callbacks.efficiency import Efficiency
 from callbacks.forecast import Forecast
 from callbacks.gauge import Gauge, Reading
 from callbacks.gradients import Gradients
+from callbacks.guards import StepGuard
+from callbacks.loss import Loss
 from callbacks.memory import Memory
 from callbacks.streams import StreamScores
 from flexbert import FlexBertForMaskedLM
@@ -20,7 +23,12 @@ from training.phases import PhasePlan
 
 
 def build_gauges(
-    config: RunConfig, plan: PhasePlan, model: FlexBertForMaskedLM, seconds: Callable[[], float]
+    config: RunConfig,
+    plan: PhasePlan,
+    model: FlexBertForMaskedLM,
+    clock: Clock,
+    guard: StepGuard,
+    seconds: Callable[[], float],
 ) -> list[Gauge]:
     """In the order in which their values stand in a line. seconds: wall clock of the run so far."""
     trainer = config.trainer
@@ -28,12 +36,13 @@ def build_gauges(
     if peak is None and torch.cuda.is_available():
         peak = peak_flops(torch.cuda.get_device_name())
     return [
-        Reading(lambda: _rope_theta(model)),
-        StreamScores(list(config.data.streams)),
-        Gradients(trainer.log_interval, trainer.gradient_clip_norm),
-        Efficiency(functools.partial(batch_flops, config.model), peak),
-        Memory(),
-        Forecast(plan.total_tokens, plan.tokens_before, seconds, trainer.price_per_hour),
+        Loss(clock, guard),
+        Reading(clock, lambda: _rope_theta(model)),
+        StreamScores(clock, list(config.data.streams)),
+        Gradients(clock, trainer.gradient_clip_norm),
+        Efficiency(clock, functools.partial(batch_flops, config.model), peak),
+        Memory(clock),
+        Forecast(clock, plan.total_tokens, plan.tokens_before, seconds, trainer.price_per_hour),
     ]
 
 

@@ -1,5 +1,6 @@
 """How a run stands, read from its folder alone: live or dead, near or done. Writes nothing and holds no lock."""
 
+import itertools
 import json
 import os
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from callbacks.lines import flat
 from durable import holder
 from schema import RunError
 from training.checkpoint import list_checkpoints, tokens_of, verify_checkpoint
@@ -20,6 +22,8 @@ from training.folder import RunFolder
 from training.phases import PhasePlan
 
 _BLOCK = 1 << 16
+_LINES = 100  # of metrics.jsonl that are looked through for what other callbacks log
+_OURS = ("streams", "rope_theta", "validation", "validation_ema")
 
 
 def status(path: Path, as_json: bool, console: Console) -> None:
@@ -36,7 +40,8 @@ def read_status(path: Path) -> dict[str, Any]:
 
     state ("training", "finished", "stopped", "checkpoints gone", "not started"), process (its id, of the host that
     trains), phase, step, steps, tokens, total_tokens, loss, tokens_per_second, eta_seconds (else what it would take
-    from here), last_line_age_seconds, metrics (the newest line), checkpoint {path, tokens, whole, problem,
+    from here), last_line_age_seconds, metrics (the newest line), others (what callbacks of the user's log: the newest
+    value of each in the last lines), checkpoint {path, tokens, whole, problem,
     age_seconds}, checkpoints (how many there are), validation (the newest), mixture {stream: share of real tokens so
     far}.
     """
@@ -69,6 +74,7 @@ def read_status(path: Path) -> dict[str, Any]:
         "eta_seconds": 0.0 if summary else line.get("eta_seconds"),
         "last_line_age_seconds": _age(folder.metrics),
         "metrics": line or None,
+        "others": _others(folder),
         **_checkpoint(folder),
         "validation": validation and {"step": validation["step"], **validation["validation"]},
         "mixture": _mixture(folder, config),
@@ -124,6 +130,14 @@ def _backwards(file: Path) -> Iterator[dict[str, Any]]:
                     yield node
 
 
+def _others(folder: RunFolder) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for line in itertools.islice(_backwards(folder.metrics), _LINES):
+        theirs = {key: value for key, value in line.items() if isinstance(value, dict) and key not in _OURS}
+        found = {name: value for key, node in theirs.items() for name, value in flat(node, key).items()} | found
+    return found
+
+
 def _age(path: Path) -> float | None:
     try:
         return max(time.time() - path.stat().st_mtime, 0.0)
@@ -169,6 +183,8 @@ def _table(facts: dict[str, Any]) -> Table:
             f"after step {validation['step']:,}: loss {validation['loss']:.4f}, "
             f"masked accuracy {validation['masked_accuracy']:.1%}"
         )
+    if facts["others"]:
+        rows["other metrics"] = ", ".join(f"{name} {value:.4g}" for name, value in facts["others"].items())
     if facts["mixture"]:
         rows["mixture so far"] = ", ".join(f"{name} {share:.1%}" for name, share in facts["mixture"].items())
     for key, value in rows.items():

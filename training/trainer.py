@@ -14,14 +14,14 @@ from composer.trainer import Trainer
 from composer.utils import dist
 from rich.console import Console
 
+from callbacks.clock import Clock
 from callbacks.ema import WeightAverage
 from callbacks.ledger import Ledger
 from callbacks.lines import flat, read_lines
-from callbacks.metrics import MetricsLog
+from callbacks.metrics_file import MetricsFile
 from callbacks.milestones import BetweenSteps
 from callbacks.progress import ProgressLine
 from callbacks.schedule import StepSchedule
-from callbacks.together import Together, without_ceremony
 from callbacks.watchdog import Watchdog
 from data.keyed import torch_seed
 from data.loader import Loader, build_loader, check_tokenizer
@@ -42,9 +42,9 @@ from training.exporting import Exporter
 from training.faults import COLLECTIVE_MARGIN, Faults, lost_rank
 from training.folder import RunFolder
 from training.gauges import build_gauges
-from training.loggers import build_loggers
 from training.optim import OPTIMIZERS
 from training.parallelism import PARALLELISMS, Parallelism
+from training.parts import Parts, pack, unpack
 from training.phases import PhasePlan
 from training.remote_checkpoints import RemoteCheckpoints, fetch_newest
 from training.saving import Saver
@@ -101,15 +101,11 @@ class Run:
         note = self.folder.note_checkpoint
         self.saver = Saver(self.folder.checkpoints, config.checkpoint, self._is_permanent, note, remote)
         self.faults = Faults(config, self.plan, self.saver, self.ledger, self._say, split_batch, self._generator_seed)
-        self.gauges = build_gauges(config, self.plan, self.model, lambda: self.seconds)
-        self.metrics = MetricsLog(
-            self.folder.metrics,
-            config.trainer.log_interval,
-            self.ledger,
-            self.faults.guard,
-            self._describe,
-            self.gauges,
-        )
+        self.clock = Clock(config.trainer.log_interval, self.ledger, self._describe)
+        guard = self.faults.guard
+        self.gauges = build_gauges(config, self.plan, self.model, self.clock, guard, lambda: self.seconds)
+        self.metrics = MetricsFile(self.folder.metrics, self._describe)
+        self.parts = Parts(config, self.plan, self.folder.path)
         self.ema = None if config.ema is None else WeightAverage(self.model, config.ema.decay, self._ema_due)
         self.exporter = Exporter(config, self.plan, self.model, self.ema, self.folder.exports, self.metrics)
         self.seconds_before = 0.0  # of earlier processes, up to their last checkpoint
@@ -178,7 +174,7 @@ class Run:
                 (self.plan.is_milestone, self.exporter.export),
             ],
             on_resume=self._catch_up,
-            after=self.metrics.start_clock,
+            after=self.clock.restart,
             leave=lambda step: self.faults.leave(step, self._save),
         )
         schedule = StepSchedule(self.plan.at, self.model.set_rope_theta, self._generator_seed)
@@ -187,14 +183,14 @@ class Run:
             schedule,
             self.watchdog,
             self.ledger,
+            self.clock,
             *self.gauges,
-            self.metrics,
+            *self.parts.callbacks,
             *([self.ema] if self.ema else []),
             between,
         ]
         if self.rank == 0:
-            latest = lambda: self.metrics.latest  # noqa: E731
-            callbacks.insert(3, ProgressLine(self.console, self.plan.total_tokens, self._describe, latest))
+            callbacks.insert(3, ProgressLine(self.console, self.plan.total_tokens, self._describe, self.metrics))
         compiled = config.trainer.compile
         model = MaskedLanguageModel(self.model, self.parallelism, self.autocast, compiled, self._dropout_seed)
         trainer = Trainer(
@@ -202,8 +198,9 @@ class Run:
             train_dataloader=data,
             max_duration=f"{self.plan.total_steps}ba",
             optimizers=self.optimizer,
-            callbacks=Together(callbacks),
-            loggers=build_loggers(config, self.folder.path),
+            algorithms=self.parts.algorithms,
+            callbacks=callbacks,
+            loggers=[self.metrics, *self.parts.loggers],
             run_name=config.name,
             seed=torch_seed(config.seed, "composer") % 2**32,
             precision=Precision.FP32,  # see MaskedLanguageModel
@@ -216,7 +213,7 @@ class Run:
             **self.parallelism.options(self.model),
         )
         self.parallelism.prepared(self.model)
-        return without_ceremony(trainer)
+        return trainer
 
     def _microbatch_size(self) -> int | str:
         """Rows, or "auto": then Composer finds them, from the loader's `batch_size` down."""
@@ -242,7 +239,8 @@ class Run:
         restore(checkpoint, self.model, self.optimizer)
         self.loader.load_state_dict(state["loader"])
         self.ledger.load_state_dict(state["ledger"])
-        self.metrics.load_state_dict(state["metrics"])
+        self._load_metrics(state["metrics"])
+        self.parts.load_state_dict(state.get("parts", {}), checkpoint.parts)
         if self.ema is not None:
             parameters = dict(self.model.named_parameters())
             averages = {name: cut_like(whole, parameters[name]) for name, whole in checkpoint.ema.items()}
@@ -254,12 +252,32 @@ class Run:
         if step:
             phase = self.plan.at(step - 1)
             self.model.set_rope_theta(phase.theta_global, phase.theta_local)
-        self.trainer.state.timestamp = Timestamp(batch=step, batch_in_epoch=step)
+        self.trainer.state.timestamp = self._timestamp(step, state)
         if self.rank == 0:
             self.folder.note_checkpoint(checkpoint.path)  # a kill may have come just before the note
             self.metrics.trim(step)
             self.ledger.trim(step)
         return step
+
+    def _metrics_state(self) -> dict[str, Any]:
+        """JSON values of what a line in the making has counted. A collective."""
+        loss, *others = self.gauges
+        gauges = {type(gauge).__name__: gauge.state_dict() for gauge in others}
+        return {"train_seconds": self.clock.train_seconds, "window": loss.state_dict(), "gauges": gauges}
+
+    def _load_metrics(self, state: dict[str, Any]) -> None:
+        loss, *others = self.gauges
+        self.clock.train_seconds = state["train_seconds"]
+        loss.load_state_dict(state["window"])
+        for gauge in others:
+            gauge.load_state_dict(state["gauges"].get(type(gauge).__name__, {}))
+
+    def _timestamp(self, step: int, state: dict[str, Any]) -> Timestamp:
+        """Composer's clock after `step` steps, so that what counts in its tokens or samples goes on."""
+        timestamp = Timestamp(batch=step, batch_in_epoch=step)
+        if "timestamp" in state:  # not up to commit ac193e8, nor of a branch's first checkpoint
+            timestamp.load_state_dict(unpack(state["timestamp"], {}))
+        return timestamp
 
     def _begin(self) -> None:
         """Start at step 0; a branch with its origin's state, which becomes its own first checkpoint. A collective."""
@@ -331,15 +349,13 @@ class Run:
     def _evaluate(self, step: int) -> None:
         result = self._measure()
         self.evaluation, self._evaluated = (step, result), step
-        line = {"step": step, "tokens": self.plan.tokens_before(step), "validation": result}
-        self.trainer.engine.logger.log_metrics(flat(result, "validation"))
+        self.trainer.logger.log_metrics(flat(result, "validation"))
         averaged = ""
         if self.ema is not None and self.ema.updates:
             with self.ema.swapped_in():
-                line["validation_ema"] = self._measure()
-            self.trainer.engine.logger.log_metrics(flat(line["validation_ema"], "validation_ema"))
-            averaged = f"; of the averaged weights: loss {line['validation_ema']['loss']:.3f}"
-        self.metrics.append(line)
+                of_average = self._measure()
+            self.trainer.logger.log_metrics(flat(of_average, "validation_ema"))
+            averaged = f"; of the averaged weights: loss {of_average['loss']:.3f}"
         self._say(
             f"           validation after {self.plan.tokens_before(step):,} tokens: loss {result['loss']:.3f}, "
             f"masked accuracy {result['masked_accuracy']:.1%} (most frequent token: {result['unigram_accuracy']:.1%})"
@@ -354,11 +370,16 @@ class Run:
 
     def _save(self, step: int) -> None:
         self.saver.settle()
+        self.metrics.flush()
+        parts, part_tensors = self.parts.state_dict()
+        timestamp = pack(self.trainer.state.timestamp.state_dict(), "timestamp", {})
         state = {
             "step": step,
             "loader": self.loader.state_dict(),
             "ledger": self.ledger.state_dict(),
-            "metrics": self.metrics.state_dict(),
+            "metrics": self._metrics_state(),
+            "parts": parts,
+            "timestamp": timestamp,
             "data": self.fingerprints,
             "tokenizer": self.tokenizer,
             "origin": self.origin,
@@ -369,7 +390,9 @@ class Run:
             "validation_loss": self.evaluation[1]["loss"] if self.evaluation and self.evaluation[0] == step else None,
         }
         self.ledger.write(step, self.plan.tokens_before(step), state["loader"]["lanes"], self.fingerprints)
-        snapshot = take_snapshot(self.model, self.optimizer, self.ema and self.ema.tensors(), wanted=self.rank == 0)
+        snapshot = take_snapshot(
+            self.model, self.optimizer, self.ema and self.ema.tensors(), part_tensors, wanted=self.rank == 0
+        )
         if self.rank == 0:
             path = self.folder.checkpoints / checkpoint_name(self.plan.tokens_before(step))
             self.saver.start(path, snapshot, state)
@@ -391,7 +414,7 @@ class Run:
         tokens, export = sum(stream_tokens.values()), self.exporter.path(step)
         summary = {
             "tokens": tokens,
-            "tokens_per_second": tokens / self.metrics.train_seconds,
+            "tokens_per_second": tokens / self.clock.train_seconds,
             "packing_efficiency": tokens / self.plan.total_tokens,
             "validation": self.evaluation[1],
             "stream_tokens": stream_tokens,
@@ -399,7 +422,7 @@ class Run:
             "steps": step,
             "export": str(export) if export.exists() else None,
             "seconds": self.seconds,
-            "train_seconds": self.metrics.train_seconds,
+            "train_seconds": self.clock.train_seconds,
         }
         if self.rank == 0:
             draw_curves(self.folder.metrics, self.folder.curves, self.plan)

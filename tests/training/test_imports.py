@@ -75,7 +75,8 @@ def _registries_as_before() -> Iterator[None]:
     before = {slot: dict(registry.entries) for slot, registry in SLOTS.items()}
     yield
     for slot, registry in SLOTS.items():
-        registry.entries = before[slot]
+        registry.entries.clear()
+        registry.entries.update(before[slot])
 
 
 @pytest.mark.slow

@@ -317,10 +317,13 @@ def test_other_shards_are_refused_on_resume(dataset: Path, tmp_path: Path) -> No
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+WANDB = "loggers=[tensorboard,{name: wandb,project: test,mode: offline}]"
+
+
 def test_wandb_offline(dataset: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run", dataset)
     short = ["phases.0.tokens=4K", "phases.0.warmup=0", "phases.1.tokens=2K", "phases.2.tokens=2K"]
-    done = run(command("train", str(config), "wandb.project=test", "wandb.mode=offline", *short))
+    done = run(command("train", str(config), WANDB, *short))
     assert done.returncode == 0, done.stderr
     logged = list((tmp_path / "run" / "runs" / "small" / "wandb").glob("offline-run-*/*.wandb"))
     assert len(logged) == 1

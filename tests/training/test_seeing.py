@@ -65,7 +65,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
     """One process, a line for every step, microbatches, clipping, wandb."""
     folder = tmp_path_factory.mktemp("alone")
     trainer = [f"trainer.gradient_clip_norm={CLIP}", "trainer.microbatch_size=3", f"trainer.peak_flops={PEAK}"]
-    extra = [*trainer, "trainer.price_per_hour=36", "wandb.project=test", "wandb.mode=offline"]
+    extra = [*trainer, "trainer.price_per_hour=36", "loggers=[tensorboard,{name: wandb,project: test,mode: offline}]"]
     done = run(command("train", str(config_file(folder, dataset)), *SHORT, *extra))
     assert done.returncode == 0, done.stderr
     assert "  grad " in done.stdout
