@@ -12,8 +12,8 @@ from data.masking import MaskingConfig
 from data.mixture import DataConfig, StreamShare, check_one_rule, rule_of
 from data.transfer import is_url
 from flexbert import FlexBertConfig
-from flexbert.config import PRESETS
-from schema import ConfigError, Count, Line, Schema, did_you_mean, load_node, validate
+from flexbert.config import load_preset, named_init
+from schema import ConfigError, Count, Line, Schema, did_you_mean, load_node, merge, validate
 from training.batch_sizes import BatchSizeWarmup
 from training.imports import import_components
 from training.optim import OPTIMIZERS
@@ -317,28 +317,28 @@ def _check_tokens(shares: Mapping[str, StreamShare], where: str, budget: int) ->
             )
 
 
-def expand_preset(node: Any) -> Any:
-    """`model: NAME` or `model: {preset: NAME, ...}` -> the preset's fields with the overrides merged over them."""
-    from omegaconf import DictConfig, OmegaConf
+def _as_preset(model: Any) -> Any:
+    """`model: NAME` says enough."""
+    return {"preset": model} if isinstance(model, str) else model
 
-    model = node.get("model") if isinstance(node, DictConfig) else None
-    name = model if isinstance(model, str) else model.get("preset") if isinstance(model, DictConfig) else None
-    if name is None:
+
+# The short forms of a run file, for merging.
+SPELLED = {"model": _as_preset, "model.init": named_init, "from": named_origin}
+
+
+def expand_preset(node: dict[str, Any]) -> dict[str, Any]:
+    """`model: NAME` or `model: {preset: NAME, ...}` -> the preset's fields with the overrides merged over them."""
+    model = _as_preset(node.get("model"))
+    if not isinstance(model, dict) or model.get("preset") is None:
         return node
-    presets = {file.stem: file for file in PRESETS.glob("*.yaml")}
-    if name not in presets:
-        raise ConfigError(f"model: unknown preset {name!r}, {did_you_mean(str(name), presets)}")
-    merged = OmegaConf.merge(OmegaConf.load(presets[name]), {} if isinstance(model, str) else model)
-    if isinstance(merged, DictConfig):
-        merged.pop("preset", None)
-    node["model"] = merged
-    return node
+    own = {key: value for key, value in model.items() if key != "preset"}
+    return {**node, "model": merge(load_preset(model["preset"]), own, SPELLED, ("model",))}
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, compose and check a run file. Raises ConfigError, one line per fault: `file: key.path: what is wrong`."""
     try:
-        node = load_node(path, overrides, expand_preset)
+        node = load_node(path, overrides, expand_preset, SPELLED)
     except ConfigError as error:
         line = str(error)
         raise ConfigError(line if line.startswith(str(path)) else f"{path}: {line}") from None
