@@ -100,11 +100,10 @@ def inspect(
 
             run(folder, samples)
             return
-        from rich.console import Console
-
+        from schema import plain_console
         from training.replay import inspect_step
 
-        inspect_step(Path(folder), step, rows, json, Console(highlight=False))
+        inspect_step(Path(folder), step, rows, json, plain_console())
 
 
 @app.command()
@@ -126,19 +125,17 @@ def train(
     from training import signals
 
     with plain_errors(), signals.from_start_up():
-        from schema import ConfigError
+        from schema import ConfigError, plain_console
 
         if tokens_per_second is not None and not dry_run:
             raise ConfigError("--tokens-per-second: only says something with --dry-run")
         if price_per_hour is not None and tokens_per_second is None:
             raise ConfigError("--price-per-hour: needs --tokens-per-second")
-        from rich.console import Console
-
         from training.config import load_run_config
 
         run = load_run_config(config, overrides or [])
         # Rank 0 speaks; the launchers set RANK.
-        console = Console(quiet=os.environ.get("RANK", "0") != "0")
+        console = plain_console(quiet=os.environ.get("RANK", "0") != "0")
         if dry_run:
             from training.dry_run import dry_run as show
 
@@ -185,12 +182,11 @@ def doctor(
 ) -> None:
     """Check this machine: cores, memory, versions, devices, attention kernels, disk, data; and say what to do."""
     with plain_errors():
-        from rich.console import Console
-
+        from schema import plain_console
         from training.config import load_run_config
         from training.doctor import doctor as run
 
-        fine = run(load_run_config(config, overrides or []) if config is not None else None, Console())
+        fine = run(load_run_config(config, overrides or []) if config is not None else None, plain_console())
     raise typer.Exit(0 if fine else 1)
 
 
@@ -201,11 +197,10 @@ def status(
 ) -> None:
     """Show where a run stands, live or dead: phase, loss, speed, ETA, newest checkpoint and whether it is whole."""
     with plain_errors():
-        from rich.console import Console
-
+        from schema import plain_console
         from training.status import status as show
 
-        show(run, json, Console())
+        show(run, json, plain_console())
 
 
 @app.command()
@@ -234,11 +229,10 @@ def average(
 ) -> None:
     """Average the weights of checkpoints of one architecture and export the result."""
     with plain_errors():
-        from rich.console import Console
-
+        from schema import plain_console
         from training.averaging import average as run
 
-        run(sources, output, last, tokens, weights, Console(highlight=False))
+        run(sources, output, last, tokens, weights, plain_console())
 
 
 @app.command()

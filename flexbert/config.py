@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from composing import load_node
+
 # Imported for their side effect: each registers its entries, which the slots below name as defaults.
 from flexbert import (  # noqa: F401
     activations,
@@ -32,7 +34,7 @@ from flexbert.registry import (
     ModelComponent,
     optional_slot,
 )
-from schema import ConfigError, Schema, did_you_mean, load_node, validate
+from schema import ConfigError, Schema, did_you_mean, validate
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs" / "model"
 

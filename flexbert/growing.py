@@ -21,9 +21,10 @@ import xxhash
 from pydantic import Field
 from torch import Tensor, nn
 
+from composing import load_node
 from flexbert.layers import Parts
 from flexbert.registry import INITS
-from schema import Component, ConfigError, load_node, named, validate
+from schema import Component, ConfigError, named, validate
 
 if TYPE_CHECKING:
     from flexbert.config import FlexBertConfig

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from composing import load_node, merge
 from data.lanes import LongDocuments
 from data.loader import canonical_lanes
 from data.masking import MaskingConfig
@@ -13,7 +14,7 @@ from data.mixture import DataConfig, StreamShare, check_one_rule, rule_of
 from data.transfer import is_url
 from flexbert import FlexBertConfig
 from flexbert.config import load_preset, named_init
-from schema import ConfigError, Count, Line, Schema, did_you_mean, load_node, merge, validate
+from schema import ConfigError, Count, Line, Schema, did_you_mean, validate
 from training.batch_sizes import BatchSizeWarmup
 from training.imports import import_components
 from training.optim import OPTIMIZERS

@@ -58,7 +58,7 @@ def doctor(config: RunConfig | None, console: Console) -> bool:
             state = Text(check.state, _STYLES[check.state])
             table.add_row(check.name, state, Text(check.found), Text(check.fix))
             failed += check.state == "FAIL"
-    console.print(table, highlight=False)
+    console.print(table)
     console.print(f"{failed} of the checks failed" if failed else "nothing stands against training here")
     return not failed
 

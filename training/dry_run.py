@@ -39,7 +39,7 @@ def dry_run(
     """
     plan = PhasePlan(config)
     loader = plan.loader_config(config)
-    console.print(f"[bold]{config.name}[/bold]: {describe_model(config)} -> {config.folder}")
+    console.print(f"{config.name}: {describe_model(config)} -> {config.folder}", soft_wrap=True)
     table = Table("phase", *(phase.name for phase in plan.phases))
     columns = [
         _phase_facts(config, plan, phase, given, world_size) | _price(phase.tokens, tokens_per_second, price_per_hour)
@@ -131,7 +131,6 @@ def _print_totals(config: RunConfig, plan: PhasePlan, console: Console, price: d
         f"checkpoints every {options.interval:,} tokens, {options.keep} kept{often}{best}; "
         f"milestones (kept, evaluated, exported) at {milestones}; {need.checkpoint / 1e9:,.2f} GB each, "
         f"{need.total / 1e9:,.1f} GB in all, {need.exports} exports among them",
-        highlight=False,
     )
 
 
@@ -140,7 +139,7 @@ def _print_mixture(config: RunConfig, plan: PhasePlan, loader: LoaderConfig, con
     if absent:
         console.print(
             f"mixture: unknown, {len(absent)} of {len(config.data.streams)} streams are absent: {', '.join(absent)}",
-            highlight=False,
+            soft_wrap=True,
         )
     streams = open_streams(config.data, "train")
     check_tokenizer(config.data, streams)
@@ -157,10 +156,10 @@ def _print_mixture(config: RunConfig, plan: PhasePlan, loader: LoaderConfig, con
         cells = [f"{manifest.documents:,}", f"{manifest.tokens:,}", *(f"{share:.1%}" for share in shares)]
         mixture.add_row(name, *cells, f"{tokens / manifest.tokens:.2f}")
     console.print(mixture)
-    console.print(f"blocks of about {order.block_tokens:,.0f} tokens", highlight=False)
+    console.print(f"blocks of about {order.block_tokens:,.0f} tokens")
     remote = [stream for stream in streams if is_url(stream.path)]
     if remote:
-        console.print(_describe_cache(config, remote, loader.lanes), highlight=False)
+        console.print(_describe_cache(config, remote, loader.lanes))
 
 
 def _is_there(path: str) -> bool:

@@ -141,7 +141,7 @@ class Run:
             self.folder.close()
 
     def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
     def _generator_seed(self, step: int) -> int:
         """Of the global generator, in a step on this rank. It draws the dropout of attention weights."""
@@ -222,7 +222,7 @@ class Run:
         """Rows, or "auto": then Composer finds them, from the loader's `batch_size` down."""
         given, rows = self.config.trainer.microbatch_size, self.loader.batch_size
         if given == "auto" and not torch.cuda.is_available():
-            self.console.print(f"trainer.microbatch_size: auto, on the CPU: all rows of a rank at once, up to {rows}")
+            self._say(f"trainer.microbatch_size: auto, on the CPU: all rows of a rank at once, up to {rows}")
             return rows
         return given or rows
 
@@ -429,7 +429,8 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
     summary = folder.finished()
     if summary is not None:
         if rank == 0:
-            console.print(f"{folder.path}: this run is finished ({summary['steps']} steps); nothing to do")
+            text = f"{folder.path}: this run is finished ({summary['steps']} steps); nothing to do"
+            console.print(text, soft_wrap=True)
         return summary
     signals.listen()
     # The watchdog speaks before a collective gives up by itself.
@@ -450,7 +451,7 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
             where = f"resuming after step {step}" if step else begun
             console.print(
                 f"{folder.path}: {where}, {run.plan.total_steps} steps, {report.describe_model(config)}",
-                highlight=False,
+                soft_wrap=True,
             )
         run.fit(step)
         return run.finish()

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from composing import load_node
 from flexbert.config import FlexBertConfig
-from schema import ConfigError, load_node
+from schema import ConfigError
 from training.config import RunConfig, load_run_config
 
 RUN = """
