@@ -46,9 +46,29 @@ app = typer.Typer(
 launch_app = typer.Typer(help="Start a run on a cluster.", no_args_is_help=True)
 app.add_typer(launch_app, name="launch")
 
-Config = Annotated[Path, typer.Argument(help="the run file, such as configs/demo.yaml", metavar="CONFIG")]
-DataConfig = Annotated[Path, typer.Argument(help="what to prepare, such as configs/data/demo.yaml", metavar="CONFIG")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="values to set: key.path=value", metavar="[KEY=VALUE]...")]
+
+def _place(path: str) -> str:
+    """A folder, file or URL with a leading ~ expanded, also where no shell has seen it (--output=~/x)."""
+    from schema import expand_user
+
+    try:
+        return expand_user(path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _path(path: str) -> Path:
+    return Path(_place(path))
+
+
+Config = Annotated[Path, typer.Argument(parser=_path, help="the run file, such as configs/demo.yaml", metavar="CONFIG")]
+DataConfig = Annotated[
+    Path, typer.Argument(parser=_path, help="what to prepare, such as configs/data/demo.yaml", metavar="CONFIG")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="values to set: key.path=value; of one key the last counts", metavar="[KEY=VALUE]..."),
+]
 
 
 @contextmanager
@@ -85,7 +105,9 @@ def inspect(
     folder: Annotated[
         str,
         typer.Argument(
-            help="a prepared dataset or one of its streams (folder or URL); with --step, a run", metavar="DIR"
+            parser=_place,
+            help="a prepared dataset or one of its streams (folder or URL); with --step, a run",
+            metavar="DIR",
         ),
     ],
     samples: Annotated[int, typer.Option(min=0, help="documents to print of each stream")] = 3,
@@ -176,7 +198,8 @@ def slurm(
 @app.command()
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(help="a run file: its streams, disk room and run folder are checked too")
+        Path | None,
+        typer.Argument(parser=_path, help="a run file: its streams, disk room and run folder are checked too"),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -192,7 +215,7 @@ def doctor(
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(help="a run folder: runs/NAME", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(parser=_path, help="a run folder: runs/NAME", metavar="RUN")],
     json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
 ) -> None:
     """Show where a run stands, live or dead: phase, loss, speed, ETA, newest checkpoint and whether it is whole."""
@@ -205,8 +228,10 @@ def status(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="a run folder: runs/NAME", metavar="RUN")],
-    output: Annotated[Path | None, typer.Option(help="the picture; default: RUN/curves.png")] = None,
+    run: Annotated[Path, typer.Argument(parser=_path, help="a run folder: runs/NAME", metavar="RUN")],
+    output: Annotated[
+        Path | None, typer.Option(parser=_path, metavar="FILE", help="the picture; default: RUN/curves.png")
+    ] = None,
 ) -> None:
     """Draw a run's curves against tokens: loss, learning rate, batch size, RoPE theta, sequence length."""
     with plain_errors():
@@ -218,9 +243,14 @@ def report(
 @app.command()
 def average(
     sources: Annotated[
-        list[Path], typer.Argument(help="a run (runs/NAME), or checkpoints (.../tokens-N)", metavar="RUN|CHECKPOINT...")
+        list[Path],
+        typer.Argument(
+            parser=_path, help="a run (runs/NAME), or checkpoints (.../tokens-N)", metavar="RUN|CHECKPOINT..."
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="the folder to write, which transformers loads")],
+    output: Annotated[
+        Path, typer.Option(parser=_path, metavar="DIR", help="the folder to write, which transformers loads")
+    ],
     last: Annotated[int | None, typer.Option(help="of a run: its newest K checkpoints", metavar="K")] = None,
     tokens: Annotated[str | None, typer.Option(help="of a run: those with these tokens", metavar="N1,N2,...")] = None,
     weights: Annotated[

@@ -239,6 +239,11 @@ class Run:
                 f"data.streams.{changed[0] if changed else next(iter(state['data']))}: its shards are not those that "
                 f"{checkpoint.path} was trained on: restore them, or give the run another name"
             )
+        if state.get("validation_data", self.evaluator.fingerprints) != self.evaluator.fingerprints:  # since 2026-11
+            raise ConfigError(
+                f"data.streams: the held-out shards are not those that {checkpoint.path} was measured on: restore "
+                "them, or give the run another name"
+            )
         restore(checkpoint, self.model, self.optimizer)
         self.loader.load_state_dict(state["loader"])
         self.ledger.load_state_dict(state["ledger"])
@@ -360,6 +365,7 @@ class Run:
             "ledger": self.ledger.state_dict(),
             "metrics": self.metrics.state_dict(),
             "data": self.fingerprints,
+            "validation_data": self.evaluator.fingerprints,
             "tokenizer": self.tokenizer,
             "origin": self.origin,
             "seconds": self.seconds,
