@@ -49,6 +49,7 @@ from training.phases import PhasePlan
 from training.remote_checkpoints import RemoteCheckpoints, fetch_newest
 from training.saving import Saver
 from training.shards import cut_like, reshard
+from training.vocabulary import check_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +66,6 @@ class Run:
         train_streams = self.loader.dataset.streams
         check_tokenizer(config.data, train_streams)
         manifest = train_streams[0].manifest
-        if config.model.vocab_size != manifest.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size: is {config.model.vocab_size}, the streams' tokenizer has {manifest.vocab_size}: "
-                f"set model.vocab_size={manifest.vocab_size}"
-            )
         self.fingerprints = {
             name: stream.fingerprint for name, stream in zip(config.data.streams, train_streams, strict=True)
         }
@@ -79,6 +75,8 @@ class Run:
         # Before anything is written: a branch that cannot start leaves no trace. A resumed one needs no origin.
         resumed = bool(list_checkpoints(self.folder.checkpoints))
         self.start = None if resumed else read_origin(config)
+        if not resumed:
+            check_vocabulary(config, train_streams, self.start and self.start.rows)
         if self.start is not None:
             self.start.check_data(config, self.fingerprints, manifest.tokenizer_fingerprint)
         self.origin: dict[str, Any] | None = None
