@@ -46,9 +46,29 @@ app = typer.Typer(
 launch_app = typer.Typer(help="Start a run on a cluster.", no_args_is_help=True)
 app.add_typer(launch_app, name="launch")
 
-Config = Annotated[Path, typer.Argument(help="the run file, such as configs/demo.yaml", metavar="CONFIG")]
-DataConfig = Annotated[Path, typer.Argument(help="what to prepare, such as configs/data/demo.yaml", metavar="CONFIG")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="values to set: key.path=value", metavar="[KEY=VALUE]...")]
+
+def _place(path: str) -> str:
+    """A folder, file or URL with a leading ~ expanded, also where no shell has seen it (--output=~/x)."""
+    from schema import expand_user
+
+    try:
+        return expand_user(path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _path(path: str) -> Path:
+    return Path(_place(path))
+
+
+Config = Annotated[Path, typer.Argument(parser=_path, help="the run file, such as configs/demo.yaml", metavar="CONFIG")]
+DataConfig = Annotated[
+    Path, typer.Argument(parser=_path, help="what to prepare, such as configs/data/demo.yaml", metavar="CONFIG")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="values to set: key.path=value; of one key the last counts", metavar="[KEY=VALUE]..."),
+]
 
 
 @contextmanager
@@ -85,7 +105,9 @@ def inspect(
     folder: Annotated[
         str,
         typer.Argument(
-            help="a prepared dataset or one of its streams (folder or URL); with --step, a run", metavar="DIR"
+            parser=_place,
+            help="a prepared dataset or one of its streams (folder or URL); with --step, a run",
+            metavar="DIR",
         ),
     ],
     samples: Annotated[int, typer.Option(min=0, help="documents to print of each stream")] = 3,
@@ -100,11 +122,10 @@ def inspect(
 
             run(folder, samples)
             return
-        from rich.console import Console
-
+        from schema import plain_console
         from training.replay import inspect_step
 
-        inspect_step(Path(folder), step, rows, json, Console(highlight=False))
+        inspect_step(Path(folder), step, rows, json, plain_console())
 
 
 @app.command()
@@ -126,19 +147,17 @@ def train(
     from training import signals
 
     with plain_errors(), signals.from_start_up():
-        from schema import ConfigError
+        from schema import ConfigError, plain_console
 
         if tokens_per_second is not None and not dry_run:
             raise ConfigError("--tokens-per-second: only says something with --dry-run")
         if price_per_hour is not None and tokens_per_second is None:
             raise ConfigError("--price-per-hour: needs --tokens-per-second")
-        from rich.console import Console
-
         from training.config import load_run_config
 
         run = load_run_config(config, overrides or [])
         # Rank 0 speaks; the launchers set RANK.
-        console = Console(quiet=os.environ.get("RANK", "0") != "0")
+        console = plain_console(quiet=os.environ.get("RANK", "0") != "0")
         if dry_run:
             from training.dry_run import dry_run as show
 
@@ -179,39 +198,40 @@ def slurm(
 @app.command()
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(help="a run file: its streams, disk room and run folder are checked too")
+        Path | None,
+        typer.Argument(parser=_path, help="a run file: its streams, disk room and run folder are checked too"),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Check this machine: cores, memory, versions, devices, attention kernels, disk, data; and say what to do."""
     with plain_errors():
-        from rich.console import Console
-
+        from schema import plain_console
         from training.config import load_run_config
         from training.doctor import doctor as run
 
-        fine = run(load_run_config(config, overrides or []) if config is not None else None, Console())
+        fine = run(load_run_config(config, overrides or []) if config is not None else None, plain_console())
     raise typer.Exit(0 if fine else 1)
 
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(help="a run folder: runs/NAME", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(parser=_path, help="a run folder: runs/NAME", metavar="RUN")],
     json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
 ) -> None:
     """Show where a run stands, live or dead: phase, loss, speed, ETA, newest checkpoint and whether it is whole."""
     with plain_errors():
-        from rich.console import Console
-
+        from schema import plain_console
         from training.status import status as show
 
-        show(run, json, Console())
+        show(run, json, plain_console())
 
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="a run folder: runs/NAME", metavar="RUN")],
-    output: Annotated[Path | None, typer.Option(help="the picture; default: RUN/curves.png")] = None,
+    run: Annotated[Path, typer.Argument(parser=_path, help="a run folder: runs/NAME", metavar="RUN")],
+    output: Annotated[
+        Path | None, typer.Option(parser=_path, metavar="FILE", help="the picture; default: RUN/curves.png")
+    ] = None,
 ) -> None:
     """Draw a run's curves against tokens: loss, learning rate, batch size, RoPE theta, sequence length."""
     with plain_errors():
@@ -223,9 +243,14 @@ def report(
 @app.command()
 def average(
     sources: Annotated[
-        list[Path], typer.Argument(help="a run (runs/NAME), or checkpoints (.../tokens-N)", metavar="RUN|CHECKPOINT...")
+        list[Path],
+        typer.Argument(
+            parser=_path, help="a run (runs/NAME), or checkpoints (.../tokens-N)", metavar="RUN|CHECKPOINT..."
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="the folder to write, which transformers loads")],
+    output: Annotated[
+        Path, typer.Option(parser=_path, metavar="DIR", help="the folder to write, which transformers loads")
+    ],
     last: Annotated[int | None, typer.Option(help="of a run: its newest K checkpoints", metavar="K")] = None,
     tokens: Annotated[str | None, typer.Option(help="of a run: those with these tokens", metavar="N1,N2,...")] = None,
     weights: Annotated[
@@ -234,11 +259,10 @@ def average(
 ) -> None:
     """Average the weights of checkpoints of one architecture and export the result."""
     with plain_errors():
-        from rich.console import Console
-
+        from schema import plain_console
         from training.averaging import average as run
 
-        run(sources, output, last, tokens, weights, Console(highlight=False))
+        run(sources, output, last, tokens, weights, plain_console())
 
 
 @app.command()

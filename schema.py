@@ -19,10 +19,10 @@ Both `norm: rmsnorm` and `norm: {name: rmsnorm, eps: 1e-5}` then validate, to `R
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -33,6 +33,9 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 T = TypeVar("T")
 S = TypeVar("S", bound=BaseModel)
@@ -55,6 +58,17 @@ def named(place: str | Path) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError("\n".join(f"{place}: {line}" for line in str(error).split("\n"))) from None
+
+
+def plain_console(**options: Any) -> "Console":
+    """A console of rich's that prints the user's paths and names as they are: no [markup], no :emoji:, no colours for
+    what looks like a number.
+
+    Style is a Text's or a table's. A Panel's title must be a Text: a str is markup there, whatever the console says.
+    """
+    from rich.console import Console
+
+    return Console(**{"markup": False, "emoji": False, "highlight": False, **options})
 
 
 class RunError(Exception):
@@ -165,8 +179,30 @@ def _one_line(value: str) -> str:
     return value
 
 
-# Of paths and names that stand in messages.
+MAY_CHANGE = {"may_change": True}
+"""Field(json_schema_extra=MAY_CHANGE): a run goes on with another value, which changes where things lie, speed or logs,
+and neither the weights' history nor any figure."""
+
+# Of names, URLs and patterns that stand in messages.
 Line = Annotated[str, AfterValidator(_one_line)]
+
+
+def expand_user(path: str) -> str:
+    """A local path with a leading `~` or `~NAME` replaced by that user's home folder; URLs are left as they are.
+
+    Raises ValueError for a user that is not known here.
+    """
+    if not path.startswith("~") or "://" in path:
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        user = path.split("/", 1)[0]
+        raise ValueError(f"{path!r}: {user} has no home folder here: write ./{user} for a name of that kind") from None
+
+
+# Of paths of the user's, local ones and URLs.
+UserPath = Annotated[str, AfterValidator(_one_line), AfterValidator(expand_user)]
 
 _BYTES = {"": 1} | {
     f"{prefix}{suffix}": base**power
@@ -190,37 +226,6 @@ def parse_size(value: Any) -> int:
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]
-
-
-def load_node(
-    path: str | Path, overrides: Sequence[str] = (), expand: Callable[[Any], Any] | None = None
-) -> dict[str, Any]:
-    """Read a YAML file with OmegaConf: `defaults` (files to merge under it), overrides `key.path=value`, interpolation.
-
-    expand: applied to the merged OmegaConf node before the overrides (presets). Raises ConfigError, one line per fault.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        node = _read_yaml(Path(path), ())
-        values = [_parse_override(override) for override in overrides]
-        # A whole section given by an override (`model=modernbert-base`) counts before the keys inside it.
-        for key, value in sorted(values, key=lambda pair: pair[0].count(".")):
-            if expand is not None and "." in key:
-                node = expand(node)
-            _check_entries(path, node, key)
-            OmegaConf.update(node, key, value, force_add=True)
-        if expand is not None:
-            node = expand(node)
-        return cast("dict[str, Any]", OmegaConf.to_container(node, resolve=True, throw_on_missing=True))
-    except OmegaConfBaseException as error:
-        where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise ConfigError(f"{path}: {where}{str(error).splitlines()[0]}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: sections lie too deep in each other, or in themselves: flatten them") from None
-    except (TypeError, AttributeError, IndexError, ValueError) as error:  # an override that goes through a plain value
-        raise ConfigError(f"{path}: override does not fit the file: {error}") from None
 
 
 def validate(schema: type[S], node: Any, path: str | Path) -> S:
@@ -247,66 +252,3 @@ def explain(error: ValidationError) -> list[str]:
             message += f", got {fault['input']!r}"
         lines.append(f"{where}: {message}" if where else message)
     return lines
-
-
-def _read_yaml(path: Path, parents: tuple[Path, ...]) -> Any:
-    """The file merged over its `defaults`. Raises ConfigError for a missing file, a syntax error or a circle."""
-    from omegaconf import DictConfig, ListConfig, OmegaConf
-    from yaml import MarkedYAMLError, YAMLError
-
-    try:
-        there, includes_itself = path.is_file(), path.resolve() in parents
-    except (OSError, ValueError) as error:  # a name that no file can have
-        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    if includes_itself:
-        raise ConfigError(f"{path}: defaults: the file includes itself")
-    if not there:
-        siblings = {str(file) for file in path.parent.glob("*.yaml")} if path.parent.is_dir() else set()
-        hint = f", {did_you_mean(str(path), siblings)}" if siblings else ""
-        raise ConfigError(f"{path}: no such file{hint}")
-    try:
-        node = OmegaConf.load(path)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise ConfigError(f"{place}: not valid YAML: {error.problem or error.context}") from None
-    except (YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
-    except OSError as error:
-        # OmegaConf raises a bare OSError for a file that holds a plain value
-        raise ConfigError(f"{path}: expected a mapping of keys to values ({error})") from None
-    if not isinstance(node, DictConfig):
-        raise ConfigError(f"{path}: expected a mapping of keys to values")
-    defaults = node.pop("defaults", [])
-    if isinstance(defaults, str):
-        defaults = [defaults]
-    if not isinstance(defaults, list | ListConfig) or not all(isinstance(base, str) and base for base in defaults):
-        raise ConfigError(f"{path}: defaults: expected a file or a list of files, got {defaults!r}")
-    bases = [_read_yaml(path.parent / base, (*parents, path.resolve())) for base in defaults]
-    return OmegaConf.merge(*bases, node)
-
-
-def _check_entries(path: str | Path, node: Any, key: str) -> None:
-    """Raise ConfigError, with the entries that there are, where an override's key names none of a list's."""
-    from omegaconf import DictConfig, ListConfig
-
-    parts = re.findall(r"[^.\[\]]+", key)
-    for number, part in enumerate(parts):
-        if isinstance(node, ListConfig):
-            if not re.fullmatch(r"-?[0-9]+", part) or not -len(node) <= int(part) < len(node):
-                entries = f"only 0 to {len(node) - 1}" if len(node) else "it is empty"
-                where = ".".join(parts[:number])
-                raise ConfigError(f"{path}: {key}: {where} has no entry {part}, {entries}")
-            node = node[int(part)]
-        else:
-            node = node.get(part) if isinstance(node, DictConfig) else None
-
-
-def _parse_override(override: str) -> tuple[str, Any]:
-    from omegaconf import OmegaConf
-
-    key, equals, value = override.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"override {override!r}: expected key.path=value")
-    parsed = OmegaConf.from_dotlist([f"value={value}"])
-    return key.strip(), OmegaConf.to_container(parsed)["value"]  # pyright: ignore

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from composing import load_node
 from data.loader import LoaderConfig, LoaderPhase, MixtureDataset, build_loader
 from data.masking import MaskingConfig
 from data.mixture import DataConfig, StreamConfig
@@ -29,7 +30,7 @@ from data.packing import SPECIAL_TOKENS_PER_SEQUENCE, Spans, cut
 from data.plan import PrepareConfig
 from data.preparation import prepare
 from data.shards import open_stream
-from schema import load_node, validate
+from schema import validate
 
 ROWS_PER_BATCH = 8  # of the greedy packer
 PROSE, BENCH, SIX_HUNDRED = Path("../shared/data/prose"), Path("datasets/bench"), Path("datasets/bench-600")

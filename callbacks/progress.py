@@ -46,9 +46,9 @@ class ProgressLine(Callback):
         self._first_tokens = self.describe(state.timestamp.batch.value)["tokens"]
         if self.console.is_terminal:
             self._progress = _Bar(
-                TextColumn("{task.fields[phase]}"),
+                TextColumn("{task.fields[phase]}", markup=False),
                 BarColumn(bar_width=None),  # what the others leave of the line
-                TextColumn("{task.percentage:>3.0f}%  {task.fields[text]}  ETA"),
+                TextColumn("{task.percentage:>3.0f}%  {task.fields[text]}  ETA", markup=False),
                 TimeRemainingColumn(),
                 console=self.console,
                 transient=True,
@@ -78,7 +78,7 @@ class ProgressLine(Callback):
             eta = (self.total_tokens - tokens) / speed
             first = [f"{facts['phase']:<10} step {step}", *done, f"ETA {eta // 60:.0f}:{eta % 60:02.0f}", *scores]
             lines = [*_wrapped(first, self.console.width), *_indented(_stream_losses(latest), self.console.width)]
-            self.console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+            self.console.print("\n".join(lines), soft_wrap=True)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self.close(state, logger)

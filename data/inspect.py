@@ -16,7 +16,7 @@ from data.keyed import keyed_generator
 from data.shards import MANIFEST, Stream, open_stream
 from data.tokenizer import corpus_tokenizer, tokenizer_facts
 from data.transfer import is_url
-from schema import ConfigError, RunError
+from schema import ConfigError, RunError, plain_console
 
 _BAR_COLUMNS = 40
 _SHOWN_TOKENS = 200
@@ -31,7 +31,7 @@ def inspect(path: str | Path, samples: int = 3, console: Console | None = None) 
         ConfigError: there is no stream, or an unfinished one.
         RunError: a shard whose tokens are to be shown is damaged.
     """
-    console = console or Console(highlight=False)
+    console = console or plain_console()
     streams = [open_stream(place) for place in (_find_remote(str(path)) if is_url(path) else _find_streams(Path(path)))]
     console.print(_overview(streams))
     for stream in streams:

@@ -8,7 +8,7 @@ from data.cache import CacheConfig
 from data.lanes import LongDocuments, Mixture
 from data.order import StreamLine
 from data.shards import Stream
-from schema import ConfigError, Count, Line, Schema
+from schema import MAY_CHANGE, ConfigError, Count, Schema, UserPath
 
 _PARTS_PER_BLOCK = 4  # at least, per stream, where it has the documents: a block draws from several places of a stream
 RULES = ("weight", "repeat", "tokens")
@@ -30,13 +30,19 @@ class StreamShare(Schema):
 class StreamConfig(StreamShare):
     """One stream."""
 
-    path: Line = Field(description="folder or URL with train/ and validation/, as `prepare` writes it")
+    path: UserPath = Field(
+        description="folder or URL with train/ and validation/, as `prepare` writes it",
+        json_schema_extra=MAY_CHANGE,  # a checkpoint holds the fingerprints of the shards that it was trained on
+    )
 
 
 class DataConfig(CacheConfig):
     """The streams, their mixture, and how they are read."""
 
-    tokenizer: Line = Field(description="folder (or its URL) that AutoTokenizer loads; its ids must be the shards' ids")
+    tokenizer: UserPath = Field(
+        description="folder (or its URL) that AutoTokenizer loads; its ids must be the shards' ids",
+        json_schema_extra=MAY_CHANGE,  # its fingerprint is part of the streams'
+    )
     streams: dict[str, StreamConfig] = Field(min_length=1, description="streams by name")
     long_documents: LongDocuments = Field(
         default="split", description="over a row's length: split into pieces, truncate to the first, or drop"
@@ -56,9 +62,17 @@ class DataConfig(CacheConfig):
         description="shards of a stream that a lane mixes at a time; each is then opened once per pass, by one lane or "
         "two (for remote streams); default: all",
     )
-    num_workers: int = Field(default=1, ge=0, description="loader processes per rank; 0 reads in the training process")
+    num_workers: int = Field(
+        default=1,
+        ge=0,
+        description="loader processes per rank; 0 reads in the training process",
+        json_schema_extra=MAY_CHANGE,
+    )
     prefetch_batches: int = Field(
-        default=4, ge=1, description="batches each worker keeps ahead; small ones it hands over together, up to so many"
+        default=4,
+        ge=1,
+        description="batches each worker keeps ahead; small ones it hands over together, up to so many",
+        json_schema_extra=MAY_CHANGE,
     )
 
     @model_validator(mode="after")

@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from composing import load_node
 from data.documents import SPLITS
 from data.executors import EXECUTORS
 from data.filters import FILTERS
 from data.sources import SOURCES
 from data.tokenizer import TOKENIZERS
-from schema import Count, Schema, load_node, validate
+from schema import Count, Schema, validate
 
 CONFIG_FILE = "prepare.json"
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from datatrove.pipeline.base import PipelineStep
-from rich.console import Console
 
 from data.choice import TaskPlan, choose_documents, filter_labels
 from data.documents import SPLITS, ReadUnits, Scan, Select, load_arrays, numbered
@@ -33,7 +32,7 @@ from data.shards import CHUNKS, MANIFEST, StreamManifest, pack_chunks
 from data.sources import SOURCES, Unit
 from data.tokenizer import TOKENIZERS, save_tokenizer, tokenizer_facts
 from durable import lock, write_file
-from schema import ConfigError, RunError
+from schema import ConfigError, RunError, plain_console
 
 __all__ = ["PrepareConfig", "load_prepare_config", "prepare"]
 
@@ -61,7 +60,7 @@ def prepare(config: PrepareConfig, workers: int | None = None) -> None:
         executor.check()
     except ConfigError as error:
         raise ConfigError(f"{config._file}: {error}") from None
-    output, console = Path(config.output), Console(stderr=True, highlight=False, soft_wrap=True)
+    output, console = Path(config.output), plain_console(stderr=True, soft_wrap=True)
     begun = _claim(config, output)
     with _lock(output):
         work = output / _WORK

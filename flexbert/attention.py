@@ -14,6 +14,7 @@ from flexbert.plan import AttentionPlan
 from flexbert.positions import Positions
 from flexbert.registry import ATTENTIONS, NORMS, ModelComponent, optional_slot
 from flexbert.rotary import Rotation, pairs_of_halves, rotate, rotate_pairs
+from schema import MAY_CHANGE
 
 if TYPE_CHECKING:
     from flexbert.config import FlexBertConfig
@@ -65,7 +66,9 @@ class MultiHeadAttention(nn.Module):
             description="dropout probability after Wo, before the residual (ModernBERT training: 0.1)",
         )
         backend: Backend = Field(
-            "auto", description="kernel: auto (chosen by device), eager, sdpa, tiled, flash2, flash3 or flex"
+            "auto",
+            description="kernel: auto (chosen by device), eager, sdpa, tiled, flash2, flash3 or flex",
+            json_schema_extra=MAY_CHANGE,
         )
 
         def check(self, model: "FlexBertConfig") -> None:

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from composing import load_node
+
 # Imported for their side effect: each registers its entries, which the slots below name as defaults.
 from flexbert import (  # noqa: F401
     activations,
@@ -32,14 +34,14 @@ from flexbert.registry import (
     ModelComponent,
     optional_slot,
 )
-from schema import ConfigError, Schema, did_you_mean, load_node, validate
+from schema import ConfigError, Schema, did_you_mean, validate
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs" / "model"
 
 TokenId = Annotated[int | None, Field(ge=0)]
 
 
-def _named_init(node: Any) -> Any:
+def named_init(node: Any) -> Any:
     """`init: {from: FOLDER}` says enough."""
     return {"name": "grow", **node} if isinstance(node, dict) and "from" in node and "name" not in node else node
 
@@ -88,7 +90,7 @@ class FlexBertConfig(Schema):
     initial_layers: InitialLayers | None = Field(None, description="first layers that differ; null: none")
     head: Annotated[Any, *HEADS.slot()] = Field("mlm", description="from the residual stream to scores")
     loss: Annotated[Any, *LOSSES.slot()] = Field("cross_entropy", description="what masked-token training minimises")
-    init: Annotated[Any, *INITS.slot(), BeforeValidator(_named_init)] = Field(
+    init: Annotated[Any, *INITS.slot(), BeforeValidator(named_init)] = Field(
         "full_megatron", description="starting weights; {from: FOLDER} grows a smaller model"
     )
 
@@ -145,11 +147,8 @@ class FlexBertConfig(Schema):
         """From a preset's name (configs/model/NAME.yaml) or a file's path. Raises ConfigError, one line per fault."""
         path = Path(source)
         if path.suffix not in (".yaml", ".yml") and len(path.parts) == 1:
-            presets = {file.stem: file for file in PRESETS.glob("*.yaml")}
-            if str(source) not in presets:
-                raise ConfigError(f"unknown preset {str(source)!r}, {did_you_mean(str(source), presets)}")
-            path = presets[str(source)]
-        return validate(cls, load_node(path), path)
+            return validate(cls, load_preset(source), PRESETS / f"{source}.yaml")
+        return validate(cls, load_node(path, spelled={"init": named_init}), path)
 
     @classmethod
     def from_dict(cls, node: dict[str, Any]) -> "FlexBertConfig":
@@ -159,6 +158,14 @@ class FlexBertConfig(Schema):
     def to_dict(self) -> dict[str, Any]:
         """Plain values, every default spelt out."""
         return self.model_dump()
+
+
+def load_preset(name: Any) -> dict[str, Any]:
+    """The fields that configs/model/NAME.yaml gives. Raises ConfigError for a name that none of them has."""
+    presets = {file.stem: file for file in PRESETS.glob("*.yaml")}
+    if not isinstance(name, str) or name not in presets:
+        raise ConfigError(f"model: unknown preset {str(name)!r}, {did_you_mean(str(name), presets)}")
+    return load_node(presets[name])
 
 
 def without_init(config: FlexBertConfig) -> FlexBertConfig:

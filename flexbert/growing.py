@@ -21,9 +21,10 @@ import xxhash
 from pydantic import Field
 from torch import Tensor, nn
 
+from composing import load_node
 from flexbert.layers import Parts
 from flexbert.registry import INITS
-from schema import Component, ConfigError, load_node, named, validate
+from schema import MAY_CHANGE, Component, ConfigError, UserPath, named, validate
 
 if TYPE_CHECKING:
     from flexbert.config import FlexBertConfig
@@ -40,8 +41,10 @@ class Grow:
     """Starting weights from a smaller model. A head that the source has not (another task's) starts fresh."""
 
     class Config(Component):
-        source: str = Field(
-            alias="from", description="folder of an export, or a run's checkpoints/tokens-N beside its config.yaml"
+        source: UserPath = Field(
+            alias="from",
+            description="folder of an export, or a run's checkpoints/tokens-N beside its config.yaml",
+            json_schema_extra=MAY_CHANGE,  # read at the start only
         )
         method: Method = Field("tile_center", description="where old weights lie: in the middle, or from the edge on")
         depth: Depth = Field("spread", description="new layer i is old round(i * old / new); stack: i modulo old")

@@ -23,6 +23,7 @@ from training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, 
 from training.config import RunConfig, read_recorded_config
 from training.phases import PhasePlan
 from training.shards import load_weights
+from training.vocabulary import with_rows
 
 log = logging.getLogger(__name__)
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -43,6 +44,7 @@ class Start:
     checkpoint: Checkpoint | None
     parent: RunConfig | None
     tokenizer: str | None  # fingerprint, of a checkpoint
+    rows: int | None  # of the token table, where it may have grown: in a Hugging Face folder
 
     def check_data(self, config: RunConfig, fingerprints: Mapping[str, str], tokenizer: str) -> None:
         """Raise ConfigError when ids mean other tokens here, or when the data cannot go on where they stood.
@@ -109,7 +111,10 @@ def _read_hf(config: RunConfig, folder: Path) -> Start:
         model = from_hf(folder)
     except ConfigError as error:
         raise ConfigError(f"from: {error}") from None
-    _check_model(model.config, model.config, dict(model.state_dict()), config, str(folder))
+    rows = config.model.vocab_size
+    weights = with_rows(dict(model.state_dict()), rows, tokenizer_folder(config.data))
+    theirs = model.config.model_copy(update={"vocab_size": rows})
+    _check_model(theirs, theirs, weights, config, str(folder))
     record = {
         "from": str(folder),
         "xxh3_64": _hash([folder / "config.json", *sorted(folder.glob("*.safetensors"))]),
@@ -118,7 +123,7 @@ def _read_hf(config: RunConfig, folder: Path) -> Start:
         "tokens": 0,
         "data": "restart",
     }
-    return Start(record, dict(model.state_dict()), None, None, None)
+    return Start(record, weights, None, None, None, model.config.vocab_size)
 
 
 def _read_run(config: RunConfig, folder: Path) -> Start:
@@ -154,7 +159,7 @@ def _read_run(config: RunConfig, folder: Path) -> Start:
         "tokens": before["tokens"] + plan.tokens_before(step),
         "data": "restart" if weights_only else config.origin.data,
     }
-    return Start(record, checkpoint.model, None if weights_only else checkpoint, parent, state.get("tokenizer"))
+    return Start(record, checkpoint.model, None if weights_only else checkpoint, parent, state.get("tokenizer"), None)
 
 
 def _find_checkpoint(folder: Path) -> Checkpoint:
@@ -210,8 +215,8 @@ def _check_vocabulary(folder: Path, ours: Path) -> None:
         log.warning("from: %s: holds no tokenizer.json: whether its tokens are the streams' cannot be checked", folder)
         return
     here, there = (corpus_tokenizer(path).get_vocab() for path in (ours, folder))
-    if here != there:
-        token = min((here.items() ^ there.items()), key=lambda pair: (pair[1], pair[0]))[0]
+    if different := there.items() - here.items():  # ours may have more: tokens that prepare added, or the user
+        token = min(different, key=lambda pair: (pair[1], pair[0]))[0]
         raise ConfigError(
             f"data.tokenizer: {ours}: is not the tokenizer of {folder}: {token!r} is {here.get(token)} here, "
             f"{there.get(token)} there: prepare the streams with that one"

@@ -19,13 +19,17 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from data.loader import check_tokenizer, open_streams
+from data.shards import Stream
 from data.transfer import TransferError, is_url
 from flexbert.parity import BACKENDS, disagreement
 from schema import ConfigError, RunError
+from training.branching import read_origin
+from training.checkpoint import list_checkpoints
 from training.config import RunConfig
 from training.phases import PhasePlan
 from training.remote_checkpoints import RemoteCheckpoints
 from training.sizes import already_there, disk_need
+from training.vocabulary import check_vocabulary
 
 ROOT = Path(__file__).parent.parent
 _GB = 10**9
@@ -58,7 +62,7 @@ def doctor(config: RunConfig | None, console: Console) -> bool:
             state = Text(check.state, _STYLES[check.state])
             table.add_row(check.name, state, Text(check.found), Text(check.fix))
             failed += check.state == "FAIL"
-    console.print(table, highlight=False)
+    console.print(table)
     console.print(f"{failed} of the checks failed" if failed else "nothing stands against training here")
     return not failed
 
@@ -217,6 +221,20 @@ def _remote(config: RunConfig | None) -> Iterator[Check]:
             yield Check("remote checkpoints", "FAIL", str(error), "mend it, or leave checkpoint.remote out")
 
 
+def _start(config: RunConfig, streams: list[Stream]) -> Iterator[Check]:
+    """What a run that begins starts from, and whether its vocabulary is the streams'."""
+    try:
+        origin = read_origin(config)
+        if origin is not None:
+            yield Check("from", "ok", origin.record["from"])
+        if streams:
+            check_vocabulary(config, streams, origin and origin.rows)
+    except (ConfigError, RunError) as error:
+        for line in str(error).split("\n"):
+            text, _, fix = line.rpartition(": ")
+            yield Check("from" if line.startswith("from") else "vocabulary", "FAIL", text or fix, fix if text else "")
+
+
 def _cache(config: RunConfig) -> Check:
     folder, limit = config.data.cache_folder, config.data.cache_limit
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
@@ -255,10 +273,8 @@ def _data(config: RunConfig | None) -> Iterator[Check]:
         except (ConfigError, RunError) as error:
             text, _, fix = str(error).rpartition(": ")
             yield Check("tokenizer", "FAIL", text, fix)
-    sizes = {stream.manifest.vocab_size for stream in opened.values()} - {config.model.vocab_size}
-    if sizes:
-        fix = f"set model.vocab_size={min(sizes)}"
-        yield Check("vocabulary", "FAIL", f"the model has {config.model.vocab_size}, the streams {min(sizes)}", fix)
+    if not list_checkpoints(config.folder / "checkpoints"):
+        yield from _start(config, list(opened.values()))
     try:
         phases = PhasePlan(config).phases
         yield Check("phases", "ok", f"{len(phases)}, {phases[-1].end_step:,} steps")

@@ -28,6 +28,7 @@ class Evaluator:
         self.max_seq_len = config.max_seq_len or max_seq_len
         self.seed = torch_seed(seed, "validation")
         self.streams = dict(zip(data.streams, open_streams(data, "validation"), strict=True))
+        self.fingerprints = {name: stream.fingerprint for name, stream in self.streams.items()}
         counts = [np.load(BytesIO(stream.files.read("token_counts.npy"))).astype(float) for stream in train_streams]
         tokens = {name: stream.manifest.tokens for name, stream in zip(self.streams, train_streams, strict=True)}
         weights = stream_weights(data.streams, tokens)

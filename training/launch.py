@@ -10,15 +10,10 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from rich.console import Console
-
 from durable import write_file
-from flexbert.config import without_init
-from schema import ConfigError, RunError
-from training.checkpoint import list_checkpoints
+from schema import ConfigError, RunError, plain_console
 from training.config import RunConfig, load_run_config
 from training.dry_run import dry_run
-from training.folder import RunFolder
 from training.phases import PhasePlan
 from training.signals import EXIT_PREEMPTED
 
@@ -139,12 +134,7 @@ def _check(config: RunConfig, options: SlurmOptions) -> None:
                 f"phases: batches of {rows} rows cannot be divided among {ranks} ranks ({options.nodes} nodes x "
                 f"{options.gpus_per_node} GPUs): change one of them"
             )
-    folder = RunFolder(config.folder)
-    folder.check_config(config)
-    folder.check_checkpoints()
-    if list_checkpoints(folder.checkpoints):  # a run that goes on needs neither its origin nor what it has grown from
-        config = config.model_copy(update={"origin": None, "model": without_init(config.model)})
-    dry_run(config, Console(quiet=True), ranks)
+    dry_run(config, plain_console(quiet=True), ranks)
 
 
 def _check_sbatch(key: str) -> None:

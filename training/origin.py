@@ -4,16 +4,17 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from schema import Schema
+from schema import MAY_CHANGE, Schema, UserPath
 
 
 class Origin(Schema):
     """A checkpoint to go on from, with other phases: a decay, a mixture, a learning rate with a warmup of its own."""
 
-    checkpoint: str = Field(
+    checkpoint: UserPath = Field(
         min_length=1,
         description="runs/NAME/checkpoints/tokens-N; runs/NAME: its newest whole one; or a Hugging Face folder, such "
         "as an export, which has weights only",
+        json_schema_extra=MAY_CHANGE,  # read at the start only, which origin.json records
     )
     weights_only: bool = Field(default=False, description="a fresh optimizer, and the data from their beginning")
     data: Literal["continue", "restart"] = Field(

@@ -50,7 +50,8 @@ def inspect_step(path: Path, step: int, rows: int, as_json: bool, console: Conso
             f"{path}, step {step} ({phase.name}; tokens {plan.tokens_before(step - 1):,} to "
             f"{plan.tokens_before(step):,}): {loader_phase.global_batch_size} rows of {phase.max_seq_len}"
             + (f", the first {shown} below (--rows 0: all)" if shown < loader_phase.global_batch_size else "")
-            + "\n⟦the⟧ is masked, ⟦the→cat⟧ replaced, ⟦the=⟧ kept but to be predicted"
+            + "\n⟦the⟧ is masked, ⟦the→cat⟧ replaced, ⟦the=⟧ kept but to be predicted",
+            soft_wrap=True,
         )
     Printer(config, dataset.streams, console, as_json).show(taken, shown, phase.max_seq_len, loader_phase.masking)
 
@@ -93,7 +94,7 @@ class Printer:
                 line = {**facts, "input_ids": ids, "labels": labels, "text": self._text(ids, labels).plain}
                 sys.stdout.write(json.dumps(line) + "\n")
             else:
-                self.console.print(Panel(self._text(ids, labels), title=_title(facts), title_align="left"))
+                self.console.print(Panel(self._text(ids, labels), title=Text(_title(facts)), title_align="left"))
 
     def _text(self, ids: list[int], labels: list[int]) -> Text:
         """Decoded text; runs of tokens that are not to be predicted are decoded together."""

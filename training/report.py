@@ -97,4 +97,4 @@ def closing_table(config: RunConfig, summary: dict[str, Any], console: Console) 
     if (curves := config.folder / "curves.png").exists():
         facts.add_row("curves", str(curves))
     facts.add_row("metrics", f"{config.folder / 'metrics.jsonl'}, {config.folder / 'tensorboard'}")
-    console.print(facts, highlight=False)
+    console.print(facts)

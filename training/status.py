@@ -28,7 +28,7 @@ def status(path: Path, as_json: bool, console: Console) -> None:
     if as_json:
         sys.stdout.write(json.dumps(facts, indent=1) + "\n")
     else:
-        console.print(_table(facts), highlight=False)
+        console.print(_table(facts))
 
 
 def read_status(path: Path) -> dict[str, Any]:

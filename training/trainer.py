@@ -49,6 +49,7 @@ from training.phases import PhasePlan
 from training.remote_checkpoints import RemoteCheckpoints, fetch_newest
 from training.saving import Saver
 from training.shards import cut_like, reshard
+from training.vocabulary import check_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +66,6 @@ class Run:
         train_streams = self.loader.dataset.streams
         check_tokenizer(config.data, train_streams)
         manifest = train_streams[0].manifest
-        if config.model.vocab_size != manifest.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size: is {config.model.vocab_size}, the streams' tokenizer has {manifest.vocab_size}: "
-                f"set model.vocab_size={manifest.vocab_size}"
-            )
         self.fingerprints = {
             name: stream.fingerprint for name, stream in zip(config.data.streams, train_streams, strict=True)
         }
@@ -79,6 +75,8 @@ class Run:
         # Before anything is written: a branch that cannot start leaves no trace. A resumed one needs no origin.
         resumed = bool(list_checkpoints(self.folder.checkpoints))
         self.start = None if resumed else read_origin(config)
+        if not resumed:
+            check_vocabulary(config, train_streams, self.start and self.start.rows)
         if self.start is not None:
             self.start.check_data(config, self.fingerprints, manifest.tokenizer_fingerprint)
         self.origin: dict[str, Any] | None = None
@@ -141,7 +139,7 @@ class Run:
             self.folder.close()
 
     def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
     def _generator_seed(self, step: int) -> int:
         """Of the global generator, in a step on this rank. It draws the dropout of attention weights."""
@@ -222,7 +220,7 @@ class Run:
         """Rows, or "auto": then Composer finds them, from the loader's `batch_size` down."""
         given, rows = self.config.trainer.microbatch_size, self.loader.batch_size
         if given == "auto" and not torch.cuda.is_available():
-            self.console.print(f"trainer.microbatch_size: auto, on the CPU: all rows of a rank at once, up to {rows}")
+            self._say(f"trainer.microbatch_size: auto, on the CPU: all rows of a rank at once, up to {rows}")
             return rows
         return given or rows
 
@@ -238,6 +236,11 @@ class Run:
             raise ConfigError(
                 f"data.streams.{changed[0] if changed else next(iter(state['data']))}: its shards are not those that "
                 f"{checkpoint.path} was trained on: restore them, or give the run another name"
+            )
+        if state.get("validation_data", self.evaluator.fingerprints) != self.evaluator.fingerprints:  # since 2026-11
+            raise ConfigError(
+                f"data.streams: the held-out shards are not those that {checkpoint.path} was measured on: restore "
+                "them, or give the run another name"
             )
         restore(checkpoint, self.model, self.optimizer)
         self.loader.load_state_dict(state["loader"])
@@ -360,6 +363,7 @@ class Run:
             "ledger": self.ledger.state_dict(),
             "metrics": self.metrics.state_dict(),
             "data": self.fingerprints,
+            "validation_data": self.evaluator.fingerprints,
             "tokenizer": self.tokenizer,
             "origin": self.origin,
             "seconds": self.seconds,
@@ -429,7 +433,8 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
     summary = folder.finished()
     if summary is not None:
         if rank == 0:
-            console.print(f"{folder.path}: this run is finished ({summary['steps']} steps); nothing to do")
+            text = f"{folder.path}: this run is finished ({summary['steps']} steps); nothing to do"
+            console.print(text, soft_wrap=True)
         return summary
     signals.listen()
     # The watchdog speaks before a collective gives up by itself.
@@ -450,7 +455,7 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
             where = f"resuming after step {step}" if step else begun
             console.print(
                 f"{folder.path}: {where}, {run.plan.total_steps} steps, {report.describe_model(config)}",
-                highlight=False,
+                soft_wrap=True,
             )
         run.fit(step)
         return run.finish()
