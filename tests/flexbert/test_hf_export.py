@@ -248,8 +248,11 @@ def test_other_architectures_and_folders_are_refused(tmp_path: Path) -> None:
         from_hf(reference_model("eager"), "classification")  # pyright: ignore[reportArgumentType, reportCallIssue]
     with pytest.raises(ConfigError, match=r"no config\.json in it"):
         from_hf(tmp_path)
-    reference_model("eager").save_pretrained(tmp_path / "pickled", safe_serialization=False)
-    with pytest.raises(ConfigError, match="transformers cannot load it"):
+    reference_model("eager").config.save_pretrained(tmp_path / "pickled")
+    torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(
+        ConfigError, match=r"model\.safetensors: there is none, only pytorch_model\.bin: a pickle could"
+    ):
         from_hf(tmp_path / "pickled")
 
 
