@@ -102,6 +102,11 @@ class Fields:
         """The same, where JSON may say 0 for 0.0."""
         return float(self.number(name))
 
+    def flag(self, name: str) -> bool:
+        if not isinstance(self[name], bool):
+            raise ConfigError(f"{name}: {self[name]!r} of the Hugging Face config should be true or false")
+        return self[name]
+
     def refuse_unused(self) -> None:
         """Raise ConfigError for a field that says something and that nobody here knows.
 
@@ -169,6 +174,8 @@ class LayerFields:
         before = None if fields[older] is None else fields.float(older)
         if "rope_theta" not in newer:
             return before
+        if newer["rope_theta"] is None:  # as transformers 5 writes local_rope_theta: null, the same as the global one
+            return None
         theta = float(number(f"rope_parameters.{kind}.rope_theta", newer["rope_theta"]))
         if older in fields.given and theta != (before if before is not None else fields[self.KINDS["full_attention"]]):
             raise ConfigError(

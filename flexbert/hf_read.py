@@ -80,7 +80,8 @@ def read_fields(folder: Path) -> Fields | OwnFields:
 def _check_class(given: dict[str, Any], architecture: str) -> None:
     """Raise ConfigError where the weights are of another class than transformers has for this type of model."""
     kind = architecture.removesuffix("ForMaskedLM")
-    for name in given.get("architectures") or []:
+    names = given.get("architectures") or []
+    for name in names if isinstance(names, list) else [names]:
         if not re.fullmatch(rf"(TF|Flax)?{kind}(Model|LMHeadModel|For\w+)", str(name)):
             raise ConfigError(f"architectures: {name!r} is no class of transformers' {kind}: its function is not known")
     own = given.get("auto_map")
@@ -149,7 +150,7 @@ def _read_file(file: Path, expected: set[str] | None) -> dict[str, Tensor]:
 def read_model(model: Any) -> tuple[Fields | OwnFields, dict[str, Tensor]]:
     """Of a transformers model in memory. Raises ConfigError for what is none, and for adapters and quantized ones."""
     model = getattr(model, "_orig_mod", model)  # compiled
-    if not isinstance(model, nn.Module) or not hasattr(getattr(model, "config", None), "to_dict"):
+    if not isinstance(model, nn.Module) or not hasattr(getattr(model, "config", None), "model_type"):
         raise ConfigError(f"{type(model).__name__}: expected a folder, or a model of transformers")
     config: Any = model.config
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from flexbert import build, from_hf, to_hf
 from schema import ConfigError
 from tests.flexbert.conftest import tiny
+from tests.flexbert.hf_forms import older, rewrite
 from tests.flexbert.test_hf_export import tokenizer_of
 from tests.flexbert.test_hf_parity import reference_model
 
@@ -23,8 +24,7 @@ def fields(**changes: Any) -> Damage:
     """config.json with some fields changed, or left out (...)."""
 
     def damage(folder: Path) -> None:
-        node = json.loads((folder / "config.json").read_text()) | changes
-        (folder / "config.json").write_text(json.dumps({k: v for k, v in node.items() if v is not ...}))
+        rewrite(folder, lambda node: older(node) | changes)
 
     return damage
 
