@@ -19,7 +19,7 @@ from flexbert.encoder import FlexBertEncoder
 from flexbert.hf_fields import OLDER_FIELDS, POSITION_OFFSET, Fields
 from flexbert.hf_mappings import MAPPINGS, Mapping, at_padding_id, config_of, lost_dropouts, misfits
 from flexbert.hf_read import OwnFields, read_fields, read_model, read_weights
-from flexbert.hf_state import from_hf_state, moved_table, to_hf_state
+from flexbert.hf_state import from_hf_state, moved_table, require_numbers, to_hf_state
 from flexbert.hf_tokenizer import load_tokenizer, save_tokenizer, token_ids
 from flexbert.hf_verify import verify_export
 from flexbert.model import FlexBertForMaskedLM, build
@@ -64,6 +64,8 @@ def _converted(
     wanted = {name: tensor.shape for name, tensor in result.state_dict().items()}
     given = weights()
     if isinstance(fields, OwnFields):
+        for name, tensor in given.items():
+            require_numbers(name, tensor)
         state = _own_state(given, list(wanted), task)
         for name, tensor in state.items():
             if tensor.shape != wanted[name]:
@@ -115,6 +117,9 @@ def to_hf(model: FlexBertForMaskedLM, tokenizer: Any, out_dir: str | Path, card:
     Raises ConfigError for a component from outside the package (naming it), a tokenizer that does not fit or an
     `out_dir` that is something else; RunError when the logits differ. Then nothing new is under `out_dir`.
     """
+    model = getattr(model, "_orig_mod", model)  # compiled
+    if not isinstance(model, FlexBertForMaskedLM):
+        raise ConfigError(f"{type(model).__name__}: expected a FlexBertForMaskedLM")
     out_dir = Path(out_dir).expanduser()
     if out_dir.exists() and not all((out_dir / name).is_file() for name in ("config.json", "model.safetensors")):
         raise ConfigError(f"{out_dir}: exists and is not an export: choose another folder, or remove it")
@@ -243,6 +248,6 @@ A masked language model of the {title} architecture, pretrained with FlexBERT.
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 model = AutoModelForMaskedLM.from_pretrained("{name}"{trust})
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
 ```
 """

@@ -48,15 +48,15 @@ def _activation_to(name: str) -> str:
     return next((theirs for theirs, ours in _ACTIVATIONS.items() if ours == name), name)
 
 
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
 def _common_from(fields: Fields) -> dict[str, Any]:
-    return {name: fields[name] for name in (*_SIZES, *TOKEN_IDS)}
+    return {name: fields[name] for name in (*SIZES, *TOKEN_IDS)}
 
 
 def _common_to(config: FlexBertConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in _SIZES}
+    return {name: getattr(config, name) for name in SIZES}
 
 
 def _modernbert_from(fields: Fields) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flexbert.hf_fields import Fields
-from flexbert.hf_mappings import MAPPINGS
+from flexbert.hf_mappings import MAPPINGS, SIZES
 from flexbert.hf_state import float_state
 from schema import ConfigError, did_you_mean
 
@@ -29,9 +29,18 @@ class OwnFields:
         self.given = given
 
     def node(self) -> Any:
-        """The architecture. transformers keeps the size of a resized vocabulary beside it."""
+        """The architecture; transformers keeps the size of a resized vocabulary beside it. Raises ConfigError for
+        another size that differs there."""
         node = self.given["flexbert"]
-        return {**node, "vocab_size": self.given.get("vocab_size", node.get("vocab_size"))} if node else node
+        if not isinstance(node, dict):
+            return node
+        for name in (*SIZES, "max_position_embeddings"):
+            if name != "vocab_size" and name in node and self.given.get(name, node[name]) != node[name]:
+                raise ConfigError(
+                    f"config.json: {name}: {self.given[name]!r} contradicts flexbert.{name}, {node[name]!r}, which is "
+                    "what the model is built from: make them equal"
+                )
+        return {**node, "vocab_size": self.given.get("vocab_size", node.get("vocab_size"))}
 
 
 @contextmanager

@@ -107,11 +107,16 @@ def _get(mapping: Mapping, given: dict[str, Tensor], name: str) -> Tensor:
 
 def _plain(name: str, tensor: Tensor) -> Tensor:
     """A copy, float32 on the CPU."""
+    require_numbers(name, tensor)
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def require_numbers(name: str, tensor: Tensor) -> None:
+    """Raise ConfigError for a weight of a dtype that cannot be widened to float32 as it is."""
     if tensor.dtype not in _DTYPES:
         raise ConfigError(
             f"{name}: {tensor.dtype} cannot be read as plain numbers: save the model in float32 or bfloat16"
         )
-    return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
 def moved_table(table: Tensor, before: int, after: int) -> Tensor:

@@ -30,17 +30,24 @@ def fields(**changes: Any) -> Damage:
 
 
 def own(**changes: Any) -> Damage:
-    """The same, inside the field `flexbert` of our own exports."""
+    """The same, inside the field `flexbert` of our own exports too."""
 
     def damage(folder: Path) -> None:
-        node = json.loads((folder / "config.json").read_text())["flexbert"]
-        fields(flexbert=node | changes)(folder)
+        node = json.loads((folder / "config.json").read_text())
+        beside = {key: value for key, value in changes.items() if key in node}
+        fields(flexbert=node["flexbert"] | changes, **beside)(folder)
 
     return damage
 
 
 def config(text: str) -> Damage:
     return lambda folder: (folder / "config.json").write_text(text)
+
+
+def quantized(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    state["head.norm.weight"] = state["head.norm.weight"].to(torch.int8)
+    save_file(state, folder / "model.safetensors")
 
 
 def truncated(folder: Path) -> None:
@@ -100,8 +107,13 @@ CASES: list[tuple[str, Damage, str]] = [
     ("own", fields(flexbert=...), "config.json: flexbert: is missing"),
     ("own", fields(flexbert=None), "config.json: "),
     ("own", own(hiden_size=48), "config.json: unknown key 'hiden_size', did you mean 'hidden_size'?"),
+    ("own", fields(flexbert="x"), "config.json: "),
+    ("own", fields(max_position_embeddings=4096), "config.json: max_position_embeddings: 4096 contradicts flexbert.max_p"),
+    ("own", fields(hidden_size=96), "config.json: hidden_size: 96 contradicts flexbert.hidden_size, 48"),
+    ("own", fields(vocab_size=96), "encoder.embedding.tokens.weight: (97, 48) in the weights, (96, 48) by the config"),
     ("own", own(num_hidden_layers=3), "encoder.layers.3."),
     ("own", own(intermediate_size=41), "encoder.layers.0.mlp.Wi.weight: (80, 48) in the weights, (82, 48) by the conf"),
+    ("own", quantized, "head.norm.weight: torch.int8 cannot be read as plain numbers"),
     ("own", truncated, "model.safetensors: cannot be read: "),
     ("own", without_weights, "model.safetensors: there is none"),
     ("own", renamed, "head.norm.weight: missing in this model"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, seed, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from tests.flexbert.test_presets import SIZES
 
 # Measured worst case over 400 examples: 2.2e-5 on logits up to 43.
 TOLERANCE = 1e-4
+WORST = []
 
 ACTIVATIONS = ["gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish", "relu", "relu2", "tanh", "sigmoid", "mish"]
 ACTIVATIONS += ["relu6", "leaky_relu"]
@@ -38,7 +39,8 @@ THETA = st.sampled_from([1.0, 100.0, 10000.0, 160000.0, 1e6])
 def configs(draw: Any) -> tuple[str, dict[str, Any]]:
     """A type of model and fields of its config; rarely an activation that FlexBERT does not have."""
     kind = draw(st.sampled_from(sorted(CLASSES)))
-    heads, head_dim = draw(st.integers(1, 4)), draw(st.sampled_from([2, 4, 8, 16] + [1, 3] * (kind != "modernbert")))
+    # Norms of fewer channels than about 6 lose digits: of 2 channels they tell signs only
+    heads, head_dim = draw(st.integers(1, 4)), draw(st.sampled_from([6, 8, 16] + [7, 9] * (kind != "modernbert")))
     rare = draw(st.integers(0, 9)) == 0
     activations = st.sampled_from(OTHER_ACTIVATIONS if rare else ACTIVATIONS)
     pad, length = draw(st.integers(0, 3)), draw(st.integers(4, 70))
@@ -125,15 +127,14 @@ def check(case: tuple[str, dict[str, Any]], saving: dict[str, Any], number: int)
         folder = Path(scratch)
         original.save_pretrained(folder / "given", max_shard_size=saving["max_shard_size"])
         rewrite(folder / "given", saving["form"] if kind == "modernbert" else dict)
-        try:
-            model = from_hf(folder / "given")
-        except ConfigError as error:
-            assert set(fields.values()) & set(OTHER_ACTIVATIONS), error
-            assert "hidden_act" in str(error)
+        if fields.get("hidden_act", fields.get("hidden_activation")) in OTHER_ACTIVATIONS:
+            with pytest.raises(ConfigError, match=r": hidden_act(ivation)?: '\w+' has no counterpart here"):
+                from_hf(folder / "given")
             return
-        assert not set(map(str, fields.values())) & set(OTHER_ACTIVATIONS)
+        model = from_hf(folder / "given")
         theirs, ours = both_logits(copied(original), model, model.config.max_position_embeddings, number)
-        torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=1e-5)
+        WORST.append((float((ours - theirs).abs().max()), float(theirs.abs().max())))
+        torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
         assert equal(from_hf(original), model)
         encoder = from_hf(folder / "given", task="encoder")
         assert equal(encoder, model.encoder)
@@ -155,22 +156,19 @@ SAVING = st.fixed_dictionaries(
 NUMBERS = st.integers(0, 2**31)
 
 
-@seed(1)
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(configs(), SAVING, NUMBERS)
 def test_from_hf_gives_the_logits_of_transformers(case: Any, saving: Any, number: int) -> None:
     check(case, saving, number)
 
 
 @pytest.mark.slow
-@seed(2)
 @settings(max_examples=400)
 @given(configs(), SAVING, NUMBERS)
 def test_from_hf_gives_the_logits_of_transformers_often(case: Any, saving: Any, number: int) -> None:
     check(case, saving, number)
 
 
-@seed(3)
 @settings(max_examples=150)
 @given(
     st.lists(st.sampled_from(["full_attention", "sliding_attention"]), min_size=1, max_size=8),
