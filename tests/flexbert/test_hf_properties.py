@@ -24,9 +24,9 @@ from tests.flexbert.test_hf_remote import in_transformers, scrambled
 from tests.flexbert.test_hf_weights import equal
 from tests.flexbert.test_presets import SIZES
 
-# Measured worst case over 400 examples: 2.2e-5 on logits up to 43.
+# Measured worst case over 460 examples: 5.2e-5 on logits up to 6.2, with squared activations in the head; there
+# transformers lies 4.9e-5 from its own float64.
 TOLERANCE = 1e-4
-WORST = []
 
 ACTIVATIONS = ["gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish", "relu", "relu2", "tanh", "sigmoid", "mish"]
 ACTIVATIONS += ["relu6", "leaky_relu"]
@@ -133,7 +133,6 @@ def check(case: tuple[str, dict[str, Any]], saving: dict[str, Any], number: int)
             return
         model = from_hf(folder / "given")
         theirs, ours = both_logits(copied(original), model, model.config.max_position_embeddings, number)
-        WORST.append((float((ours - theirs).abs().max()), float(theirs.abs().max())))
         torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
         assert equal(from_hf(original), model)
         encoder = from_hf(folder / "given", task="encoder")
