@@ -53,9 +53,37 @@ def read_config(folder: Path) -> Any:
     if mapping_of(node.get("model_type")) is None:
         if "flexbert" not in node:
             raise ConfigError("config.json: flexbert: is missing, the architecture of our own exports: export again")
+        _check_own(node)
         return SimpleNamespace(model_type="flexbert", flexbert=node["flexbert"])
     with _library("config.json: transformers cannot load it"):
         return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _check_own(node: dict[str, Any]) -> None:
+    """Raise ConfigError where our own export's config.json says something else beside `flexbert` than in it: a resized
+    vocabulary that an older modeling file saved, or an edit by hand of one of the two."""
+    from flexbert.modeling_flexbert import sizes_of
+
+    ours = node["flexbert"]
+    for name, size in (sizes_of(ours) if isinstance(ours, dict) else {}).items():
+        if node.get(name, size) != size:
+            raise ConfigError(f"config.json: {name}: {node[name]!r}, but flexbert says {size!r}: they must agree")
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Of one of our own exports: what the index of a save in several files lists, else the one file.
+
+    Raises ConfigError for an index that is damaged, or that names a file elsewhere.
+    """
+    index = "model.safetensors.index.json"
+    if not (folder / index).is_file() or (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    with _library(f"{index}: cannot be read"):
+        names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+    for name in names:
+        if name != Path(name).name:
+            raise ConfigError(f"{index}: {name!r}: not a file of this folder")
+    return names
 
 
 def read_weights(folder: Path, hf_config: Any, mapping: Mapping | None, task: str) -> dict[str, Tensor]:
@@ -66,8 +94,11 @@ def read_weights(folder: Path, hf_config: Any, mapping: Mapping | None, task: st
     from transformers import AutoModel, AutoModelForMaskedLM
 
     if mapping is None:
-        with _library("model.safetensors: cannot be read"):
-            return load_file(folder / "model.safetensors")
+        state: dict[str, Tensor] = {}
+        for name in _weight_files(folder):
+            with _library(f"{name}: cannot be read"):
+                state |= load_file(folder / name)
+        return state
     with _library("transformers cannot load it"), torch.random.fork_rng(devices=[]):
         # No pickle: a folder from elsewhere could run code through it.
         loader = AutoModelForMaskedLM if task == "mlm" else AutoModel

@@ -30,11 +30,12 @@ def fields(**changes: Any) -> Damage:
 
 
 def own(**changes: Any) -> Damage:
-    """The same, inside the field `flexbert` of our own exports."""
+    """The same, inside the field `flexbert` of our own exports, and beside it where they say it twice."""
 
     def damage(folder: Path) -> None:
-        node = json.loads((folder / "config.json").read_text())["flexbert"]
-        fields(flexbert=node | changes)(folder)
+        node = json.loads((folder / "config.json").read_text())
+        beside = {name: value for name, value in changes.items() if name in node}
+        fields(flexbert=node["flexbert"] | changes, **beside)(folder)
 
     return damage
 
@@ -102,6 +103,9 @@ CASES: list[tuple[str, Damage, str]] = [
     ("own", fields(flexbert=None), "config.json: "),
     ("own", own(hiden_size=48), "config.json: unknown key 'hiden_size', did you mean 'hidden_size'?"),
     ("own", own(num_hidden_layers=3), "encoder.layers.3."),
+    ("own", fields(vocab_size=70), "config.json: vocab_size: 70, but flexbert says 97: they must agree"),
+    ("own", fields(num_hidden_layers=3), "config.json: num_hidden_layers: 3, but flexbert says 4: they must agree"),
+    ("own", fields(tie_word_embeddings=False), "config.json: tie_word_embeddings: False, but flexbert says True"),
     ("own", own(intermediate_size=41), "encoder.layers.0.mlp.Wi.weight: (80, 48) in the weights, (82, 48) by the conf"),
     ("own", truncated, "model.safetensors: cannot be read: "),
     ("own", without_weights, "model.safetensors: cannot be read: "),
