@@ -96,7 +96,14 @@ def _at_offset(config: FlexBertConfig, offset: Any) -> dict[str, Any]:
 
 
 def _own_state(given: dict[str, Tensor], wanted: list[str], task: str) -> dict[str, Tensor]:
-    """Weights that already have our names: of a whole model, or, without `encoder.`, of an encoder."""
+    """Weights that already have our names: of a whole model, or, without `encoder.`, of an encoder.
+
+    transformers' model of a tied decoder names the token table twice: one of them goes, if they are equal.
+    """
+    if "head.output.weight" in given and "head.output.weight" not in wanted:
+        table = given.get("encoder.embedding.tokens.weight")
+        if table is not None and torch.equal(table, given["head.output.weight"]):
+            given = {name: tensor for name, tensor in given.items() if name != "head.output.weight"}
     if task == "encoder":
         given = {name.removeprefix("encoder."): tensor for name, tensor in given.items()}
         given = {name: tensor for name, tensor in given.items() if not name.startswith("head.")}
@@ -185,19 +192,16 @@ def _hf_config(config: FlexBertConfig, ids: dict[str, int | None]) -> tuple[Any,
 
     node = config.to_dict()
     node["init"] = {"name": "default"}  # says nothing about trained weights, and may name a folder of this machine
-    sizes = {name: value for name, value in node.items() if isinstance(value, int) and name not in TOKEN_IDS}
-    names = {
-        "AutoConfig": "FlexBertConfig",
-        "AutoModel": "FlexBertModel",
-        "AutoModelForMaskedLM": "FlexBertForMaskedLM",
+    names = {"AutoConfig": "FlexBertConfig", "AutoModel": "FlexBertModel"}
+    names |= {
+        f"AutoModel{task}": f"FlexBert{task}"
+        for task in ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
     }
     hf_config = modeling_flexbert.FlexBertConfig(
         node,
-        **sizes,
         **common,
         auto_map={auto: f"modeling_flexbert.{name}" for auto, name in names.items()},
         architectures=["FlexBertForMaskedLM"],
-        tie_word_embeddings=config.head.tied,
     )
     return hf_config, None
 
