@@ -21,7 +21,11 @@ class StreamConfig(Schema):
     """One stream: a source and what is kept of it."""
 
     source: Annotated[Any, *SOURCES.slot()]
-    filters: list[Annotated[Any, *FILTERS.slot()]] = Field([], max_length=253)
+    on_error: Literal["fail", "skip"] = "fail"
+    """What becomes of what cannot be read for what it holds: rows that are no JSON or have no text, text that is not
+    UTF-8, files that are damaged or packed in a way that is not known. fail: the first one ends prepare. skip: all are
+    left out, and counted by kind in stream.json. What the storage refuses (a locked folder) always ends it."""
+    filters: list[Annotated[Any, *FILTERS.slot()]] = Field([], max_length=252)
     """Which documents are kept; those that compare documents with one another (minhash) see what all others kept."""
     max_bytes: Count | None = None
     """Keep about this much text: documents drawn evenly from the whole source, after filters and duplicates."""
