@@ -260,10 +260,12 @@ def tokenizer_facts(folder: Path, tokenizer: Any = None) -> TokenizerFacts:
     tokenizer = tokenizer or corpus_tokenizer(folder)
     names = json.loads((folder / "special_tokens_map.json").read_text(encoding="utf-8"))
     names = {role: token["content"] if isinstance(token, dict) else token for role, token in names.items()}
-    tokens = {role: names.get(f"{role}_token") for role in ROLES}
-    roles = {f"{role}_token_id": token and tokenizer.token_to_id(token) for role, token in tokens.items()}
+    roles: dict[str, Any] = {
+        f"{role}_token_id": tokenizer.token_to_id(names[f"{role}_token"]) if f"{role}_token" in names else None
+        for role in ROLES
+    }
     ids = set(tokenizer.get_vocab().values())
     vocab_size = -(-(max(ids) + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     added = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    special = added | (set(roles.values()) - {None}) | (set(range(vocab_size)) - ids)
+    special: set[int] = added | (set(roles.values()) - {None}) | (set(range(vocab_size)) - ids)
     return TokenizerFacts(fingerprint=fingerprint(folder), vocab_size=vocab_size, special_ids=sorted(special), **roles)

@@ -63,7 +63,7 @@ def _values(array: Any) -> Iterator[Any]:
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     elif pa.types.is_run_end_encoded(array.type):
-        array = pc.run_end_decode(array)
+        array = pc.call_function("run_end_decode", [array])
     if not (_is_string(array.type) or _is_bytes(array.type)):
         yield from map(_plain, array)
         return

@@ -110,7 +110,7 @@ class LocalFinder:
                     below.append((path, os.path.join(real, entry.name)))  # noqa: PTH118
             elif not stat.S_ISREG(mode):
                 self.left_out[path] = "not a regular file"
-            else:
+            elif group is not None:
                 there = os.path.realpath(path) if link else os.path.join(real, entry.name)  # noqa: PTH118
                 candidates.setdefault(group, []).append((path, there))
         return below, links
