@@ -165,8 +165,26 @@ def _one_line(value: str) -> str:
     return value
 
 
-# Of paths and names that stand in messages.
+# Of names, URLs and patterns that stand in messages.
 Line = Annotated[str, AfterValidator(_one_line)]
+
+
+def expand_user(path: str) -> str:
+    """A local path with a leading `~` or `~NAME` replaced by that user's home folder; URLs are left as they are.
+
+    Raises ValueError for a user that is not known here.
+    """
+    if not path.startswith("~") or "://" in path:
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        user = path.split("/", 1)[0]
+        raise ValueError(f"{path!r}: {user} has no home folder here: write ./{user} for a name of that kind") from None
+
+
+# Of paths of the user's, local ones and URLs.
+UserPath = Annotated[str, AfterValidator(_one_line), AfterValidator(expand_user)]
 
 _BYTES = {"": 1} | {
     f"{prefix}{suffix}": base**power
