@@ -150,7 +150,7 @@ def record(listings: dict[str, Listing], config: PrepareConfig) -> dict[str, Any
 def _tokenizer_file(config: PrepareConfig) -> list[Any] | None:
     """Path, size and mark of the tokenizer.json that the config names, if it names one."""
     path = getattr(config.tokenizer, "path", None)
-    for file in () if path is None else (Path(path).expanduser(), Path(path).expanduser() / "tokenizer.json"):
+    for file in () if path is None else (Path(path), Path(path) / "tokenizer.json"):
         if file.is_file():
             return [str(file), *sample(str(file))[:2]]
     return None

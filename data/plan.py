@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from data.documents import SPLITS
 from data.executors import EXECUTORS
 from data.filters import FILTERS
 from data.sources import SOURCES
 from data.tokenizer import TOKENIZERS
-from schema import Count, Schema, load_node, validate
+from schema import Count, Schema, UserPath, load_node, validate
 
 CONFIG_FILE = "prepare.json"
 
@@ -36,7 +36,7 @@ class StreamConfig(Schema):
 class PrepareConfig(Schema):
     """What `prepare` makes."""
 
-    output: str
+    output: UserPath
     """Folder of the dataset."""
     seed: int = 17
     tokenizer: Annotated[Any, *TOKENIZERS.slot()]
@@ -51,6 +51,13 @@ class PrepareConfig(Schema):
     streams: dict[str, StreamConfig] = Field(min_length=1)
 
     _file: str = PrivateAttr("prepare")
+
+    @field_validator("output")
+    @classmethod
+    def _check_output(cls, output: str) -> str:
+        if "://" in output:
+            raise ValueError(f"prepare writes to a local folder, got {output!r}: upload it from there")
+        return output
 
     @model_validator(mode="after")
     def _check_streams(self) -> "PrepareConfig":

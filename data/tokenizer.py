@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from durable import new_folder
-from schema import Component, ConfigError, Count, Registry, RunError, Schema
+from schema import Component, ConfigError, Count, Registry, RunError, Schema, UserPath
 
 TOKENIZERS = Registry("tokenizer")
 
@@ -86,7 +86,7 @@ class LoadedTokenizer:
 
     class Config(Component):
         name: Literal["load"] = "load"
-        path: str | None = None
+        path: UserPath | None = None
         """tokenizer.json or a folder. Give this or `hub`."""
         hub: str | None = None
         """Name of a hub model whose tokenizer to take."""
@@ -108,7 +108,7 @@ class LoadedTokenizer:
 
         where = str(self.config.path or self.config.hub)
         names: dict[str, str | None] = {}
-        path = Path(where).expanduser()
+        path = Path(where)
         if self.config.path is not None and not path.exists():
             raise ConfigError(f"tokenizer.path: no such file or folder: {where!r} (for a name on the hub use `hub`)")
         try:

@@ -9,7 +9,7 @@ from pydantic import Field
 from data.sources.base import SOURCES, Listing, Unit, file_unit, listing, readable
 from data.sources.files import Fault, find_files, open_raw
 from data.sources.text import to_text
-from schema import Component, Count
+from schema import Component, Count, UserPath
 
 _SUFFIXES = [
     ".py",
@@ -37,7 +37,7 @@ class Code:
 
     class Config(Component):
         name: Literal["code"] = "code"
-        paths: list[str] = Field(min_length=1, description="folders, files or globs, also URLs")
+        paths: list[UserPath] = Field(min_length=1, description="folders, files or globs, also URLs")
         suffixes: list[str] = Field(_SUFFIXES, min_length=1)
         """In any letter case."""
         ignore_dirs: list[str] = ["__pycache__", "node_modules", "site-packages", "build", "dist", "vendor"]

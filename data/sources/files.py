@@ -90,7 +90,7 @@ def find_files(
             there, left_out = bool(found), left_out + others
         else:
             before = len(local.left_out)
-            there = local.add(os.path.expanduser(pattern))  # noqa: PTH111
+            there = local.add(pattern)
             others = Counter(list(local.left_out.values())[before:])
         if not there:
             raise ConfigError(f"paths: {_nothing(pattern, kinds, others)}")

@@ -12,7 +12,7 @@ from data.sources import arrow
 from data.sources.base import SOURCES, Listing, Unit, readable, shown, texts
 from data.sources.files import Fault, File, reason
 from data.sources.local import sample
-from schema import Component, ConfigError, RunError, did_you_mean
+from schema import Component, ConfigError, RunError, UserPath, did_you_mean
 
 _ROWS_PER_UNIT, _ROWS_AT_ONCE = 4096, 256
 
@@ -23,7 +23,7 @@ class HuggingFaceDataset:
 
     class Config(Component):
         name: Literal["datasets"] = "datasets"
-        path: str | None = None
+        path: UserPath | None = None
         """Folder written by save_to_disk. Give this or `hub`."""
         hub: str | None = None
         """Name of a hub dataset, such as `HuggingFaceFW/fineweb-edu`."""

@@ -11,7 +11,7 @@ from pydantic import Field
 from data.sources.base import SOURCES, Listing, Unit, line_number, line_units, listing, read_lines, shown, texts
 from data.sources.files import Fault, find_files
 from data.sources.text import kind_of, not_utf8, to_text
-from schema import Component, ConfigError, RunError, did_you_mean
+from schema import Component, ConfigError, RunError, UserPath, did_you_mean
 
 
 @SOURCES.register("jsonl")
@@ -23,7 +23,7 @@ class Jsonl:
 
     class Config(Component):
         name: Literal["jsonl"] = "jsonl"
-        paths: list[str] = Field(
+        paths: list[UserPath] = Field(
             min_length=1,
             description="files, folders (all *.jsonl and *.ndjson below; where there is none, all *.json) or globs, "
             "also URLs",

@@ -9,7 +9,7 @@ from pydantic import Field
 from data.sources import arrow
 from data.sources.base import SOURCES, DamagedError, Listing, Unit, readable, shown, texts
 from data.sources.files import Fault, File, find_files, open_raw
-from schema import Component, ConfigError, RunError, did_you_mean
+from schema import Component, ConfigError, RunError, UserPath, did_you_mean
 
 
 @SOURCES.register("parquet")
@@ -18,7 +18,9 @@ class Parquet:
 
     class Config(Component):
         name: Literal["parquet"] = "parquet"
-        paths: list[str] = Field(min_length=1, description="files, folders (all *.parquet below) or globs, also URLs")
+        paths: list[UserPath] = Field(
+            min_length=1, description="files, folders (all *.parquet below) or globs, also URLs"
+        )
         text_column: str = "text"
 
     def __init__(self, config: Config) -> None:
@@ -27,15 +29,17 @@ class Parquet:
     def find(self) -> Listing:
         """Among the faults: a file that has no such column, or one that holds no text."""
         found = find_files(self.config.paths, [".parquet"], compressed=())
-        units, faults = [], list(found.faults)
+        units, faults, left_out = [], list(found.faults), found.left_out
         for file in found.files:
             try:
-                units += self._units(file)
+                groups = self._units(file)
+                left_out["no rows"] += not groups
+                units += groups
             except DamagedError as error:
                 faults.append(Fault(error.reason, partial(DamagedError, str(error))))
             except ConfigError as error:
                 faults.append(Fault("no text column", partial(ConfigError, str(error))))
-        return Listing(units, found.files, found.left_out, faults)
+        return Listing(units, found.files, +left_out, faults)
 
     def check_columns(self, unit: Unit, names: Sequence[str]) -> None:
         import pyarrow.parquet as pq

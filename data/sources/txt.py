@@ -9,7 +9,7 @@ from pydantic import Field
 from data.sources.base import SOURCES, Listing, Unit, file_unit, line_units, listing, read_bytes, read_lines, shown
 from data.sources.files import Fault, find_files
 from data.sources.text import not_utf8, to_text
-from schema import Component, RunError
+from schema import Component, RunError, UserPath
 
 _BLANK_LINES = re.compile(r"\r?\n[ \t]*(?:\r?\n[ \t]*)+")
 
@@ -20,7 +20,7 @@ class Txt:
 
     class Config(Component):
         name: Literal["txt"] = "txt"
-        paths: list[str] = Field(min_length=1, description="files, folders (all *.txt below) or globs, also URLs")
+        paths: list[UserPath] = Field(min_length=1, description="files, folders (all *.txt below) or globs, also URLs")
         document: Literal["file", "paragraph", "line"] = "file"
 
     def __init__(self, config: Config) -> None:
