@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 
 from data.filters import DocumentFilter
 from data.sources import SOURCES, DamagedError, Fault, Unit
-from data.sources.base import shown
-from data.sources.text import mend_surrogates
+from data.sources.text import mend_surrogates, shown
 from durable import write_file
 from schema import RunError
 

@@ -15,7 +15,7 @@ from data.output import WORK
 from data.pipeline import token_dtype
 from data.plan import PrepareConfig
 from data.shards import CHUNKS, MANIFEST, StreamManifest, pack_chunks
-from data.sources.base import shown
+from data.sources.text import shown
 from data.tokenizer import tokenizer_facts
 from durable import write_file
 from schema import ConfigError

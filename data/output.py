@@ -19,6 +19,7 @@ from data.shards import MANIFEST
 from data.sources import SOURCES, Listing
 from data.sources.files import is_remote
 from data.sources.local import sample
+from data.sources.text import shown
 from durable import lock, write_file
 from schema import ConfigError, RunError
 
@@ -178,7 +179,7 @@ def check_sources(config: PrepareConfig, output: Path) -> str:
         if files != now:
             lines.append(f"streams.{name}.source: {_changes(files, now)}")
     if made["tokenizer"] is not None and _tokenizer_file(config) != made["tokenizer"]:
-        lines.append(f"tokenizer.path: {made['tokenizer'][0]} has changed")
+        lines.append(f"tokenizer.path: {shown(made['tokenizer'][0])} has changed")
     if lines:
         fix = f"{output} holds the old ones, whole: to prepare the new ones delete it, or choose another output"
         raise ConfigError("\n".join(f"{config._file}: {line}: {fix}" for line in lines))
@@ -192,7 +193,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
         "changed": sorted(path for path in before.keys() & now.keys() if before[path] != now[path]),
     }
     said = [
-        f"{len(paths):,} {kind} ({', '.join(paths[:_NAMED])}{', ...' if len(paths) > _NAMED else ''})"
+        f"{len(paths):,} {kind} ({', '.join(map(shown, paths[:_NAMED]))}{', ...' if len(paths) > _NAMED else ''})"
         for kind, paths in kinds.items()
         if paths
     ]

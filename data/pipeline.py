@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from data.documents import SPLITS, Meter, load_task, numbered, save_arrays
 from data.shards import describe_shard
-from data.sources.base import shown
+from data.sources.text import shown
 from data.tokenizer import TokenizerFacts, cannot_encode, corpus_tokenizer, fingerprint, tokenizer_facts
 from durable import sync_folder, write_file
 from schema import RunError

@@ -41,7 +41,7 @@ from data.output import (
 from data.pipeline import WriteShards
 from data.plan import CONFIG_FILE, PrepareConfig, load_prepare_config
 from data.sources import Listing, Unit
-from data.sources.base import shown
+from data.sources.text import shown
 from data.tokenizer import TOKENIZERS, save_tokenizer
 from durable import write_file
 from schema import ConfigError, RunError

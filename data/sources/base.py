@@ -19,6 +19,7 @@ import zstandard
 from data.sources.files import Fault, File, Found, is_remote, open_raw, reason
 from data.sources.kinds import compression_of
 from data.sources.local import wrong_content
+from data.sources.text import shown
 from schema import Registry, RunError
 
 SOURCES = Registry("source")
@@ -133,11 +134,6 @@ def open_bytes(path: str) -> Iterator[Any]:
             yield io.BufferedReader(_ZstdReader(raw), 2**20)
         else:
             yield raw
-
-
-def shown(path: str) -> str:
-    """A path as it can stand in one line: what cannot be printed is escaped."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in path)
 
 
 def read_bytes(path: str) -> bytes:

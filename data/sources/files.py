@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from data.sources.kinds import COMPRESSED, Kinds, suffix_of
 from data.sources.local import LocalFinder, sample, wrong_content
+from data.sources.text import shown
 from schema import ConfigError
 
 _BUFFER_BYTES = 4 * 2**20
@@ -101,14 +102,14 @@ def find_files(
         if packed is not None:
             files.pop(path, None)
             fix = f"unpack it, or pack it as {', '.join(kinds.compressed)}" if kinds.compressed else "unpack it"
-            faults.append(_fault(f"packed as {packed}", f"{path}: {packed} files are not read here: {fix}"))
+            faults.append(_fault(f"packed as {packed}", f"{shown(path)}: {packed} files are not read here: {fix}"))
         elif path in local.files:
             size, mark, head = sample(path)
             wrong = wrong_content(path, head) if kinds.compressed else None
             if wrong is None:
                 files[path] = (size, mark)
             else:
-                faults.append(_fault("content is not of its suffix", f"{path}: {wrong}"))
+                faults.append(_fault("content is not of its suffix", f"{shown(path)}: {wrong}"))
     return Found([File(path, *files[path]) for path in sorted(files)], left_out, faults)
 
 

@@ -9,9 +9,10 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from data.sources import arrow
-from data.sources.base import SOURCES, Listing, Unit, readable, shown, texts
+from data.sources.base import SOURCES, Listing, Unit, readable, texts
 from data.sources.files import Fault, File, reason
 from data.sources.local import sample
+from data.sources.text import shown
 from schema import Component, ConfigError, RunError, UserPath, did_you_mean
 
 _ROWS_PER_UNIT, _ROWS_AT_ONCE = 4096, 256
@@ -65,7 +66,7 @@ class HuggingFaceDataset:
         for name in names:
             if name not in self._dataset.column_names:
                 raise ConfigError(
-                    f"no column {name!r} in {self._where}, {did_you_mean(name, self._dataset.column_names)}"
+                    f"no column {name!r} in {shown(self._where)}, {did_you_mean(name, self._dataset.column_names)}"
                 )
 
     def read(self, unit: Unit) -> Iterator[str | Fault]:

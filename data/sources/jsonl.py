@@ -8,9 +8,9 @@ from typing import Any, Literal
 import orjson
 from pydantic import Field
 
-from data.sources.base import SOURCES, Listing, Unit, line_number, line_units, listing, read_lines, shown, texts
+from data.sources.base import SOURCES, Listing, Unit, line_number, line_units, listing, read_lines, texts
 from data.sources.files import Fault, find_files
-from data.sources.text import kind_of, not_utf8, to_text
+from data.sources.text import kind_of, not_utf8, shown, to_text
 from schema import Component, ConfigError, RunError, UserPath, did_you_mean
 
 
@@ -44,7 +44,7 @@ class Jsonl:
             return
         for name in names:
             if row is not None and name not in row:
-                raise ConfigError(f"no column {name!r} in {unit.path}, {did_you_mean(name, row)}")
+                raise ConfigError(f"no column {name!r} in {shown(unit.path)}, {did_you_mean(name, row)}")
 
     def read(self, unit: Unit) -> Iterator[str | Fault]:
         return texts(self.read_columns(unit, ()))

@@ -10,6 +10,7 @@ from fnmatch import translate
 import xxhash
 
 from data.sources.kinds import COMPRESSED, FORMATS, Kinds, compression_of, suffix_of
+from data.sources.text import shown
 from schema import ConfigError
 
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
@@ -40,7 +41,7 @@ class LocalFinder:
                 self._add_file(path, os.path.realpath(path))
                 found = True
             elif path == pattern:
-                raise ConfigError(f"paths: {path}: is neither a file nor a folder")
+                raise ConfigError(f"paths: {shown(path)}: is neither a file nor a folder")
             else:
                 self.left_out[path] = "not a regular file"
         return found
@@ -130,7 +131,7 @@ def sample(path: str) -> tuple[int, str, bytes]:
                 places = (number * (size - _SAMPLE_BYTES) // (_SAMPLES - 1) for number in range(_SAMPLES))
                 blocks = [os.pread(file.fileno(), _SAMPLE_BYTES, place) for place in places]
     except OSError as error:
-        raise ConfigError(f"paths: {path}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"paths: {shown(path)}: cannot be read: {error.strerror}") from None
     return size, xxhash.xxh3_64_hexdigest(b"".join(blocks)), blocks[0][:16]
 
 
@@ -201,7 +202,7 @@ def _exists(path: str) -> bool:
         os.lstat(path)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EIO, errno.ESTALE):
-            raise ConfigError(f"paths: {path}: cannot be read: {error.strerror}") from None
+            raise ConfigError(f"paths: {shown(path)}: cannot be read: {error.strerror}") from None
         return False
     except ValueError:  # a name that no file can have
         return False
@@ -220,7 +221,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        raise ConfigError(f"paths: {folder}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"paths: {shown(folder)}: cannot be read: {error.strerror}") from None
 
 
 def _status(path: str) -> os.stat_result:
@@ -229,5 +230,5 @@ def _status(path: str) -> os.stat_result:
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path):  # noqa: PTH114
             where = "itself" if error.errno == errno.ELOOP else "what is not there"
-            raise ConfigError(f"paths: {path}: is a link to {where}: mend or remove it") from None
-        raise ConfigError(f"paths: {path}: cannot be read: {error.strerror}") from None
+            raise ConfigError(f"paths: {shown(path)}: is a link to {where}: mend or remove it") from None
+        raise ConfigError(f"paths: {shown(path)}: cannot be read: {error.strerror}") from None

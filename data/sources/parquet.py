@@ -7,8 +7,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from data.sources import arrow
-from data.sources.base import SOURCES, DamagedError, Listing, Unit, readable, shown, texts
+from data.sources.base import SOURCES, DamagedError, Listing, Unit, readable, texts
 from data.sources.files import Fault, File, find_files, open_raw
+from data.sources.text import shown
 from schema import Component, ConfigError, RunError, UserPath, did_you_mean
 
 
@@ -48,7 +49,7 @@ class Parquet:
             found = file.schema_arrow.names
         for name in names:
             if name not in found:
-                raise ConfigError(f"no column {name!r} in {unit.path}, {did_you_mean(name, found)}")
+                raise ConfigError(f"no column {name!r} in {shown(unit.path)}, {did_you_mean(name, found)}")
 
     def read(self, unit: Unit) -> Iterator[str | Fault]:
         return texts(self.read_columns(unit, ()))
@@ -84,11 +85,11 @@ class Parquet:
         column = self.config.text_column
         if column not in schema.names:
             hint = did_you_mean(column, schema.names)
-            raise ConfigError(f"text_column: {file.path} has no column {column!r}, {hint}")
+            raise ConfigError(f"text_column: {shown(file.path)} has no column {column!r}, {hint}")
         if schema.names.count(column) > 1:
-            raise ConfigError(f"text_column: {file.path} has {schema.names.count(column)} columns {column!r}")
+            raise ConfigError(f"text_column: {shown(file.path)} has {schema.names.count(column)} columns {column!r}")
         kind = schema.field(column).type
         if not arrow.holds_text(kind):
-            raise ConfigError(f"text_column: {file.path}: column {column!r} holds {kind}, expected strings")
+            raise ConfigError(f"text_column: {shown(file.path)}: column {column!r} holds {kind}, expected strings")
         sizes = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
         return [Unit(file.path, group, group + 1, size) for group, size in enumerate(sizes)]

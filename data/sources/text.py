@@ -38,3 +38,8 @@ def kind_of(value: object) -> str:
     """What a value is, in the words of JSON."""
     names = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object", str: "a string"}
     return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def shown(path: str) -> str:
+    """A path as it can stand in one line: what cannot be printed is escaped."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in path)

@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from data.sources.base import SOURCES, Listing, Unit, file_unit, line_units, listing, read_bytes, read_lines, shown
+from data.sources.base import SOURCES, Listing, Unit, file_unit, line_units, listing, read_bytes, read_lines
 from data.sources.files import Fault, find_files
-from data.sources.text import not_utf8, to_text
+from data.sources.text import not_utf8, shown, to_text
 from schema import Component, RunError, UserPath
 
 _BLANK_LINES = re.compile(r"\r?\n[ \t]*(?:\r?\n[ \t]*)+")
