@@ -119,9 +119,9 @@ def _run(tree: Tree, config: Path, command: bool) -> tuple[int, str, str]:
     says = io.StringIO()
     if command:
         run = [sys.executable, str(ROOT / "main.py"), "prepare", str(config)]
-        user = {"user": NOBODY} if tree.locked and os.geteuid() == 0 else {}
+        user = NOBODY if tree.locked and os.geteuid() == 0 else None
         done = subprocess.run(
-            run, capture_output=True, text=True, errors="replace", check=False, timeout=SECONDS, **user
+            run, capture_output=True, text=True, errors="replace", check=False, timeout=SECONDS, user=user
         )
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         return done.returncode, "\n".join(errors) if done.returncode in (1, 2) else done.stderr, done.stderr
