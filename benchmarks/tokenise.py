@@ -28,12 +28,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "true"
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
+from rich.console import Console
 
 from data.executors import Stage
 from data.executors.local import Local
+from data.output import claim
 from data.plan import PrepareConfig
-from data.preparation import _claim, _read, tokenising_steps
-from data.sources import SOURCES
+from data.preparation import _read, tokenising_steps
+from data.sources import SOURCES, Fault
 from data.tokenizer import corpus_tokenizer
 from schema import validate
 
@@ -49,7 +51,7 @@ def documents() -> list[str]:
         nodes = [{"name": "builtin", "part": part} for part in ("stdlib-code", "python-docs", "packages-docs")]
     found = []
     for source in (SOURCES.build(SOURCES.parse(node)) for node in nodes):
-        for text in (text for unit in source.units() for text in source.read(unit)):
+        for text in (text for unit in source.find().units for text in source.read(unit) if not isinstance(text, Fault)):
             found += _cut(text)
     return found
 
@@ -111,8 +113,8 @@ def main(repeats: int) -> None:
         config = set_up(folder, texts)
         output, executor = Path(config.output), Local(Local.Config(workers=None))
         executor.start()  # as prepare does, long before this stage: the imports are done while it reads
-        _claim(config, output)
-        plans = _read(config, output, executor)
+        claim(config, output)
+        plans = _read(config, output, executor, Console(stderr=True))
         tokenizer = corpus_tokenizer(output / "tokenizer")
         work_folder = output / ".work"
         cpu = work_folder / "cpu"

@@ -111,13 +111,9 @@ def _damaged(stream: Stream) -> list[str]:
 
 def _show(stream: Stream, samples: int, console: Console) -> None:
     manifest = stream.manifest
-    console.rule(f"{manifest.name}/{manifest.split}")
-    console.print(f"source     {_one_line(manifest.source)}")
-    console.print(f"tokenizer  {manifest.vocab_size:,} ids ({manifest.dtype}), {_tokenizer_state(stream)}")
-    console.print(
-        f"text       {manifest.bytes / 1e6:,.1f} MB; {manifest.duplicate_documents:,} duplicates and "
-        f"{manifest.empty_documents:,} empty documents left out"
-    )
+    console.rule(Text(f"{manifest.name}/{manifest.split}"))
+    for line in _facts(stream):
+        console.print(line, markup=False)  # a path may hold brackets
     console.print("\ndocuments by length in tokens")
     most = max(manifest.length_histogram.values(), default=1)
     for edge, count in sorted(manifest.length_histogram.items(), key=lambda item: int(item[0])):
@@ -137,6 +133,28 @@ def _show(stream: Stream, samples: int, console: Console) -> None:
         console.print(
             Panel(Text(text + more), title=f"document {number:,}: {len(tokens):,} tokens", title_align="left")
         )
+
+
+def _facts(stream: Stream) -> list[str]:
+    """Where a stream comes from, and what became of all that was there."""
+    manifest = stream.manifest
+    lines = [
+        f"source     {_one_line(manifest.source)}",
+        f"tokenizer  {manifest.vocab_size:,} ids ({manifest.dtype}), {_tokenizer_state(stream)}",
+        f"text       {manifest.bytes / 1e6:,.1f} MB; {manifest.duplicate_documents:,} duplicates and "
+        f"{manifest.empty_documents:,} empty documents left out",
+    ]
+    dropped = {**manifest.filtered, "over max_bytes": manifest.over_max_bytes}
+    if any(dropped.values()):
+        lines.append(f"filtered   {', '.join(f'{count:,} {why}' for why, count in dropped.items() if count)}")
+    if manifest.unknown_tokens is not None:
+        share = 100 * manifest.unknown_tokens / max(manifest.tokens, 1)
+        lines.append(f"unknown    {manifest.unknown_tokens:,} tokens ({share:.2f} %)")
+    if manifest.read is not None:
+        skipped = [f"{count:,} {why}" for kind in manifest.skipped.values() for why, count in kind.items()]
+        read = f"{manifest.read['documents']:,} documents from {manifest.read['files']:,} files"
+        lines.append(f"read       {read}; skipped: {', '.join(skipped) or 'nothing'} (of the whole stream)")
+    return lines
 
 
 def _one_line(source: dict[str, Any]) -> str:

@@ -51,7 +51,10 @@ class ShardInfo(Schema):
 
 
 class StreamManifest(Schema):
-    """What `prepare` writes beside index.json; counts are of the documents kept."""
+    """What `prepare` writes beside index.json; counts are of the documents kept.
+
+    null, or a default: of a stream that was prepared before there was such a field.
+    """
 
     schema_version: Literal[2]
     name: str
@@ -63,7 +66,7 @@ class StreamManifest(Schema):
     sep_token_id: int
     pad_token_id: int
     mask_token_id: int
-    unk_token_id: int
+    unk_token_id: int | None = Field(description="null: the tokenizer has none")
     special_ids: list[int] = Field(description="ids never drawn as a random replacement")
     documents: int = Field(ge=0)
     tokens: int = Field(ge=0)
@@ -71,6 +74,12 @@ class StreamManifest(Schema):
     empty_documents: int = Field(ge=0)
     duplicate_documents: int = Field(ge=0)
     filtered: dict[str, int] = Field({}, description="documents that each filter of prepare dropped")
+    over_max_bytes: int | None = Field(None, ge=0, description="documents that max_bytes left out")
+    unknown_tokens: int | None = Field(None, ge=0, description="tokens that are unk_token_id")
+    read: dict[str, int] | None = Field(None, description="files and documents read, of the whole stream: all splits")
+    skipped: dict[str, dict[str, int]] = Field(
+        {}, description="files and documents left out while reading, by reason, of the whole stream"
+    )
     length_histogram: dict[str, int] = Field(
         description="documents by length in tokens; keys are lower edges, powers of 2"
     )

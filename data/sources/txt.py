@@ -6,54 +6,52 @@ from typing import Literal
 
 from pydantic import Field
 
-from data.sources.base import (
-    COMPRESSED_SUFFIXES,
-    SOURCES,
-    Unit,
-    file_unit,
-    line_units,
-    read_bytes,
-    read_lines,
-)
-from data.sources.files import find_files
-from schema import Component, RunError
+from data.sources.base import SOURCES, Listing, Unit, file_unit, line_units, listing, read_bytes, read_lines
+from data.sources.files import Fault, find_files
+from data.sources.text import not_utf8, shown, to_text
+from schema import Component, RunError, UserPath
 
 _BLANK_LINES = re.compile(r"\r?\n[ \t]*(?:\r?\n[ \t]*)+")
 
 
 @SOURCES.register("txt")
 class Txt:
-    """UTF-8 text, plain or .gz, .xz, .zst; a document is a file, a paragraph (between blank lines) or a line."""
+    """UTF-8 text, plain or .gz, .bz2, .xz, .zst; a document is a file, a paragraph (between blank lines) or a line."""
 
     class Config(Component):
         name: Literal["txt"] = "txt"
-        paths: list[str] = Field(min_length=1, description="files, folders (all *.txt below) or globs, also URLs")
+        paths: list[UserPath] = Field(min_length=1, description="files, folders (all *.txt below) or globs, also URLs")
         document: Literal["file", "paragraph", "line"] = "file"
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def units(self) -> list[Unit]:
-        files = find_files(self.config.paths, [".txt", *(".txt" + suffix for suffix in COMPRESSED_SUFFIXES)])
-        if self.config.document == "line":
-            return [unit for file in files for unit in line_units(file)]
-        return [file_unit(file) for file in files]
+    def find(self) -> Listing:
+        by_line = self.config.document == "line"
+        found = find_files(self.config.paths, [".txt"])
+        return listing(found, line_units if by_line else lambda file: [file_unit(file)])
 
-    def read(self, unit: Unit) -> Iterator[str]:
+    def read(self, unit: Unit) -> Iterator[str | Fault]:
         if self.config.document == "line":
             for line in read_lines(unit):
-                yield decode(line, unit.path).rstrip("\r\n")
+                text = decode(line, unit.path)
+                yield text if isinstance(text, Fault) else text.rstrip("\r\n")
             return
         text = decode(read_bytes(unit.path), unit.path)
-        if self.config.document == "paragraph":
+        if self.config.document == "paragraph" and not isinstance(text, Fault):
             yield from filter(None, _BLANK_LINES.split(text.strip("\r\n")))
         else:
             yield text
 
 
-def decode(content: bytes, path: str) -> str:
-    """UTF-8 to text, without a byte-order mark. Raises RunError naming the file."""
+def decode(content: bytes, path: str) -> str | Fault:
+    """UTF-8 to text. A NUL byte is a fault: what holds one is UTF-16, or no text at all."""
     try:
-        return content.decode("utf-8").removeprefix("\ufeff")
+        text = to_text(content)
     except UnicodeDecodeError as error:
-        raise RunError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}): convert it first") from None
+        message = f"{shown(path)}: {not_utf8(content, error)}"
+        return Fault("not UTF-8", lambda: RunError(message))
+    if "\0" in text:
+        message = f"{shown(path)}: holds NUL bytes: UTF-16, or no text: convert it first"
+        return Fault("NUL bytes", lambda: RunError(message))
+    return text
