@@ -8,9 +8,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from flexbert.dropout import Dropout
-from flexbert.kernels import Backend, attend
+from flexbert.kernels import AttentionPlan, Backend, attend
 from flexbert.layers import Linear, OutputProjection, build_optional_norm, is_plain
-from flexbert.plan import AttentionPlan
 from flexbert.positions import Positions
 from flexbert.registry import ATTENTIONS, NORMS, ModelComponent, optional_slot
 from flexbert.rotary import Rotation, pairs_of_halves, rotate, rotate_pairs

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
+from flexbert.kernels import AttentionPlan
 from flexbert.layers import add_residual, build_norm
 from flexbert.packed import gather_rows
-from flexbert.plan import AttentionPlan
 from flexbert.positions import Positions
 from flexbert.registry import ATTENTIONS, BLOCKS, MLPS, ModelComponent
 from schema import Component

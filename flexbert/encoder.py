@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from flexbert.config import FlexBertConfig
 from flexbert.dropout import dropout_of, with_same_masks
+from flexbert.kernels import AttentionPlan
 from flexbert.layers import build_norm
 from flexbert.packed import check_packed, check_wanted, gather_rows, pad, unpad
-from flexbert.plan import AttentionPlan
 from flexbert.positions import RotaryPosition
 from flexbert.registry import BLOCKS, EMBEDDINGS, POSITIONS
 from schema import ConfigError

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexbert.products import linear
+from flexbert.kernels.cpu.products import linear
 from flexbert.registry import NORMS
 from schema import Component
 

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from flexbert.dropout import Dropout
+from flexbert.kernels.cpu.products import activated_product, activates_in_passing, product
 from flexbert.layers import Linear, OutputProjection, build_optional_norm, is_plain
-from flexbert.products import activated_product, activates_in_passing, product
 from flexbert.registry import MLPS, NORMS, Activation, build_activation, optional_slot
 from schema import Component
 

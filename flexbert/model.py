@@ -9,8 +9,8 @@ from flexbert.config import FlexBertConfig
 from flexbert.dropout import name_sites
 from flexbert.encoder import FlexBertEncoder
 from flexbert.kernels import require_backend
+from flexbert.kernels.cpu.products import linear
 from flexbert.losses import TokenScores, masked_evaluation
-from flexbert.products import linear
 from flexbert.registry import HEADS, INITS, LOSSES
 from flexbert.tasks import FlexBertForSequenceClassification, FlexBertForTokenClassification
 from schema import ConfigError, did_you_mean

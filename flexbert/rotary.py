@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flexbert.products import CAST_ROWS
+from flexbert.kernels.cpu.products import CAST_ROWS
 from flexbert.registry import ModelComponent
 
 if TYPE_CHECKING:

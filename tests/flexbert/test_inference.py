@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from flexbert import FlexBertConfig, build
-from flexbert.kernels import attend
-from flexbert.plan import AttentionPlan
+from flexbert.kernels import AttentionPlan, attend
 from tests.flexbert.conftest import ODD_LENGTHS, batch_of, tiny
-from tests.flexbert.test_kernels import LENGTHS, TOLERANCE, detached, qkv_of
+from tests.flexbert.kernels.cases import LENGTHS, TOLERANCE, detached, qkv_of
 
 
 @pytest.mark.parametrize("window", [(1, 1), (7, 7), (31, 31), (33, 33), (64, 64), (100, 100)], ids=str)

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from flexbert import build
 from flexbert.dropout import TokenKeys, keyed_dropout
-from flexbert.kernels import attend
+from flexbert.kernels import AttentionPlan, attend
 from flexbert.model import FlexBertForMaskedLM
-from flexbert.plan import AttentionPlan
 from tests.flexbert.conftest import ODD_LENGTHS, batch_of, gradients, tiny
-from tests.flexbert.test_kernels import LENGTHS, SLOPES, TOLERANCE, qkv_of
+from tests.flexbert.kernels.cases import LENGTHS, SLOPES, TOLERANCE, qkv_of
 
 BLOCKS = ("prenorm", "postnorm", "parallel", "sandwich")
 

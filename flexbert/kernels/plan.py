@@ -50,7 +50,7 @@ class AttentionPlan:
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> None:
         """cu_seqlens: (num_seqs + 1,) int32. num_tokens: its last entry, known to the caller without a sync."""
         self.cu_seqlens, self.max_seqlen, self.num_tokens = cu_seqlens, max_seqlen, num_tokens
-        self.flex_masks: dict[tuple[int, int], Any] = {}  # of kernels_gpu, by window
+        self.flex_masks: dict[tuple[int, int], Any] = {}  # of gpu.py, by window
         self._runs: dict[torch.dtype, list[tuple[int, int, Tensor | None]]] = {}
         self._blocks: dict[tuple[int, bool], Blocks] = {}
         self._additive: dict[tuple[int, torch.dtype, bool, bool], Tensor] = {}

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flexbert import products
+from flexbert.kernels.cpu import products
+from flexbert.kernels.cpu.products import linear
 from flexbert.losses import masked_cross_entropy
-from flexbert.products import linear
 
 
 @pytest.mark.parametrize("avx512", [False, True])

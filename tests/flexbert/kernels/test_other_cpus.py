@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent.parent.parent
 OLDER = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
 def test_products_on_a_cpu_without_avx512() -> None:
-    question = "from flexbert import products as p; import torch; print(p.lacks(torch.bfloat16, 'cpu'), p._HAS_AVX512)"
-    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/flexbert/test_products.py"]
+    question = "from flexbert.kernels.cpu import products as p; import torch; print(p.lacks(torch.bfloat16, 'cpu'), p._HAS_AVX512)"
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/flexbert/kernels/test_products.py"]
     said = []
     for each in (["-c", question], arguments):
         done = subprocess.run(

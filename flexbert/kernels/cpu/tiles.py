@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexbert.plan import AttentionPlan
-from flexbert.products import lacks
+from flexbert.kernels.cpu.products import lacks
+from flexbert.kernels.plan import AttentionPlan
 
 # Bytes of a tile's scores. On two cores of a Zen 4 in bfloat16, twice as many cost the same; with a quarter, a document
 # of 8192 tokens costs 1.4 times as much.
