@@ -1,21 +1,19 @@
 """Slot `attention`.   T packed tokens, D hidden, N heads, K key-value heads, H head dim."""
 
 import functools
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from flexbert.config import FlexBertConfig, ModelComponent
 from flexbert.dropout import Dropout
 from flexbert.kernels import AttentionPlan, Backend, attend
 from flexbert.layers import Linear, OutputProjection, build_optional_norm, is_plain
 from flexbert.positions import Positions
-from flexbert.registry import ATTENTIONS, NORMS, ModelComponent, optional_slot
+from flexbert.registry import ATTENTIONS, NORMS, optional_slot
 from flexbert.rotary import Rotation, pairs_of_halves, rotate, rotate_pairs
-
-if TYPE_CHECKING:
-    from flexbert.config import FlexBertConfig
 
 
 @ATTENTIONS.register("multihead")
@@ -67,7 +65,7 @@ class MultiHeadAttention(nn.Module):
             "auto", description="kernel: auto (chosen by device), eager, sdpa, tiled, flash2, flash3 or flex"
         )
 
-        def check(self, model: "FlexBertConfig") -> None:
+        def check(self, model: FlexBertConfig) -> None:
             heads, shared = model.num_attention_heads, self.num_key_value_heads
             if shared is not None and heads % shared:
                 near = [str(number) for number in range(1, heads + 1) if heads % number == 0]

@@ -5,17 +5,14 @@ whatever the model's dtype. Layout "half": component i turns with i + R/2 (GPT-N
 2i + 1.
 """
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from flexbert.config import FlexBertConfig, ModelComponent
 from flexbert.kernels.cpu.products import CAST_ROWS
-from flexbert.registry import ModelComponent
-
-if TYPE_CHECKING:
-    from flexbert.config import FlexBertConfig
 
 
 class RotaryConfig(ModelComponent):
@@ -50,7 +47,7 @@ class RotaryConfig(ModelComponent):
         """R, the rotated components of a head."""
         return round(head_dim * self.rotary_fraction)
 
-    def check(self, model: "FlexBertConfig") -> None:
+    def check(self, model: FlexBertConfig) -> None:
         if model.head_dim % 2:
             raise ValueError(
                 f"hidden_size: {model.hidden_size} over num_attention_heads {model.num_attention_heads} is heads "

@@ -12,11 +12,11 @@ from data.loader import LoaderConfig, check_tokenizer, open_streams
 from data.mixture import MixtureOrder, stream_weights
 from data.shards import Stream
 from data.transfer import is_url
-from flexbert import build
 from flexbert.accounting import attention_weights_memory, flops_per_token, memory_estimate
 from schema import ConfigError
 from training.branching import read_origin
 from training.config import PhaseConfig, RunConfig
+from training.growing import check_source
 from training.parallelism import PARALLELISMS
 from training.phases import Phase, PhasePlan
 from training.report import describe_model
@@ -53,9 +53,9 @@ def dry_run(
     faults: list[str] = []
     with _collected(faults):
         _print_mixture(config, plan, loader, console)
-    with _collected(faults), torch.device("meta"):
+    with _collected(faults):
         if config.origin is None:
-            build(config.model)  # sees whether the weights that it grows from are there
+            check_source(config.model)
     with _collected(faults):
         read_origin(config)
     if faults:
