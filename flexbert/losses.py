@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flexbert.kernels.cpu.products import factor, factor_, product
+from flexbert.kernels import factor, factor_, product
 from flexbert.registry import LOSSES
 from schema import Component
 

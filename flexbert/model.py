@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from flexbert.config import FlexBertConfig
 from flexbert.dropout import name_sites
 from flexbert.encoder import FlexBertEncoder
-from flexbert.kernels import require_backend
-from flexbert.kernels.cpu.products import linear
+from flexbert.kernels import linear, require_backend
 from flexbert.losses import TokenScores, masked_evaluation
 from flexbert.registry import HEADS, INITS, LOSSES
 from flexbert.tasks import FlexBertForSequenceClassification, FlexBertForTokenClassification

@@ -212,12 +212,10 @@ def test_bfloat16_errs_by_its_own_rounding(
 
 def test_auto_is_the_fastest_on_cpu_and_a_named_kernel_is_never_swapped() -> None:
     assert choose_backend("cpu", torch.float32) == "sdpa"
-    assert choose_backend("cpu", torch.float32, local=True) == "tiled"
-    for local in (False, True):
-        low = "tiled" if tiles.is_fastest(torch.bfloat16, local) else "sdpa"
-        assert choose_backend("cpu", torch.bfloat16, local=local) == low
-        assert choose_backend("cpu", torch.bfloat16, alibi=True, local=local) == "sdpa"
-        assert choose_backend("cpu", torch.bfloat16, drops=True, local=local) == "sdpa"
+    low = "tiled" if tiles.tiles_are_fastest(torch.bfloat16) else "sdpa"
+    assert choose_backend("cpu", torch.bfloat16) == low
+    assert choose_backend("cpu", torch.bfloat16, alibi=True) == "sdpa"
+    assert choose_backend("cpu", torch.bfloat16, drops=True) == "sdpa"
     with pytest.raises(ConfigError, match=r"attention\.backend: flash2 cannot run: .* needs a CUDA device, not cpu"):
         run("flash2", (4,), (-1, -1))
     if not torch.cuda.is_available():
