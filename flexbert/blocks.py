@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from flexbert.config import FlexBertConfig, ModelComponent
 from flexbert.kernels import AttentionPlan
 from flexbert.layers import add_residual, build_norm
-from flexbert.packed import gather_rows
 from flexbert.positions import Positions
 from flexbert.registry import ATTENTIONS, BLOCKS, MLPS
 from schema import Component
@@ -36,7 +35,7 @@ def _norm(model: FlexBertConfig) -> nn.Module:
 
 
 def _select(hidden_states: Tensor, wanted: Tensor | None) -> Tensor:
-    return hidden_states if wanted is None else gather_rows(hidden_states, wanted)
+    return hidden_states if wanted is None else hidden_states.index_select(0, wanted)
 
 
 def _selects_tokens(attention: nn.Module) -> bool:

@@ -4,7 +4,7 @@ Code for one kind of device lies in gpu.py and cpu/: the model's files know neit
 """
 
 from flexbert.kernels.attention import Backend, attend, choose_backend, require_backend
-from flexbert.kernels.cpu import factor, factor_, linear, product
+from flexbert.kernels.cpu import factor, factor_, linear, product, softmax_
 from flexbert.kernels.plan import AttentionPlan
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "linear",
     "product",
     "require_backend",
+    "softmax_",
 ]

@@ -17,7 +17,7 @@ from torch import Tensor
 from flexbert.kernels import cpu, gpu
 from flexbert.kernels.gpu import Window
 from flexbert.kernels.plan import AttentionPlan, Bucket
-from flexbert.packed import gather_rows, spread_rows
+from flexbert.packed import spread_rows
 from schema import ConfigError
 
 log = logging.getLogger(__name__)
@@ -65,10 +65,10 @@ def attend(
         # Kernels refuse empty batches. The result must still hang on all three, for gradients of zero.
         out = queries + keys + values
     elif wanted is not None and len(wanted) and backend == "sdpa" and not alibi and _is_global(plan, window_size):
-        return _sdpa(gather_rows(queries, wanted), keys, values, plan, window_size, None, dropout_p, wanted)
+        return _sdpa(queries.index_select(0, wanted), keys, values, plan, window_size, None, dropout_p, wanted)
     else:
         out = KERNELS[backend](queries, keys, values, plan, window_size, alibi_slopes, dropout_p)
-    return out if wanted is None else gather_rows(out, wanted)
+    return out if wanted is None else out.index_select(0, wanted)
 
 
 @functools.cache
@@ -197,7 +197,7 @@ def _sdpa_global(
         queries, keys, values = _table(queries, of_queries), _table(keys, bucket), _table(values, bucket)
         table = (cpu.sdpa if on_cpu else _torch_sdpa)(queries, keys, values, mask, dropout_p)
         table = table.transpose(1, 2).flatten(0, 1)
-        results.append(table if of_queries.slots is None else gather_rows(table, of_queries.slots))
+        results.append(table if of_queries.slots is None else table.index_select(0, of_queries.slots))
     order = _order(asked)
     return results[0] if order is None else spread_rows(torch.cat(results), order, len(q))
 
@@ -214,7 +214,7 @@ def _by_bucket(rows: Tensor, buckets: list[Bucket]) -> Sequence[Tensor]:
     order = _order(buckets)
     if order is None:
         return (rows,)
-    return gather_rows(rows, order).split([0 if bucket.tokens is None else len(bucket.tokens) for bucket in buckets])
+    return rows.index_select(0, order).split([0 if bucket.tokens is None else len(bucket.tokens) for bucket in buckets])
 
 
 def _table(rows: Tensor, bucket: Bucket) -> Tensor:

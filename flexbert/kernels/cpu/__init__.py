@@ -3,7 +3,7 @@
 What stays here gains 3 % or more of a step's time or memory on the CPU that is named beside it.
 """
 
-from flexbert.kernels.cpu.products import factor, factor_, lacks, linear, product
+from flexbert.kernels.cpu.products import factor, factor_, lacks, linear, product, softmax_
 from flexbert.kernels.cpu.sdpa import prefers_float32, sdpa
 from flexbert.kernels.cpu.tiles import tiled, tiles_are_fastest
 
@@ -15,6 +15,7 @@ __all__ = [
     "prefers_float32",
     "product",
     "sdpa",
+    "softmax_",
     "tiled",
     "tiles_are_fastest",
 ]

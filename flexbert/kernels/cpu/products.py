@@ -63,6 +63,12 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _onednn_linear(rows.float(), weight.float(), None if bias is None else bias.float()).to(rows.dtype)
 
 
+def softmax_(scores: Tensor) -> Tensor:
+    """softmax over the last axis of a tensor that nobody needs after it: on its memory, where torch's kernel is tested
+    here with one tensor for both."""
+    return torch.softmax(scores, -1, out=scores if scores.device.type == "cpu" else None)
+
+
 def _onednn_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
         return _compiled_linear(rows, weight, bias)
