@@ -40,7 +40,7 @@ from torch import Tensor
 
 import flexbert
 from flexbert.accounting import flops_per_token
-from flexbert.products import lacks, product
+from flexbert.kernels.cpu import lacks, product
 from training.allocator import keep_freed_memory
 
 SHARED = Path("../shared/data")

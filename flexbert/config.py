@@ -6,21 +6,6 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from composing import load_node
-
-# Imported for their side effect: each registers its entries, which the slots below name as defaults.
-from flexbert import (  # noqa: F401
-    activations,
-    attention,
-    blocks,
-    embeddings,
-    growing,
-    heads,
-    init,
-    losses,
-    mlps,
-    norms,
-    positions,
-)
 from flexbert.registry import (
     ATTENTIONS,
     BLOCKS,
@@ -31,10 +16,9 @@ from flexbert.registry import (
     MLPS,
     NORMS,
     POSITIONS,
-    ModelComponent,
     optional_slot,
 )
-from schema import ConfigError, Schema, did_you_mean, validate
+from schema import Component, ConfigError, Schema, did_you_mean, validate
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs" / "model"
 
@@ -44,6 +28,13 @@ TokenId = Annotated[int | None, Field(ge=0)]
 def named_init(node: Any) -> Any:
     """`init: {from: FOLDER}` says enough."""
     return {"name": "grow", **node} if isinstance(node, dict) and "from" in node and "name" not in node else node
+
+
+class ModelComponent(Component):
+    """Base of the Config of entries that have rules across fields of the model."""
+
+    def check(self, model: "FlexBertConfig") -> None:
+        """Raise ValueError `field: what is wrong: fix` when this component does not fit the model around it."""
 
 
 _LAYER_SLOTS = ("attention", "mlp", "block")

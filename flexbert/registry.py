@@ -11,22 +11,20 @@
 | block | module: (hidden_states, plan, positions) -> (T, D); class attribute `needs_final_norm` | model, layer_index |
 | head | heads.Head (task mlm), or heads.TaskHead; class attribute `task` | model |
 | loss | callable: (hidden_states (M, D), weight (V, D), bias (V,) or None, targets (M,), scores to fill) -> sum | |
-| init | callable: (module, seed, prefix) -> None | num_hidden_layers |
+| init | callable: (module, seed, prefix) -> None; with `grows`, one argument more | num_hidden_layers |
 
 `model` is the FlexBertConfig, as it is for the layer in question. An attention or block with `selects_tokens` takes one
 more argument, `wanted`: see flexbert/blocks.py; it may do without.
+An init with the class attribute `grows` takes the model that `build` was told to grow from, or None.
 T packed tokens, M masked ones, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer
 
-from schema import Component, ConfigError, Registry, did_you_mean
-
-if TYPE_CHECKING:
-    from flexbert.config import FlexBertConfig
+from schema import ConfigError, Registry, did_you_mean
 
 T = TypeVar("T")
 
@@ -44,13 +42,6 @@ SLOTS = {
     slot.slot_name: slot
     for slot in (EMBEDDINGS, POSITIONS, ATTENTIONS, NORMS, ACTIVATIONS, MLPS, BLOCKS, HEADS, LOSSES, INITS)
 }
-
-
-class ModelComponent(Component):
-    """Base of the Config of entries that have rules across fields of the model."""
-
-    def check(self, model: "FlexBertConfig") -> None:
-        """Raise ValueError `field: what is wrong: fix` when this component does not fit the model around it."""
 
 
 def _known_activation(name: str) -> str:
@@ -80,7 +71,8 @@ def optional_slot(registry: Registry) -> tuple[Any, Any]:
 def register(slot: str, name: str) -> Callable[[T], T]:
     """Class decorator: make a component known to YAML as `SLOT: NAME`. See the module's table for what a slot expects.
 
-    The class carries a `Config` derived from schema.Component (or ModelComponent, for rules across fields).
+    The class carries a `Config` derived from schema.Component, or from flexbert.config.ModelComponent for rules across
+    fields.
     Raises ConfigError for an unknown slot, ValueError for a name that is taken.
     """
     return _slot(slot).register(name)

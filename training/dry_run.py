@@ -12,13 +12,13 @@ from data.loader import LoaderConfig, check_tokenizer, open_streams
 from data.mixture import MixtureOrder, stream_weights
 from data.shards import Stream
 from data.transfer import is_url
-from flexbert import build
 from flexbert.accounting import attention_weights_memory, flops_per_token, memory_estimate
 from schema import ConfigError
 from training.branching import read_origin
 from training.checkpoint import list_checkpoints
 from training.config import PhaseConfig, RunConfig
 from training.folder import RunFolder
+from training.growing import check_source
 from training.parallelism import PARALLELISMS
 from training.phases import Phase, PhasePlan
 from training.report import describe_model
@@ -62,9 +62,9 @@ def dry_run(
         streams = _print_mixture(config, plan, loader, console)
     # A run that goes on needs neither its origin nor what it has grown from.
     if not list_checkpoints(folder.checkpoints):
-        with _collected(faults), torch.device("meta"):
+        with _collected(faults):
             if config.origin is None:
-                build(config.model)  # sees whether the weights that it grows from are there
+                check_source(config.model)
         readable = False
         with _collected(faults):
             start = read_origin(config)

@@ -42,6 +42,7 @@ from training.exporting import Exporter
 from training.faults import COLLECTIVE_MARGIN, Faults, lost_rank
 from training.folder import RunFolder
 from training.gauges import build_gauges
+from training.growing import read_source
 from training.loggers import build_loggers
 from training.optim import OPTIMIZERS
 from training.parallelism import PARALLELISMS, Parallelism
@@ -82,7 +83,8 @@ class Run:
         self.origin: dict[str, Any] | None = None
         self.tokenizer = manifest.tokenizer_fingerprint
         fresh = not resumed and self.start is None
-        self.model = build(config.model if fresh else without_init(config.model), seed=torch_seed(config.seed, "init"))
+        model = config.model if fresh else without_init(config.model)
+        self.model = build(model, seed=torch_seed(config.seed, "init"), grow_from=read_source(model))
         if torch.cuda.is_available():
             self.model = self.model.to(f"cuda:{dist.get_local_rank()}")
         self.parallelism: Parallelism = PARALLELISMS.build(config.trainer.parallelism, world_size=self.world_size)

@@ -14,8 +14,9 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from data.tokenizer import fingerprint
-from flexbert import kernels, parity
+from flexbert import parity
 from flexbert.accounting import count_parameters
+from flexbert.kernels.attention import KERNELS
 from main import app
 from tests.data.servers import BUCKET, Bucket, free_port
 from tests.data.synthetic import documents, write_stream
@@ -92,13 +93,13 @@ def test_faults_of_the_run_file_are_found(config: Path, tmp_path: Path) -> None:
 
 def test_a_kernel_that_computes_otherwise_is_found(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that sees one token too far to the left of its windows, which no shape or range would show."""
-    right = kernels._KERNELS["sdpa"]
+    right = KERNELS["sdpa"]
 
     def wrong(q: Tensor, k: Tensor, v: Tensor, plan: Any, window: tuple[int, int], *rest: Any) -> Tensor:
         return right(q, k, v, plan, window if window == (-1, -1) else (window[0] + 1, window[1] + 1), *rest)
 
     assert parity.disagreement("sdpa", "cpu").error < 1e-5
-    monkeypatch.setitem(kernels._KERNELS, "sdpa", wrong)
+    monkeypatch.setitem(KERNELS, "sdpa", wrong)
     fine, rows, _ = checks(config)
     assert not fine
     assert rows["attention: sdpa"][0] == "FAIL"

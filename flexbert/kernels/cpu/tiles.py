@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexbert.plan import AttentionPlan
-from flexbert.products import lacks
+from flexbert.kernels.cpu.products import lacks
+from flexbert.kernels.plan import AttentionPlan
 
 # Bytes of a tile's scores. On two cores of a Zen 4 in bfloat16, twice as many cost the same; with a quarter, a document
 # of 8192 tokens costs 1.4 times as much.
@@ -22,21 +22,16 @@ _TILE = 2**22
 _MIN_QUERIES = 64
 
 _softmax_backward: Any = getattr(torch.ops.aten._softmax_backward_data, "out")  # noqa: B009  (unknown to the type checker)
-_ATTENTION: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_ATTENTION_BACKWARD: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @functools.cache
-def is_fastest(dtype: torch.dtype, local: bool) -> bool:
-    """Whether tiles take less time than torch's own kernel. local: for sliding windows.
-
-    In bfloat16 they do where the CPU has fast products of which torch's kernel makes no use: AVX-512, without AMX. In
-    float32 for windows, whose tables are too small for torch's kernel (Zen 3: 0.85 of its time, 0.8 with gradients).
-    """
-    if dtype == torch.float32 or lacks(dtype, "cpu"):
-        return local
+def tiles_are_fastest(dtype: torch.dtype) -> bool:
+    """Whether tiles take less time than torch's own kernel: in bfloat16, where the CPU has fast products of which that
+    kernel makes no use (AVX-512 without AMX; 0.89 of a training step on a Zen 4, 4 x 1024 tokens)."""
     has_products = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
-    return dtype == torch.bfloat16 and has_products and not torch.cpu._is_amx_tile_supported()
+    return (
+        dtype == torch.bfloat16 and has_products and not lacks(dtype, "cpu") and not torch.cpu._is_amx_tile_supported()
+    )
 
 
 def tiled(
@@ -46,10 +41,7 @@ def tiled(
     assert slopes is None
     assert dropout_p == 0.0
     per_side = window[0] if 0 <= window[0] < plan.max_seqlen - 1 else None
-    if per_side is not None and not torch.is_grad_enabled() and q.dtype == torch.float32:
-        return _windows(q, k, v, plan, per_side)
-    layout = _Layout(plan, per_side, q.shape[1], narrow=not torch.is_grad_enabled())
-    return _Tiled.apply(q, k, v, layout)  # pyright: ignore[reportReturnType]
+    return _Tiled.apply(q, k, v, _Layout(plan, per_side, q.shape[1]))  # pyright: ignore[reportReturnType]
 
 
 class _Rows(NamedTuple):
@@ -82,12 +74,12 @@ class _Tile(NamedTuple):
 class _Layout:
     """Where the tiles of a batch lie in tables of (margin + N * length + margin, H), head after head."""
 
-    def __init__(self, plan: AttentionPlan, per_side: int | None, heads: int, narrow: bool) -> None:
-        """per_side: tokens seen to each side; None: whole sequences. narrow: with blocks that have no gradients."""
-        self.plan, self.per_side, self.heads, self.narrow = plan, per_side, heads, narrow
+    def __init__(self, plan: AttentionPlan, per_side: int | None, heads: int) -> None:
+        """per_side: tokens seen to each side; None: whole sequences."""
+        self.plan, self.per_side, self.heads = plan, per_side, heads
         self.length, self.margin = plan.num_tokens, 0
         if per_side is not None:
-            blocks = plan.blocks(per_side, narrow)
+            blocks = plan.blocks(per_side)
             self.length, self.margin = blocks.count * blocks.block, per_side
 
     def table(self, rows: Tensor, scale: float = 1.0) -> Tensor:
@@ -127,8 +119,8 @@ class _Layout:
                     )
 
     def _windows(self, dtype: torch.dtype, per_side: int) -> Iterator[_Tile]:
-        blocks = self.plan.blocks(per_side, self.narrow)
-        mask = self.plan.additive_visible(per_side, dtype, narrow=self.narrow).squeeze(1)
+        blocks = self.plan.blocks(per_side)
+        mask = self.plan.additive_visible(per_side, dtype).squeeze(1)
         width = blocks.block + 2 * per_side
         # Whole heads, or parts of one: the mask is the same for all.
         fit = max(1, _TILE // dtype.itemsize // (blocks.block * width))
@@ -193,82 +185,11 @@ def _factor(table: Tensor) -> Tensor:
 
 def _probabilities(tile: _Tile, queries: Tensor, keys: Tensor) -> Tensor:
     """softmax(q k + mask): (count, queries, keys)."""
-    return _softmax(tile.queries.of(queries), tile.keys.of(keys), tile.mask, 1.0)
-
-
-def _softmax(queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(scale * q k + mask) of (m, queries, H) and (m, keys, H); the mask's count divides m."""
-    columns = keys.transpose(1, 2)
-    if mask is None:
-        assert scale == 1.0
-        scores = torch.bmm(queries, columns)
+    rows, columns = tile.queries.of(queries), tile.keys.of(keys).transpose(1, 2)
+    if tile.mask is None:
+        scores = torch.bmm(rows, columns)
     else:
-        scores = queries.new_empty(len(queries), queries.shape[1], columns.shape[2])
-        scores.unflatten(0, (-1, len(mask))).copy_(mask)
-        scores.baddbmm_(queries, columns, alpha=scale)
+        scores = queries.new_empty(len(rows), rows.shape[1], columns.shape[2])
+        scores.unflatten(0, (-1, len(tile.mask))).copy_(tile.mask)
+        scores.baddbmm_(rows, columns)
     return torch.softmax(scores, -1, out=scores)
-
-
-def in_float32(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """torch's attention in float32 of tables in a narrower dtype, which are what is kept for the gradients.
-
-    q: (B, N, M, H); k, v: (B, N, L, H). mask: without gradient, bool (True is seen) or float32 (added to the scores),
-    broadcast to (B, N, M, L). The result (B, N, M, H), of the dtype of q, lies token by token.
-    """
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, float("-inf"))
-    # A view of the values would keep the whole projection.
-    return _InFloat32.apply(q, k, v.contiguous(), mask)  # pyright: ignore[reportReturnType]
-
-
-class _InFloat32(torch.autograd.Function):
-    @staticmethod
-    @torch.autocast("cpu", enabled=False)
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        found, log_norm = _ATTENTION(*_wide(q, k, v), attn_mask=mask)
-        out = found.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, log_norm, mask)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    @torch.autocast("cpu", enabled=False)
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, log_norm, mask = ctx.saved_tensors
-        gradient, *tables = _wide(gradients[0], q, k, v, out)
-        found = _ATTENTION_BACKWARD(gradient, *tables, log_norm, 0.0, False, attn_mask=mask)
-        return *(part.to(q.dtype) for part in found), None
-
-
-def _wide(*tables: Tensor) -> Iterator[Tensor]:
-    return (table.to(torch.float32, memory_format=torch.contiguous_format) for table in tables)
-
-
-def _windows(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, per_side: int) -> Tensor:
-    """Sliding windows without gradients, on queries, keys and values where they lie: (T, N, H) -> (T, N, H).
-
-    Blocks whose window lies within the batch are views of it, head by head; the few queries at its two ends see what
-    there is. Against tables of their own 0.85 of the time (Zen 3, 4,096 tokens).
-    """
-    blocks, total, scale = plan.blocks(per_side, narrow=True), plan.num_tokens, q.shape[-1] ** -0.5
-    block, width = blocks.block, blocks.block + 2 * per_side
-    mask = plan.additive_visible(per_side, q.dtype, narrow=True).squeeze(1)
-    first = min(-(-per_side // block), total // block)
-    stop = max(first, (total - per_side) // block)
-    out = q.new_empty(q.shape[1], total, q.shape[2])
-    part = max(1, _TILE // q.dtype.itemsize // (block * width))
-    for head in range(q.shape[1]):
-        for number in range(first, stop, part):
-            count = min(part, stop - number)
-            queries = _Rows(count, block, block, number * block)
-            keys = _Rows(count, width, block, number * block - per_side)
-            near = mask[number : number + count]
-            probs = _softmax(queries.of(q[:, head]), keys.of(k[:, head]), near, scale)
-            torch.bmm(probs, keys.of(v[:, head]), out=queries.of(out[head]))
-    for start, end in ((0, first * block), (stop * block, total)):
-        if start < end:
-            near = slice(max(0, start - per_side), min(total, end + per_side))
-            seen = plan.additive_between(slice(start, end), near, per_side, q.dtype)
-            queries, keys, values = (x.transpose(0, 1) for x in (q[start:end], k[near], v[near]))
-            torch.bmm(_softmax(queries, keys, seen, scale), values, out=out[:, start:end])
-    return out.transpose(0, 1)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexbert import build, kernels_gpu
-from flexbert.kernels import _KERNELS, attend
-from flexbert.plan import AttentionPlan
+from flexbert import build
+from flexbert.kernels import AttentionPlan, attend, gpu
+from flexbert.kernels.attention import KERNELS
 from schema import ConfigError
 from tests.flexbert.conftest import ODD_LENGTHS, batch_of, tiny
-from tests.flexbert.test_kernels import LENGTHS, SLOPES, TOLERANCE, detached, qkv_of
+from tests.flexbert.kernels.cases import LENGTHS, SLOPES, TOLERANCE, detached, qkv_of
 
 
 def _varlen(
@@ -120,10 +120,10 @@ def _flash3_stand_in(
 @pytest.fixture
 def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
     """flash-attn needs CUDA: in its place functions of its signatures and meaning, on a CPU that passes for an H100."""
-    monkeypatch.setattr(kernels_gpu, "installed", lambda package: True)
+    monkeypatch.setattr(gpu, "installed", lambda package: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    real = kernels_gpu.why_not
-    monkeypatch.setattr(kernels_gpu, "why_not", lambda backend, _, *rest: real(backend, "cuda", *rest))
+    real = gpu.why_not
+    monkeypatch.setattr(gpu, "why_not", lambda backend, _, *rest: real(backend, "cuda", *rest))
     for name, function in (("flash_attn", _flash2_stand_in), ("flash_attn_interface", _flash3_stand_in)):
         module: Any = types.ModuleType(name)
         module.flash_attn_varlen_func = function
@@ -140,7 +140,7 @@ def test_flash_attn_is_called_by_its_signature(
     backend: Any, window: tuple[int, int], slopes: Tensor | None, kv_heads: int
 ) -> None:
     if backend == "flash3" and slopes is not None:
-        pytest.skip("flash-attn 3 has no ALiBi: refused, see test_kernels.py")
+        pytest.skip("flash-attn 3 has no ALiBi: refused, see test_attention.py")
     found = []
     for name, dtype in ((backend, torch.bfloat16), ("eager", torch.float32)):
         queries, keys, values = (t.detach().bfloat16().to(dtype) for t in qkv_of(sum(ODD_LENGTHS)))
@@ -199,7 +199,7 @@ def test_flex_mask_and_bias(
     for backend in ("flex", "eager"):
         plan = AttentionPlan(torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths), total)
         keys, values = (x if backend == "flex" else x.repeat_interleave(2 // kv_heads, 1) for x in few[1:])
-        out = _KERNELS[backend](few[0], keys, values, plan, window, slopes, 0.0)
+        out = KERNELS[backend](few[0], keys, values, plan, window, slopes, 0.0)
         found.append([out, *torch.autograd.grad(out.square().sum(), few)])
         if backend == "flex":
             mask = plan.flex_masks[window]

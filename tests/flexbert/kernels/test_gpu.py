@@ -1,6 +1,6 @@
 """The CUDA kernels against the eager reference, forward and backward, on the device itself.
 
-Every test here is skipped without one, with the reason; what the kernels are called with is tested in test_kernels_calls.py.
+Every test here is skipped without one, with the reason; what the kernels are called with is tested in test_gpu_calls.py.
 """
 
 from typing import Any
@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexbert.kernels import attend, require_backend
-from flexbert.plan import AttentionPlan
+from flexbert.kernels import AttentionPlan, attend, require_backend
 from schema import ConfigError
 from tests.flexbert.conftest import ODD_LENGTHS
-from tests.flexbert.test_kernels import SLOPES, qkv_of
+from tests.flexbert.kernels.cases import SLOPES, qkv_of
 
 pytestmark = [
     pytest.mark.gpu,

@@ -21,8 +21,6 @@ _RUN = 128
 
 # Fewest queries per block of a sliding window: narrower blocks leave the matrix products too small.
 _MIN_BLOCK = 64
-# And without gradients: blocks narrower than a side of the window waste less, but each key is in more of them.
-_MIN_NARROW = 32
 
 
 class Bucket(NamedTuple):
@@ -50,11 +48,10 @@ class AttentionPlan:
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> None:
         """cu_seqlens: (num_seqs + 1,) int32. num_tokens: its last entry, known to the caller without a sync."""
         self.cu_seqlens, self.max_seqlen, self.num_tokens = cu_seqlens, max_seqlen, num_tokens
-        self.flex_masks: dict[tuple[int, int], Any] = {}  # of kernels_gpu, by window
+        self.flex_masks: dict[tuple[int, int], Any] = {}  # of gpu.py, by window
         self._runs: dict[torch.dtype, list[tuple[int, int, Tensor | None]]] = {}
-        self._blocks: dict[tuple[int, bool], Blocks] = {}
-        self._additive: dict[tuple[int, torch.dtype, bool, bool], Tensor] = {}
-        self._between: dict[tuple[Any, ...], Tensor] = {}
+        self._blocks: dict[int, Blocks] = {}
+        self._additive: dict[tuple[int, torch.dtype, bool], Tensor] = {}
         self._alibi: dict[tuple[int, torch.dtype], Tensor] = {}
 
     @cached_property
@@ -128,24 +125,21 @@ class AttentionPlan:
                 self._runs[dtype].append((first, stop, mask))
         return self._runs[dtype]
 
-    def blocks(self, per_side: int, narrow: bool = False) -> Blocks:
-        """Sliding-window blocks for `per_side` tokens to each side of self. They are at least `per_side` queries wide,
-        if not narrow: then a key is in three blocks at most."""
-        if (per_side, narrow) not in self._blocks:
-            block = max(-(-per_side // 2), _MIN_NARROW) if narrow else max(per_side, _MIN_BLOCK)
-            self._blocks[per_side, narrow] = self._make_blocks(per_side, block)
-        return self._blocks[per_side, narrow]
+    def blocks(self, per_side: int) -> Blocks:
+        """Sliding-window blocks for `per_side` tokens to each side of self. They are at least `per_side` queries wide:
+        a key is in three blocks at most."""
+        if per_side not in self._blocks:
+            self._blocks[per_side] = self._make_blocks(per_side, max(per_side, _MIN_BLOCK))
+        return self._blocks[per_side]
 
-    def additive_visible(
-        self, per_side: int, dtype: torch.dtype, slopes: Tensor | None = None, narrow: bool = False
-    ) -> Tensor:
+    def additive_visible(self, per_side: int, dtype: torch.dtype, slopes: Tensor | None = None) -> Tensor:
         """`blocks(...).visible` as 0 and -inf: SDPA would convert a bool mask anew in every layer.
 
         slopes: (N,) float32 of ALiBi, one and the same for all calls on a plan: -slope * distance in place of the 0.
         """
-        key = (per_side, dtype, slopes is not None, narrow)
+        key = (per_side, dtype, slopes is not None)
         if key not in self._additive:
-            blocks = self.blocks(per_side, narrow)
+            blocks = self.blocks(per_side)
             mask = torch.zeros((), dtype=dtype, device=blocks.visible.device)
             if slopes is not None:
                 places = torch.arange(blocks.block + 2 * per_side, device=blocks.visible.device)
@@ -153,18 +147,6 @@ class AttentionPlan:
                 mask = (-slopes[:, None, None] * distance.abs()).to(dtype)
             self._additive[key] = torch.where(blocks.visible, mask, float("-inf"))
         return self._additive[key]
-
-    def additive_between(self, queries: slice, keys: slice, per_side: int, dtype: torch.dtype) -> Tensor:
-        """(1, queries, keys) of `dtype`: 0 where a token of one range of the batch sees one of the other, else -inf."""
-        key = (queries.start, queries.stop, keys.start, keys.stop, per_side, dtype)
-        if key not in self._between:
-            ids = self.sequence_ids
-            places = torch.arange(self.num_tokens, device=ids.device)
-            near = (places[queries, None] - places[None, keys]).abs() <= per_side
-            mask = torch.zeros((), dtype=dtype, device=ids.device)
-            mask = torch.where(near & (ids[queries, None] == ids[None, keys]), mask, float("-inf"))
-            self._between[key] = mask.unsqueeze(0)
-        return self._between[key]
 
     def alibi_bucket(self, number: int, slopes: Tensor, dtype: torch.dtype) -> Tensor:
         """(1 or B, N, L, L): -slope * distance in a bucket's table, -inf at its empty slots. Quadratic in L.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexbert.plan import AttentionPlan
+from flexbert.kernels.plan import AttentionPlan
 
 Window = tuple[int, int]
 

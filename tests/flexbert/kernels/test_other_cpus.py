@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent.parent.parent
 OLDER = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
 def test_products_on_a_cpu_without_avx512() -> None:
-    question = "from flexbert import products as p; import torch; print(p.lacks(torch.bfloat16, 'cpu'), p._HAS_AVX512)"
-    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/flexbert/test_products.py"]
+    question = "import torch; from flexbert.kernels.cpu import lacks; print(lacks(torch.bfloat16, 'cpu'))"
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/flexbert/kernels/test_products.py"]
     said = []
     for each in (["-c", question], arguments):
         done = subprocess.run(
@@ -23,5 +23,5 @@ def test_products_on_a_cpu_without_avx512() -> None:
         assert done.returncode == 0, done.stdout + done.stderr
         said.append(done.stdout)
     if torch.backends.mkldnn.is_available():
-        assert said[0].split() == ["True", "False"]
+        assert said[0].split() == ["True"]
     assert " passed" in said[1]

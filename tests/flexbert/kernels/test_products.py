@@ -4,16 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flexbert import products
+from flexbert.kernels import linear
+from flexbert.kernels.cpu import lacks
 from flexbert.losses import masked_cross_entropy
-from flexbert.products import linear
 
 
-@pytest.mark.parametrize("avx512", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1, 5, 3), (0, 5, 3), (7, 1, 1), (130, 384, 1152), (2, 33, 48, 31)], ids=str)
-def test_linear_equals_torch(shape: tuple[int, ...], bias: bool, avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_HAS_AVX512", avx512)
+def test_linear_equals_torch(shape: tuple[int, ...], bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     *rows, inputs, outputs = shape
     given = [torch.randn(*rows, inputs, generator=generator), torch.randn(outputs, inputs, generator=generator)]
@@ -28,15 +26,11 @@ def test_linear_equals_torch(shape: tuple[int, ...], bias: bool, avx512: bool, m
         torch.testing.assert_close(ours, expected, atol=2e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("avx512", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 130, 2049])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_bfloat16_rounds_factors_and_result_and_nothing_else(
-    rows: int, bias: bool, autocast: bool, avx512: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bfloat16_rounds_factors_and_result_and_nothing_else(rows: int, bias: bool, autocast: bool) -> None:
     """Against float64 products of the rounded factors: whatever instructions this CPU has."""
-    monkeypatch.setattr(products, "_HAS_AVX512", avx512)
     generator = torch.Generator().manual_seed(0)
     given = [torch.randn(rows, 384, generator=generator), torch.randn(96, 384, generator=generator)]
     given += [torch.randn(96, generator=generator)] if bias else []
@@ -71,7 +65,7 @@ def test_the_loss_in_bfloat16_is_that_of_rounded_factors() -> None:
         loss = masked_cross_entropy(tensors[0], tensors[1], None, targets)
     exact = [x.double().requires_grad_() for x in (states, weight)]
     logits = exact[0] @ exact[1].T
-    if not products.lacks(torch.bfloat16, "cpu"):
+    if not lacks(torch.bfloat16, "cpu"):
         rounded = logits.detach().bfloat16().double()
         assert (rounded - logits).norm() / logits.norm() > 1e-3  # so the two kinds of CPU can be told apart
         logits = logits + (rounded - logits).detach()

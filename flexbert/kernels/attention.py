@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexbert import kernels_cpu, kernels_gpu
-from flexbert.kernels_gpu import Window
-from flexbert.packed import gather_rows, spread_rows
-from flexbert.plan import AttentionPlan, Bucket
+from flexbert.kernels import cpu, gpu
+from flexbert.kernels.gpu import Window
+from flexbert.kernels.plan import AttentionPlan, Bucket
+from flexbert.packed import spread_rows
 from schema import ConfigError
 
 log = logging.getLogger(__name__)
@@ -55,8 +55,7 @@ def attend(
         queries, keys, values = queries.to(dtype), keys.to(dtype), values.to(dtype)
     alibi, drops, head_dim = alibi_slopes is not None, dropout_p > 0, queries.shape[-1]
     if backend == "auto":
-        local = not _is_global(plan, window_size)
-        backend = choose_backend(device, queries.dtype, alibi, drops, head_dim, local)
+        backend = choose_backend(device, queries.dtype, alibi, drops, head_dim)
     else:
         require_backend(backend, device, queries.dtype, alibi, drops, head_dim)
     groups = queries.shape[1] // keys.shape[1]
@@ -66,10 +65,10 @@ def attend(
         # Kernels refuse empty batches. The result must still hang on all three, for gradients of zero.
         out = queries + keys + values
     elif wanted is not None and len(wanted) and backend == "sdpa" and not alibi and _is_global(plan, window_size):
-        return _sdpa(gather_rows(queries, wanted), keys, values, plan, window_size, None, dropout_p, wanted)
+        return _sdpa(queries.index_select(0, wanted), keys, values, plan, window_size, None, dropout_p, wanted)
     else:
-        out = _KERNELS[backend](queries, keys, values, plan, window_size, alibi_slopes, dropout_p)
-    return out if wanted is None else gather_rows(out, wanted)
+        out = KERNELS[backend](queries, keys, values, plan, window_size, alibi_slopes, dropout_p)
+    return out if wanted is None else out.index_select(0, wanted)
 
 
 @functools.cache
@@ -79,12 +78,11 @@ def choose_backend(
     alibi: bool = False,
     drops: bool = False,
     head_dim: int | None = None,
-    local: bool = False,
 ) -> Backend:
     """The kernel that `auto` stands for: the first of flash3, flash2, tiled (where it is the fastest) and sdpa that can
     run. Logged once for each case.
 
-    alibi, drops: whether it must do ALiBi, or dropout of attention weights. head_dim: H, if known. local: for windows.
+    alibi, drops: whether it must do ALiBi, or dropout of attention weights. head_dim: H, if known.
     """
     chosen: Backend = "sdpa"
     reasons = []
@@ -95,10 +93,10 @@ def choose_backend(
             chosen = backend
             break
     tiled_runs = not _why_not("tiled", device, dtype, alibi, drops, head_dim)
-    if chosen == "sdpa" and tiled_runs and kernels_cpu.is_fastest(dtype, local):
+    if chosen == "sdpa" and tiled_runs and cpu.tiles_are_fastest(dtype):
         chosen = "tiled"
     why = f"; {'; '.join(dict.fromkeys(reasons))}" if reasons else ""
-    log.info("attention backend: %s (%s, %s%s%s)", chosen, device, dtype, ", windows" if local else "", why)
+    log.info("attention backend: %s (%s, %s%s)", chosen, device, dtype, why)
     return chosen
 
 
@@ -131,7 +129,7 @@ def _why_not(
         return "flash-attn 3 has no ALiBi"
     if drops and backend != "flash2":
         return f"{'flash-attn 3' if backend == 'flash3' else 'FlexAttention'} has no dropout of attention weights"
-    return kernels_gpu.why_not(backend, device, dtype, head_dim)
+    return gpu.why_not(backend, device, dtype, head_dim)
 
 
 def _eager(
@@ -158,7 +156,7 @@ def _sdpa(
 ) -> Tensor:
     """wanted: the tokens that q (M, N, H) is of, which then see whole sequences."""
     whole = _is_global(plan, window)
-    if _wants_float32(q) and (dropout_p or not whole):
+    if q.device.type == "cpu" and cpu.prefers_float32(q.dtype) and (dropout_p or not whole):
         with torch.autocast("cpu", enabled=False):
             return _sdpa(q.float(), k.float(), v.float(), plan, window, slopes, dropout_p, wanted).to(q.dtype)
     if whole:
@@ -171,16 +169,6 @@ def _sdpa(
 def _is_global(plan: AttentionPlan, window: Window) -> bool:
     """Whether each token sees its whole sequence: none may be longer than one side of the window."""
     return window == (-1, -1) or plan.max_seqlen <= min(window) + 1
-
-
-def _wants_float32(q: Tensor) -> bool:
-    """Whether torch's CPU kernel is slower in this dtype: without AMX its bfloat16 products are (by 1.2 on Zen 4)."""
-    return q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and not _has_amx()
-
-
-@functools.cache
-def _has_amx() -> bool:
-    return torch.cpu._is_amx_tile_supported()
 
 
 def _sdpa_global(
@@ -196,7 +184,8 @@ def _sdpa_global(
     buckets = plan.buckets
     asked = buckets if wanted is None else [plan.asked(number, wanted) for number in range(len(buckets))]
     parts = zip(_by_bucket(q, asked), _by_bucket(k, buckets), _by_bucket(v, buckets), strict=True)
-    narrow = _wants_float32(q)
+    on_cpu = q.device.type == "cpu"
+    mask_dtype = torch.float32 if on_cpu and cpu.prefers_float32(q.dtype) else q.dtype
     results = []
     for number, (queries, keys, values) in enumerate(parts):
         if not len(queries):
@@ -204,18 +193,11 @@ def _sdpa_global(
         bucket, of_queries = buckets[number], asked[number]
         mask = bucket.key_is_real
         if slopes is not None:
-            mask = plan.alibi_bucket(number, slopes, torch.float32 if narrow else q.dtype)
+            mask = plan.alibi_bucket(number, slopes, mask_dtype)
         queries, keys, values = _table(queries, of_queries), _table(keys, bucket), _table(values, bucket)
-        if narrow:
-            table = kernels_cpu.in_float32(queries, keys, values, mask)
-        else:
-            if q.device.type == "cpu":
-                # Its kernel reads them once for each block of queries: 1.04 times as fast at 8192 tokens when they lie
-                # together for each head.
-                keys, values = keys.contiguous(), values.contiguous()
-            table = _sdpa_call(queries, keys, values, mask=mask, dropout_p=dropout_p)
+        table = (cpu.sdpa if on_cpu else _torch_sdpa)(queries, keys, values, mask, dropout_p)
         table = table.transpose(1, 2).flatten(0, 1)
-        results.append(table if of_queries.slots is None else gather_rows(table, of_queries.slots))
+        results.append(table if of_queries.slots is None else table.index_select(0, of_queries.slots))
     order = _order(asked)
     return results[0] if order is None else spread_rows(torch.cat(results), order, len(q))
 
@@ -232,7 +214,7 @@ def _by_bucket(rows: Tensor, buckets: list[Bucket]) -> Sequence[Tensor]:
     order = _order(buckets)
     if order is None:
         return (rows,)
-    return gather_rows(rows, order).split([0 if bucket.tokens is None else len(bucket.tokens) for bucket in buckets])
+    return rows.index_select(0, order).split([0 if bucket.tokens is None else len(bucket.tokens) for bucket in buckets])
 
 
 def _table(rows: Tensor, bucket: Bucket) -> Tensor:
@@ -255,12 +237,11 @@ def _sdpa_local(
         for x in (k, v)
     )
     mask = plan.additive_visible(per_side, q.dtype, slopes)
-    out = _sdpa_call(query_blocks, key_blocks, value_blocks, mask=mask, dropout_p=dropout_p)
+    out = _torch_sdpa(query_blocks, key_blocks, value_blocks, mask, dropout_p)
     return out.transpose(1, 2).flatten(0, 1)[: len(q)]
 
 
-def _sdpa_call(*tables: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
-    q, k, v = tables
+def _torch_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
 
 
@@ -289,11 +270,11 @@ class _WindowBlocks(torch.autograd.Function):
         return own.flatten(0, 1)[:num_rows], None, None, None
 
 
-_KERNELS: dict[str, Callable[..., Tensor]] = {
+KERNELS: dict[str, Callable[..., Tensor]] = {
     "eager": _eager,
     "sdpa": _sdpa,
-    "tiled": kernels_cpu.tiled,
-    "flash2": kernels_gpu.flash2,
-    "flash3": kernels_gpu.flash3,
-    "flex": kernels_gpu.flex,
+    "tiled": cpu.tiled,
+    "flash2": gpu.flash2,
+    "flash3": gpu.flash3,
+    "flex": gpu.flex,
 }

@@ -7,47 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexbert import build, kernels_cpu, kernels_gpu
-from flexbert.kernels import attend, choose_backend, require_backend
-from flexbert.plan import AttentionPlan
+from flexbert import build
+from flexbert.kernels import AttentionPlan, attend, choose_backend, gpu, require_backend
+from flexbert.kernels.cpu import tiles
 from schema import ConfigError
 from tests.flexbert.conftest import ODD_LENGTHS, batch_of, gradients, tiny
-
-# Measured worst case over all cases here: 3.0e-6 (8192 keys), else 1.2e-6, on values up to 6.5.
-TOLERANCE = 1e-5
-
-LENGTHS = [
-    ODD_LENGTHS,
-    (1,),
-    (64,),
-    (65,),
-    (127, 128, 129),
-    (128, 128, 128),
-    (0, 5, 0, 0, 100, 0),
-    (300,),
-    (3,) * 50,
-    (500, 20, 480, 20, 20, 31, 33, 370),
-    (),
-    (0,),
-    (0, 0),
-]
-
-
-QKV = tuple[Tensor, Tensor, Tensor]
-
-
-def qkv_of(total: int, heads: int = 2, dim: int = 16, seed: int = 0) -> QKV:
-    generator = torch.Generator().manual_seed(seed)
-    queries, keys, values = torch.randn(3, total, heads, dim, generator=generator).unbind()
-    return queries.clone().requires_grad_(), keys.clone().requires_grad_(), values.clone().requires_grad_()
-
-
-def detached(tensors: QKV, dtype: torch.dtype = torch.float32, device: str = "cpu") -> QKV:
-    queries, keys, values = (tensor.detach().to(device, dtype) for tensor in tensors)
-    return queries, keys, values
-
-
-SLOPES = torch.tensor([0.25, 0.0625])
+from tests.flexbert.kernels.cases import LENGTHS, SLOPES, TOLERANCE, detached, qkv_of
 
 
 def run(backend: Any, lengths: tuple[int, ...], window: tuple[int, int], slopes: Tensor | None = None) -> list[Tensor]:
@@ -93,7 +58,7 @@ def test_tiled_equals_eager(
     lengths: tuple[int, ...], window: tuple[int, int], tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The smaller tile cuts heads, queries and blocks apart, as the larger does in batches of thousands of tokens.
-    monkeypatch.setattr(kernels_cpu, "_TILE", tile)
+    monkeypatch.setattr(tiles, "_TILE", tile)
     pairs = zip(run("tiled", lengths, window), run("eager", lengths, window), strict=True)
     for ours, expected in pairs:
         torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
@@ -247,18 +212,16 @@ def test_bfloat16_errs_by_its_own_rounding(
 
 def test_auto_is_the_fastest_on_cpu_and_a_named_kernel_is_never_swapped() -> None:
     assert choose_backend("cpu", torch.float32) == "sdpa"
-    assert choose_backend("cpu", torch.float32, local=True) == "tiled"
-    for local in (False, True):
-        low = "tiled" if kernels_cpu.is_fastest(torch.bfloat16, local) else "sdpa"
-        assert choose_backend("cpu", torch.bfloat16, local=local) == low
-        assert choose_backend("cpu", torch.bfloat16, alibi=True, local=local) == "sdpa"
-        assert choose_backend("cpu", torch.bfloat16, drops=True, local=local) == "sdpa"
+    low = "tiled" if tiles.tiles_are_fastest(torch.bfloat16) else "sdpa"
+    assert choose_backend("cpu", torch.bfloat16) == low
+    assert choose_backend("cpu", torch.bfloat16, alibi=True) == "sdpa"
+    assert choose_backend("cpu", torch.bfloat16, drops=True) == "sdpa"
     with pytest.raises(ConfigError, match=r"attention\.backend: flash2 cannot run: .* needs a CUDA device, not cpu"):
         run("flash2", (4,), (-1, -1))
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match=r"attention\.backend: flash2 cannot run"):
             build(tiny(attention={"backend": "flash2"}))
-    if not kernels_gpu.installed("flash_attn"):
+    if not gpu.installed("flash_attn"):
         with pytest.raises(ConfigError, match="not installed"):
             require_backend("flash2", "cuda", torch.bfloat16)
 
@@ -310,7 +273,7 @@ def test_the_kernel_of_initial_layers_is_checked_when_the_model_is_built() -> No
 def test_auto_takes_no_flash_attn_that_the_device_or_the_head_size_rules_out(
     capability: tuple[int, int], head_dim: int, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels_gpu, "installed", lambda package: True)
+    monkeypatch.setattr(gpu, "installed", lambda package: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert choose_backend.__wrapped__("cuda", torch.bfloat16, False, False, head_dim) == chosen  # past the cache
     require_backend("flex", "cuda", torch.bfloat16, head_dim=head_dim)
@@ -327,7 +290,7 @@ def test_auto_takes_no_flash_attn_that_the_device_or_the_head_size_rules_out(
 def test_a_named_kernel_is_asked_about_the_models_head_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limits are of CUDA kernels: what the model asks is checked in place of what the device answers."""
     asked = []
-    monkeypatch.setattr(kernels_gpu, "why_not", lambda *given: asked.append(given) or "")
+    monkeypatch.setattr(gpu, "why_not", lambda *given: asked.append(given) or "")
     build(tiny(attention={"backend": "flash2"}))
     assert {given[3] for given in asked} == {16}
     asked.clear()
