@@ -52,9 +52,14 @@ class CacheConfig(Schema):
     download_retries: int = Field(
         default=8,
         ge=0,
-        description="more attempts after a lost connection, timeout or 5xx, ever further apart",
+        description="more attempts after a lost connection, timeout, 429 or 5xx, ever further apart",
     )
-    download_timeout: float = Field(default=30.0, gt=0, description="seconds without a byte until an attempt failed")
+    download_timeout: float = Field(
+        default=30.0,
+        gt=0,
+        description="seconds without a byte until an attempt failed, of S3 and http(s); other protocols' clients have "
+        "limits of their own",
+    )
 
     @property
     def cache_folder(self) -> Path:
