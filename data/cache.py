@@ -70,13 +70,14 @@ class CacheConfig(Schema):
     download_retries: int = Field(
         default=8,
         ge=0,
-        description="more attempts after a lost connection, timeout or 5xx, ever further apart",
+        description="more attempts after a lost connection, timeout, 429 or 5xx, ever further apart",
         json_schema_extra=MAY_CHANGE,
     )
     download_timeout: float = Field(
         default=30.0,
         gt=0,
-        description="seconds without a byte until an attempt failed",
+        description="seconds without a byte until an attempt failed, of S3 and http(s); other protocols' clients have "
+        "limits of their own",
         json_schema_extra=MAY_CHANGE,
     )
 

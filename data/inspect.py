@@ -112,14 +112,14 @@ def _damaged(stream: Stream) -> list[str]:
 def _show(stream: Stream, samples: int, console: Console) -> None:
     manifest = stream.manifest
     console.rule(Text(f"{manifest.name}/{manifest.split}"))
-    for line in _facts(stream):
+    folder, state = _tokenizer(stream)
+    for line in _facts(stream, state):
         console.print(line, markup=False)  # a path may hold brackets
     console.print("\ndocuments by length in tokens")
     most = max(manifest.length_histogram.values(), default=1)
     for edge, count in sorted(manifest.length_histogram.items(), key=lambda item: int(item[0])):
         bar = "#" * max(1, round(_BAR_COLUMNS * count / most))
         console.print(f"  {int(edge):>9,}+ {bar:<{_BAR_COLUMNS}} {count:,}")
-    folder = _tokenizer_folder(stream)
     if not samples or folder is None:
         return
     tokenizer = corpus_tokenizer(folder)
@@ -135,12 +135,12 @@ def _show(stream: Stream, samples: int, console: Console) -> None:
         )
 
 
-def _facts(stream: Stream) -> list[str]:
-    """Where a stream comes from, and what became of all that was there."""
+def _facts(stream: Stream, tokenizer: str) -> list[str]:
+    """Where a stream comes from, and what became of all that was there. tokenizer: what to say of it."""
     manifest = stream.manifest
     lines = [
         f"source     {_one_line(manifest.source)}",
-        f"tokenizer  {manifest.vocab_size:,} ids ({manifest.dtype}), {_tokenizer_state(stream)}",
+        f"tokenizer  {manifest.vocab_size:,} ids ({manifest.dtype}), {tokenizer}",
         f"text       {manifest.bytes / 1e6:,.1f} MB; {manifest.duplicate_documents:,} duplicates and "
         f"{manifest.empty_documents:,} empty documents left out",
     ]
@@ -161,28 +161,23 @@ def _one_line(source: dict[str, Any]) -> str:
     return ", ".join(f"{key}: {value}" for key, value in source.items() if value is not None)
 
 
-def _tokenizer_folder(stream: Stream) -> Path | None:
-    """That of the stream's dataset, if it is there."""
-    if is_url(stream.path):
-        from data.remote import fetch_tokenizer
-
-        try:
-            return fetch_tokenizer(_tokenizer_place(stream), CacheConfig())
-        except ConfigError:
-            return None
-    folder = Path(_tokenizer_place(stream))
-    return folder if folder.exists() else None
-
-
-def _tokenizer_place(stream: Stream) -> str:
-    if is_url(stream.path):
-        return f"{stream.path.rsplit('/', 2)[0]}/tokenizer"
-    return str(Path(stream.path).resolve().parent.parent / "tokenizer")
-
-
-def _tokenizer_state(stream: Stream) -> str:
-    folder, place = _tokenizer_folder(stream), _tokenizer_place(stream)
-    if folder is None:
-        return f"not found beside the stream ({place})"
+def _tokenizer(stream: Stream) -> tuple[Path | None, str]:
+    """The tokenizer's folder beside the stream, if it can be read, and what to say of it."""
+    place = f"{stream.path.rsplit('/', 2)[0]}/tokenizer" if is_url(stream.path) else ""
+    place = place or str(Path(stream.path).resolve().parent.parent / "tokenizer")
+    try:
+        folder = _fetched(place) if is_url(place) else Path(place)
+    except (ConfigError, RunError) as error:
+        return None, f"cannot be read: {error}"
+    if folder is None or not folder.exists():
+        return None, f"not found beside the stream ({place})"
     matches = tokenizer_facts(folder).fingerprint == stream.manifest.tokenizer_fingerprint
-    return place if matches else f"{place} is not the one that made this stream"
+    return folder, place if matches else f"{place} is not the one that made this stream"
+
+
+def _fetched(url: str) -> Path | None:
+    """A local copy of a tokenizer's folder, None where there is none."""
+    from data.remote import TOKENIZER_FILES, RemoteFiles, fetch_tokenizer
+
+    there = RemoteFiles(url, CacheConfig()).find(TOKENIZER_FILES[0]) is not None
+    return fetch_tokenizer(url, CacheConfig()) if there else None
