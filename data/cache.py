@@ -42,7 +42,8 @@ class CacheConfig(Schema):
 
     cache: str = Field(
         default_factory=lambda: f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/flexbert",
-        description="folder on local disk for shards of remote streams (URLs); runs may share it",
+        description="folder on local disk for shards of remote streams (URLs); runs may share it; default: flexbert in "
+        "$XDG_CACHE_HOME, else in ~/.cache",
     )
     cache_limit: Size = Field(
         default=50 * 10**9,

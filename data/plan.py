@@ -21,6 +21,7 @@ class StreamConfig(Schema):
     """One stream: a source and what is kept of it."""
 
     source: Annotated[Any, *SOURCES.slot()]
+    """Where its documents come from."""
     filters: list[Annotated[Any, *FILTERS.slot()]] = Field([], max_length=253)
     """Which documents are kept; those that compare documents with one another (minhash) see what all others kept."""
     max_bytes: Count | None = None
@@ -35,7 +36,9 @@ class PrepareConfig(Schema):
     output: str
     """Folder of the dataset."""
     seed: int = 17
+    """Key of every draw: what is held out, what max_bytes keeps, what the tokenizer is trained on."""
     tokenizer: Annotated[Any, *TOKENIZERS.slot()]
+    """What turns text into token ids: trained here, or taken from elsewhere."""
     validation_fraction: float = Field(0.01, ge=0, lt=1)
     """Share of the documents held out, chosen by a hash of their text. 0: no validation split."""
     deduplicate: Literal["dataset", "stream", "none"] = "dataset"
@@ -45,6 +48,7 @@ class PrepareConfig(Schema):
     executor: Annotated[Any, *EXECUTORS.slot()] = "local"
     """Where the work is done. No part of the result: a run can be finished by another executor."""
     streams: dict[str, StreamConfig] = Field(min_length=1)
+    """The streams by name; each becomes a folder of that name."""
 
     _file: str = PrivateAttr("prepare")
 

@@ -32,7 +32,7 @@ from flexbert.registry import (
     ModelComponent,
     optional_slot,
 )
-from schema import ConfigError, Schema, did_you_mean, load_node, validate
+from schema import ConfigError, Schema, ShownSlot, did_you_mean, load_node, validate
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs" / "model"
 
@@ -44,6 +44,7 @@ def _named_init(node: Any) -> Any:
     return {"name": "grow", **node} if isinstance(node, dict) and "from" in node and "name" not in node else node
 
 
+_INIT = (*INITS.slot(), BeforeValidator(_named_init), ShownSlot(INITS, implied={"from": "grow"}))
 _LAYER_SLOTS = ("attention", "mlp", "block")
 
 
@@ -88,8 +89,8 @@ class FlexBertConfig(Schema):
     initial_layers: InitialLayers | None = Field(None, description="first layers that differ; null: none")
     head: Annotated[Any, *HEADS.slot()] = Field("mlm", description="from the residual stream to scores")
     loss: Annotated[Any, *LOSSES.slot()] = Field("cross_entropy", description="what masked-token training minimises")
-    init: Annotated[Any, *INITS.slot(), BeforeValidator(_named_init)] = Field(
-        "full_megatron", description="starting weights; {from: FOLDER} grows a smaller model"
+    init: Annotated[Any, *INITS.slot(), BeforeValidator(_named_init), ShownSlot(INITS, implied={"from": "grow"})] = (
+        Field("full_megatron", description="starting weights; {from: FOLDER} grows a smaller model")
     )
 
     @property

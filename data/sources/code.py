@@ -37,6 +37,7 @@ class Code:
         name: Literal["code"] = "code"
         paths: list[str] = Field(min_length=1, description="folders, files or globs, also URLs")
         suffixes: list[str] = Field(_SUFFIXES, min_length=1)
+        """Ends of the names of files that are taken."""
         ignore_dirs: list[str] = ["__pycache__", "node_modules", "site-packages", "build", "dist", "vendor"]
         """Folder names skipped at any depth; hidden folders always are."""
         max_file_bytes: Count = 10**6

@@ -19,6 +19,7 @@ class Jsonl:
         name: Literal["jsonl"] = "jsonl"
         paths: list[str] = Field(min_length=1, description="files, folders (all *.jsonl below) or globs, also URLs")
         text_column: str = "text"
+        """The column that holds the document."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
