@@ -200,6 +200,9 @@ class _Builder:
         if "x-slot" in node:
             choice = {"anyOf": list(self._choices(node["x-slot"], form))}
             return choice | {key: value for key, value in node.items() if key != "x-slot"}
+        if node.get("x-open"):  # names without options; imported files may add to them
+            names = {key: value for key, value in node.items() if key != "x-open"}
+            return {"anyOf": [names, {"type": "string"}]} if form == "open" else names
         if (name := target(node)) is not None:
             if name == FlexBertConfig.__name__ and self.root != name:
                 return {"anyOf": self._models(form)}

@@ -61,7 +61,7 @@ def _known_activation(name: str) -> str:
 
 # Type of a config field that names an entry of the slot `activation`.
 Activation = Annotated[
-    str, AfterValidator(_known_activation), Shown(lambda _: {"type": "string", "enum": sorted(ACTIVATIONS.entries)})
+    str, AfterValidator(_known_activation), Shown(lambda _: {"enum": sorted(ACTIVATIONS.entries), "x-open": True})
 ]
 
 

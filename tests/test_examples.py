@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,6 +114,20 @@ def test_model_part_keeps_documents_apart_and_learns(part: str, tmp_path: Path) 
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_run_file_of_all_parts_keeps_to_its_schema() -> None:
+    """Names from outside are no faults where a file has imports; options of our own parts still are."""
+    schema = json.loads((ROOT / "configs/schema/run.json").read_text())
+    node: Any = OmegaConf.to_container(OmegaConf.load(OWN))
+    assert OWN.read_text().startswith("# yaml-language-server: $schema=../configs/schema/run.json\n")
+    validator = jsonschema.Draft7Validator(schema)
+    assert not list(validator.iter_errors(node))
+    node["optimizer"] = {"name": "adamw", "weight_decy": 0.1}
+    assert list(validator.iter_errors(node))
+    node["optimizer"] = "adamw"
+    node["model"]["initial_layers"]["mlp"] = {"name": "mlp", "activation": 3}
+    assert list(validator.iter_errors(node))
 
 
 def test_scale_norm(own: Any) -> None:
