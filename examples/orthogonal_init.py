@@ -26,4 +26,4 @@ class Orthogonal(Initializer):
         if isinstance(module, nn.Embedding):
             values.normal_(0.0, self.config.table_std, generator=generator)
         else:
-            nn.init.orthogonal_(values, self.config.gain, generator=generator)
+            nn.init.orthogonal_(values, generator=generator).mul_(self.config.gain)

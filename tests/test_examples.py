@@ -228,7 +228,8 @@ def test_power_schedule(own: Any, progress: float, factor: float) -> None:
 def test_lion_is_its_formula(own: Any) -> None:
     model = torch.nn.Linear(1, 1)
     with torch.no_grad():
-        model.weight.fill_(2.0), model.bias.fill_(-1.0)
+        model.weight.fill_(2.0)
+        model.bias.fill_(-1.0)
     optimizer = OPTIMIZERS.build(own.optimizer, model=model, lr=0.5)
     weight, bias, means = 2.0, -1.0, [0.0, 0.0]
     for gradients in ((1.0, -2.0), (-0.05, 0.0), (-3.0, 1.0)):
