@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from commands.schema import KINDS, Node, bare_names, presets, read_tree, slots, target
+from commands.schema import KINDS, MAY_CHANGE, Node, bare_names, presets, read_tree, slots, target
 from flexbert.config import FlexBertConfig
 from schema import ShownSlot
 
@@ -102,7 +102,8 @@ def _table(rows: list[_Row], tree: dict[str, Node]) -> Iterator[str]:
     yield "| key | holds | default | meaning |"
     yield "|---|---|---|---|"
     for key, node, default in rows:
-        yield f"| `{key}` | {_cell(_holds(node))} | {_cell(default)} | {_cell(node.get('description', ''))} |"
+        meaning = node.get("description", "") + (" (may change on resume)" if node.get(MAY_CHANGE) else "")
+        yield f"| `{key}` | {_cell(_holds(node))} | {_cell(default)} | {_cell(meaning)} |"
 
 
 def _default(key: str, node: Node, given: dict[str, Any], required: bool) -> str:

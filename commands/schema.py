@@ -31,6 +31,8 @@ KINDS: dict[str, type[BaseModel]] = {"run": RunConfig, "prepare": PrepareConfig,
 FOLDER = Path("configs/schema")
 
 Node = dict[str, Any]
+MAY_CHANGE = "may_change"
+"""Key of a node whose value may differ when a run goes on, as the field's json_schema_extra says."""
 _INTERPOLATION = {"$ref": "#/$defs/interpolation"}
 
 
@@ -222,7 +224,7 @@ class _Builder:
     def _value(self, node: Node, form: str) -> Node:
         """What may stand behind a key: also an interpolation."""
         told = {key: node[key] for key in ("description", "default") if key in node}
-        built = self._node({key: value for key, value in node.items() if key not in told}, form)
+        built = self._node({key: value for key, value in node.items() if key not in (*told, MAY_CHANGE)}, form)
         if built == {"type": "string"} or "const" in built:
             return built | told
         choices = built["anyOf"] if set(built) == {"anyOf"} else [built]
