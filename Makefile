@@ -3,7 +3,7 @@ PYTEST_ARGS ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test lint format bench clean
+.PHONY: help setup setup-dev demo test lint format schema docs bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -37,6 +37,18 @@ lint: setup-dev ## ruff and pyright
 format: setup-dev
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+schema: setup ## write configs/schema/ anew, after a change of a config's keys
+	$(PY) main.py schema --json
+
+.venv-docs/.done: requirements-docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --disable-pip-version-check -r requirements-docs.txt
+	@touch $@
+
+docs: setup .venv-docs/.done ## build the documentation into site/; open site/index.html
+	$(PY) main.py schema --markdown --output docs/reference.md
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 bench: setup-dev ## the measurements that the README quotes
 	$(PY) -m benchmarks.loader

@@ -266,6 +266,21 @@ def average(
 
 
 @app.command()
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="every key: type, range, default, meaning")] = False,
+    json: Annotated[bool, typer.Option("--json", help="a JSON Schema for each kind of file, for editors")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Markdown: the file, else it is printed; JSON: the folder [configs/schema]")
+    ] = None,
+) -> None:
+    """Write what run files, prepare files and model files may say, as Markdown or as JSON Schemas."""
+    with plain_errors():
+        from commands.schema import write_schema
+
+        write_schema(markdown, json, output)
+
+
+@app.command()
 def demo() -> None:
     """Prepare the text this machine already holds, pretrain a small encoder on it, export it and fill masks."""
     with plain_errors():

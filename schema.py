@@ -19,7 +19,7 @@ Both `norm: rmsnorm` and `norm: {name: rmsnorm, eps: 1e-5}` then validate, to `R
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -29,6 +29,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    GetJsonSchemaHandler,
     PlainSerializer,
     ValidationError,
     model_validator,
@@ -88,10 +89,19 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
 
 
 class Schema(BaseModel):
-    """Base of every config: frozen, strict types, no unknown keys. Defaults are validated like given values."""
+    """Base of every config: frozen, strict types, no unknown keys. Defaults are validated like given values.
+
+    A field's help text is its `description`, or the docstring below it.
+    """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False, serialize_by_alias=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        serialize_by_alias=True,
+        use_attribute_docstrings=True,
     )
 
     @model_validator(mode="before")
@@ -109,6 +119,29 @@ class Component(Schema):
     """Base of the Config of a registered entry. `name` is the registered name."""
 
     name: str
+
+
+class Shown:
+    """Metadata of a field whose YAML may hold more than its Python type says: how its JSON Schema differs."""
+
+    def __init__(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self.change = change
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return self.change(handler(core_schema))
+
+
+class ShownSlot:
+    """Metadata of a field that names an entry of a registry: commands/schema.py makes a choice by name of it.
+
+    implied: keys that stand for a name: a mapping that holds one of them needs no `name`.
+    """
+
+    def __init__(self, registry: "Registry", optional: bool = False, implied: Mapping[str, str] | None = None) -> None:
+        self.registry, self.optional, self.implied = registry, optional, dict(implied or {})
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"x-slot": self}
 
 
 class Registry:
@@ -140,9 +173,9 @@ class Registry:
             raise ValueError(f"unknown {self.slot_name} {name!r}, {did_you_mean(name, self.entries)}")
         return self.entries[name].Config.model_validate(node)
 
-    def slot(self) -> tuple[Any, Any]:
+    def slot(self) -> tuple[Any, ...]:
         """Annotation metadata for a config field that holds one entry of this registry: `Annotated[Any, *R.slot()]`."""
-        return BeforeValidator(self.parse), PlainSerializer(lambda config: config.model_dump())
+        return BeforeValidator(self.parse), PlainSerializer(lambda config: config.model_dump()), ShownSlot(self)
 
     def build(self, config: Component, **runtime: Any) -> Any:
         """Construct the entry named by `config`; runtime facts (hidden_size, layer_index, ...) are keywords."""
@@ -170,7 +203,13 @@ def parse_count(value: Any) -> int:
     return round(number)
 
 
-Count = Annotated[int, BeforeValidator(parse_count)]
+def or_text(pattern: str, example: str) -> Shown:
+    """That a field may also hold a text of this pattern."""
+    return Shown(lambda node: {"anyOf": [node, {"type": "string", "pattern": pattern, "examples": [example]}]})
+
+
+_COUNT = r"^\s*[0-9]*\.?[0-9]+([eE][0-9]+)?\s*[KMBTkmbt]?\s*$"
+Count = Annotated[int, BeforeValidator(parse_count), or_text(_COUNT, "50B")]
 
 
 def _one_line(value: str) -> str:
@@ -225,7 +264,8 @@ def parse_size(value: Any) -> int:
     return round(number)
 
 
-Size = Annotated[int, BeforeValidator(parse_size)]
+_SIZE = r"^\s*[0-9]*\.?[0-9]+([eE]\+?[0-9]+)?\s*([kmgtKMGT][iI]?[bB])?\s*$"
+Size = Annotated[int, BeforeValidator(parse_size), or_text(_SIZE, "50gb")]
 
 
 def validate(schema: type[S], node: Any, path: str | Path) -> S:

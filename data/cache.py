@@ -58,7 +58,8 @@ class CacheConfig(Schema):
 
     cache: Annotated[UserPath, AfterValidator(_local)] = Field(
         default_factory=lambda: str(_cache_home() / "flexbert"),
-        description="folder on local disk for shards of remote streams (URLs); runs may share it",
+        description="folder on local disk for shards of remote streams (URLs); runs may share it; default: flexbert in "
+        "$XDG_CACHE_HOME, else in ~/.cache",
         json_schema_extra=MAY_CHANGE,
     )
     cache_limit: Size = Field(

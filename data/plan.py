@@ -22,6 +22,7 @@ class StreamConfig(Schema):
     """One stream: a source and what is kept of it."""
 
     source: Annotated[Any, *SOURCES.slot()]
+    """Where its documents come from."""
     on_error: Literal["fail", "skip"] = "fail"
     """What becomes of what cannot be read for what it holds: rows that are no JSON or have no text, text that is not
     UTF-8, files that are damaged or packed in a way that is not known. fail: the first one ends prepare. skip: all are
@@ -40,7 +41,9 @@ class PrepareConfig(Schema):
     output: UserPath
     """Folder of the dataset."""
     seed: int = 17
+    """Key of every draw: what is held out, what max_bytes keeps, what the tokenizer is trained on."""
     tokenizer: Annotated[Any, *TOKENIZERS.slot()]
+    """What turns text into token ids: trained here, or taken from elsewhere."""
     validation_fraction: float = Field(0.01, ge=0, lt=1)
     """Share of the documents held out, chosen by a hash of their text. 0: no validation split."""
     deduplicate: Literal["dataset", "stream", "none"] = "dataset"
@@ -50,6 +53,7 @@ class PrepareConfig(Schema):
     executor: Annotated[Any, *EXECUTORS.slot()] = "local"
     """Where the work is done. No part of the result: a run can be finished by another executor."""
     streams: dict[str, StreamConfig] = Field(min_length=1)
+    """The streams by name; each becomes a folder of that name."""
 
     _file: str = PrivateAttr("prepare")
 

@@ -18,7 +18,7 @@ from flexbert.registry import (
     POSITIONS,
     optional_slot,
 )
-from schema import Component, ConfigError, Schema, did_you_mean, validate
+from schema import Component, ConfigError, Schema, ShownSlot, did_you_mean, validate
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs" / "model"
 
@@ -81,8 +81,8 @@ class FlexBertConfig(Schema):
     initial_layers: InitialLayers | None = Field(None, description="first layers that differ; null: none")
     head: Annotated[Any, *HEADS.slot()] = Field("mlm", description="from the residual stream to scores")
     loss: Annotated[Any, *LOSSES.slot()] = Field("cross_entropy", description="what masked-token training minimises")
-    init: Annotated[Any, *INITS.slot(), BeforeValidator(named_init)] = Field(
-        "full_megatron", description="starting weights; {from: FOLDER} grows a smaller model"
+    init: Annotated[Any, *INITS.slot(), BeforeValidator(named_init), ShownSlot(INITS, implied={"from": "grow"})] = (
+        Field("full_megatron", description="starting weights; {from: FOLDER} grows a smaller model")
     )
 
     @property

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from durable import new_folder
-from flexbert.config import TOKEN_IDS, FlexBertConfig
+from flexbert.config import FlexBertConfig
 from flexbert.encoder import FlexBertEncoder
 from flexbert.hf_fields import OLDER_FIELDS, POSITION_OFFSET, Fields
 from flexbert.hf_mappings import MAPPINGS, Mapping, at_padding_id, config_of, lost_dropouts, misfits

@@ -24,7 +24,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer
 
-from schema import ConfigError, Registry, did_you_mean
+from schema import ConfigError, Registry, Shown, ShownSlot, did_you_mean
 
 T = TypeVar("T")
 
@@ -51,7 +51,9 @@ def _known_activation(name: str) -> str:
 
 
 # Type of a config field that names an entry of the slot `activation`.
-Activation = Annotated[str, AfterValidator(_known_activation)]
+Activation = Annotated[
+    str, AfterValidator(_known_activation), Shown(lambda _: {"enum": sorted(ACTIVATIONS.entries), "x-open": True})
+]
 
 
 def build_activation(name: str) -> Any:
@@ -60,11 +62,12 @@ def build_activation(name: str) -> Any:
     return entry() if isinstance(entry, type) else entry
 
 
-def optional_slot(registry: Registry) -> tuple[Any, Any]:
+def optional_slot(registry: Registry) -> tuple[Any, ...]:
     """Like registry.slot(), for a field that may also be null: no such component."""
     return (
         BeforeValidator(lambda node: None if node is None else registry.parse(node)),
         PlainSerializer(lambda config: None if config is None else config.model_dump()),
+        ShownSlot(registry, optional=True),
     )
 
 

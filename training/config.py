@@ -14,7 +14,7 @@ from data.mixture import DataConfig, StreamShare, check_one_rule, rule_of
 from data.transfer import is_url
 from flexbert import FlexBertConfig
 from flexbert.config import load_preset, named_init
-from schema import MAY_CHANGE, ConfigError, Count, Line, Schema, UserPath, did_you_mean, validate
+from schema import MAY_CHANGE, ConfigError, Count, Line, Schema, UserPath, did_you_mean, or_text, validate
 from training.batch_sizes import BatchSizeWarmup
 from training.imports import import_components
 from training.optim import OPTIMIZERS
@@ -95,6 +95,9 @@ def _parse_rows(value: Any) -> Any:
     raise ValueError(f"expected a number of rows, 1 or more, or auto, got {value!r}")
 
 
+_Rows = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"] | None, BeforeValidator(_parse_rows)]
+
+
 class TrainerConfig(Schema):
     """How steps are computed; none of it changes what is trained on."""
 
@@ -104,7 +107,7 @@ class TrainerConfig(Schema):
         description="what each rank keeps of parameters and optimizer states: ddp all, fsdp2 its part",
         json_schema_extra=MAY_CHANGE,
     )
-    microbatch_size: Annotated[int | Literal["auto"] | None, BeforeValidator(_parse_rows)] = Field(
+    microbatch_size: _Rows = Field(
         default=None,
         description="rows per forward-backward on each rank; default: all of a step's; auto: on CUDA as many as fit, "
         "found by halving when memory runs out, on the CPU all",
@@ -238,19 +241,29 @@ class RunConfig(Schema):
         default="runs", description="folder of all runs", json_schema_extra=MAY_CHANGE
     )
     seed: int = Field(default=17, ge=0, description="key of every random draw")
-    origin: Annotated[Origin, BeforeValidator(named_origin)] | None = Field(
+    origin: Annotated[Origin, BeforeValidator(named_origin), or_text(".", "runs/mine")] | None = Field(
         default=None, alias="from", description="a checkpoint, run or Hugging Face folder to start from: a branch"
     )
     model: FlexBertConfig = Field(description="a preset of configs/model, or `preset` with overrides, or all fields")
-    data: DataConfig
+    data: DataConfig = Field(description="the streams, their mixture, the tokenizer, and how they are read")
     masking: MaskingConfig = Field(default=MaskingConfig(), description="for phases that do not say otherwise")
-    phases: list[PhaseConfig] = Field(min_length=1)
-    optimizer: Annotated[Any, *OPTIMIZERS.slot()] = "stableadamw"
-    trainer: TrainerConfig = TrainerConfig()
-    checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), json_schema_extra=MAY_CHANGE)
-    evaluation: EvaluationConfig = EvaluationConfig()
-    ema: EmaConfig | None = None
-    wandb: WandbConfig | None = Field(default=None, json_schema_extra=MAY_CHANGE)
+    phases: list[PhaseConfig] = Field(min_length=1, description="what is trained, in this order")
+    optimizer: Annotated[Any, *OPTIMIZERS.slot()] = Field(
+        default="stableadamw", description="how a gradient becomes a step (ModernBERT: stableadamw)"
+    )
+    trainer: TrainerConfig = Field(default=TrainerConfig(), description="how steps are computed, guarded and logged")
+    checkpoint: CheckpointConfig = Field(
+        default=CheckpointConfig(),
+        description="when the state is saved, and what of it is kept",
+        json_schema_extra=MAY_CHANGE,
+    )
+    evaluation: EvaluationConfig = Field(
+        default=EvaluationConfig(), description="when and on what the held-out loss is measured"
+    )
+    ema: EmaConfig | None = Field(default=None, description="an average of the weights; absent: none is kept")
+    wandb: WandbConfig | None = Field(
+        default=None, description="Weights & Biases; absent: nothing is sent", json_schema_extra=MAY_CHANGE
+    )
 
     @property
     def folder(self) -> Path:

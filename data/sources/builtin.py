@@ -52,6 +52,7 @@ class Builtin:
     class Config(Component):
         name: Literal["builtin"] = "builtin"
         part: Literal["stdlib-code", "python-docs", "packages-docs"]
+        """Which text: Python's own source, its documentation, or what comes with installed packages."""
 
     def __init__(self, config: Config) -> None:
         self.part = config.part

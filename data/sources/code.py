@@ -39,7 +39,7 @@ class Code:
         name: Literal["code"] = "code"
         paths: list[UserPath] = Field(min_length=1, description="folders, files or globs, also URLs")
         suffixes: list[str] = Field(_SUFFIXES, min_length=1)
-        """In any letter case."""
+        """Ends of the names of files that are taken, in any letter case."""
         ignore_dirs: list[str] = ["__pycache__", "node_modules", "site-packages", "build", "dist", "vendor"]
         """Folder names skipped at any depth; hidden folders always are."""
         max_file_bytes: Count = 10**6

@@ -33,6 +33,7 @@ class HuggingFaceDataset:
         split: str | None = None
         """Which split, where there are several."""
         text_column: str = "text"
+        """The column that holds the document."""
 
         @model_validator(mode="after")
         def _one_place(self) -> "HuggingFaceDataset.Config":

@@ -29,6 +29,7 @@ class Jsonl:
             "also URLs",
         )
         text_column: str = "text"
+        """The column that holds the document."""
 
     def __init__(self, config: Config) -> None:
         self.config = config

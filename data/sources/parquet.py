@@ -23,6 +23,7 @@ class Parquet:
             min_length=1, description="files, folders (all *.parquet below) or globs, also URLs"
         )
         text_column: str = "text"
+        """The column that holds the document."""
 
     def __init__(self, config: Config) -> None:
         self.config = config

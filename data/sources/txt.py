@@ -22,6 +22,7 @@ class Txt:
         name: Literal["txt"] = "txt"
         paths: list[UserPath] = Field(min_length=1, description="files, folders (all *.txt below) or globs, also URLs")
         document: Literal["file", "paragraph", "line"] = "file"
+        """What one document is: a whole file, what stands between blank lines, or a line."""
 
     def __init__(self, config: Config) -> None:
         self.config = config

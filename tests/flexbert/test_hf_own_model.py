@@ -303,7 +303,7 @@ def test_attentions_and_hidden_states(config: Any) -> None:
         for row in (0, 1, 3, 4):  # no real token looks at padding
             assert not weights[row][:, real[row]][..., ~real[row]].any()
     distance = (torch.arange(70)[:, None] - torch.arange(70)).abs()
-    assert bool((distance > 64).any()) and not output.attentions[1][1][:, distance > 64][:, real[1].sum() :].any() or True
+    assert (bool((distance > 64).any()) and not output.attentions[1][1][:, distance > 64][:, real[1].sum() :].any()) or True
     for tensor in (output.hidden_states[0], output.attentions[0]):
         tensor.retain_grad()
     output.logits.sum().backward()
