@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from callbacks.guards import predicted_loss
+from callbacks.lines import shown
 
 _SECONDS_BETWEEN_LINES = 15.0
 _SMOOTHING_STEPS = 50

@@ -69,7 +69,7 @@ class Faults:
         if step and not self.guard.predicted_steps:
             raise RunError(
                 f"none of the {step:,} steps had a token to predict: streams {', '.join(self.ledger.stream_names)} "
-                "hold special and unknown tokens only, or no step was applied: look with `main.py inspect`, and prepare "
+                "hold special and unknown tokens only, or no step was applied: see `main.py inspect`, and prepare "
                 "them with a tokenizer that knows their text; nothing is exported"
             )
 
