@@ -11,7 +11,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from callbacks.gauge import Gauge, Window
-from callbacks.guards import StepGuard, step_loss
+from callbacks.guards import StepGuard, predicted_loss
 from callbacks.ledger import Ledger
 from callbacks.lines import append_line, flat, step_of, trim_lines
 
@@ -21,7 +21,7 @@ class MetricsLog(Callback):
 
     | logged | unit | event, interval |
     |---|---|---|
-    | loss | nats per masked token, mean over steps applied since the last line, or null | BATCH_END, log_interval |
+    | loss | nats per masked token, mean over applied steps since the last line, or null | BATCH_END, log_interval |
     | bad_steps | steps of the run not applied because loss or gradient was not finite | same |
     | lr, phase, max_seq_len, global_batch_size | - , name, slots, rows | same |
     | tokens, real_tokens | slots; tokens that are no padding | same |
@@ -71,7 +71,7 @@ class MetricsLog(Callback):
         self._window_seconds += now - self._mark
         self.train_seconds += now - self._mark
         self._mark = now
-        loss = step_loss(state)
+        loss = predicted_loss(state)
         if loss is not None:
             self._window["loss"] += loss
             self._window["steps"] += 1

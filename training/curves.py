@@ -97,6 +97,6 @@ def draw_curves(metrics: Path, picture: Path, plan: PhasePlan) -> bool:
 def _draw_loss(axis: Any, train: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> None:
     axis.plot([line["tokens"] for line in train], [line["loss"] for line in train], lw=1, label="training")
     if held_out:
-        points = [(line["tokens"], line["validation"]["loss"]) for line in held_out]
+        points = [(line["tokens"], line["validation"]["loss"]) for line in held_out]  # None: a gap
         axis.plot(*zip(*points, strict=True), "o-", ms=4, label="held-out")
     axis.legend(loc="lower left", fontsize=9)

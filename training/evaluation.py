@@ -40,7 +40,8 @@ class Evaluator:
     def evaluate(self, model: FlexBertForMaskedLM) -> dict[str, Any]:
         """{"loss": nats, "masked_accuracy", "unigram_accuracy", "masked_tokens", "streams": {name: the same four}}.
 
-        Means over masked tokens. unigram_accuracy: of always answering the training data's most frequent token (of the
+        Means over masked tokens, None where there are none.
+        unigram_accuracy: of always answering the training data's most frequent token (of the
         stream, and of the mixture for the overall figure), on the same masked tokens. A collective over ranks.
         """
         device = next(model.parameters()).device
@@ -79,10 +80,6 @@ class Evaluator:
 
 def _means(sums: torch.Tensor) -> dict[str, Any]:
     loss, correct, masked, hits = sums.tolist()
-    count = max(masked, 1.0)
-    return {
-        "loss": loss / count,
-        "masked_accuracy": correct / count,
-        "unigram_accuracy": hits / count,
-        "masked_tokens": int(masked),
-    }
+    figures = {"loss": loss, "masked_accuracy": correct, "unigram_accuracy": hits}
+    means = {name: value / masked if masked else None for name, value in figures.items()}
+    return {**means, "masked_tokens": int(masked)}

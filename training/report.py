@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from callbacks.lines import shown
 from flexbert.accounting import count_parameters
 from training.config import RunConfig
 from training.phases import PhasePlan
@@ -48,9 +49,10 @@ def model_card(
     if evaluation is not None:
         lines += [
             "",
-            f"Held-out text, {config.evaluation.masking.rate:.0%} masked: loss {evaluation['loss']:.4f} nats, "
-            f"masked accuracy {evaluation['masked_accuracy']:.4f} "
-            f"(always answering the most frequent token: {evaluation['unigram_accuracy']:.4f}).",
+            f"Held-out text, {config.evaluation.masking.rate:.0%} masked: "
+            f"loss {shown(evaluation['loss'], '.4f')} nats, "
+            f"masked accuracy {shown(evaluation['masked_accuracy'], '.4f')} "
+            f"(always answering the most frequent token: {shown(evaluation['unigram_accuracy'], '.4f')}).",
         ]
     lines += [
         "",
@@ -72,21 +74,22 @@ def closing_table(config: RunConfig, summary: dict[str, Any], console: Console) 
         table.add_row(
             name,
             f"{seen:,}",
-            f"{result['loss']:.3f}",
-            f"{result['masked_accuracy']:.1%}",
-            f"{result['unigram_accuracy']:.1%}",
+            shown(result["loss"], ".3f"),
+            shown(result["masked_accuracy"], ".1%"),
+            shown(result["unigram_accuracy"], ".1%"),
         )
     table.add_section()
     table.add_row(
         "all",
         f"{summary['tokens']:,}",
-        f"{validation['loss']:.3f}",
-        f"{validation['masked_accuracy']:.1%}",
-        f"{validation['unigram_accuracy']:.1%}",
+        shown(validation["loss"], ".3f"),
+        shown(validation["masked_accuracy"], ".1%"),
+        shown(validation["unigram_accuracy"], ".1%"),
         style="bold",
     )
     console.print(table)
-    ratio = validation["masked_accuracy"] / max(validation["unigram_accuracy"], 1e-9)
+    accuracy, unigram = (validation[key] or 0.0 for key in ("masked_accuracy", "unigram_accuracy"))
+    ratio = accuracy / max(unigram, 1e-9)
     facts = Table.grid(padding=(0, 2))
     facts.add_row("baseline", f"the most frequent token, always; accuracy is {ratio:.2f}x that")
     facts.add_row("tokens/s", f"{summary['tokens_per_second']:,.0f}")

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from callbacks.lines import shown
 from durable import holder
 from schema import RunError
 from training.checkpoint import list_checkpoints, tokens_of, verify_checkpoint
@@ -166,8 +167,8 @@ def _table(facts: dict[str, Any]) -> Table:
         rows["checkpoint"] = f"{checkpoint['path']}: {whole}{age}; {facts['checkpoints']} kept"
     if validation := facts["validation"]:
         rows["validation"] = (
-            f"after step {validation['step']:,}: loss {validation['loss']:.4f}, "
-            f"masked accuracy {validation['masked_accuracy']:.1%}"
+            f"after step {validation['step']:,}: loss {shown(validation['loss'], '.4f')}, "
+            f"masked accuracy {shown(validation['masked_accuracy'], '.1%')}"
         )
     if facts["mixture"]:
         rows["mixture so far"] = ", ".join(f"{name} {share:.1%}" for name, share in facts["mixture"].items())

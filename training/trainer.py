@@ -16,7 +16,7 @@ from rich.console import Console
 
 from callbacks.ema import WeightAverage
 from callbacks.ledger import Ledger
-from callbacks.lines import flat, read_lines
+from callbacks.lines import flat, read_lines, shown
 from callbacks.metrics import MetricsLog
 from callbacks.milestones import BetweenSteps
 from callbacks.progress import ProgressLine
@@ -173,6 +173,7 @@ class Run:
         )
         between = BetweenSteps(
             [
+                (self.plan.is_milestone, self.faults.check_predicted),
                 (self._evaluation_due, self._evaluate),
                 (self._checkpoint_due, self._save),
                 (self.plan.is_milestone, self.exporter.export),
@@ -331,6 +332,7 @@ class Run:
         if step and self._evaluation_due(step) and self._evaluated != step:
             self._evaluate(step)
         if self.plan.is_milestone(step):
+            self.faults.check_predicted(step)
             self.exporter.export(step)
 
     def _evaluate(self, step: int) -> None:
@@ -343,11 +345,13 @@ class Run:
             with self.ema.swapped_in():
                 line["validation_ema"] = self._measure()
             self.trainer.engine.logger.log_metrics(flat(line["validation_ema"], "validation_ema"))
-            averaged = f"; of the averaged weights: loss {line['validation_ema']['loss']:.3f}"
+            averaged = f"; of the averaged weights: loss {shown(line['validation_ema']['loss'], '.3f')}"
         self.metrics.append(line)
         self._say(
-            f"           validation after {self.plan.tokens_before(step):,} tokens: loss {result['loss']:.3f}, "
-            f"masked accuracy {result['masked_accuracy']:.1%} (most frequent token: {result['unigram_accuracy']:.1%})"
+            f"           validation after {self.plan.tokens_before(step):,} tokens: "
+            f"loss {shown(result['loss'], '.3f')}, "
+            f"masked accuracy {shown(result['masked_accuracy'], '.1%')} "
+            f"(most frequent token: {shown(result['unigram_accuracy'], '.1%')})"
             f"{averaged}"
         )
 
@@ -389,6 +393,7 @@ class Run:
         """Last checkpoint, evaluation, export and summary of a run whose steps are done. Returns the summary."""
         self.saver.settle_last()
         step = self.plan.total_steps
+        self.faults.check_predicted(step)
         if self.evaluation is None or self.evaluation[0] != step:
             self._evaluate(step)
         self.exporter.export(step)

@@ -24,7 +24,7 @@ from training.config import load_run_config
 
 MODELS: dict[str, Any] = {
     "bert": (BertForMaskedLM, BertConfig, "bert-base", {"pad_token_id": 0}),
-    "roberta": (RobertaForMaskedLM, RobertaConfig, "roberta-base", {"pad_token_id": 1}),
+    "roberta": (RobertaForMaskedLM, RobertaConfig, "roberta-base", {"pad_token_id": 1, "type_vocab_size": 1}),
     "modernbert": (
         ModernBertForMaskedLM,
         ModernBertConfig,
