@@ -61,8 +61,8 @@ def prepare(config: PrepareConfig, workers: int | None = None) -> None:
     Args:
         workers: processes of this machine, instead of the config's executor. The result does not depend on it.
     Raises:
-        ConfigError: a path matches nothing or cannot be read, the output holds something else, a stream or split ends up
-            empty or without tokens, the executor cannot work here, or the sources of a finished dataset have changed.
+        ConfigError: a path matches nothing or cannot be read, the output holds something else, a stream or split is
+            empty or gives no tokens, the executor cannot work here, or the sources of a finished dataset have changed.
         RunError: what a source holds cannot be read, a text is not known to the tokenizer, a worker died, the disk is
             full, or another run is preparing the same output.
     """
