@@ -61,9 +61,10 @@ def prepare(config: PrepareConfig, workers: int | None = None) -> None:
     Args:
         workers: processes of this machine, instead of the config's executor. The result does not depend on it.
     Raises:
-        ConfigError: a path matches nothing, the output holds something else, a stream ends up empty, the executor
-            cannot work here.
-        RunError: a source cannot be read, a worker died, or another run is preparing the same output.
+        ConfigError: a path matches nothing or cannot be read, the output holds something else, a stream or split is
+            empty or gives no tokens, the executor cannot work here, or the sources of a finished dataset have changed.
+        RunError: what a source holds cannot be read, a text is not known to the tokenizer, a worker died, the disk is
+            full, or another run is preparing the same output.
     """
     start = time.monotonic()
     executor = EXECUTORS.build(config.executor) if workers is None else Local(Local.Config(workers=workers))

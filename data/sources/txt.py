@@ -1,12 +1,23 @@
 """Plain text files."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal
 
 from pydantic import Field
 
-from data.sources.base import SOURCES, Listing, Unit, file_unit, line_units, listing, read_bytes, read_lines
+from data.sources.base import (
+    SOURCES,
+    Listing,
+    Unit,
+    file_unit,
+    line_number,
+    line_units,
+    listing,
+    read_bytes,
+    read_lines,
+)
 from data.sources.files import Fault, find_files
 from data.sources.text import not_utf8, shown, to_text
 from schema import Component, RunError, UserPath
@@ -34,25 +45,31 @@ class Txt:
 
     def read(self, unit: Unit) -> Iterator[str | Fault]:
         if self.config.document == "line":
-            for line in read_lines(unit):
-                text = decode(line, unit.path)
+            for index, line in enumerate(read_lines(unit)):
+                text = decode(line, partial(_line, unit, index))
                 yield text if isinstance(text, Fault) else text.rstrip("\r\n")
             return
-        text = decode(read_bytes(unit.path), unit.path)
+        text = decode(read_bytes(unit.path), lambda: unit.path)
         if self.config.document == "paragraph" and not isinstance(text, Fault):
             yield from filter(None, _BLANK_LINES.split(text.strip("\r\n")))
         else:
             yield text
 
 
-def decode(content: bytes, path: str) -> str | Fault:
-    """UTF-8 to text. A NUL byte is a fault: what holds one is UTF-16, or no text at all."""
+def decode(content: bytes, place: Callable[[], str]) -> str | Fault:
+    """UTF-8 to text. A NUL byte is a fault: what holds one is UTF-16, or no text at all. place: for its message."""
     try:
         text = to_text(content)
     except UnicodeDecodeError as error:
-        message = f"{shown(path)}: {not_utf8(content, error)}"
-        return Fault("not UTF-8", lambda: RunError(message))
+        return Fault("not UTF-8", partial(_error, place, not_utf8(content, error)))
     if "\0" in text:
-        message = f"{shown(path)}: holds NUL bytes: UTF-16, or no text: convert it first"
-        return Fault("NUL bytes", lambda: RunError(message))
+        return Fault("NUL bytes", partial(_error, place, "holds NUL bytes: UTF-16, or no text: convert it first"))
     return text
+
+
+def _error(place: Callable[[], str], message: str) -> RunError:
+    return RunError(f"{shown(place())}: {message}")
+
+
+def _line(unit: Unit, index: int) -> str:
+    return f"{unit.path}:{line_number(unit, index)}"
