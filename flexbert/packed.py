@@ -1,6 +1,6 @@
 """Packed and padded layouts: the only place that knows about padding.   B batch, S seq, T packed tokens."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +80,21 @@ def round_up(wanted: Tensor, num_tokens: int) -> Tensor:
     return torch.cat((wanted, others.index_select(0, spread))).sort().values
 
 
+class _SpreadRows(torch.autograd.Function):
+    """Torch's index_copy keeps the rows for its gradient, which needs their shape only: a fifth of all that a step on
+    sequences of several lengths keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(index)
+        return rows.new_zeros(num_rows, *rows.shape[1:]).index_copy_(0, index, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        return gradients[0].index_select(0, index), None, None
+
+
 def spread_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
     """`num_rows` rows, zero but for out[index] = rows; `index` (int64) must not repeat an entry."""
-    return rows.new_zeros(num_rows, *rows.shape[1:]).index_copy(0, index, rows)
+    return _SpreadRows.apply(rows, index, num_rows)  # pyright: ignore[reportReturnType]
