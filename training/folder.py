@@ -17,6 +17,7 @@ from durable import lock, remove_unfinished, write_file
 from schema import MAY_CHANGE, ConfigError
 from training.checkpoint import list_checkpoints
 from training.config import RunConfig, read_recorded_config
+from training.phases import PhasePlan
 
 log = logging.getLogger(__name__)
 _PACKAGES = (
@@ -98,7 +99,7 @@ class RunFolder:
         if not file.exists():
             return
         recorded = self.recorded_config()
-        before, now = _history(recorded), _history(config)
+        before, now = (_history(each) | _min_lengths(each) for each in (recorded, config))
         keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         # Of another component the name says it all.
         others = tuple(key.removesuffix("name") for key in keys if key.endswith(".name"))
@@ -176,3 +177,14 @@ def _history(node: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in items:
         leaves |= _history(value, f"{prefix}.{key}" if prefix else str(key))
     return leaves
+
+
+def _min_lengths(config: RunConfig) -> dict[str, Any]:
+    """By dotted key, every min_length of a stream as a number: where a phase says none, it is that of the one before."""
+    lengths: dict[str, Any] = {
+        f"data.streams.{name}.min_length": share.min_length or 0 for name, share in config.data.streams.items()
+    }
+    for number, (phase, resolved) in enumerate(zip(config.phases, PhasePlan(config).phases, strict=True)):
+        for name in phase.streams or {}:
+            lengths[f"phases.{number}.streams.{name}.min_length"] = (resolved.streams or {})[name].min_length
+    return lengths

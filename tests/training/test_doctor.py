@@ -13,13 +13,12 @@ from safetensors.numpy import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from data.tokenizer import fingerprint
 from flexbert import parity
 from flexbert.accounting import count_parameters
 from flexbert.kernels.attention import KERNELS
 from main import app
 from tests.data.servers import BUCKET, Bucket, free_port
-from tests.data.synthetic import documents, write_stream
+from tests.data.synthetic import documents, write_stream, write_tokenizer
 from tests.training.ranks import Ranks
 from tests.training.tiny import ROW, ROWS, write_config
 from training import doctor
@@ -45,11 +44,8 @@ phases: [{{name: only, tokens: 1M, max_seq_len: 128, global_batch_size: 4, lr: 1
 def config(tmp_path: Path) -> Path:
     """A run file that fits this machine; its stream and tokenizer are there."""
     for split in ("train", "validation"):
-        manifest = write_stream(tmp_path / "near", split, documents(0, 50, 50)) / "stream.json"
-        (tmp_path / "tokenizer").mkdir(exist_ok=True)
-        (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
-        made_by = fingerprint(tmp_path / "tokenizer")
-        manifest.write_text(manifest.read_text().replace('"synthetic"', f'"{made_by}"', 1))
+        write_stream(tmp_path / "near", split, documents(0, 50, 50))
+    write_tokenizer(tmp_path)
     file = tmp_path / "run.yaml"
     file.write_text(RUN.format(folder=tmp_path))
     return file
