@@ -7,14 +7,14 @@ from torch import Tensor, nn
 from flexbert import register
 from flexbert.layers import Linear, OutputProjection
 from flexbert.positions import Positions
-from flexbert.registry import ModelComponent
+from schema import Component
 
 
 @register("attention", "mean")
 class MeanAttention(nn.Module):
     """Wo(mean of Wv(x) over the token's document): attention whose weights are all alike."""
 
-    class Config(ModelComponent):
+    class Config(Component):
         pass
 
     def __init__(self, config: Config, *, hidden_size: int, num_attention_heads: int, layer_index: int) -> None:
