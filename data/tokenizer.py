@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -71,8 +72,20 @@ class TrainedTokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator(_without_long_words(texts), trainer)
         return tokenizer, _TRAINED_NAMES
+
+
+# The trainer's time grows with the square of a word's length: 32 to 78 s for 320,000 characters without a blank (encoded
+# data, a sequence of genes), which then are one word to it.
+_LONG_WORD = re.compile(r"\S{4096}|\s{4096}")
+
+
+def _without_long_words(texts: Iterator[str]) -> Iterator[str]:
+    """The texts, cut behind each 4096 characters that hold no blank, or nothing else."""
+    for text in texts:
+        edges = [0, *(match.end() for match in _LONG_WORD.finditer(text)), len(text)]
+        yield from (text[first:last] for first, last in pairwise(edges) if last > first)
 
 
 @TOKENIZERS.register("load")
