@@ -88,23 +88,30 @@ def inspect(
             help="a prepared dataset or one of its streams (folder or URL); with --step, a run", metavar="DIR"
         ),
     ],
-    samples: Annotated[int, typer.Option(min=0, help="documents to print of each stream")] = 3,
+    samples: Annotated[int | None, typer.Option(min=0, help="documents to print of each stream; default: 3")] = None,
     step: Annotated[int | None, typer.Option(help="of a run: the global batch that it trained on in this step")] = None,
-    rows: Annotated[int, typer.Option(min=0, help="with --step: rows to print; 0: all")] = 4,
+    rows: Annotated[int | None, typer.Option(min=0, help="with --step: rows to print; 0: all; default: 4")] = None,
     json: Annotated[bool, typer.Option("--json", help="with --step: one JSON line for each piece of a row")] = False,
 ) -> None:
     """Show what a prepared dataset holds, or replay a step of a run: its documents, decoded, with masks shown."""
     with plain_errors():
+        from schema import ConfigError
+
+        for option, given in (("--rows", rows is not None), ("--json", json)):
+            if given and step is None:
+                raise ConfigError(f"{option}: only says something with --step")
         if step is None:
             from data.inspect import inspect as run
 
-            run(folder, samples)
+            run(folder, 3 if samples is None else samples)
             return
+        if samples is not None:
+            raise ConfigError("--samples: says nothing with --step: give --rows")
         from rich.console import Console
 
         from training.replay import inspect_step
 
-        inspect_step(Path(folder), step, rows, json, Console(highlight=False))
+        inspect_step(Path(folder), step, 4 if rows is None else rows, json, Console(highlight=False))
 
 
 @app.command()

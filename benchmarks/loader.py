@@ -83,20 +83,21 @@ def real_text() -> Path:
 def six_hundred() -> Path:
     """Two streams of documents of 600 tokens in the mean (lognormal), 130 M tokens."""
     if not (SIX_HUNDRED / "b").is_dir():
-        from tests.data.synthetic import write_stream
+        from tests.data.synthetic import write_stream, write_tokenizer
 
         for number, name in enumerate("ab"):
             rng = np.random.Generator(np.random.Philox(number))
             lengths = np.clip(rng.lognormal(np.log(600) - 0.5, 1.0, 110_000), 16, 100_000).astype(int)
             documents = [rng.integers(5, 50_000, length) for length in lengths]
             write_stream(SIX_HUNDRED / name, "train", documents, 50_368, shard_bytes=64_000_000, chunk=2)
+        write_tokenizer(SIX_HUNDRED)
     return SIX_HUNDRED
 
 
 def configuration(dataset: Path, rows: int, max_seq_len: int, lanes: int | None, workers: int) -> LoaderConfig:
     names = sorted(path.name for path in dataset.iterdir() if (path / "train").is_dir())
     streams = {name: StreamConfig(path=str(dataset / name)) for name in names}
-    data = DataConfig(tokenizer="none", streams=streams, lanes=lanes, num_workers=workers)
+    data = DataConfig(tokenizer=str(dataset / "tokenizer"), streams=streams, lanes=lanes, num_workers=workers)
     phase = LoaderPhase(steps=10**6, global_batch_size=rows, max_seq_len=max_seq_len, masking=MaskingConfig())
     return LoaderConfig(seed=17, data=data, phases=[phase])
 

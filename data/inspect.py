@@ -1,6 +1,8 @@
 """Show what a prepared dataset holds: counts, lengths, integrity, and a few documents in plain text."""
 
+import json
 import os
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,16 @@ from rich.text import Text
 
 from data.cache import CacheConfig
 from data.keyed import keyed_generator
-from data.shards import MANIFEST, Stream, open_stream
+from data.shards import CHUNKS, MANIFEST, Stream, open_stream
 from data.tokenizer import corpus_tokenizer, tokenizer_facts
 from data.transfer import is_url
 from schema import ConfigError, RunError
 
 _BAR_COLUMNS = 40
 _SHOWN_TOKENS = 200
+_COUNTS = "token_counts.npy"
+_BESIDE = (CHUNKS, _COUNTS, "index.json")  # files of a finished split, beside its manifest and its shards
+_UNFINISHED = "{}: not finished: run `python main.py prepare CONFIG` again to complete it"
 
 
 def inspect(path: str | Path, samples: int = 3, console: Console | None = None) -> None:
@@ -48,9 +53,10 @@ def _find_streams(path: Path) -> list[Path]:
         raise ConfigError(
             f"{path}: holds no {MANIFEST}: run `python main.py prepare CONFIG` to make or complete a dataset"
         )
-    for part in sorted(folder for level in levels for folder in path.glob(f"{level}part-*")):
-        if part.parent not in found:
-            raise ConfigError(f"{part.parent}: not finished: run `python main.py prepare CONFIG` again to complete it")
+    traces = (file for level in levels for trace in ("part-*", *_BESIDE) for file in path.glob(f"{level}{trace}"))
+    for trace in sorted(traces):
+        if trace.parent not in found and not trace.parent.name.startswith("part-"):
+            raise ConfigError(_UNFINISHED.format(trace.parent))
     return found
 
 
@@ -59,8 +65,13 @@ def _find_remote(url: str) -> list[str]:
     from data.remote import list_files
 
     url = url.rstrip("/")
-    files = [name.split("/") for name in list_files(url, CacheConfig())]
-    return ["/".join([url, *parts[:-1]]) for parts in files if parts[-1] == MANIFEST and len(parts) <= 3] or [url]
+    files = [name.split("/") for name in list_files(url, CacheConfig()) if name.count("/") <= 2]
+    found = ["/".join([url, *parts[:-1]]) for parts in files if parts[-1] == MANIFEST]
+    for *folders, name in files:
+        place = "/".join([url, *folders])
+        if name in _BESIDE and place not in found and not place.rpartition("/")[2].startswith("part-"):
+            raise ConfigError(_UNFINISHED.format(place))
+    return found or [url]
 
 
 def _overview(streams: list[Stream]) -> Table:
@@ -87,12 +98,34 @@ def _remote_state(stream: Stream) -> Text:
         stream.check_files()
     except RunError as error:
         return Text(str(error), "red")
-    return Text("of the right size", "green")
+    damaged = _damaged_beside(stream)
+    return Text(f"damaged: {', '.join(damaged)}", "red") if damaged else Text("of the right size", "green")
 
 
 def _state(stream: Stream) -> Text:
-    damaged = _damaged(stream)
+    damaged = _damaged_beside(stream) + _damaged(stream)
     return Text(f"damaged: {', '.join(damaged)}", "red") if damaged else Text("good", "green")
+
+
+def _damaged_beside(stream: Stream) -> list[str]:
+    """Those of the small files beside the manifest that are missing or not what was written."""
+    damaged = []
+    manifest = stream.manifest
+    for name in _BESIDE:
+        try:
+            content = stream.files.read(name)
+            if name == CHUNKS:
+                good = xxhash.xxh3_64_hexdigest(content) == manifest.chunks_xxh3_64
+            elif name == _COUNTS:
+                counts = np.load(BytesIO(content), allow_pickle=False)
+                good = counts.shape == (manifest.vocab_size,) and int(counts.sum()) == manifest.tokens
+            else:
+                good = len(json.loads(content)["shards"]) == len(manifest.shards)
+        except (ConfigError, ValueError, EOFError, KeyError, TypeError, OSError):
+            good = False
+        if not good:
+            damaged.append(name)
+    return damaged
 
 
 def _damaged(stream: Stream) -> list[str]:

@@ -59,6 +59,20 @@ class RemoteFiles:
         assert handle is not None
         return handle
 
+    def head(self, info: ShardInfo, size: int) -> bytes:
+        def attempt() -> bytes:
+            head = bytearray()
+            for block in self._open_store().blocks(info.file):
+                head += block
+                if len(head) >= size:
+                    break
+            return bytes(head[:size])
+
+        try:
+            return with_retries(attempt, self.patience)
+        except TransferError as error:
+            raise RunError(f"{error}: {self.fix}" if error.kind == "missing" else str(error)) from None
+
     def check(self, infos: Sequence[ShardInfo]) -> None:
         self.cache.check_fits([_named(info) for info in infos], self.url)
         sizes = self.sizes([info.file for info in infos])

@@ -15,7 +15,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from io import BytesIO
@@ -130,6 +130,10 @@ class StreamFiles(Protocol):
         """A descriptor of a whole shard on local disk; the caller closes it. Raises RunError."""
         ...
 
+    def head(self, info: ShardInfo, size: int) -> bytes:
+        """The first bytes of a shard, read without the rest. Raises RunError."""
+        ...
+
     def check(self, infos: Sequence[ShardInfo]) -> None:
         """Raises RunError naming a shard that is missing or has another size than expected, if there is one."""
         ...
@@ -165,6 +169,10 @@ class LocalFiles:
             return os.open(self.path / info.file, os.O_RDONLY)
         except OSError as error:
             raise RunError(f"{self.path / info.file}: {error.strerror}: {self.fix}") from None
+
+    def head(self, info: ShardInfo, size: int) -> bytes:
+        with os.fdopen(self.open(info), "rb") as file:
+            return file.read(size)
 
     def check(self, infos: Sequence[ShardInfo]) -> None:
         def size(info: ShardInfo) -> int | None:
@@ -260,6 +268,22 @@ class Stream:
         """Token counts of the shard's documents, (documents,)."""
         return self.documents(shard, 0, self.manifest.shards[shard].documents).length
 
+    def count(self, counted: Callable[[NDArray[np.int64]], NDArray[np.int64]]) -> int:
+        """Sum over all documents of what `counted` makes of their token counts, (n,) -> (n,). Reads the head of every
+        shard and no more of it: 4 bytes for a document. Raises RunError for a damaged one."""
+
+        def of(shard: int) -> int:
+            info = self.manifest.shards[shard]
+            try:
+                head = self.files.head(info, 4 * (info.documents + 2))
+            except RunError as error:
+                raise self._fault(error) from None
+            lengths = lengths_from_offsets(self._offsets(shard, head), self.dtype.itemsize)
+            return int(counted(lengths).sum())
+
+        with ThreadPoolExecutor(_STAT_THREADS) as pool:
+            return sum(pool.map(of, range(len(self.manifest.shards))))
+
     def document(self, shard: int, index: int, start: int = 0, stop: int | None = None) -> NDArray[np.unsignedinteger]:
         """Token ids [start, stop) of one document, a fresh array of the stream's dtype."""
         place = self.documents(shard, index, 1)
@@ -322,8 +346,11 @@ class Stream:
         size = os.fstat(handle).st_size
         if size != info.bytes:
             raise self._damaged(shard, "size in bytes", str(info.bytes), str(size))
-        header = os.pread(handle, 4 * (info.documents + 2), 0)
-        found = xxhash.xxh3_64_hexdigest(header)
+        return self._offsets(shard, os.pread(handle, 4 * (info.documents + 2), 0))
+
+    def _offsets(self, shard: int, header: bytes) -> NDArray[np.uint32]:
+        """From a shard's first 4 * (documents + 2) bytes."""
+        info, found = self.manifest.shards[shard], xxhash.xxh3_64_hexdigest(header)
         if found != info.header_xxh3_64:
             raise self._damaged(shard, "offsets", info.header_xxh3_64, found)
         return np.frombuffer(header, np.uint32)[1:]

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from data.loader import check_tokenizer, open_streams
 from data.transfer import TransferError, is_url
+from flexbert import FlexBertConfig
 from flexbert.parity import BACKENDS, disagreement
 from schema import ConfigError, RunError
 from training.config import RunConfig
@@ -29,6 +30,7 @@ from training.sizes import already_there, disk_need
 
 ROOT = Path(__file__).parent.parent
 _GB = 10**9
+_BACKEND = "model.attention.backend"
 _STYLES = {"ok": "green", "-": "", "warn": "yellow", "FAIL": "bold red"}
 # A rank holds about 1 GB after its imports, and its loader workers share it.
 _LEAST_MEMORY, _LEAST_DISK, _LEAST_SHARED = 4 * _GB, 5 * _GB, 1 * _GB
@@ -149,25 +151,35 @@ def _devices() -> Iterator[Check]:
 def _attention(config: RunConfig | None) -> Iterator[Check]:
     """Two layers, forward and backward, by each backend and by the eager reference."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    named = None if config is None else getattr(config.model.attention, "backend", None)
+    named = {} if config is None else _named_backends(config.model)
     for backend in BACKENDS:
         name = f"attention: {backend}"
         try:
             result = disagreement(backend, device)
         except ConfigError as error:
             why = str(error).split("cannot run: ")[-1].removesuffix(": use auto, or sdpa")
-            fix = "model.attention.backend: auto, or sdpa" if backend == named else ""
+            fix = f"{named[backend]}: auto, or sdpa" if backend in named else ""
             yield Check(name, "FAIL" if fix else "-", why, fix)
             continue
         except Exception as error:  # whatever a kernel that was built for another machine raises
             text = (str(error).splitlines() or [""])[0]
-            fix = f"model.attention.backend: sdpa, or install what {backend} needs anew"
+            fix = f"{named.get(backend, _BACKEND)}: sdpa, or install what {backend} needs anew"
             yield Check(name, "FAIL", f"{type(error).__name__}: {text}", fix)
             continue
         good = result.error <= result.tolerance
         found = f"differs from eager by {result.error:.1e} ({result.dtype}, forward and backward)"
-        fix = "" if good else f"over {result.tolerance:.0e}: do not train with it; model.attention.backend: sdpa"
+        fix = "" if good else f"over {result.tolerance:.0e}: do not train with it; {named.get(backend, _BACKEND)}: sdpa"
         yield Check(name, "ok" if good else "FAIL", found, fix)
+
+
+def _named_backends(model: FlexBertConfig) -> dict[str, str]:
+    """The backends that the layers' attentions name, and the key of each; those of the initial layers among them."""
+    named = {}
+    for index in range(model.num_hidden_layers):
+        attention = model.layer(index).attention
+        key = _BACKEND if attention is model.attention else "model.initial_layers.attention.backend"
+        named.setdefault(getattr(attention, "backend", None), key)
+    return named
 
 
 def _shared_memory() -> Iterator[Check]:

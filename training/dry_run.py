@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.loader import LoaderConfig, check_tokenizer, open_streams
-from data.mixture import MixtureOrder, stream_weights
+from data.mixture import MixtureOrder
 from data.shards import Stream
 from data.transfer import is_url
 from flexbert import build
@@ -145,17 +145,19 @@ def _print_mixture(config: RunConfig, plan: PhasePlan, loader: LoaderConfig, con
     streams = open_streams(config.data, "train")
     check_tokenizer(config.data, streams)
     order = MixtureOrder(streams, config.data, config.seed, loader.lanes)
-    weights = []
+    weights, passes = [], dict.fromkeys(config.data.streams, 0.0)
     for phase in plan.phases:
         shares = config.data.streams if phase.streams is None else phase.streams
-        order.mixture(shares, phase.long_documents or config.data.long_documents, phase.max_seq_len)
-        weights.append(stream_weights(shares, order.tokens))
+        held = order.mixture(shares, phase.long_documents or config.data.long_documents, phase.max_seq_len)
+        weights.append([tokens / order.block_tokens for tokens in held.tokens])
+        shown, weight = order.shown_tokens(held), dict(zip(order.names, weights[-1], strict=True))
+        for name in shown:
+            passes[name] += weight[name] * phase.tokens / max(shown[name], 1)
     mixture = Table("stream", "documents", "tokens", *(f"in {phase.name}" for phase in plan.phases), "passes")
-    for name, stream in zip(config.data.streams, streams, strict=True):
-        manifest, shares = stream.manifest, [weight[name] for weight in weights]
-        tokens = sum(share * phase.tokens for share, phase in zip(shares, plan.phases, strict=True))
-        cells = [f"{manifest.documents:,}", f"{manifest.tokens:,}", *(f"{share:.1%}" for share in shares)]
-        mixture.add_row(name, *cells, f"{tokens / manifest.tokens:.2f}")
+    for number, (name, stream) in enumerate(zip(config.data.streams, streams, strict=True)):
+        cells = [f"{stream.manifest.documents:,}", f"{stream.manifest.tokens:,}"]
+        cells += [f"{weight[number]:.1%}" for weight in weights]
+        mixture.add_row(name, *cells, f"{passes[name]:.2f}")
     console.print(mixture)
     console.print(f"blocks of about {order.block_tokens:,.0f} tokens", highlight=False)
     remote = [stream for stream in streams if is_url(stream.path)]

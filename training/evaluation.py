@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from composer.utils import dist
 
+from data.held_out import validation_batches
 from data.keyed import torch_seed
-from data.loader import open_streams, validation_batches
+from data.loader import open_streams
 from data.masking import IGNORE
 from data.mixture import DataConfig, stream_weights
 from data.shards import Stream

@@ -14,6 +14,7 @@ from durable import lock, remove_unfinished, write_file
 from schema import ConfigError
 from training.checkpoint import list_checkpoints
 from training.config import RunConfig, read_recorded_config
+from training.phases import PhasePlan
 
 _PACKAGES = (
     "torch",
@@ -117,8 +118,7 @@ class RunFolder:
         file = self.path / "config.yaml"
         if not file.exists():
             return
-        before = _flatten(self.recorded_config().model_dump(mode="json"))
-        now = _flatten(config.model_dump(mode="json"))
+        before, now = (_flatten(_resolved(each)) for each in (self.recorded_config(), config))
         changed = [
             f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
@@ -173,6 +173,17 @@ def environment() -> dict[str, Any]:
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
     }
+
+
+def _resolved(config: RunConfig) -> dict[str, Any]:
+    """Its JSON form, with every min_length of a stream as a number: what is not said has come to mean another thing."""
+    node = config.model_dump(mode="json")
+    for share in node["data"]["streams"].values():
+        share["min_length"] = share["min_length"] or 0
+    for phase, resolved in zip(node["phases"], PhasePlan(config).phases, strict=True):
+        for name, share in (phase["streams"] or {}).items():
+            share["min_length"] = (resolved.streams or {})[name].min_length
+    return node
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:

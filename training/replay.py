@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from callbacks.ledger import nearest_line
+from callbacks.lines import read_lines
 from data.batches import Assembler, join_pieces
 from data.lanes import Rows
 from data.loader import MixtureDataset, tokenizer_folder
@@ -41,7 +42,9 @@ def inspect_step(path: Path, step: int, rows: int, as_json: bool, console: Conso
         for name, stream in zip(config.data.streams, dataset.streams, strict=True):
             if line["data"][name] != stream.fingerprint:
                 raise ConfigError(f"data.streams.{name}: its shards are not those that {path} was trained on")
-        dataset.load_state_dict(line)
+        dataset.load_state_dict({key: line[key] for key in ("step", "lanes")})
+    elif (later := next((each for each in read_lines(folder.ledger) if "lanes" in each), None)) is not None:
+        dataset.keep_rule(later["lanes"])
     _, loader_phase, taken, _ = next(islice(dataset.plan(), step - 1 - dataset.step, None))
     phase = plan.at(step - 1)
     shown = rows or sum(part.count for part in taken)

@@ -24,7 +24,7 @@ from callbacks.schedule import StepSchedule
 from callbacks.together import Together, without_ceremony
 from callbacks.watchdog import Watchdog
 from data.keyed import torch_seed
-from data.loader import Loader, build_loader, check_tokenizer
+from data.loader import Loader, build_loader
 from data.workers import worker_death
 from durable import write_file
 from flexbert import build
@@ -63,7 +63,6 @@ class Run:
         self.rank, self.world_size = dist.get_global_rank(), dist.get_world_size()
         self.loader: Loader = build_loader(self.plan.loader_config(config), self.rank, self.world_size)
         train_streams = self.loader.dataset.streams
-        check_tokenizer(config.data, train_streams)
         manifest = train_streams[0].manifest
         if config.model.vocab_size != manifest.vocab_size:
             raise ConfigError(
