@@ -14,6 +14,8 @@ from schema import MAY_CHANGE, ConfigError, Count, Schema, UserPath
 
 log = logging.getLogger(__name__)
 
+log = logging.getLogger(__name__)
+
 _PARTS_PER_BLOCK = 4  # at least, per stream, where it has the documents: a block draws from several places of a stream
 RULES = ("weight", "repeat", "tokens")
 

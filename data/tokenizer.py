@@ -76,8 +76,8 @@ class TrainedTokenizer:
         return tokenizer, _TRAINED_NAMES
 
 
-# The trainer's time grows with the square of a word's length: 32 to 78 s for 320,000 characters without a blank (encoded
-# data, a sequence of genes), which then are one word to it.
+# The trainer's time grows with the square of a word's length: 32 to 78 s for 320,000 characters without a blank, which
+# are one word to it (encoded data, a sequence of genes).
 _LONG_WORD = re.compile(r"\S{4096}|\s{4096}")
 
 

@@ -87,6 +87,16 @@ def test_faults_of_the_run_file_are_found(config: Path, tmp_path: Path) -> None:
     assert "sdpa" in rows["attention: flash2"][2]
 
 
+@pytest.mark.parametrize("backend", ["flash2", "flash3", "flex"])
+def test_the_kernel_of_the_initial_layers_is_checked(config: Path, backend: str) -> None:
+    initial = f"model.initial_layers={{count: 1, attention: {{name: multihead, backend: {backend}}}}}"
+    fine, rows, _ = checks(config, initial)
+    state, _, fix = rows[f"attention: {backend}"]
+    if state != "ok":  # where the machine has no such kernel
+        assert not fine
+        assert (state, fix) == ("FAIL", "model.initial_layers.attention.backend: auto, or sdpa")
+
+
 def test_a_kernel_that_computes_otherwise_is_found(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that sees one token too far to the left of its windows, which no shape or range would show."""
     right = KERNELS["sdpa"]
