@@ -3,10 +3,14 @@ PYTEST_ARGS ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
+<<<<<<< HEAD
 .PHONY: help setup setup-dev demo test lint format schema docs bench clean
+=======
+.PHONY: help setup setup-dev demo test test-transformers5 lint format bench clean
+>>>>>>> h-own
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 .venv/.run: requirements.txt constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed (tried '$(PYTHON)'): install it or say make PYTHON=/path/to/python3.11"; exit 1; }
@@ -28,6 +32,16 @@ demo: setup ## prepare text, pretrain a small encoder, export it, fill masks (5 
 # Two processes, since most tests wait for one thread; OpenMP's idle threads must then not spin on the other's core.
 test: setup-dev ## all tests, 25 minutes on two cores after the install (PYTEST_ARGS="-m 'not slow'" for the fast ones)
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile --durations=15 $(PYTEST_ARGS)
+
+# The packages of .venv, with those of requirements-transformers5.txt before them.
+.venv-hf5/.run: .venv/.dev requirements-transformers5.txt
+	$(PY) -m venv .venv-hf5
+	.venv-hf5/bin/python -m pip install --disable-pip-version-check --no-deps --ignore-installed -r requirements-transformers5.txt
+	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$(.venv-hf5/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/of_venv.pth"
+	@touch $@
+
+test-transformers5: .venv-hf5/.run ## exports with code of their own in transformers 5
+	OMP_WAIT_POLICY=passive .venv-hf5/bin/python -m pytest tests/flexbert/transformers5.py $(PYTEST_ARGS)
 
 lint: setup-dev ## ruff and pyright
 	.venv/bin/ruff check .

@@ -41,14 +41,13 @@ ACTIVATIONS: dict[str, Any] = {
     **{name: getattr(F, name) for name in _OF_TORCH.split()},
 }
 Given = Tensor | None
+Flag = bool | None
 # Fields of `flexbert` that are fields of transformers' configs too.
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 SIZES += ("max_position_embeddings",)
 # FlexBERT's default heads, for configs that have none for the task; dropout is 0.1.
-TASK_HEADS: dict[str, dict[str, Any]] = {
-    "classification": {"pooling": "cls", "dense_bias": True, "activation": "tanh", "norm": False},
-    "tokens": {},
-}
+TASK_HEADS: dict[str, Any] = {"tokens": {}}
+TASK_HEADS["classification"] = {"pooling": "cls", "dense_bias": True, "activation": "tanh", "norm": False}
 
 
 class FlexBertConfig(PretrainedConfig):
@@ -71,14 +70,11 @@ class FlexBertConfig(PretrainedConfig):
             kwargs.setdefault("num_labels", self.flexbert["head"]["num_labels"])
         super().__init__(**kwargs)
 
-    @property
-    def tie_word_embeddings(self) -> bool:
-        return self.flexbert.get("head", {}).get("tied", False)
-
-    @tie_word_embeddings.setter
-    def tie_word_embeddings(self, value: bool) -> None:
+    def _tie(self, value: bool) -> None:
         if "tied" in self.flexbert.get("head", {}):  # heads of other tasks have nothing to tie
             self.flexbert["head"]["tied"] = value
+
+    tie_word_embeddings = property(lambda self: self.flexbert.get("head", {}).get("tied", False), _tie)
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), **{name: getattr(self, name) for name in (*SIZES, "tie_word_embeddings")}}
@@ -242,17 +238,18 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """New states and, if eager, the attention weights (B, N, S, S)."""
         if self.config["fused"]:
-            parts = self.Wqkv(states).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
+            parts = self.Wqkv(states).split([number * self.head_dim for number in self.heads], -1)
         else:
-            parts = [linear(states).unflatten(-1, (-1, self.head_dim)) for linear in (self.Wq, self.Wk, self.Wv)]
+            parts = self.Wq(states), self.Wk(states), self.Wv(states)
+        parts = [part.unflatten(-1, (-1, self.head_dim)) for part in parts]
         queries = position.rotate(self.q_norm(parts[0]), rotation).transpose(1, 2)
         keys = position.rotate(self.k_norm(parts[1]), rotation)
         groups = self.heads[0] // self.heads[1]
         keys, values = (x.repeat_interleave(groups, 2).transpose(1, 2) for x in (keys, parts[2]))
         if eager:
             scores = (queries * self.head_dim**-0.5 @ keys.transpose(-1, -2)).float()
-            if bias is not None:
-                scores = scores + bias  # in float32: the lowest number of a half and a bit less would be infinite
+            # The bias is added in float32: the lowest number of a half and a bit less would be infinite.
+            scores = scores if bias is None else scores + bias
             probs = self.probs_dropout(scores.softmax(-1).to(values.dtype))
             attended = probs @ values
         else:
@@ -274,11 +271,10 @@ class FeedForward(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         inner = self.Wi(states)
         if self.gated:
-            halves = inner.chunk(2, -1)
-            first, second = reversed(halves) if self.config["activated_half"] == "second" else halves
-            inner = self.activation(first) * second
-        else:
-            inner = self.activation(inner)
+            inner, other = inner.chunk(2, -1)
+            if self.config["activated_half"] == "second":
+                inner, other = other, inner
+        inner = self.activation(inner) * other if self.gated else self.activation(inner)
         return self.out_dropout(self.Wo(self.inner_dropout(self.inner_norm(inner))))
 
 
@@ -294,8 +290,8 @@ class Block(GradientCheckpointingLayer):
             self.norm = _norm(first, size)
         else:
             self.attn_norm, self.mlp_norm = _norm(first, size), _norm(norm, size)
-        if self.kind == "sandwich":
-            self.attn_out_norm, self.mlp_out_norm = _norm(norm, size), _norm(norm, size)
+        after = norm if self.kind == "sandwich" else None
+        self.attn_out_norm, self.mlp_out_norm = _norm(after, size), _norm(after, size)
         self.attn, self.mlp = Attention(model, layer), FeedForward(model)
 
     def forward(self, states: Tensor, *where: Any) -> tuple[Tensor, Tensor | None]:
@@ -308,11 +304,8 @@ class Block(GradientCheckpointingLayer):
         attended, probs = self.attn(normed, *where)
         if self.kind == "parallel":
             return states + attended + self.mlp(normed), probs
-        if self.kind == "sandwich":
-            states = states + self.attn_out_norm(attended)
-            return states + self.mlp_out_norm(self.mlp(self.mlp_norm(states))), probs
-        states = states + attended
-        return states + self.mlp(self.mlp_norm(states)), probs
+        states = states + self.attn_out_norm(attended)
+        return states + self.mlp_out_norm(self.mlp(self.mlp_norm(states))), probs
 
 
 def _can_look() -> bool:
@@ -332,10 +325,7 @@ class FlexBertPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch, and does not divide the loss itself
     _no_split_modules = ["Block"]
     _supports_sdpa = True
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-    _supports_attention_backend = False
-    _supports_context_parallel = False
+    _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = _supports_context_parallel = False
 
     def __init__(self, config: FlexBertConfig) -> None:
         for name in ("is_decoder", "is_encoder_decoder", "add_cross_attention", "chunk_size_feed_forward"):
@@ -348,12 +338,10 @@ class FlexBertPreTrainedModel(PreTrainedModel):
         return True  # transformers would look in this file for its own functions
 
     def get_input_embeddings(self) -> nn.Module:
-        encoder: Any = self.base_model
-        return encoder.embedding.tokens
+        return self.base_model.embedding.tokens  # pyright: ignore
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        encoder: Any = self.base_model
-        encoder.embedding.tokens = value
+        self.base_model.embedding.tokens = value  # pyright: ignore
 
     def prune_heads(self, heads_to_prune: Any) -> None:
         raise NotImplementedError("prune_heads: not supported by this model")
@@ -373,11 +361,10 @@ class FlexBertPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def _returned(self, output: Any, return_dict: bool | None) -> Any:
+    def _returned(self, output: Any, return_dict: Flag) -> Any:
         """The output, or a tuple of what is not None in it."""
-        if return_dict is None:
-            return_dict = self.config.return_dict and not getattr(self.config, "torchscript", False)
-        return output if return_dict else output.to_tuple()
+        wanted = self.config.return_dict and not getattr(self.config, "torchscript", False)
+        return output if (wanted if return_dict is None else return_dict) else output.to_tuple()
 
 
 class FlexBertModel(FlexBertPreTrainedModel):
@@ -390,15 +377,13 @@ class FlexBertModel(FlexBertPreTrainedModel):
             raise ValueError("config.flexbert: is empty: a FlexBERT model is built from what it says")
         self.position, self.embedding = Position(model), Embedding(model)
         self.layers = nn.ModuleList(Block(model, layer) for layer in range(model["num_hidden_layers"]))
-        last = self.layers[-1].kind
-        self.final_norm = _norm(None if last == "postnorm" else model["norm"], model["hidden_size"])
+        self.final_norm = _norm(None if self.layers[-1].kind == "postnorm" else model["norm"], model["hidden_size"])
         self.post_init()
 
     def forward(
         self, input_ids: Given = None, attention_mask: Given = None, token_type_ids: Given = None,
-        position_ids: Given = None, inputs_embeds: Given = None,
-        output_attentions: bool | None = None, output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
+        position_ids: Given = None, inputs_embeds: Given = None, output_attentions: Flag = None,
+        output_hidden_states: Flag = None, return_dict: Flag = None,
     ) -> Any:  # fmt: skip
         """Hidden states (B, S, D) of `input_ids` (B, S), or of `inputs_embeds` (B, S, D), rows of the token table.
 
@@ -413,11 +398,11 @@ class FlexBertModel(FlexBertPreTrainedModel):
         if given.ndim != 2:
             raise ValueError("input_ids, inputs_embeds: expected shape (batch, slots) or (batch, slots, hidden_size)")
         shape = tuple(given.shape)
+        _check_shape("attention_mask", attention_mask, shape)
         _check_shape("token_type_ids", token_type_ids, shape)
         _check_shape("position_ids", position_ids, shape, (1, shape[1]))
         real, places = None, torch.arange(shape[1], device=given.device)[None]
         if attention_mask is not None:
-            _check_shape("attention_mask", attention_mask, shape)
             real = attention_mask.bool()
             if _can_look() and not torch.equal(real.to(attention_mask.dtype), attention_mask):
                 raise ValueError("attention_mask: expected 1 where the token is real, else 0: it has other values")
@@ -459,8 +444,8 @@ class _WithHead(FlexBertPreTrainedModel):
     def forward(
         self, input_ids: Given = None, attention_mask: Given = None, token_type_ids: Given = None,
         position_ids: Given = None, inputs_embeds: Given = None, labels: Given = None,
-        output_attentions: bool | None = None, output_hidden_states: bool | None = None,
-        return_dict: bool | None = None, num_items_in_batch: Tensor | int | None = None,
+        output_attentions: Flag = None, output_hidden_states: Flag = None, return_dict: Flag = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:  # fmt: skip
         """labels: see `_loss`, the mean over them; with num_items_in_batch, their sum divided by it: then the losses of
         a step's microbatches add up to the step's mean. The other arguments: see FlexBertModel."""
@@ -583,10 +568,9 @@ class _ForTask(_WithHead):
         """As transformers'. Weights of a head for another task are not used, though some have the same names."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if model.head_is_new:
-            for module in model.head.modules():
-                if all(parameter.is_floating_point() for parameter in module.parameters()):  # quantised: not ours
-                    model._init_weights(module)
+        for module in model.head.modules() if model.head_is_new else ():
+            if all(parameter.is_floating_point() for parameter in module.parameters()):  # quantised: not ours
+                model._init_weights(module)
         return loaded
 
 

@@ -86,14 +86,18 @@ def test_logits_and_gradients_are_those_of_the_packed_model(preset: str, attenti
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("config", [SANDWICH, PARALLEL, {"position": "learned"}], ids=["sandwich", "parallel", "learned"])
+@pytest.mark.parametrize(
+    "config", [SANDWICH, PARALLEL, {"position": "learned"}], ids=["sandwich", "parallel", "learned"]
+)
 def test_saved_in_one_file_or_several_it_loads_equal(config: Any, task: str, tmp_path: Path) -> None:
     model = own(task, config)
     ids = inputs()["input_ids"]
     for folder, limit in (("one", "1GB"), ("several", "20KB")):
         model.save_pretrained(tmp_path / folder, max_shard_size=limit)
         again, info = type(model).from_pretrained(tmp_path / folder, output_loading_info=True)
-        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        assert not info["mismatched_keys"]
         assert torch.equal(again.eval()(ids)[0], model(ids)[0])
         ours = from_hf(tmp_path / folder, task="mlm" if task == "mlm" else "encoder")
         batch = batch_of((30,))
@@ -119,12 +123,13 @@ def test_a_tied_decoder_is_saved_once_and_an_untied_one_by_itself(tmp_path: Path
 def test_a_resized_vocabulary_is_one_everywhere(config: Any, size: int, tmp_path: Path) -> None:
     model = own(config=config)
     ids = inputs(vocab=60)["input_ids"]
-    before = model(ids).logits
+    before = model(ids).logits.detach()  # a graph of the old table must not live on: transformers changes it in place
     bias = model.head.decoder_bias
     table = model.resize_token_embeddings(size)
-    assert table is model.get_input_embeddings() and table.num_embeddings == size
+    assert table is model.get_input_embeddings()
+    assert table.num_embeddings == size
     assert model.config.vocab_size == model.config.flexbert["vocab_size"] == model.get_output_embeddings().out_features
-    after = model(ids).logits
+    after = model(ids).logits.detach()
     assert after.shape[-1] == size
     close(after[..., : min(size, 97)], before[..., :size])
     if bias is not None:
@@ -179,7 +184,9 @@ def test_losses_of_microbatches_add_up_to_the_loss_of_the_step(task: str) -> Non
     model.zero_grad()
     total = torch.zeros(())
     for rows in ([0], [1, 2], [3], [4]):
-        part = model(**{name: value[rows] for name, value in given.items()}, num_items_in_batch=torch.tensor(count)).loss
+        part = model(
+            **{name: value[rows] for name, value in given.items()}, num_items_in_batch=torch.tensor(count)
+        ).loss
         part.backward()
         total = total + part.detach()
     close(total, model(**given).loss)
@@ -193,7 +200,6 @@ def test_losses_of_microbatches_add_up_to_the_loss_of_the_step(task: str) -> Non
 
 
 def test_problem_types_of_sequences() -> None:
-    scores = torch.tensor([[0.3, -1.0, 0.2]] * 5)
     for kind, labels, loss in (
         ("regression", torch.rand(5, 3), F.mse_loss),
         ("multi_label_classification", torch.randint(0, 2, (5, 3)).float(), F.binary_cross_entropy_with_logits),
@@ -216,7 +222,6 @@ def test_problem_types_of_sequences() -> None:
     for bad in (torch.rand(5, 2), torch.rand(4)):
         with pytest.raises(ValueError, match=r"labels: .* do not fit scores \(5, 1\)"):
             one(**inputs() | {"labels": bad})
-    assert scores.shape == (5, 3)
 
 
 @pytest.mark.parametrize("preset", ["bert-base", "neobert", "mosaicbert-base"])
@@ -294,22 +299,31 @@ def test_attentions_and_hidden_states(config: Any) -> None:
     model, given = own(config=config), inputs()
     output = model(**given, output_attentions=True, output_hidden_states=True)
     close(output.logits, model(**given).logits)  # eager as sdpa
-    assert len(output.attentions) == 4 and len(output.hidden_states) == 5
+    assert len(output.attentions) == 4
+    assert len(output.hidden_states) == 5
     real = given["attention_mask"].bool()
     for weights in output.attentions:
         assert weights.shape == (5, 3, 70, 70)
         close(weights.sum(-1), torch.ones(5, 3, 70))
-        assert not weights.transpose(1, 2)[real].movedim(-1, 0)[:, ~real[0].expand(0, 70).any(0)].any()
         for row in (0, 1, 3, 4):  # no real token looks at padding
             assert not weights[row][:, real[row]][..., ~real[row]].any()
+<<<<<<< HEAD
     distance = (torch.arange(70)[:, None] - torch.arange(70)).abs()
     assert (bool((distance > 64).any()) and not output.attentions[1][1][:, distance > 64][:, real[1].sum() :].any()) or True
+=======
+    narrow = own(config=config | {"attention": {"window_per_side": 3, "global_attn_every_n_layers": 3}})
+    far = (torch.arange(20)[:, None] - torch.arange(20)).abs() > 3
+    for layer, weights in enumerate(narrow(given["input_ids"][:, :20], output_attentions=True).attentions):
+        assert bool(weights[:, :, far].any()) == (layer % 3 == 0)
+>>>>>>> h-own
     for tensor in (output.hidden_states[0], output.attentions[0]):
         tensor.retain_grad()
     output.logits.sum().backward()
-    assert output.hidden_states[0].grad.any() and output.attentions[0].grad.any()
+    assert output.hidden_states[0].grad.any()
+    assert output.attentions[0].grad.any()
     by_config = own(config=config, attn_implementation="eager", output_attentions=True, output_hidden_states=True)
-    assert by_config(**given).attentions is not None and by_config(**given).hidden_states is not None
+    assert by_config(**given).attentions is not None
+    assert by_config(**given).hidden_states is not None
     assert by_config(**given, output_attentions=False, output_hidden_states=False).hidden_states is None
 
 
@@ -317,8 +331,10 @@ def test_tuples_embeddings_and_positions() -> None:
     model, given = own(), inputs()
     as_tuple = model(**given, output_hidden_states=True, return_dict=False)
     as_output = model(**given, output_hidden_states=True)
-    assert isinstance(as_tuple, tuple) and len(as_tuple) == 3
-    assert torch.equal(as_tuple[0], as_output.loss) and torch.equal(as_tuple[1], as_output.logits)
+    assert isinstance(as_tuple, tuple)
+    assert len(as_tuple) == 3
+    assert torch.equal(as_tuple[0], as_output.loss)
+    assert torch.equal(as_tuple[1], as_output.logits)
     assert isinstance(own(return_dict=False)(given["input_ids"]), tuple)
     assert isinstance(own("encoder", return_dict=False)(given["input_ids"]), tuple)
     mask = given["attention_mask"]
@@ -342,7 +358,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "square mask": ({"attention_mask": torch.ones(2, 1, 5, 5)}, ValueError, "attention_mask: expected shape"),
     "short mask": ({"attention_mask": torch.ones(2, 4)}, ValueError, "attention_mask: expected shape"),
     "additive mask": ({"attention_mask": torch.full((2, 5), -1e9)}, ValueError, "attention_mask: expected 1"),
-    "numbered mask": ({"attention_mask": torch.tensor([[1, 1, 2, 2, 0]] * 2)}, ValueError, "attention_mask: expected 1"),
+    "numbered mask": (
+        {"attention_mask": torch.tensor([[1, 1, 2, 2, 0]] * 2)},
+        ValueError,
+        "attention_mask: expected 1",
+    ),
     "positions": ({"position_ids": torch.arange(4)[None]}, ValueError, "position_ids: expected shape"),
     "types": ({"token_type_ids": torch.zeros(1, 5)}, ValueError, "token_type_ids: expected shape"),
     "no types": ({"token_type_ids": torch.ones(2, 5).long()}, ValueError, "token_type_ids: this model has none"),
@@ -361,8 +381,8 @@ def test_what_is_not_supported_is_refused_by_name(case: str) -> None:
 def test_what_the_class_cannot_do_is_refused_by_name(tmp_path: Path) -> None:
     model = own(config=PARALLEL)
     model.save_pretrained(tmp_path)
-    for name in ("flash_attention_2", "flex_attention", "paged_attention"):
-        with pytest.raises((ValueError, ImportError), match="(?i)flash|flex|paged"):
+    for name in ("flash_attention_2", "flex_attention"):
+        with pytest.raises((ValueError, ImportError), match="(?i)flash|flex"):
             type(model).from_pretrained(tmp_path, attn_implementation=name)
     for name in ("eager", "sdpa"):
         loaded = type(model).from_pretrained(tmp_path, attn_implementation=name)
@@ -380,7 +400,7 @@ def test_what_the_class_cannot_do_is_refused_by_name(tmp_path: Path) -> None:
         model.prune_heads({0: [1]})
     for name in ("is_decoder", "add_cross_attention"):
         with pytest.raises(ValueError, match=f"config.{name}"):
-            own(config=PARALLEL, **{name: True})
+            modeling.FlexBertModel(modeling.FlexBertConfig(tiny(**PARALLEL).to_dict(), **{name: True}))
     with pytest.raises(ValueError, match=r"config\.flexbert: is empty"):
         modeling.FlexBertModel(modeling.FlexBertConfig())
 
@@ -426,10 +446,13 @@ def test_half_precision_is_near_and_finite(preset: str, dtype: torch.dtype, tmp_
     for kernel in ("sdpa", "eager"):
         loaded.set_attn_implementation(kernel)
         logits = loaded(**given).logits
-        assert logits.dtype == dtype and logits.isfinite().all()
+        assert logits.dtype == dtype
+        assert logits.isfinite().all()
         # Measured: 0.05 in bfloat16 (8 bits), with weights of standard deviation 0.2
         assert float((logits.float() - expected)[real].norm() / expected[real].norm()) < 0.1
-    assert torch.equal(theirs.half()(**given).logits[real].isfinite(), torch.ones_like(expected[real], dtype=torch.bool))
+    assert torch.equal(
+        theirs.half()(**given).logits[real].isfinite(), torch.ones_like(expected[real], dtype=torch.bool)
+    )
     with torch.autocast("cpu", torch.bfloat16):
         assert theirs.float()(**given).logits.isfinite().all()
 
@@ -452,12 +475,18 @@ def test_new_weights_are_drawn_for_what_they_are() -> None:
             assert float(parameter) == 0.25
         else:
             assert torch.equal(parameter, torch.full_like(parameter, float("norm" in name and name.endswith("weight"))))
-    scale = TASKS["encoder"](modeling.FlexBertConfig(tiny(position={"name": "sinusoidal", "learned_scale": True}).to_dict()))
+    scale = TASKS["encoder"](
+        modeling.FlexBertConfig(tiny(position={"name": "sinusoidal", "learned_scale": True}).to_dict())
+    )
     assert float(scale.position.scale) == pytest.approx(48**-0.5)
 
 
 def test_dropout_acts_in_training_only_and_evaluation_repeats_itself() -> None:
-    config = {**PARALLEL, "attention": {"probs_dropout": 0.2, "out_dropout": 0.2}, "mlp": {"out_dropout": 0.2}}
+    config = {
+        **PARALLEL,
+        "attention": {"probs_dropout": 0.2, "out_dropout": 0.2},
+        "mlp": {"name": "glu", "out_dropout": 0.2},
+    }
     for kernel in ("eager", "sdpa"):
         model, ids = own(config=config, attn_implementation=kernel), inputs()["input_ids"]
         assert torch.equal(model(ids).logits, model(ids).logits)

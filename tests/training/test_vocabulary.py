@@ -24,7 +24,12 @@ from training.config import load_run_config
 
 MODELS: dict[str, Any] = {
     "bert": (BertForMaskedLM, BertConfig, "bert-base", {"pad_token_id": 0}),
-    "roberta": (RobertaForMaskedLM, RobertaConfig, "roberta-base", {"pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5}),
+    "roberta": (
+        RobertaForMaskedLM,
+        RobertaConfig,
+        "roberta-base",
+        {"pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5},
+    ),
     "modernbert": (
         ModernBertForMaskedLM,
         ModernBertConfig,
