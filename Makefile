@@ -3,11 +3,7 @@ PYTEST_ARGS ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: help setup setup-dev demo test lint format schema docs bench clean
-=======
-.PHONY: help setup setup-dev demo test test-transformers5 lint format bench clean
->>>>>>> h-own
+.PHONY: help setup setup-dev demo test test-transformers5 lint format schema docs bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'

@@ -180,7 +180,7 @@ def _history(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _min_lengths(config: RunConfig) -> dict[str, Any]:
-    """By dotted key, every min_length of a stream as a number: where a phase says none, it is that of the one before."""
+    """By dotted key, every min_length of a stream as a number: a phase that says none has that of the one before."""
     lengths: dict[str, Any] = {
         f"data.streams.{name}.min_length": share.min_length or 0 for name, share in config.data.streams.items()
     }
