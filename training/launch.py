@@ -20,6 +20,7 @@ from training.config import RunConfig, load_run_config
 from training.dry_run import dry_run
 from training.folder import RunFolder
 from training.phases import PhasePlan
+from training.recorded import as_begun
 from training.signals import EXIT_PREEMPTED
 
 ROOT = Path(__file__).parent.parent
@@ -140,6 +141,7 @@ def _check(config: RunConfig, options: SlurmOptions) -> None:
                 f"{options.gpus_per_node} GPUs): change one of them"
             )
     folder = RunFolder(config.folder)
+    config = as_begun(config, folder)
     folder.check_config(config)
     folder.check_checkpoints()
     if list_checkpoints(folder.checkpoints):  # a run that goes on needs neither its origin nor what it has grown from

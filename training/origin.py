@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from schema import Schema
 
@@ -15,11 +15,28 @@ class Origin(Schema):
         description="runs/NAME/checkpoints/tokens-N; runs/NAME: its newest whole one; or a Hugging Face folder, such "
         "as an export, which has weights only",
     )
-    weights_only: bool = Field(default=False, description="a fresh optimizer, and the data from their beginning")
-    data: Literal["continue", "restart"] = Field(
-        default="continue",
-        description="restart: the data from their beginning, which other streams, lanes or another seed need",
+    weights_only: bool | None = Field(
+        default=None,
+        description="a fresh optimizer and moving average, and the data from their beginning; default: false, of a "
+        "Hugging Face folder true",
     )
+    data: Literal["continue", "restart"] | None = Field(
+        default=None,
+        description="restart: the data from their beginning, which other streams, lanes or another seed need; default: "
+        "continue, with weights only restart",
+    )
+
+    @model_validator(mode="after")
+    def _check_data(self) -> "Origin":
+        if self.weights_only and self.data == "continue":
+            raise ValueError("data: continue cannot hold with weights_only, where the data begin anew: leave one out")
+        return self
+
+    @property
+    def meaning(self) -> tuple[bool, str]:
+        """Of a checkpoint: whether only weights are taken, and what becomes of the data."""
+        weights_only = bool(self.weights_only)
+        return weights_only, self.data or ("restart" if weights_only else "continue")
 
 
 def named_origin(node: Any) -> Any:
