@@ -161,6 +161,8 @@ def _read_run(config: RunConfig, folder: Path) -> Start:
             f"optimizer: {config.optimizer.name!r} here, {parent.optimizer.name!r} in the state of {path}: give "
             "that, or say `from: {checkpoint: ..., weights_only: true}`"
         )
+    if weights_only and checkpoint.ema and config.ema is not None and dist.get_global_rank() == 0:
+        log.warning("from: %s: with weights_only the moving average of the weights begins anew", path)
     before = state.get("origin") or {"steps": 0, "tokens": 0}
     record = {
         "from": str(path),

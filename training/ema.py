@@ -8,8 +8,8 @@ from training.shards import cut_like
 
 
 def restore_average(checkpoint: Checkpoint, model: nn.Module, ema: WeightAverage) -> bool:
-    """Go on with a checkpoint's average, cut as the model's parameters are. False, and nothing done, when it was written
-    by a run without one."""
+    """Go on with a checkpoint's average, cut as the model's parameters are. False, and nothing done, when it is of a
+    run without one."""
     state = checkpoint.state.get("ema")
     if state is None:
         return False

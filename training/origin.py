@@ -1,10 +1,12 @@
 """Where a run starts when it does not start from nothing: the run file's `from`."""
 
+import json
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from schema import Schema
+from schema import RunError, Schema
 
 
 class Origin(Schema):
@@ -37,6 +39,21 @@ class Origin(Schema):
         """Of a checkpoint: whether only weights are taken, and what becomes of the data."""
         weights_only = bool(self.weights_only)
         return weights_only, self.data or ("restart" if weights_only else "continue")
+
+
+def read_origin_record(folder: Path) -> dict[str, Any] | None:
+    """What a run's origin.json says of where it started, None without one. folder: of the run. Raises RunError for a
+    damaged one."""
+    file = folder / "origin.json"
+    if not file.exists():
+        return None
+    try:
+        record = json.loads(file.read_text())
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not record.keys() >= {"from", "run", "tokens"}:
+        raise RunError(f"{file}: damaged: take what it held from `origin` in a checkpoint's state.json")
+    return record
 
 
 def named_origin(node: Any) -> Any:

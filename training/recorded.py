@@ -28,7 +28,7 @@ def as_recorded(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_begun(config: "RunConfig", folder: "RunFolder") -> "RunConfig":
-    """`config` for a run that goes on in `folder`, where it leaves open what the run has decided at its start: the order
+    """`config` for a run that goes on in `folder`, where it leaves open what the run decided at its start: the order
     of data.streams, which says nothing in YAML but numbers the streams; where schedules fall from; and `from` in other
     words for the same. A new run's is as it is."""
     if not (folder.path / "config.yaml").exists():

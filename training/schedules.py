@@ -86,7 +86,8 @@ class _Falling:
 
 @SCHEDULES.register("one_minus_sqrt")
 class OneMinusSqrt(_Falling):
-    """1 - sqrt(share of the fall): Haegele et al. 2024, arXiv 2405.18392, eq. 4; ModernBERT's third phase ends at 0.001."""
+    """1 - sqrt(share of the fall): Haegele et al. 2024, arXiv 2405.18392, eq. 4; ModernBERT's third phase ends at
+    0.001."""
 
     def shape(self, progress: float) -> float:
         return 1 - math.sqrt(progress)

@@ -41,6 +41,7 @@ from training.ema import restore_average
 from training.evaluation import Evaluator
 from training.exporting import Exporter
 from training.faults import COLLECTIVE_MARGIN, Faults, lost_rank
+from training.finished import export_gone, settle_finished
 from training.folder import RunFolder
 from training.gauges import build_gauges
 from training.loggers import build_loggers
@@ -324,7 +325,7 @@ class Run:
 
     def _is_permanent(self, step: int) -> bool:
         """Whether the checkpoint after `step` steps is kept for ever."""
-        return self.plan.is_milestone(step) or self.plan.crosses(step, self.config.checkpoint.keep_every)
+        return self.plan.is_permanent(step, self.config.checkpoint.keep_every)
 
     def _catch_up(self, step: int) -> None:
         """What an interruption just after this step left out."""
@@ -433,10 +434,8 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
     config = as_begun(config, folder)
     folder.check_config(config)
     summary = folder.finished()
-    if summary is not None:
-        if rank == 0:
-            console.print(f"{folder.path}: this run is finished ({summary['steps']} steps); nothing to do")
-        return summary
+    if summary is not None and not export_gone(folder, summary, rank):
+        return settle_finished(config, folder, summary, rank, console)
     signals.listen()
     # The watchdog speaks before a collective gives up by itself.
     timeout = config.trainer.hang_timeout

@@ -62,7 +62,9 @@ def test_without_its_record_another_order_is_refused(tiny_data: Path, tmp_path: 
     go(straight)
     file = stopped(straight, tmp_path / "other", tiny_data, "sparse", "full")
     (tmp_path / "other" / "run" / "config.yaml").unlink()
-    with pytest.raises(ConfigError, match=r"data\.streams: sparse, full: .* in the order full, sparse: give them in that"):
+    with pytest.raises(
+        ConfigError, match=r"data\.streams: sparse, full: .* in the order full, sparse: give them in that"
+    ):
         go(file)
 
 
