@@ -38,7 +38,7 @@ format: setup-dev
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-bench: setup-dev ## the measurements that the README quotes
+bench: setup-dev ## the loader, 2 trillion simulated tokens, start-up (README.md names the other benchmarks)
 	$(PY) -m benchmarks.loader
 	$(PY) -m benchmarks.scale
 	$(PY) -m benchmarks.startup

@@ -18,8 +18,8 @@ class Facts(NamedTuple):
 
 
 def facts_of(state: str | bytes) -> Facts:
-    """From a checkpoint's state.json. Of a damaged one: step 0, no loss; and no loss where it is not finite, or 0: up to
-    commit 38751cb that stood for an evaluation without a masked token."""
+    """From a checkpoint's state.json. Of a damaged one: step 0, no loss; and no loss where it is not finite, or 0: up
+    to commit 38751cb that stood for an evaluation without a masked token."""
     try:
         run = json.loads(state)["run"]
         loss = run.get("validation_loss")
