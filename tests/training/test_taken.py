@@ -229,7 +229,8 @@ def test_no_picture_is_said(tiny_data: Path, tmp_path: Path, caplog: pytest.LogC
 
 
 def script(file: Path, **options: Any) -> str:
-    return launch_slurm(file, (), SlurmOptions(**({"nodes": 1, "gpus_per_node": 2} | options)), True)
+    both: dict[str, Any] = {"nodes": 1, "gpus_per_node": 2, **options}
+    return launch_slurm(file, (), SlurmOptions(**both), True)
 
 
 @pytest.mark.parametrize(
