@@ -60,7 +60,7 @@ docs: setup .venv-docs/.done ## build the documentation into site/; open site/in
 	$(PY) main.py schema --markdown --output docs/reference.md
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
-bench: setup-dev ## the measurements that the README quotes
+bench: setup-dev ## the loader, 2 trillion simulated tokens, start-up (docs/measurements.md names the other benchmarks)
 	$(PY) -m benchmarks.loader
 	$(PY) -m benchmarks.scale
 	$(PY) -m benchmarks.startup

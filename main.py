@@ -195,9 +195,9 @@ def slurm(
 ) -> None:
     """Submit a run as a Slurm job. It requeues itself when preempted or at its time limit, until the run is done."""
     with plain_errors():
-        from training.launch import SlurmOptions, launch_slurm
+        from training.launch import SlurmOptions, launch_slurm, parse_sbatch
 
-        more = {key: value for key, _, value in (option.partition("=") for option in sbatch or [])}
+        more = parse_sbatch(sbatch or [])
         options = SlurmOptions(nodes, gpus_per_node, partition, time, account, cpus_per_node, setup, more)
         print(launch_slurm(config, overrides or [], options, print_only))
 
@@ -261,7 +261,12 @@ def average(
     last: Annotated[int | None, typer.Option(help="of a run: its newest K checkpoints", metavar="K")] = None,
     tokens: Annotated[str | None, typer.Option(help="of a run: those with these tokens", metavar="N1,N2,...")] = None,
     weights: Annotated[
-        str | None, typer.Option(help="a share for each, oldest first for a run; default: alike", metavar="W1,W2,...")
+        str | None,
+        typer.Option(
+            help="a share for each, in the order of --tokens or of the checkpoints given, with --last oldest first; "
+            "default: alike",
+            metavar="W1,W2,...",
+        ),
     ] = None,
 ) -> None:
     """Average the weights of checkpoints of one architecture and export the result."""

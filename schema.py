@@ -34,6 +34,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic.config import JsonDict
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -218,7 +219,7 @@ def _one_line(value: str) -> str:
     return value
 
 
-MAY_CHANGE = {"may_change": True}
+MAY_CHANGE: JsonDict = {"may_change": True}
 """Field(json_schema_extra=MAY_CHANGE): a run goes on with another value, which changes where things lie, speed or logs,
 and neither the weights' history nor any figure."""
 

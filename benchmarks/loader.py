@@ -13,7 +13,6 @@ when nothing in the buffer fits.
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.arguments import parser_of
 from composing import load_node
 from data.loader import LoaderConfig, LoaderPhase, MixtureDataset, build_loader
 from data.masking import MaskingConfig
@@ -197,5 +197,7 @@ def measurements(dataset: Path) -> Iterator[dict[str, object]]:
 
 
 if __name__ == "__main__":
-    for line in measurements(Path(sys.argv[1]) if len(sys.argv) > 1 else real_text()):
+    parser = parser_of(__doc__)
+    parser.add_argument("dataset", type=Path, nargs="?", metavar="DATASET", help="default: made of real text")
+    for line in measurements(parser.parse_args().dataset or real_text()):
         print(json.dumps(line), flush=True)

@@ -16,12 +16,13 @@ import json
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from benchmarks.arguments import count, parser_of
 
 # Read when the tokenizer is first used: the peer's threads.
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -182,4 +183,6 @@ def report(times: dict[str, list[tuple[float, float]]], texts: list[str], worker
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
+    parser = parser_of(__doc__)
+    parser.add_argument("repeats", type=count, nargs="?", default=5, metavar="REPEATS")
+    main(parser.parse_args().repeats)

@@ -3,13 +3,13 @@
 import csv
 import io
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from data.sources.base import SOURCES, Unit
-from schema import Component, ConfigError, RunError
+from data.sources.base import SOURCES, DamagedError, Listing, Unit, file_unit, listing, read_bytes
+from data.sources.files import Fault, find_files
+from schema import Component, RunError, UserPath
 
 
 @SOURCES.register("csv")
@@ -18,27 +18,27 @@ class Csv:
 
     class Config(Component):
         name: Literal["csv"] = "csv"
-        folder: str = Field(min_length=1, description="all *.csv in it, in the order of their names")
+        paths: list[UserPath] = Field(min_length=1, description="files, folders (all *.csv below) or globs, also URLs")
         text_column: str = Field("text", description="the column that holds the document")
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def units(self) -> list[Unit]:
-        """The grain of parallel work and of resuming: here a file. The order must not depend on the machine."""
-        files = sorted(Path(self.config.folder).glob("*.csv"))
-        if not files:
-            raise ConfigError(f"folder: no *.csv in {self.config.folder!r}")
-        return [Unit(str(file), 0, size, size) for file in files for size in [file.stat().st_size]]
+    def find(self) -> Listing:
+        """What there is, as units: the grain of parallel work and of resuming, here a file. find_files sorts by path,
+        and says what it left out and why."""
+        return listing(find_files(self.config.paths, [".csv"]), lambda file: [file_unit(file)])
 
-    def read(self, unit: Unit) -> Iterator[str]:
-        """The documents of a file, in order. What cannot be read is a RunError of one line that says where."""
+    def read(self, unit: Unit) -> Iterator[str | Fault]:
+        """The documents of a file, in order. `on_error: skip` leaves out what is a Fault or a DamagedError."""
         column = self.config.text_column
         try:
-            text = Path(unit.path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RunError(f"{unit.path}: cannot be read: {error}") from None
+            text = read_bytes(unit.path).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DamagedError(f"{unit.path}: not UTF-8: {error}", "text that is not UTF-8") from None
         for row in (rows := csv.DictReader(io.StringIO(text, newline=""))):
-            if row.get(column) is None:
-                raise RunError(f"{unit.path}:{rows.line_num}: no column {column!r} (source key text_column)")
-            yield row[column]
+            if isinstance(row.get(column), str):
+                yield row[column]
+            else:
+                message = f"{unit.path}:{rows.line_num}: no column {column!r} (source key text_column)"
+                yield Fault("row without text", lambda said=message: RunError(said))

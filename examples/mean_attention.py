@@ -1,10 +1,10 @@
 """Slot `attention`: every token sees the mean of its document, whatever stands where."""
 
 import torch
-from flexbert.plan import AttentionPlan
 from torch import Tensor, nn
 
 from flexbert import register
+from flexbert.kernels.plan import AttentionPlan
 from flexbert.layers import Linear, OutputProjection
 from flexbert.positions import Positions
 from schema import Component

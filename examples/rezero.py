@@ -3,11 +3,11 @@
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from flexbert.plan import AttentionPlan
 from pydantic import Field
 from torch import Tensor, nn
 
 from flexbert import register
+from flexbert.kernels.plan import AttentionPlan
 from flexbert.positions import Positions
 from flexbert.registry import ATTENTIONS, MLPS
 from schema import Component

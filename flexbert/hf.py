@@ -206,6 +206,12 @@ def _hf_config(config: FlexBertConfig, ids: dict[str, int | None]) -> tuple[Any,
     return hf_config, None
 
 
+def carries_code(config: FlexBertConfig) -> bool:
+    """Whether an export of this architecture brings its own modeling file, for trust_remote_code=True. Raises
+    ConfigError as `to_hf` does."""
+    return _hf_config(config, {})[1] is None
+
+
 def check_exportable(config: FlexBertConfig) -> None:
     """Raise ConfigError for a component registered outside the package: an export could not compute it."""
     from flexbert import modeling_flexbert

@@ -153,8 +153,7 @@ def test_maxout(own: Any) -> None:
 
 
 def test_mean_attention(own: Any) -> None:
-    from flexbert.plan import AttentionPlan
-
+    from flexbert.kernels.plan import AttentionPlan
     from flexbert.positions import Positions
 
     attention = SLOTS["attention"].build(

@@ -17,7 +17,11 @@ __all__ = ["tiny_data"]
 ROOT = Path(__file__).parent.parent
 FILES = [
     ROOT / "main.py",
-    *(file for room in ("flexbert", "data", "training", "callbacks") for file in (ROOT / room).rglob("*.py")),
+    *(
+        file
+        for room in ("flexbert", "data", "training", "callbacks", "commands")
+        for file in (ROOT / room).rglob("*.py")
+    ),
 ]
 
 
@@ -41,7 +45,7 @@ def test_no_other_way_to_print() -> None:
             ):
                 faults.append(f"{file.name}:{call.lineno}: a Panel's title")
             if any(
-                isinstance(given.get(key), ast.Constant) and given[key].value is not False
+                isinstance(node := given.get(key), ast.Constant) and node.value is not False
                 for key in ("markup", "emoji")
             ):
                 faults.append(f"{file.name}:{call.lineno}: {name}(markup)")

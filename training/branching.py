@@ -13,14 +13,17 @@ from typing import Any
 
 import torch
 import xxhash
+from composer.utils import dist
 from torch import Tensor, nn
 
+from callbacks.ema import WeightAverage
 from data.loader import Loader, tokenizer_folder
 from data.tokenizer import corpus_tokenizer
 from flexbert import FlexBertConfig, FlexBertForMaskedLM, from_hf
 from schema import ConfigError, RunError, did_you_mean
 from training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, restore
 from training.config import RunConfig, read_recorded_config
+from training.ema import restore_average
 from training.phases import PhasePlan
 from training.shards import load_weights
 from training.vocabulary import with_rows
@@ -78,11 +81,20 @@ class Start:
                     "say `from: {checkpoint: ..., data: restart}`"
                 )
 
-    def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Loader) -> None:
-        """Put it into everything, in place; the optimizer keeps its own config's hyperparameters."""
+    def apply(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Loader, ema: WeightAverage | None
+    ) -> None:
+        """Put it into everything, in place; the optimizer and the moving average keep their own config's
+        hyperparameters."""
         if self.checkpoint is None:
             load_weights(model, self.weights)
             return
+        goes_on = ema is not None and restore_average(self.checkpoint, model, ema)
+        if goes_on != (ema is not None or bool(self.checkpoint.ema)) and dist.get_global_rank() == 0:
+            what = "has no moving average of the weights: this one's begins anew"
+            if ema is None:
+                what = "has a moving average of the weights, which is left out: this run has no `ema`"
+            log.warning("from: %s: %s", self.record["from"], what)
         # `setup` is optimi's mark that its step counter, which is in the group too, has begun.
         given = [
             {key: group[key] for key in optimizer.defaults if key in group and key != "setup"}
@@ -107,6 +119,10 @@ def read_origin(config: RunConfig) -> Start | None:
 
 
 def _read_hf(config: RunConfig, folder: Path) -> Start:
+    assert config.origin is not None
+    if config.origin.weights_only is False or config.origin.data == "continue":
+        wrong = "weights_only: false" if config.origin.weights_only is False else "data: continue"
+        raise ConfigError(f"from: {folder}: {wrong} cannot hold: a Hugging Face folder has weights only: leave it out")
     try:
         model = from_hf(folder)
     except ConfigError as error:
@@ -144,12 +160,14 @@ def _read_run(config: RunConfig, folder: Path) -> Start:
     theirs = parent.model.position.model_copy(update={key: value for key, value in theta.items() if value})
     trained = parent.model.model_copy(update={"position": theirs})
     _check_model(parent.model, trained, checkpoint.model, config, str(path))
-    weights_only = config.origin.weights_only
+    weights_only, data = config.origin.meaning
     if not weights_only and config.optimizer.name != parent.optimizer.name:
         raise ConfigError(
             f"optimizer: {config.optimizer.name!r} here, {parent.optimizer.name!r} in the state of {path}: give "
             "that, or say `from: {checkpoint: ..., weights_only: true}`"
         )
+    if weights_only and checkpoint.ema and config.ema is not None and dist.get_global_rank() == 0:
+        log.warning("from: %s: with weights_only the moving average of the weights begins anew", path)
     before = state.get("origin") or {"steps": 0, "tokens": 0}
     record = {
         "from": str(path),
@@ -157,7 +175,7 @@ def _read_run(config: RunConfig, folder: Path) -> Start:
         "run": parent.name,
         "steps": 0 if weights_only else before["steps"] + step,
         "tokens": before["tokens"] + plan.tokens_before(step),
-        "data": "restart" if weights_only else config.origin.data,
+        "data": data,
     }
     return Start(record, checkpoint.model, None if weights_only else checkpoint, parent, state.get("tokenizer"), None)
 

@@ -17,9 +17,11 @@ from flexbert.config import load_preset, named_init
 from schema import MAY_CHANGE, ConfigError, Count, Line, Schema, UserPath, did_you_mean, or_text, validate
 from training.batch_sizes import BatchSizeWarmup
 from training.imports import import_components
+from training.inheriting import inherit_masking
 from training.optim import OPTIMIZERS
 from training.origin import Origin, named_origin
 from training.parallelism import PARALLELISMS
+from training.recorded import as_recorded
 from training.schedules import SCHEDULES
 
 
@@ -31,7 +33,8 @@ class RopeTheta(Schema):
 
 
 class PhaseConfig(Schema):
-    """One phase: a token budget, and what changes with it. What is absent stays as in the phase before."""
+    """One phase: a token budget, and what changes with it. What is absent stays as in the phase before, key by key in
+    rope_theta and masking; but warmup, schedule and batch_size_warmup belong to one phase and are not inherited."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="for logs and milestones")
     tokens: Count = Field(
@@ -44,12 +47,16 @@ class PhaseConfig(Schema):
         default=None, description="fewer rows per step at first: {from: 768, tokens: 50B}; not inherited"
     )
     lr: float | None = Field(default=None, gt=0, description="peak learning rate of the phase")
-    warmup: Count = Field(default=0, description="tokens over which lr rises linearly from 0 at the phase's start")
+    warmup: Count = Field(
+        default=0, description="tokens over which lr rises linearly from 0 at the phase's start; not inherited"
+    )
     schedule: Annotated[Any, *SCHEDULES.slot()] = Field(
-        default="constant", description="shape of lr over the phase after warmup"
+        default="constant", description="shape of lr over the phase after warmup; not inherited"
     )
     rope_theta: RopeTheta = Field(default=RopeTheta(), description="raised when the context is extended")
-    masking: MaskingConfig | None = Field(default=None, description="which tokens the model restores")
+    masking: MaskingConfig | None = Field(
+        default=None, description="which tokens the model restores; absent keys stay as in the phase before"
+    )
     streams: dict[str, StreamShare] | None = Field(
         default=None, min_length=1, description="the mixture: these of data.streams, and no others"
     )
@@ -198,6 +205,14 @@ class EvaluationConfig(Schema):
     batch_size: int = Field(default=16, ge=1, description="rows per forward on each rank", json_schema_extra=MAY_CHANGE)
     masking: MaskingConfig = Field(default=MaskingConfig(rate=0.15), description="BERT's rate, whatever training uses")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit_rate(cls, node: Any) -> Any:
+        default = {"rate": cls.model_fields["masking"].default.rate}
+        if isinstance(node, dict) and isinstance(node.get("masking"), dict):
+            return {**node, "masking": default | node["masking"]}
+        return node
+
 
 class EmaConfig(Schema):
     """An exponential moving average of the weights, on when the run file has this section.
@@ -264,6 +279,12 @@ class RunConfig(Schema):
     wandb: WandbConfig | None = Field(
         default=None, description="Weights & Biases; absent: nothing is sent", json_schema_extra=MAY_CHANGE
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit_masking(cls, node: Any) -> Any:
+        """So that each phase's masking is whole here, and in config.yaml."""
+        return {**node, "phases": inherit_masking(node)} if isinstance(node, dict) and "phases" in node else node
 
     @property
     def folder(self) -> Path:
@@ -395,7 +416,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 
 def read_recorded_config(file: Path) -> RunConfig:
     """The config that a run recorded in its folder. Raises ConfigError when it does not load any more."""
-    return check_run(load_node(file), file)
+    return check_run(as_recorded(load_node(file)), file)
 
 
 def check_run(node: dict[str, Any], path: Path) -> RunConfig:

@@ -21,6 +21,7 @@ from training.folder import RunFolder
 from training.growing import check_source
 from training.parallelism import PARALLELISMS
 from training.phases import Phase, PhasePlan
+from training.recorded import as_begun
 from training.report import describe_model
 from training.sizes import disk_need
 from training.vocabulary import check_vocabulary
@@ -40,6 +41,8 @@ def dry_run(
     alone decides is printed even where data or starting weights are absent.
     Raises ConfigError, a line for each reason, when a real start would; RunError for damaged shards.
     """
+    folder = RunFolder(config.folder)
+    config = as_begun(config, folder)
     plan = PhasePlan(config)
     loader = plan.loader_config(config)
     console.print(f"{config.name}: {describe_model(config)} -> {config.folder}", soft_wrap=True)
@@ -54,7 +57,7 @@ def dry_run(
     _print_totals(config, plan, console, _price(plan.total_tokens, tokens_per_second, price_per_hour))
 
     faults: list[str] = []
-    folder, streams, start = RunFolder(config.folder), list[Stream](), None
+    streams, start = list[Stream](), None
     with _collected(faults):
         folder.check_config(config)
         folder.check_checkpoints()

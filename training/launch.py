@@ -30,7 +30,17 @@ _FLAGS = {
     "gpus-per-node": "--gpus-per-node",
     "cpus-per-task": "--cpus-per-node",
 }
-_OWN = ["array", "error", "gpus-per-socket", "gpus-per-task", "job-name", "no-requeue", "ntasks", "ntasks-per-core"]
+_OWN = [
+    "array",
+    "chdir",
+    "error",
+    "gpus-per-socket",
+    "gpus-per-task",
+    "job-name",
+    "no-requeue",
+    "ntasks",
+    "ntasks-per-core",
+]
 _OWN += ["ntasks-per-gpu", "ntasks-per-node", "ntasks-per-socket", "open-mode", "output", "parsable", "requeue"]
 _OWN += ["signal", "test-only", "time-min", "wrap"]
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
@@ -74,13 +84,32 @@ def launch_slurm(config_file: Path, overrides: Sequence[str], options: SlurmOpti
     return f"job {job} submitted: {script}, log in {folder / f'{job}.log'}"
 
 
+def parse_sbatch(given: Sequence[str]) -> dict[str, str]:
+    """`qos=high` and `exclusive` by name, "" for one without a value.
+
+    Raises ConfigError for one with an empty value, and for one given twice, of which sbatch would take one."""
+    options: dict[str, str] = {}
+    for option in given:
+        key, equals, value = option.partition("=")
+        key = key.removeprefix("--")
+        if not key:
+            raise ConfigError(f"--sbatch: {option!r}: expected an option of sbatch, such as qos=high or exclusive")
+        if equals and not value:
+            raise ConfigError(f"--sbatch: {option}: has no value: give one, or say --sbatch {key}")
+        if key in options:
+            raise ConfigError(f"--sbatch: {key}: is given twice: sbatch takes one")
+        options[key] = value
+    return options
+
+
 def render(config_file: Path, overrides: Sequence[str], name: str, folder: Path, options: SlurmOptions) -> str:
     """The job script: #SBATCH lines of submitit over configs/launch/slurm.sbatch. folder: for the logs."""
     if find_spec("submitit") is None:
         raise ConfigError("launch slurm: submitit is not installed: pip install -r requirements.txt")
     from submitit.slurm.slurm import _make_sbatch_string
 
-    command = [str(ROOT / "main.py"), "train", str(config_file.resolve()), *overrides]
+    # Not what a link leads to: `defaults` and `imports` in the file are relative to where it is named.
+    command = [str(ROOT / "main.py"), "train", str(config_file.absolute()), *overrides]
     values = {
         "FOLDER": shlex.quote(str(Path.cwd())),
         "ROOT": shlex.quote(str(ROOT)),
@@ -124,6 +153,9 @@ def _check(config: RunConfig, options: SlurmOptions) -> None:
                 f"--time: {options.time}: the run is asked to stop {LEAD} s before the limit: give more than "
                 f"{2 * LEAD // 60} minutes"
             )
+    for name, value in (("partition", options.partition), ("account", options.account)):
+        if value is not None and not value.strip():
+            raise ConfigError(f"--{name}: is empty: give one, or leave it out")
     for key in options.sbatch:
         _check_sbatch(key)
     ranks = options.nodes * options.gpus_per_node

@@ -150,6 +150,10 @@ class PhasePlan:
             return False
         return self.tokens_before(step) // interval > self.tokens_before(step - 1) // interval
 
+    def is_permanent(self, step: int, keep_every: int | None) -> bool:
+        """Whether the checkpoint after `step` steps is kept for ever."""
+        return self.is_milestone(step) or self.crosses(step, keep_every)
+
     def checkpoints(self, phase: Phase, interval: int | None) -> int:
         """Checkpoints that a phase's steps write: where they cross a multiple of `interval` tokens, and at its end."""
         count = 0

@@ -150,7 +150,7 @@ def _table(facts: dict[str, Any]) -> Table:
     for name, scores in line.get("streams", {}).items():
         if scores["loss"] is None:
             continue
-        rows[f"  {name}"] = f"{scores['loss']:.4f}, masked accuracy {scores['masked_accuracy']:.1%}"
+        rows[f"  {name}"] = f"{shown(scores['loss'], '.4f')}, masked accuracy {shown(scores['masked_accuracy'], '.1%')}"
     if facts["tokens_per_second"] is not None:
         rows["speed"] = f"{facts['tokens_per_second']:,.0f} tokens/s, {line['data_wait']:.1%} of the time without data"
         rows["speed"] += f", MFU {line['mfu']:.1%}" if "mfu" in line else ""

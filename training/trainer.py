@@ -37,9 +37,11 @@ from training.checkpoint import checkpoint_name, list_checkpoints, restore, take
 from training.composed import MaskedLanguageModel, Microbatch, count_tokens, split_batch
 from training.config import RunConfig
 from training.curves import draw_curves
+from training.ema import restore_average
 from training.evaluation import Evaluator
 from training.exporting import Exporter
 from training.faults import COLLECTIVE_MARGIN, Faults, lost_rank
+from training.finished import export_gone, settle_finished
 from training.folder import RunFolder
 from training.gauges import build_gauges
 from training.growing import read_source
@@ -47,9 +49,10 @@ from training.loggers import build_loggers
 from training.optim import OPTIMIZERS
 from training.parallelism import PARALLELISMS, Parallelism
 from training.phases import PhasePlan
+from training.recorded import as_begun
 from training.remote_checkpoints import RemoteCheckpoints, fetch_newest
 from training.saving import Saver
-from training.shards import cut_like, reshard
+from training.shards import reshard
 from training.vocabulary import check_vocabulary
 
 log = logging.getLogger(__name__)
@@ -244,14 +247,17 @@ class Run:
                 f"data.streams: the held-out shards are not those that {checkpoint.path} was measured on: restore "
                 "them, or give the run another name"
             )
+        if list(state["data"]) != list(self.fingerprints):  # lanes and passes know the streams by number
+            raise ConfigError(
+                f"data.streams: {', '.join(self.fingerprints)}: {checkpoint.path} was trained with them in the order "
+                f"{', '.join(state['data'])}: give them in that order"
+            )
         restore(checkpoint, self.model, self.optimizer)
         self.loader.load_state_dict(state["loader"])
         self.ledger.load_state_dict(state["ledger"])
         self.metrics.load_state_dict(state["metrics"])
         if self.ema is not None:
-            parameters = dict(self.model.named_parameters())
-            averages = {name: cut_like(whole, parameters[name]) for name, whole in checkpoint.ema.items()}
-            self.ema.load_state_dict(state["ema"], averages)
+            restore_average(checkpoint, self.model, self.ema)
         self.faults.load_state_dict(state["faults"])
         self._evaluated = state["evaluated"]
         self.seconds_before, self.origin = state["seconds"], state.get("origin")
@@ -280,7 +286,7 @@ class Run:
             self.ledger.trim(-1)
         if self.start is None:
             return
-        self.start.apply(self.model, self.optimizer, self.loader)
+        self.start.apply(self.model, self.optimizer, self.loader, self.ema)
         self.origin, self.start = self.start.record, None
         if self.rank == 0:
             write_file(self.folder.origin, json.dumps(self.origin, indent=1))
@@ -324,7 +330,7 @@ class Run:
 
     def _is_permanent(self, step: int) -> bool:
         """Whether the checkpoint after `step` steps is kept for ever."""
-        return self.plan.is_milestone(step) or self.plan.crosses(step, self.config.checkpoint.keep_every)
+        return self.plan.is_permanent(step, self.config.checkpoint.keep_every)
 
     def _catch_up(self, step: int) -> None:
         """What an interruption just after this step left out."""
@@ -435,13 +441,11 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
     rank = dist.get_global_rank()
     quiet_libraries()
     keep_freed_memory()
+    config = as_begun(config, folder)
     folder.check_config(config)
     summary = folder.finished()
-    if summary is not None:
-        if rank == 0:
-            text = f"{folder.path}: this run is finished ({summary['steps']} steps); nothing to do"
-            console.print(text, soft_wrap=True)
-        return summary
+    if summary is not None and not export_gone(folder, summary, rank):
+        return settle_finished(config, folder, summary, rank, console)
     signals.listen()
     # The watchdog speaks before a collective gives up by itself.
     timeout = config.trainer.hang_timeout
@@ -452,6 +456,7 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
     try:
         watchdog.meet()
         fetch_newest(config, folder, rank)
+        config = as_begun(config, folder)
         folder.check_checkpoints()
         run = Run(config, console, watchdog)
         run.open()

@@ -158,7 +158,7 @@ def test_counting_meets_a_damaged_head(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [{}, {"repeat": 2.0}, {"weight": 1.0}])
-def test_a_mixture_that_says_no_min_length_keeps_that_of_the_data(folder: Path, share: dict[str, float]) -> None:
+def test_a_mixture_that_says_no_min_length_keeps_that_of_the_data(folder: Path, share: dict[str, Any]) -> None:
     streams = {name: StreamShare(**share) for name in "ab"}
     dataset = MixtureDataset(config(folder, {"a": {"min_length": 100}, "b": {}}, [phase(9, streams=streams)]), 0, 1)
     for _, _, rows, _ in dataset.plan():
