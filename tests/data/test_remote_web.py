@@ -91,7 +91,7 @@ def test_what_is_said_of_a_fault_that_stays(faulty: tuple[Proxy, str], tmp_path:
     assert len(proxy.gets(shard)) == attempts
 
 
-@pytest.mark.parametrize("host", [f"127.0.0.1:{free_port()}", "data.invalid"])
+@pytest.mark.parametrize("host", [f"127.0.0.1:{free_port()}", "data.invalid"], ids=["refused", "unknown"])
 def test_no_server(tmp_path: Path, host: str) -> None:
     with pytest.raises(RunError, match=rf"^http://{host}/x/stream.json: Cannot connect .*\(after 2 attempts\)$"):
         open_stream(f"http://{host}/x", settings(tmp_path, download_retries=1))
