@@ -161,15 +161,18 @@ def train(
         if price_per_hour is not None and tokens_per_second is None:
             raise ConfigError("--price-per-hour: needs --tokens-per-second")
         from training.config import load_run_config
+        from training.effects import check_effects, check_launch, ranks
 
         run = load_run_config(config, overrides or [])
+        check_effects(run, config)
         # Rank 0 speaks; the launchers set RANK.
         console = plain_console(quiet=os.environ.get("RANK", "0") != "0")
         if dry_run:
             from training.dry_run import dry_run as show
 
-            show(run, console, int(os.environ.get("WORLD_SIZE", "1")), tokens_per_second, price_per_hour)
+            show(run, console, ranks(), tokens_per_second, price_per_hour)
             return
+        check_launch()
         from training import report
         from training.trainer import train as start
 
@@ -215,8 +218,12 @@ def doctor(
         from schema import plain_console
         from training.config import load_run_config
         from training.doctor import doctor as run
+        from training.effects import check_effects
 
-        fine = run(load_run_config(config, overrides or []) if config is not None else None, plain_console())
+        checked = None if config is None else load_run_config(config, overrides or [])
+        if checked is not None:
+            check_effects(checked, config)
+        fine = run(checked, plain_console())
     raise typer.Exit(0 if fine else 1)
 
 

@@ -14,6 +14,7 @@ from durable import write_file
 from schema import ConfigError, RunError, plain_console
 from training.config import RunConfig, load_run_config
 from training.dry_run import dry_run
+from training.effects import check_effects
 from training.phases import PhasePlan
 from training.signals import EXIT_PREEMPTED
 
@@ -66,6 +67,7 @@ def launch_slurm(config_file: Path, overrides: Sequence[str], options: SlurmOpti
     Raises ConfigError when the run or the options are wrong or Slurm is not here, RunError when sbatch refuses.
     """
     config = load_run_config(config_file, overrides)
+    check_effects(config, config_file)
     _check(config, options)
     folder = config.folder.resolve() / "slurm"
     text = render(config_file, overrides, config.name, folder, options)
