@@ -3,10 +3,10 @@ PYTEST_ARGS ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test lint format bench clean
+.PHONY: help setup setup-dev demo test test-transformers5 lint format schema docs bench clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 .venv/.run: requirements.txt constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed (tried '$(PYTHON)'): install it or say make PYTHON=/path/to/python3.11"; exit 1; }
@@ -29,6 +29,16 @@ demo: setup ## prepare text, pretrain a small encoder, export it, fill masks (5 
 test: setup-dev ## all tests, 25 minutes on two cores after the install (PYTEST_ARGS="-m 'not slow'" for the fast ones)
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile --durations=15 $(PYTEST_ARGS)
 
+# The packages of .venv, with those of requirements-transformers5.txt before them.
+.venv-hf5/.run: .venv/.dev requirements-transformers5.txt
+	$(PY) -m venv .venv-hf5
+	.venv-hf5/bin/python -m pip install --disable-pip-version-check --no-deps --ignore-installed -r requirements-transformers5.txt
+	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$(.venv-hf5/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/of_venv.pth"
+	@touch $@
+
+test-transformers5: .venv-hf5/.run ## exports with code of their own in transformers 5
+	OMP_WAIT_POLICY=passive .venv-hf5/bin/python -m pytest tests/flexbert/transformers5.py $(PYTEST_ARGS)
+
 lint: setup-dev ## ruff and pyright
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -38,7 +48,19 @@ format: setup-dev
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-bench: setup-dev ## the measurements that the README quotes
+schema: setup ## write configs/schema/ anew, after a change of a config's keys
+	$(PY) main.py schema --json
+
+.venv-docs/.done: requirements-docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --disable-pip-version-check -r requirements-docs.txt
+	@touch $@
+
+docs: setup .venv-docs/.done ## build the documentation into site/; open site/index.html
+	$(PY) main.py schema --markdown --output docs/reference.md
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+bench: setup-dev ## the loader, 2 trillion simulated tokens, start-up (docs/measurements.md names the other benchmarks)
 	$(PY) -m benchmarks.loader
 	$(PY) -m benchmarks.scale
 	$(PY) -m benchmarks.startup

@@ -46,9 +46,29 @@ app = typer.Typer(
 launch_app = typer.Typer(help="Start a run on a cluster.", no_args_is_help=True)
 app.add_typer(launch_app, name="launch")
 
-Config = Annotated[Path, typer.Argument(help="the run file, such as configs/demo.yaml", metavar="CONFIG")]
-DataConfig = Annotated[Path, typer.Argument(help="what to prepare, such as configs/data/demo.yaml", metavar="CONFIG")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="values to set: key.path=value", metavar="[KEY=VALUE]...")]
+
+def _place(path: str) -> str:
+    """A folder, file or URL with a leading ~ expanded, also where no shell has seen it (--output=~/x)."""
+    from schema import expand_user
+
+    try:
+        return expand_user(path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _path(path: str) -> Path:
+    return Path(_place(path))
+
+
+Config = Annotated[Path, typer.Argument(parser=_path, help="the run file, such as configs/demo.yaml", metavar="CONFIG")]
+DataConfig = Annotated[
+    Path, typer.Argument(parser=_path, help="what to prepare, such as configs/data/demo.yaml", metavar="CONFIG")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="values to set: key.path=value; of one key the last counts", metavar="[KEY=VALUE]..."),
+]
 
 
 @contextmanager
@@ -85,26 +105,34 @@ def inspect(
     folder: Annotated[
         str,
         typer.Argument(
-            help="a prepared dataset or one of its streams (folder or URL); with --step, a run", metavar="DIR"
+            parser=_place,
+            help="a prepared dataset or one of its streams (folder or URL); with --step, a run",
+            metavar="DIR",
         ),
     ],
-    samples: Annotated[int, typer.Option(min=0, help="documents to print of each stream")] = 3,
+    samples: Annotated[int | None, typer.Option(min=0, help="documents to print of each stream; default: 3")] = None,
     step: Annotated[int | None, typer.Option(help="of a run: the global batch that it trained on in this step")] = None,
-    rows: Annotated[int, typer.Option(min=0, help="with --step: rows to print; 0: all")] = 4,
+    rows: Annotated[int | None, typer.Option(min=0, help="with --step: rows to print; 0: all; default: 4")] = None,
     json: Annotated[bool, typer.Option("--json", help="with --step: one JSON line for each piece of a row")] = False,
 ) -> None:
     """Show what a prepared dataset holds, or replay a step of a run: its documents, decoded, with masks shown."""
     with plain_errors():
+        from schema import ConfigError
+
+        for option, given in (("--rows", rows is not None), ("--json", json)):
+            if given and step is None:
+                raise ConfigError(f"{option}: only says something with --step")
         if step is None:
             from data.inspect import inspect as run
 
-            run(folder, samples)
+            run(folder, 3 if samples is None else samples)
             return
-        from rich.console import Console
-
+        if samples is not None:
+            raise ConfigError("--samples: says nothing with --step: give --rows")
+        from schema import plain_console
         from training.replay import inspect_step
 
-        inspect_step(Path(folder), step, rows, json, Console(highlight=False))
+        inspect_step(Path(folder), step, 4 if rows is None else rows, json, plain_console())
 
 
 @app.command()
@@ -126,24 +154,25 @@ def train(
     from training import signals
 
     with plain_errors(), signals.from_start_up():
-        from schema import ConfigError
+        from schema import ConfigError, plain_console
 
         if tokens_per_second is not None and not dry_run:
             raise ConfigError("--tokens-per-second: only says something with --dry-run")
         if price_per_hour is not None and tokens_per_second is None:
             raise ConfigError("--price-per-hour: needs --tokens-per-second")
-        from rich.console import Console
-
         from training.config import load_run_config
+        from training.effects import check_effects, check_launch, ranks
 
         run = load_run_config(config, overrides or [])
+        check_effects(run, config)
         # Rank 0 speaks; the launchers set RANK.
-        console = Console(quiet=os.environ.get("RANK", "0") != "0")
+        console = plain_console(quiet=os.environ.get("RANK", "0") != "0")
         if dry_run:
             from training.dry_run import dry_run as show
 
-            show(run, console, int(os.environ.get("WORLD_SIZE", "1")), tokens_per_second, price_per_hour)
+            show(run, console, ranks(), tokens_per_second, price_per_hour)
             return
+        check_launch()
         from training import report
         from training.trainer import train as start
 
@@ -169,9 +198,9 @@ def slurm(
 ) -> None:
     """Submit a run as a Slurm job. It requeues itself when preempted or at its time limit, until the run is done."""
     with plain_errors():
-        from training.launch import SlurmOptions, launch_slurm
+        from training.launch import SlurmOptions, launch_slurm, parse_sbatch
 
-        more = {key: value for key, _, value in (option.partition("=") for option in sbatch or [])}
+        more = parse_sbatch(sbatch or [])
         options = SlurmOptions(nodes, gpus_per_node, partition, time, account, cpus_per_node, setup, more)
         print(launch_slurm(config, overrides or [], options, print_only))
 
@@ -179,39 +208,44 @@ def slurm(
 @app.command()
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(help="a run file: its streams, disk room and run folder are checked too")
+        Path | None,
+        typer.Argument(parser=_path, help="a run file: its streams, disk room and run folder are checked too"),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Check this machine: cores, memory, versions, devices, attention kernels, disk, data; and say what to do."""
     with plain_errors():
-        from rich.console import Console
-
+        from schema import plain_console
         from training.config import load_run_config
         from training.doctor import doctor as run
+        from training.effects import check_effects
 
-        fine = run(load_run_config(config, overrides or []) if config is not None else None, Console())
+        checked = None if config is None else load_run_config(config, overrides or [])
+        if checked is not None:
+            check_effects(checked, config)
+        fine = run(checked, plain_console())
     raise typer.Exit(0 if fine else 1)
 
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(help="a run folder: runs/NAME", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(parser=_path, help="a run folder: runs/NAME", metavar="RUN")],
     json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
 ) -> None:
     """Show where a run stands, live or dead: phase, loss, speed, ETA, newest checkpoint and whether it is whole."""
     with plain_errors():
-        from rich.console import Console
-
+        from schema import plain_console
         from training.status import status as show
 
-        show(run, json, Console())
+        show(run, json, plain_console())
 
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="a run folder: runs/NAME", metavar="RUN")],
-    output: Annotated[Path | None, typer.Option(help="the picture; default: RUN/curves.png")] = None,
+    run: Annotated[Path, typer.Argument(parser=_path, help="a run folder: runs/NAME", metavar="RUN")],
+    output: Annotated[
+        Path | None, typer.Option(parser=_path, metavar="FILE", help="the picture; default: RUN/curves.png")
+    ] = None,
 ) -> None:
     """Draw a run's curves against tokens: loss, learning rate, batch size, RoPE theta, sequence length."""
     with plain_errors():
@@ -223,22 +257,46 @@ def report(
 @app.command()
 def average(
     sources: Annotated[
-        list[Path], typer.Argument(help="a run (runs/NAME), or checkpoints (.../tokens-N)", metavar="RUN|CHECKPOINT...")
+        list[Path],
+        typer.Argument(
+            parser=_path, help="a run (runs/NAME), or checkpoints (.../tokens-N)", metavar="RUN|CHECKPOINT..."
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="the folder to write, which transformers loads")],
+    output: Annotated[
+        Path, typer.Option(parser=_path, metavar="DIR", help="the folder to write, which transformers loads")
+    ],
     last: Annotated[int | None, typer.Option(help="of a run: its newest K checkpoints", metavar="K")] = None,
     tokens: Annotated[str | None, typer.Option(help="of a run: those with these tokens", metavar="N1,N2,...")] = None,
     weights: Annotated[
-        str | None, typer.Option(help="a share for each, oldest first for a run; default: alike", metavar="W1,W2,...")
+        str | None,
+        typer.Option(
+            help="a share for each, in the order of --tokens or of the checkpoints given, with --last oldest first; "
+            "default: alike",
+            metavar="W1,W2,...",
+        ),
     ] = None,
 ) -> None:
     """Average the weights of checkpoints of one architecture and export the result."""
     with plain_errors():
-        from rich.console import Console
-
+        from schema import plain_console
         from training.averaging import average as run
 
-        run(sources, output, last, tokens, weights, Console(highlight=False))
+        run(sources, output, last, tokens, weights, plain_console())
+
+
+@app.command()
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="every key: type, range, default, meaning")] = False,
+    json: Annotated[bool, typer.Option("--json", help="a JSON Schema for each kind of file, for editors")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Markdown: the file, else it is printed; JSON: the folder [configs/schema]")
+    ] = None,
+) -> None:
+    """Write what run files, prepare files and model files may say, as Markdown or as JSON Schemas."""
+    with plain_errors():
+        from commands.schema import write_schema
+
+        write_schema(markdown, json, output)
 
 
 @app.command()

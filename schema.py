@@ -20,20 +20,25 @@ import difflib
 import importlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    GetJsonSchemaHandler,
     PlainSerializer,
     ValidationError,
     model_validator,
 )
+from pydantic.config import JsonDict
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 T = TypeVar("T")
 S = TypeVar("S", bound=BaseModel)
@@ -58,6 +63,17 @@ def named(place: str | Path) -> Iterator[None]:
         raise ConfigError("\n".join(f"{place}: {line}" for line in str(error).split("\n"))) from None
 
 
+def plain_console(**options: Any) -> "Console":
+    """A console of rich's that prints the user's paths and names as they are: no [markup], no :emoji:, no colours for
+    what looks like a number.
+
+    Style is a Text's or a table's. A Panel's title must be a Text: a str is markup there, whatever the console says.
+    """
+    from rich.console import Console
+
+    return Console(**{"markup": False, "emoji": False, "highlight": False, **options})
+
+
 class RunError(Exception):
     """The run cannot go on (damaged shard, full disk, ...): one line that names what and where. Exit code 1."""
 
@@ -75,10 +91,19 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
 
 
 class Schema(BaseModel):
-    """Base of every config: frozen, strict types, no unknown keys. Defaults are validated like given values."""
+    """Base of every config: frozen, strict types, no unknown keys. Defaults are validated like given values.
+
+    A field's help text is its `description`, or the docstring below it.
+    """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False, serialize_by_alias=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        serialize_by_alias=True,
+        use_attribute_docstrings=True,
     )
 
     @model_validator(mode="before")
@@ -96,6 +121,29 @@ class Component(Schema):
     """Base of the Config of a registered entry. `name` is the registered name."""
 
     name: str
+
+
+class Shown:
+    """Metadata of a field whose YAML may hold more than its Python type says: how its JSON Schema differs."""
+
+    def __init__(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self.change = change
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return self.change(handler(core_schema))
+
+
+class ShownSlot:
+    """Metadata of a field that names an entry of a registry: commands/schema.py makes a choice by name of it.
+
+    implied: keys that stand for a name: a mapping that holds one of them needs no `name`.
+    """
+
+    def __init__(self, registry: "Registry", optional: bool = False, implied: Mapping[str, str] | None = None) -> None:
+        self.registry, self.optional, self.implied = registry, optional, dict(implied or {})
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"x-slot": self}
 
 
 class Registry:
@@ -138,9 +186,9 @@ class Registry:
             raise ValueError(f"unknown {self.slot_name} {name!r}, {did_you_mean(name, self.entries)}")
         return self.entries[name].Config.model_validate(node)
 
-    def slot(self) -> tuple[Any, Any]:
+    def slot(self) -> tuple[Any, ...]:
         """Annotation metadata for a config field that holds one entry of this registry: `Annotated[Any, *R.slot()]`."""
-        return BeforeValidator(self.parse), PlainSerializer(lambda config: config.model_dump())
+        return BeforeValidator(self.parse), PlainSerializer(lambda config: config.model_dump()), ShownSlot(self)
 
     def build(self, config: Component, **runtime: Any) -> Any:
         """Construct the entry named by `config`; runtime facts (hidden_size, layer_index, ...) are keywords."""
@@ -168,7 +216,13 @@ def parse_count(value: Any) -> int:
     return round(number)
 
 
-Count = Annotated[int, BeforeValidator(parse_count)]
+def or_text(pattern: str, example: str) -> Shown:
+    """That a field may also hold a text of this pattern."""
+    return Shown(lambda node: {"anyOf": [node, {"type": "string", "pattern": pattern, "examples": [example]}]})
+
+
+_COUNT = r"^\s*[0-9]*\.?[0-9]+([eE][0-9]+)?\s*[KMBTkmbt]?\s*$"
+Count = Annotated[int, BeforeValidator(parse_count), or_text(_COUNT, "50B")]
 
 
 def _one_line(value: str) -> str:
@@ -177,8 +231,30 @@ def _one_line(value: str) -> str:
     return value
 
 
-# Of paths and names that stand in messages.
+MAY_CHANGE: JsonDict = {"may_change": True}
+"""Field(json_schema_extra=MAY_CHANGE): a run goes on with another value, which changes where things lie, speed or logs,
+and neither the weights' history nor any figure."""
+
+# Of names, URLs and patterns that stand in messages.
 Line = Annotated[str, AfterValidator(_one_line)]
+
+
+def expand_user(path: str) -> str:
+    """A local path with a leading `~` or `~NAME` replaced by that user's home folder; URLs are left as they are.
+
+    Raises ValueError for a user that is not known here.
+    """
+    if not path.startswith("~") or "://" in path:
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        user = path.split("/", 1)[0]
+        raise ValueError(f"{path!r}: {user} has no home folder here: write ./{user} for a name of that kind") from None
+
+
+# Of paths of the user's, local ones and URLs.
+UserPath = Annotated[str, AfterValidator(_one_line), AfterValidator(expand_user)]
 
 _BYTES = {"": 1} | {
     f"{prefix}{suffix}": base**power
@@ -201,38 +277,8 @@ def parse_size(value: Any) -> int:
     return round(number)
 
 
-Size = Annotated[int, BeforeValidator(parse_size)]
-
-
-def load_node(
-    path: str | Path, overrides: Sequence[str] = (), expand: Callable[[Any], Any] | None = None
-) -> dict[str, Any]:
-    """Read a YAML file with OmegaConf: `defaults` (files to merge under it), overrides `key.path=value`, interpolation.
-
-    expand: applied to the merged OmegaConf node before the overrides (presets). Raises ConfigError, one line per fault.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        node = _read_yaml(Path(path), ())
-        values = [_parse_override(override) for override in overrides]
-        # A whole section given by an override (`model=modernbert-base`) counts before the keys inside it.
-        for key, value in sorted(values, key=lambda pair: pair[0].count(".")):
-            if expand is not None and "." in key:
-                node = expand(node)
-            _check_entries(path, node, key)
-            OmegaConf.update(node, key, value, force_add=True)
-        if expand is not None:
-            node = expand(node)
-        return cast("dict[str, Any]", OmegaConf.to_container(node, resolve=True, throw_on_missing=True))
-    except OmegaConfBaseException as error:
-        where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise ConfigError(f"{path}: {where}{str(error).splitlines()[0]}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: sections lie too deep in each other, or in themselves: flatten them") from None
-    except (TypeError, AttributeError, IndexError, ValueError) as error:  # an override that goes through a plain value
-        raise ConfigError(f"{path}: override does not fit the file: {error}") from None
+_SIZE = r"^\s*[0-9]*\.?[0-9]+([eE]\+?[0-9]+)?\s*([kmgtKMGT][iI]?[bB])?\s*$"
+Size = Annotated[int, BeforeValidator(parse_size), or_text(_SIZE, "50gb")]
 
 
 def validate(schema: type[S], node: Any, path: str | Path) -> S:
@@ -259,66 +305,3 @@ def explain(error: ValidationError) -> list[str]:
             message += f", got {fault['input']!r}"
         lines.append(f"{where}: {message}" if where else message)
     return lines
-
-
-def _read_yaml(path: Path, parents: tuple[Path, ...]) -> Any:
-    """The file merged over its `defaults`. Raises ConfigError for a missing file, a syntax error or a circle."""
-    from omegaconf import DictConfig, ListConfig, OmegaConf
-    from yaml import MarkedYAMLError, YAMLError
-
-    try:
-        there, includes_itself = path.is_file(), path.resolve() in parents
-    except (OSError, ValueError) as error:  # a name that no file can have
-        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    if includes_itself:
-        raise ConfigError(f"{path}: defaults: the file includes itself")
-    if not there:
-        siblings = {str(file) for file in path.parent.glob("*.yaml")} if path.parent.is_dir() else set()
-        hint = f", {did_you_mean(str(path), siblings)}" if siblings else ""
-        raise ConfigError(f"{path}: no such file{hint}")
-    try:
-        node = OmegaConf.load(path)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise ConfigError(f"{place}: not valid YAML: {error.problem or error.context}") from None
-    except (YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
-    except OSError as error:
-        # OmegaConf raises a bare OSError for a file that holds a plain value
-        raise ConfigError(f"{path}: expected a mapping of keys to values ({error})") from None
-    if not isinstance(node, DictConfig):
-        raise ConfigError(f"{path}: expected a mapping of keys to values")
-    defaults = node.pop("defaults", [])
-    if isinstance(defaults, str):
-        defaults = [defaults]
-    if not isinstance(defaults, list | ListConfig) or not all(isinstance(base, str) and base for base in defaults):
-        raise ConfigError(f"{path}: defaults: expected a file or a list of files, got {defaults!r}")
-    bases = [_read_yaml(path.parent / base, (*parents, path.resolve())) for base in defaults]
-    return OmegaConf.merge(*bases, node)
-
-
-def _check_entries(path: str | Path, node: Any, key: str) -> None:
-    """Raise ConfigError, with the entries that there are, where an override's key names none of a list's."""
-    from omegaconf import DictConfig, ListConfig
-
-    parts = re.findall(r"[^.\[\]]+", key)
-    for number, part in enumerate(parts):
-        if isinstance(node, ListConfig):
-            if not re.fullmatch(r"-?[0-9]+", part) or not -len(node) <= int(part) < len(node):
-                entries = f"only 0 to {len(node) - 1}" if len(node) else "it is empty"
-                where = ".".join(parts[:number])
-                raise ConfigError(f"{path}: {key}: {where} has no entry {part}, {entries}")
-            node = node[int(part)]
-        else:
-            node = node.get(part) if isinstance(node, DictConfig) else None
-
-
-def _parse_override(override: str) -> tuple[str, Any]:
-    from omegaconf import OmegaConf
-
-    key, equals, value = override.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"override {override!r}: expected key.path=value")
-    parsed = OmegaConf.from_dotlist([f"value={value}"])
-    return key.strip(), OmegaConf.to_container(parsed)["value"]  # pyright: ignore

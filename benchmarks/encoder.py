@@ -39,8 +39,9 @@ import torch
 from torch import Tensor
 
 import flexbert
+from benchmarks.arguments import count, names_of, parser_of, refuse, with_defaults
 from flexbert.accounting import flops_per_token
-from flexbert.products import lacks, product
+from flexbert.kernels.cpu import lacks, product
 from training.allocator import keep_freed_memory
 
 SHARED = Path("../shared/data")
@@ -362,9 +363,9 @@ def _case(processes: dict[str, Process], case: str, task: str, rounds: int, limi
     return line
 
 
-def compare_memory() -> None:
+def compare_memory(labels: list[str]) -> None:
     """Peak memory that a training step at 8192 tokens adds to a process that has made its imports."""
-    for label in DTYPES:
+    for label in labels:
         found = {}
         for who in ("ours", "peer"):
             command = [sys.executable, "-m", "benchmarks.encoder", "--memory-of", who, "--dtype", label]
@@ -458,13 +459,18 @@ def _resident() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--peer", choices=["transformers"], default="transformers")
-    parser.add_argument("--rounds", type=int, default=7, help="of each case; up to nine times as many of short ones")
-    parser.add_argument("--limit", type=float, default=10, help="times as long as ours that a peer may take")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
-    parser.add_argument("--cases", help="of the models, separated by commas; default: all")
-    parser.add_argument("--dtypes", default=",".join(DTYPES), help="of the models, separated by commas")
+    parser.add_argument(
+        "--rounds",
+        type=count,
+        help="of each case, default 7; up to nine times as many of short ones; with --profile steps",
+    )
+    parser.add_argument("--limit", type=float, help="times as long as ours that a peer may take, default 10")
+    parser.add_argument("--only", type=names_of(PARTS), help="parts, separated by commas; default: all")
+    every = list(dict.fromkeys(case for cases in CASES.values() for case in cases))
+    parser.add_argument("--cases", type=names_of(every), help="of the models, separated by commas; default: all")
+    parser.add_argument("--dtypes", type=names_of(DTYPES), help="separated by commas; default: all")
     parser.add_argument("--profile", action="store_true", help="of ours, instead")
     parser.add_argument("--serve", choices=WHO, help=argparse.SUPPRESS)
     parser.add_argument("--model", choices=list(MODELS), help=argparse.SUPPRESS)
@@ -479,15 +485,27 @@ def main() -> None:
         serve(arguments.serve, arguments.model, DTYPES[arguments.dtype])
         return
     if arguments.profile:
-        profile(arguments.rounds, arguments.dtypes.split(","))
+        refuse(parser, arguments, "--profile", "only", "cases", "limit")
+    elif arguments.only == ["memory"]:
+        refuse(parser, arguments, "--only memory", "cases", "rounds", "limit")
+    with_defaults(arguments, rounds=7, limit=10.0, only=list(PARTS), dtypes=list(DTYPES))
+    if arguments.profile:
+        profile(arguments.rounds, arguments.dtypes)
         return
-    parts = arguments.only.split(",")
-    for name in MODELS:
-        if name in parts:
-            cases = list(CASES[name]) if arguments.cases is None else arguments.cases.split(",")
-            compare(name, arguments.dtypes.split(","), cases, arguments.rounds, arguments.limit)
-    if "memory" in parts:
-        compare_memory()
+    chosen = {
+        name: [case for case in CASES[name] if arguments.cases is None or case in arguments.cases]
+        for name in MODELS
+        if name in arguments.only
+    }
+    known = {case for name in chosen for case in CASES[name]}
+    for case in arguments.cases or ():
+        if case not in known:
+            parser.error(f"--cases: {case!r} is no case of --only {','.join(arguments.only)}")
+    for name, cases in chosen.items():
+        if cases:
+            compare(name, arguments.dtypes, cases, arguments.rounds, arguments.limit)
+    if "memory" in arguments.only:
+        compare_memory(arguments.dtypes)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import yaml
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from benchmarks.arguments import count, parser_of
 from data.keyed import torch_seed
 from schema import ConfigError
 from training.config import RunConfig, load_run_config
@@ -306,4 +307,6 @@ def main(count: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 10_000))
+    parser = parser_of(__doc__)
+    parser.add_argument("count", type=count, nargs="?", default=10_000, metavar="COUNT")
+    sys.exit(main(parser.parse_args().count))

@@ -16,7 +16,6 @@ medians over the rounds.
 `--agreement` prints how far losses and gradients are from float32 with the eager kernel instead.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.arguments import count, names_of, parser_of, refuse, with_defaults
 from benchmarks.encoder import MASKED, Batch, document_lengths, ours_of
 from flexbert.accounting import batch_flops
 
@@ -251,20 +251,25 @@ def gradients_of(way: Way) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cases", default=",".join(CASES), help="separated by commas")
-    parser.add_argument("--ways", default=",".join(WAYS), help="separated by commas")
+    parser = parser_of(__doc__)
+    parser.add_argument("--rounds", type=count, help="default 5")
+    parser.add_argument("--cases", type=names_of(CASES), help="separated by commas; default: all")
+    parser.add_argument("--ways", type=names_of(WAYS), help="separated by commas; default: all")
     parser.add_argument("--agreement", action="store_true", help="loss and gradients against float32, instead")
     parser.add_argument("--profile", type=Path, help="append tables of kernels to this file")
     arguments = parser.parse_args()
+    if arguments.agreement:
+        refuse(parser, arguments, "--agreement", "rounds", "cases", "ways", "profile")
+    with_defaults(arguments, rounds=5, cases=list(CASES), ways=list(WAYS))
+    if all(name.startswith("peer") for name in arguments.ways):
+        parser.error("--ways: one of ours must be among them")
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu: needs a CUDA device; on the CPU: python -m benchmarks.encoder")
     warnings.filterwarnings("ignore")
     if arguments.agreement:
         agreement()
         return
-    compare(arguments.ways.split(","), arguments.cases.split(","), arguments.rounds, arguments.profile)
+    compare(arguments.ways, arguments.cases, arguments.rounds, arguments.profile)
 
 
 if __name__ == "__main__":

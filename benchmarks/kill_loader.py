@@ -22,7 +22,7 @@ from data.loader import LoaderConfig, LoaderPhase, build_loader
 from data.masking import MaskingConfig
 from data.mixture import DataConfig, StreamConfig
 from durable import write_file
-from tests.data.synthetic import documents, write_stream
+from tests.data.synthetic import documents, write_stream, write_tokenizer
 
 SAVE_EVERY = 200
 ORPHAN_SECONDS = 15  # a worker looks for its parent every five seconds
@@ -30,7 +30,7 @@ ORPHAN_SECONDS = 15  # a worker looks for its parent every five seconds
 
 def configuration(folder: Path, steps: int) -> LoaderConfig:
     streams = {name: StreamConfig(path=str(folder / name)) for name in ("a", "b")}
-    data = DataConfig(tokenizer="none", streams=streams, num_workers=2, block_documents=200)
+    data = DataConfig(tokenizer=write_tokenizer(folder), streams=streams, num_workers=2, block_documents=200)
     lengths, rows = (64, 256, 128), (16, 8, 32)
     phases = [
         LoaderPhase(steps=steps // 3, global_batch_size=count, max_seq_len=length, masking=MaskingConfig())

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.arguments import count, parser_of
 from benchmarks.kill_loader import loader
 from data.keyed import keyed_generator
 
@@ -243,5 +244,10 @@ def main(names: list[str], kills: int, seed: int) -> None:
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    chosen = [arguments.pop(0)] if arguments and arguments[0] in PARTS else list(PARTS)
-    main(chosen, int(arguments[0]) if arguments else 100, int(arguments[1]) if len(arguments) > 1 else 0)
+    part = arguments.pop(0) if arguments and arguments[0] in PARTS else None
+    parser = parser_of(__doc__)
+    parser.usage = f"%(prog)s [{'|'.join(PARTS)}] [KILLS [SEED]]"
+    parser.add_argument("kills", type=count, nargs="?", default=100, metavar="KILLS")
+    parser.add_argument("seed", type=int, nargs="?", default=0, metavar="SEED")
+    given = parser.parse_args(arguments)
+    main([part] if part else list(PARTS), given.kills, given.seed)

@@ -13,7 +13,6 @@ when nothing in the buffer fits.
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -22,6 +21,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.arguments import parser_of
+from composing import load_node
 from data.loader import LoaderConfig, LoaderPhase, MixtureDataset, build_loader
 from data.masking import MaskingConfig
 from data.mixture import DataConfig, StreamConfig
@@ -29,7 +30,7 @@ from data.packing import SPECIAL_TOKENS_PER_SEQUENCE, Spans, cut
 from data.plan import PrepareConfig
 from data.preparation import prepare
 from data.shards import open_stream
-from schema import load_node, validate
+from schema import validate
 
 ROWS_PER_BATCH = 8  # of the greedy packer
 PROSE, BENCH, SIX_HUNDRED = Path("../shared/data/prose"), Path("datasets/bench"), Path("datasets/bench-600")
@@ -83,20 +84,21 @@ def real_text() -> Path:
 def six_hundred() -> Path:
     """Two streams of documents of 600 tokens in the mean (lognormal), 130 M tokens."""
     if not (SIX_HUNDRED / "b").is_dir():
-        from tests.data.synthetic import write_stream
+        from tests.data.synthetic import write_stream, write_tokenizer
 
         for number, name in enumerate("ab"):
             rng = np.random.Generator(np.random.Philox(number))
             lengths = np.clip(rng.lognormal(np.log(600) - 0.5, 1.0, 110_000), 16, 100_000).astype(int)
             documents = [rng.integers(5, 50_000, length) for length in lengths]
             write_stream(SIX_HUNDRED / name, "train", documents, 50_368, shard_bytes=64_000_000, chunk=2)
+        write_tokenizer(SIX_HUNDRED)
     return SIX_HUNDRED
 
 
 def configuration(dataset: Path, rows: int, max_seq_len: int, lanes: int | None, workers: int) -> LoaderConfig:
     names = sorted(path.name for path in dataset.iterdir() if (path / "train").is_dir())
     streams = {name: StreamConfig(path=str(dataset / name)) for name in names}
-    data = DataConfig(tokenizer="none", streams=streams, lanes=lanes, num_workers=workers)
+    data = DataConfig(tokenizer=str(dataset / "tokenizer"), streams=streams, lanes=lanes, num_workers=workers)
     phase = LoaderPhase(steps=10**6, global_batch_size=rows, max_seq_len=max_seq_len, masking=MaskingConfig())
     return LoaderConfig(seed=17, data=data, phases=[phase])
 
@@ -195,5 +197,7 @@ def measurements(dataset: Path) -> Iterator[dict[str, object]]:
 
 
 if __name__ == "__main__":
-    for line in measurements(Path(sys.argv[1]) if len(sys.argv) > 1 else real_text()):
+    parser = parser_of(__doc__)
+    parser.add_argument("dataset", type=Path, nargs="?", metavar="DATASET", help="default: made of real text")
+    for line in measurements(parser.parse_args().dataset or real_text()):
         print(json.dumps(line), flush=True)

@@ -30,6 +30,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from rich.console import Console
 
+from benchmarks.arguments import count, override, parser_of
 from callbacks.watchdog import Watchdog
 from data.loader import build_loader
 from training.allocator import keep_freed_memory
@@ -39,6 +40,12 @@ from training.trainer import Run, quiet_libraries
 
 ROOT = Path(__file__).parent.parent
 WARM = 3
+# Beginnings of keys that would change one side alone, or that `config_of` sets: the bare loop has the run's model,
+# optimizer, batches and autocast.
+UNFAIR = (
+    *("trainer=", "trainer.microbatch_size", "trainer.parallelism", "trainer.gradient_clip_norm"),
+    *("trainer.spike_guard", "ema", "from", "runs", "phases", "checkpoint"),
+)
 
 
 def config_of(runs: Path, steps: int, save_every: int | None, overrides: list[str]) -> RunConfig:
@@ -126,7 +133,8 @@ def bare(config: RunConfig, steps: int) -> None:
     while gate.pass_by():
         batch = batches[gate.done % steps]
         names = ("input_ids", "cu_seqlens", "max_seqlen", "labels")
-        loss = model(*(batch[name] for name in names), num_masked=batch["masked"]).loss
+        with run.autocast():
+            loss = model(*(batch[name] for name in names), num_masked=batch["masked"]).loss
         assert loss is not None
         loss.backward()
         optimizer.step()
@@ -151,12 +159,15 @@ def blocked(runs: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=10, help="of a round")
+    parser = parser_of(__doc__)
+    parser.add_argument("--rounds", type=count, default=100)
+    parser.add_argument("--steps", type=count, default=10, help="of a round")
     parser.add_argument("--serve", choices=["run", "bare", "blocked"], help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", help="of the run: KEY=VALUE")
+    parser.add_argument("overrides", type=override, nargs="*", help="of the run: KEY=VALUE")
     arguments = parser.parse_args()
+    for given in arguments.overrides:
+        if given.startswith(UNFAIR):
+            parser.error(f"{given}: {given.partition('=')[0]}: the bare loop has nothing of the kind, or both set it")
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         steps = (arguments.rounds + 1) * arguments.steps + 10

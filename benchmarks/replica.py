@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import override, parser_of
+
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "replica.yaml"
 # Share of the run's tokens at which it is stopped, how, and the processes that go on behind it. One in each phase.
@@ -101,8 +103,9 @@ def main(folder: Path, overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    given = [argument for argument in sys.argv[1:] if "=" not in argument]
-    main(
-        Path(given[0] if given else "runs/replica-benchmark").absolute(),
-        [argument for argument in sys.argv[1:] if "=" in argument],
-    )
+    arguments = sys.argv[1:]
+    folder = arguments.pop(0) if arguments and "=" not in arguments[0] and not arguments[0].startswith("-") else None
+    parser = parser_of(__doc__)
+    parser.usage = "%(prog)s [FOLDER] [KEY=VALUE ...]"
+    parser.add_argument("overrides", type=override, nargs="*", metavar="KEY=VALUE")
+    main(Path(folder or "runs/replica-benchmark").absolute(), parser.parse_args(arguments).overrides)

@@ -17,7 +17,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.arguments import count, parser_of
 from benchmarks.kills import Victim
 from durable import UNFINISHED
 from schema import RunError
@@ -219,5 +219,8 @@ def main(kills: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    arguments = [int(argument) for argument in sys.argv[1:]]
-    main(arguments[0] if arguments else 100, arguments[1] if len(arguments) > 1 else 0)
+    parser = parser_of(__doc__)
+    parser.add_argument("kills", type=count, nargs="?", default=100, metavar="KILLS")
+    parser.add_argument("seed", type=int, nargs="?", default=0, metavar="SEED")
+    given = parser.parse_args()
+    main(given.kills, given.seed)

@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -22,6 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 from rich.progress import track
 
+from benchmarks.arguments import parser_of
 from data.lanes import LaneCursor
 from data.loader import LoaderConfig, LoaderPhase, MixtureDataset
 from data.masking import MaskingConfig
@@ -236,4 +236,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "datasets/simulated-2t"))
+    parser = parser_of(__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("datasets/simulated-2t"), metavar="FOLDER")
+    main(parser.parse_args().folder)

@@ -11,6 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.arguments import parser_of
+
 
 def seconds_of_help(repeats: int = 7) -> list[float]:
     """Wall-clock seconds of `main.py --help`, the first (cold) one left out."""
@@ -48,7 +50,9 @@ def seconds_to_first_step(config: str) -> float:
 
 
 def main() -> None:
-    config = sys.argv[1] if len(sys.argv) > 1 else "configs/demo.yaml"
+    parser = parser_of(__doc__)
+    parser.add_argument("config", nargs="?", default="configs/demo.yaml", metavar="CONFIG")
+    config = parser.parse_args().config
     times = seconds_of_help()
     print(json.dumps({"help_seconds_median": round(statistics.median(times), 3), "slowest": round(max(times), 3)}))
     firsts = [seconds_to_first_step(config) for _ in range(3)]

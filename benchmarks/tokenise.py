@@ -16,24 +16,27 @@ import json
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import count, parser_of
+
 # Read when the tokenizer is first used: the peer's threads.
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
+from rich.console import Console
 
 from data.executors import Stage
 from data.executors.local import Local
+from data.output import claim
 from data.plan import PrepareConfig
-from data.preparation import _claim, _read, tokenising_steps
-from data.sources import SOURCES
+from data.preparation import _read, tokenising_steps
+from data.sources import SOURCES, Fault
 from data.tokenizer import corpus_tokenizer
 from schema import validate
 
@@ -49,7 +52,7 @@ def documents() -> list[str]:
         nodes = [{"name": "builtin", "part": part} for part in ("stdlib-code", "python-docs", "packages-docs")]
     found = []
     for source in (SOURCES.build(SOURCES.parse(node)) for node in nodes):
-        for text in (text for unit in source.units() for text in source.read(unit)):
+        for text in (text for unit in source.find().units for text in source.read(unit) if not isinstance(text, Fault)):
             found += _cut(text)
     return found
 
@@ -111,8 +114,8 @@ def main(repeats: int) -> None:
         config = set_up(folder, texts)
         output, executor = Path(config.output), Local(Local.Config(workers=None))
         executor.start()  # as prepare does, long before this stage: the imports are done while it reads
-        _claim(config, output)
-        plans = _read(config, output, executor)
+        claim(config, output)
+        plans = _read(config, output, executor, Console(stderr=True))
         tokenizer = corpus_tokenizer(output / "tokenizer")
         work_folder = output / ".work"
         cpu = work_folder / "cpu"
@@ -180,4 +183,6 @@ def report(times: dict[str, list[tuple[float, float]]], texts: list[str], worker
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
+    parser = parser_of(__doc__)
+    parser.add_argument("repeats", type=count, nargs="?", default=5, metavar="REPEATS")
+    main(parser.parse_args().repeats)

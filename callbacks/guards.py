@@ -1,6 +1,7 @@
 """Steps that must not be applied: a loss or gradient that is not finite, batches that a loss spike was traced to."""
 
 import inspect
+import logging
 import math
 import statistics
 from collections.abc import Callable
@@ -9,12 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
+from composer.utils import dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from callbacks.agree import on_any_rank
 from schema import RunError
 
+log = logging.getLogger(__name__)
 _LOSS = "loss/train/total"
 
 
@@ -22,6 +25,12 @@ def step_loss(state: State) -> float | None:
     """The loss of the step just finished; None when the step was not applied (StepGuard's callback runs first)."""
     loss = float(state.total_loss_dict[_LOSS])
     return loss if math.isfinite(loss) else None
+
+
+def predicted_loss(state: State) -> float | None:
+    """The same; None also when no token of the global batch was to be predicted: its 0 is no loss of the model's."""
+    # A mean of cross entropies is 0 to the last bit for no other reason.
+    return step_loss(state) or None
 
 
 class Spike(NamedTuple):
@@ -93,6 +102,8 @@ class StepGuard(Callback):
         """phase_of: name by step (0-based). culprit: names the first bad module; a collective."""
         self.max_bad_steps, self.phase_of, self.culprit, self.detector = max_bad_steps, phase_of, culprit, detector
         self.bad_steps = 0
+        self.predicted_steps = 0  # applied ones whose batch had a token to predict
+        self._has_warned = False
         self.skipped: list[range] = []  # 1-based steps
         self.spike: Spike | None = None  # of the step just finished
         self._in_a_row = 0
@@ -134,19 +145,38 @@ class StepGuard(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self.spike = None
+        step = state.timestamp.batch.value
         if not self._applied:
             state.total_loss_dict = {**state.total_loss_dict, _LOSS: math.nan}
-        elif self.detector is not None:
-            step, loss = state.timestamp.batch.value, float(state.total_loss_dict[_LOSS])
-            self.spike = self.detector.look(step, loss, self.phase_of(step - 1))
+        elif (loss := predicted_loss(state)) is None:
+            self._warn_of_nothing(step)
+        else:
+            self.predicted_steps += 1
+            if self.detector is not None:
+                self.spike = self.detector.look(step, loss, self.phase_of(step - 1))
+
+    def _warn_of_nothing(self, step: int) -> None:
+        if not self._has_warned and dist.get_global_rank() == 0:
+            log.warning(
+                "NOTHING TO PREDICT IN STEP %d: its rows hold special and unknown tokens only, so it trains on nothing "
+                "and has no loss. Does the tokenizer know the text? See `main.py inspect`. Said once",
+                step,
+            )
+        self._has_warned = True
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values for the checkpoint."""
         detector = self.detector and self.detector.state_dict()
-        return {"bad_steps": self.bad_steps, "in_a_row": self._in_a_row, "detector": detector}
+        return {
+            "bad_steps": self.bad_steps,
+            "predicted_steps": self.predicted_steps,
+            "in_a_row": self._in_a_row,
+            "detector": detector,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.bad_steps, self._in_a_row = state["bad_steps"], state["in_a_row"]
+        self.predicted_steps = state.get("predicted_steps", 1)  # older checkpoints do not say: not known to be none
         if self.detector is not None:
             self.detector.load_state_dict(state["detector"] or SpikeDetector(1.0, 2).state_dict())
 

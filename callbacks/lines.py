@@ -59,6 +59,11 @@ def nested(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return node
 
 
+def shown(value: float | None, form: str) -> str:
+    """A figure for people; a dash for one of nothing, such as the loss where no token was to be predicted."""
+    return "-" if value is None else format(value, form)
+
+
 def step_of(line: str) -> float:
     """The step of a line; infinite for one torn by a kill."""
     try:

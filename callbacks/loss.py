@@ -7,14 +7,14 @@ from composer.core import State
 
 from callbacks.clock import Clock, Window
 from callbacks.gauge import Gauge
-from callbacks.guards import StepGuard, step_loss
+from callbacks.guards import StepGuard, predicted_loss
 
 
 class Loss(Gauge):
     """
     | logged | unit | event, interval |
     |---|---|---|
-    | loss | nats per predicted token, mean over steps applied since the last line; null: none was | BATCH_END, line |
+    | loss | nats per predicted token, mean over the applied steps since the last line, or null | BATCH_END, line |
     | lr | of the line's step | same |
     | real_tokens | tokens of the run so far that are no padding | same |
     | data_wait | share of the time without evaluation and saving that the loader was waited for, rank 0 | same |
@@ -27,7 +27,7 @@ class Loss(Gauge):
         self._sum, self._steps = 0.0, 0
 
     def take_in(self, state: State) -> None:
-        loss = step_loss(state)
+        loss = predicted_loss(state)
         if loss is not None:
             self._sum += loss
             self._steps += 1

@@ -12,7 +12,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from callbacks.guards import step_loss
+from callbacks.guards import predicted_loss
+from callbacks.lines import shown
 from callbacks.metrics_file import MetricsFile
 
 _SECONDS_BETWEEN_LINES = 15.0
@@ -46,9 +47,9 @@ class ProgressLine(Callback):
         self._first_tokens = self.describe(state.timestamp.batch.value)["tokens"]
         if self.console.is_terminal:
             self._progress = _Bar(
-                TextColumn("{task.fields[phase]}"),
+                TextColumn("{task.fields[phase]}", markup=False),
                 BarColumn(bar_width=None),  # what the others leave of the line
-                TextColumn("{task.percentage:>3.0f}%  {task.fields[text]}  ETA"),
+                TextColumn("{task.percentage:>3.0f}%  {task.fields[text]}  ETA", markup=False),
                 TimeRemainingColumn(),
                 console=self.console,
                 transient=True,
@@ -58,7 +59,7 @@ class ProgressLine(Callback):
             self._progress.start()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        loss = step_loss(state)
+        loss = predicted_loss(state)
         if loss is not None:
             self._steps = min(self._steps + 1, _SMOOTHING_STEPS)
             self._loss += (loss - self._loss) / self._steps
@@ -68,7 +69,7 @@ class ProgressLine(Callback):
         speed = (tokens - self._first_tokens) / (now - self._start)
         lr, latest = state.optimizers[0].param_groups[0]["lr"], self.metrics.latest
         done = [f"{_short(tokens)}/{_short(self.total_tokens)} tokens", f"{_short(speed)} tokens/s"]
-        scores = _scores(self._loss, lr, latest)
+        scores = _scores(self._loss if self._steps else None, lr, latest)
         if self._progress is not None:
             self._progress.below = [scores, _stream_losses(latest), self._others()]
             text = "  ".join(done)
@@ -80,7 +81,7 @@ class ProgressLine(Callback):
             lines = _wrapped(first, self.console.width)
             for parts in (_stream_losses(latest), self._others()):
                 lines += _indented(parts, self.console.width)
-            self.console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+            self.console.print("\n".join(lines), soft_wrap=True)
 
     def _others(self) -> list[str]:
         """What callbacks of the user's log; evaluation has lines of its own."""
@@ -106,20 +107,20 @@ class _Bar(Progress):
             yield from (Text(line, no_wrap=True) for line in _indented(parts, self.console.width))
 
 
-def _scores(loss: float, lr: float, line: dict[str, Any]) -> list[str]:
+def _scores(loss: float | None, lr: float, line: dict[str, Any]) -> list[str]:
     """What is worth a look of the run so far and of a line of metrics.jsonl; what matters most comes first."""
     memory = line.get("cuda_peak_bytes", line.get("host_memory_bytes"))
-    shown: list[tuple[str, Callable[[float], str]]] = [
+    figures: list[tuple[str, Callable[[float], str]]] = [
         ("masked_accuracy", lambda value: f"accuracy {value:.1%}"),
         ("grad_norm", lambda value: f"grad {value:.2f}"),
         ("update_ratio", lambda value: f"update {value:.1e}"),
         ("mfu", lambda value: f"MFU {value:.1%}"),
         ("data_wait", lambda value: f"wait {value:.0%}"),
     ]
-    texts = [show(line[key]) for key, show in shown if line.get(key) is not None]
+    texts = [show(line[key]) for key, show in figures if line.get(key) is not None]
     texts += [f"{memory / 2**30:.1f} GiB"] if memory is not None else []
     texts += [f"cost {line['cost']:,.2f} of {line['cost_to_end']:,.2f}"] if "cost" in line else []
-    return [f"loss {loss:.3f}", f"lr {lr:.1e}", *texts]
+    return [f"loss {shown(loss, '.3f')}", f"lr {lr:.1e}", *texts]
 
 
 def _stream_losses(line: dict[str, Any]) -> list[str]:

@@ -16,17 +16,18 @@ import errno
 import fcntl
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import xxhash
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from durable import new_folder
-from schema import ConfigError, RunError, Schema, Size
+from schema import MAY_CHANGE, ConfigError, RunError, Schema, Size, UserPath
 
 log = logging.getLogger(__name__)
 
@@ -37,29 +38,54 @@ _SLACK = 8  # whoever fetches ahead of use leaves 1/8 of the limit to what is us
 _READ_BYTES = 1 << 20
 
 
+def _cache_home() -> Path:
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:  # a container's user that has no home
+        return Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+
+
+def _local(folder: str) -> str:
+    if "://" in folder:
+        raise ValueError(f"expected a folder on local disk, got {folder!r}")
+    return folder
+
+
 class CacheConfig(Schema):
     """How remote streams are fetched and kept. Changes nothing that a run trains on."""
 
-    cache: str = Field(
-        default_factory=lambda: f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/flexbert",
-        description="folder on local disk for shards of remote streams (URLs); runs may share it",
+    cache: Annotated[UserPath, AfterValidator(_local)] = Field(
+        default_factory=lambda: str(_cache_home() / "flexbert"),
+        description="folder on local disk for shards of remote streams (URLs); runs may share it; default: flexbert in "
+        "$XDG_CACHE_HOME, else in ~/.cache",
+        json_schema_extra=MAY_CHANGE,
     )
     cache_limit: Size = Field(
         default=50 * 10**9,
         gt=0,
         description="bytes that it may hold; should be over lanes of the node x shuffle_shards x shard size",
+        json_schema_extra=MAY_CHANGE,
     )
     download_retries: int = Field(
         default=8,
         ge=0,
-        description="more attempts after a lost connection, timeout or 5xx, ever further apart",
+        description="more attempts after a lost connection, timeout, 429 or 5xx, ever further apart",
+        json_schema_extra=MAY_CHANGE,
     )
-    download_timeout: float = Field(default=30.0, gt=0, description="seconds without a byte until an attempt failed")
+    download_timeout: float = Field(
+        default=30.0,
+        gt=0,
+        description="seconds without a byte until an attempt failed, of S3 and http(s); other protocols' clients have "
+        "limits of their own",
+        json_schema_extra=MAY_CHANGE,
+    )
 
     @property
     def cache_folder(self) -> Path:
-        """`cache` with ~ expanded."""
-        return Path(self.cache).expanduser()
+        """`cache`."""
+        return Path(self.cache)
 
 
 class CachedShard(NamedTuple):

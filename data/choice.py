@@ -26,7 +26,7 @@ from data.shards import chunk_documents
 from durable import write_file
 from schema import ConfigError
 
-# Why a document is left out; 1 to 253: the number of the filter in the config, from 1.
+# Why a document is left out; 1 to 252: the number of the filter in the config, from 1; ODD.
 _KEPT, _OVER_BUDGET, _COPY = 0, 254, 255
 _BINS = 2**16
 
@@ -40,6 +40,8 @@ class TaskPlan(NamedTuple):
     """By split."""
     filtered: dict[str, list[int]]
     """By filter and split."""
+    over_max_bytes: list[int]
+    """By split."""
 
 
 def choose_documents(config: PrepareConfig, work: Path, tasks: list[dict[str, Any]], run: Run) -> list[TaskPlan]:
@@ -68,9 +70,10 @@ def filter_labels(config: PrepareConfig, stream: str) -> list[str]:
 def _load_plan(config: PrepareConfig, work: Path, name: str, rank: int) -> TaskPlan:
     with np.load(numbered(work / "plan", rank, ".npz")) as file:
         duplicates, filtered, kept_bytes = file["duplicates"], file["filtered"], file["kept_bytes"]
+        over_max_bytes = file["over_max_bytes"].tolist()
     labels = filter_labels(config, name)
     counts = {label: counts.tolist() for label, counts in zip(labels, filtered, strict=True)}
-    return TaskPlan(name, int(kept_bytes), duplicates.tolist(), counts)
+    return TaskPlan(name, int(kept_bytes), duplicates.tolist(), counts, over_max_bytes)
 
 
 class _Choice:
@@ -165,6 +168,7 @@ class _Choice:
                 filtered=np.array(
                     [np.bincount(splits[reasons == each], minlength=len(SPLITS)) for each in range(1, filters + 1)]
                 ).reshape(filters, len(SPLITS)),
+                over_max_bytes=np.bincount(splits[reasons == _OVER_BUDGET], minlength=len(SPLITS)),
                 kept_bytes=sizes[kept].sum(),
             )
         _check_splits(self.config, self.name, full.tolist())
@@ -177,7 +181,7 @@ def _check_splits(config: PrepareConfig, name: str, counts: list[int]) -> None:
     share, total = config.validation_share(name), sum(counts)
     if total == 0:
         raise ConfigError(
-            f"{config._file}: streams.{name}: holds no document (all empty, filtered, duplicates or left out)"
+            f"{config._file}: streams.{name}: holds no document (all empty, filtered, duplicates, skipped or left out)"
         )
     if counts[0] == 0:
         raise ConfigError(

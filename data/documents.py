@@ -3,7 +3,8 @@
 A task is a run of units of one stream, listed in WORK/tasks/NNNNN.json. Scanning leaves, in WORK/scan:
 
     NNNNN.npz          digests (documents, 2) uint64, sizes (documents,) int64 in UTF-8 bytes,
-                       filtered (documents,) uint8: 0, or n + 1 for rejected by the n-th filter
+                       filtered (documents,) uint8: 0, n + 1 for rejected by the n-th filter, or ODD
+    NNNNN.skipped.json {reason: [how many, the first of them]}: what on_error: skip, or a rule of the source, leaves out
     NNNNN.sorted.npy   digests of the documents that are neither empty nor filtered, (2, those) uint64, ascending
     NNNNN.order.npy    their positions in the task, (those,) uint32; equal digests in document order
 """
@@ -11,6 +12,7 @@ A task is a run of units of one stream, listed in WORK/tasks/NNNNN.json. Scannin
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,14 @@ from datatrove.pipeline.base import PipelineStep
 from numpy.typing import NDArray
 
 from data.filters import DocumentFilter
-from data.sources import SOURCES, Unit
+from data.sources import SOURCES, DamagedError, Fault, Unit
+from data.sources.text import mend_surrogates, shown
+from durable import write_file
 from schema import RunError
 
 SPLITS = ("train", "validation")
+ODD = 253
+"""In a scan: a document whose columns a filter cannot make sense of."""
 DROPPED = 255
 """In a plan: the document is in no split. Else the value is an index into SPLITS."""
 
@@ -37,11 +43,6 @@ def numbered(folder: Path, rank: int, suffix: str) -> Path:
 def digest(content: bytes) -> bytes:
     """128-bit content hash of a document. Two documents with the same are taken to be the same."""
     return xxhash.xxh3_128_digest(content)
-
-
-def encode(text: str) -> bytes:
-    """A document in UTF-8; lone surrogates, which some sources let through, are no error."""
-    return text.encode("utf-8", "surrogatepass")
 
 
 def digests_to_numbers(digests: bytes) -> NDArray[np.uint64]:
@@ -83,39 +84,76 @@ class Meter:
         self._line[0] = done_bytes
 
 
+class TaskDocuments:
+    """The documents of a task's units, in order: text, place and columns of each.
+
+    skipped: {reason: [how many, the first of them]} of what was none, as far as has been read.
+    """
+
+    def __init__(self, task: Mapping[str, Any], columns: bool = False, meter: Meter | None = None) -> None:
+        self.task, self.meter = task, meter
+        self.columns: list[str] = task["columns"] if columns else []
+        self.source = SOURCES.build(SOURCES.parse(task["source"]))
+        self.skipped: dict[str, list[Any]] = {}
+
+    def __iter__(self) -> Iterator[Document]:
+        """Raises RunError for the first fault, unless the stream's on_error is `skip`."""
+        done = 0
+        for number, unit in enumerate(Unit(*fields) for fields in self.task["units"]):
+            try:
+                for index, row in enumerate(self._rows(unit)):
+                    if isinstance(row, Fault):
+                        self.skip(row)
+                        continue
+                    text, values = row
+                    metadata = {"place": unit.path, "columns": values}
+                    yield Document(text=mend_surrogates(text), id=f"{number}/{index}", metadata=metadata)
+            except DamagedError as error:
+                self.skip(Fault(error.reason, partial(DamagedError, str(error))))
+            done += unit.bytes
+            if self.meter is not None:
+                self.meter.set(done)
+
+    def skip(self, fault: Fault) -> None:
+        """Count a fault, or raise it."""
+        if fault.error is not None and self.task["on_error"] == "fail":
+            raise fault.error()
+        if fault.reason not in self.skipped:
+            self.skipped[fault.reason] = [0, str(fault.error()) if fault.error is not None else ""]
+        self.skipped[fault.reason][0] += 1
+
+    def _rows(self, unit: Unit) -> Iterator[tuple[str, dict[str, Any]] | Fault]:
+        if self.columns:
+            return self.source.read_columns(unit, self.columns)
+        return (row if isinstance(row, Fault) else (row, {}) for row in self.source.read(unit))
+
+
+def load_task(work: Path, rank: int) -> dict[str, Any]:
+    """What WORK/tasks says about a task."""
+    return json.loads(numbered(work / "tasks", rank, ".json").read_text(encoding="utf-8"))
+
+
 class ReadUnits(PipelineStep):
     """The documents of a task's units, in order."""
 
     type, name = "READER", "units of a source"
 
-    def __init__(self, work: Path, first: int = 0, columns: bool = False, meter: bool = True) -> None:
+    def __init__(self, work: Path, first: int = 0, meter: bool = True) -> None:
         """
         Args:
             first: task that rank 0 of this pipeline reads.
-            columns: give each document the columns that the task's filters want, as metadata.
             meter: count the units' bytes as progress; else a later step does.
         """
         super().__init__()
-        self.work, self.first, self.columns, self.meter = work, first, columns, meter
+        self.work, self.first, self.meter = work, first, meter
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        task = json.loads(numbered(self.work / "tasks", self.first + rank, ".json").read_text(encoding="utf-8"))
-        source = SOURCES.build(SOURCES.parse(task["source"]))
-        columns = task["columns"] if self.columns else []
         meter = Meter(self.work, rank) if self.meter else None
-        done = 0
-        for number, unit in enumerate(Unit(*fields) for fields in task["units"]):
-            rows = source.read_columns(unit, columns) if columns else ((text, {}) for text in source.read(unit))
-            for index, (text, values) in enumerate(rows):
-                metadata = {"place": unit.path, "columns": values}
-                yield Document(text=text, id=f"{number}/{index}", metadata=metadata)
-            done += unit.bytes
-            if meter is not None:
-                meter.set(done)
+        yield from TaskDocuments(load_task(self.work, self.first + rank), meter=meter)
 
 
 class Scan(PipelineStep):
-    """Filter, digest and measure every document."""
+    """Read a task; filter, digest and measure every document."""
 
     type, name = "STATS", "scan"
 
@@ -125,14 +163,19 @@ class Scan(PipelineStep):
         self.work, self.filters = work, filters
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        task = json.loads(numbered(self.work / "tasks", rank, ".json").read_text(encoding="utf-8"))
+        task = load_task(self.work, rank)
         filters = [(number, each) for number, each in enumerate(self.filters[task["stream"]], 1) if each is not None]
         digests, sizes, filtered = bytearray(), [], bytearray()
-        for document in data:
-            content = encode(document.text)
+        documents = TaskDocuments(task, columns=True, meter=Meter(self.work, rank))
+        for document in documents:
+            content = document.text.encode("utf-8")
             digests += digest(content)
             sizes.append(len(content))
-            filtered.append(_rejecting(filters, document, len(sizes)))
+            number = _rejecting(filters, document, len(sizes))
+            if isinstance(number, Fault):
+                documents.skip(number)
+                number = ODD
+            filtered.append(number)
         numbers = digests_to_numbers(bytes(digests))
         arrays = {"sizes": np.array(sizes, np.int64), "filtered": np.frombuffer(bytes(filtered), np.uint8)}
         there = np.flatnonzero((arrays["filtered"] == 0) & (arrays["sizes"] > 0))
@@ -140,18 +183,20 @@ class Scan(PipelineStep):
         save_array(numbered(self.work / "scan", rank, ".sorted.npy"), np.ascontiguousarray(numbers[there].T))
         save_array(numbered(self.work / "scan", rank, ".order.npy"), there.astype(np.uint32))
         save_arrays(numbered(self.work / "scan", rank, ".npz"), digests=numbers, **arrays)
+        write_file(numbered(self.work / "scan", rank, ".skipped.json"), json.dumps(documents.skipped).encode())
         yield from ()
 
 
-def _rejecting(filters: Sequence[tuple[int, DocumentFilter]], document: Document, position: int) -> int:
-    """Number of the first filter that rejects the document, or 0."""
+def _rejecting(filters: Sequence[tuple[int, DocumentFilter]], document: Document, position: int) -> int | Fault:
+    """Number of the first filter that rejects the document, or 0; a Fault when its columns make no sense to one."""
     for number, each in filters:
         try:
             if not each.keeps(document.text, document.metadata["columns"]):
                 return number
         except ValueError as error:
             place = f"{document.metadata['place']}: document {position} of its part"
-            raise RunError(f"{place}: filter {each.config.name!r}: {error}") from None
+            message = f"{place}: filter {each.config.name!r}: {error}"
+            return Fault(f"filter {each.config.name!r}: wrong column value", partial(RunError, shown(message)))
     return 0
 
 
@@ -172,7 +217,7 @@ class Select(PipelineStep):
             splits = plan["splits"].tolist()
         count = 0
         for document in data:
-            content = encode(document.text)
+            content = document.text.encode("utf-8")
             if digest(content) != expected[16 * count : 16 * count + 16]:
                 raise self._changed(document.metadata["place"])
             if splits[count] != DROPPED:
@@ -183,4 +228,6 @@ class Select(PipelineStep):
             raise self._changed("a source")
 
     def _changed(self, place: str) -> RunError:
-        return RunError(f"{place}: changed while it was being prepared: delete {self.work.parent} and prepare again")
+        return RunError(
+            f"{shown(place)}: changed while it was being prepared: delete {self.work.parent} and prepare again"
+        )

@@ -1,6 +1,8 @@
 """Show what a prepared dataset holds: counts, lengths, integrity, and a few documents in plain text."""
 
+import json
 import os
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,16 @@ from rich.text import Text
 
 from data.cache import CacheConfig
 from data.keyed import keyed_generator
-from data.shards import MANIFEST, Stream, open_stream
+from data.shards import CHUNKS, MANIFEST, Stream, open_stream
 from data.tokenizer import corpus_tokenizer, tokenizer_facts
 from data.transfer import is_url
-from schema import ConfigError, RunError
+from schema import ConfigError, RunError, plain_console
 
 _BAR_COLUMNS = 40
 _SHOWN_TOKENS = 200
+_COUNTS = "token_counts.npy"
+_BESIDE = (CHUNKS, _COUNTS, "index.json")  # files of a finished split, beside its manifest and its shards
+_UNFINISHED = "{}: not finished: run `python main.py prepare CONFIG` again to complete it"
 
 
 def inspect(path: str | Path, samples: int = 3, console: Console | None = None) -> None:
@@ -31,7 +36,7 @@ def inspect(path: str | Path, samples: int = 3, console: Console | None = None) 
         ConfigError: there is no stream, or an unfinished one.
         RunError: a shard whose tokens are to be shown is damaged.
     """
-    console = console or Console(highlight=False)
+    console = console or plain_console()
     streams = [open_stream(place) for place in (_find_remote(str(path)) if is_url(path) else _find_streams(Path(path)))]
     console.print(_overview(streams))
     for stream in streams:
@@ -48,9 +53,10 @@ def _find_streams(path: Path) -> list[Path]:
         raise ConfigError(
             f"{path}: holds no {MANIFEST}: run `python main.py prepare CONFIG` to make or complete a dataset"
         )
-    for part in sorted(folder for level in levels for folder in path.glob(f"{level}part-*")):
-        if part.parent not in found:
-            raise ConfigError(f"{part.parent}: not finished: run `python main.py prepare CONFIG` again to complete it")
+    traces = (file for level in levels for trace in ("part-*", *_BESIDE) for file in path.glob(f"{level}{trace}"))
+    for trace in sorted(traces):
+        if trace.parent not in found and not trace.parent.name.startswith("part-"):
+            raise ConfigError(_UNFINISHED.format(trace.parent))
     return found
 
 
@@ -59,8 +65,13 @@ def _find_remote(url: str) -> list[str]:
     from data.remote import list_files
 
     url = url.rstrip("/")
-    files = [name.split("/") for name in list_files(url, CacheConfig())]
-    return ["/".join([url, *parts[:-1]]) for parts in files if parts[-1] == MANIFEST and len(parts) <= 3] or [url]
+    files = [name.split("/") for name in list_files(url, CacheConfig()) if name.count("/") <= 2]
+    found = ["/".join([url, *parts[:-1]]) for parts in files if parts[-1] == MANIFEST]
+    for *folders, name in files:
+        place = "/".join([url, *folders])
+        if name in _BESIDE and place not in found and not place.rpartition("/")[2].startswith("part-"):
+            raise ConfigError(_UNFINISHED.format(place))
+    return found or [url]
 
 
 def _overview(streams: list[Stream]) -> Table:
@@ -87,12 +98,34 @@ def _remote_state(stream: Stream) -> Text:
         stream.check_files()
     except RunError as error:
         return Text(str(error), "red")
-    return Text("of the right size", "green")
+    damaged = _damaged_beside(stream)
+    return Text(f"damaged: {', '.join(damaged)}", "red") if damaged else Text("of the right size", "green")
 
 
 def _state(stream: Stream) -> Text:
-    damaged = _damaged(stream)
+    damaged = _damaged_beside(stream) + _damaged(stream)
     return Text(f"damaged: {', '.join(damaged)}", "red") if damaged else Text("good", "green")
+
+
+def _damaged_beside(stream: Stream) -> list[str]:
+    """Those of the small files beside the manifest that are missing or not what was written."""
+    damaged = []
+    manifest = stream.manifest
+    for name in _BESIDE:
+        try:
+            content = stream.files.read(name)
+            if name == CHUNKS:
+                good = xxhash.xxh3_64_hexdigest(content) == manifest.chunks_xxh3_64
+            elif name == _COUNTS:
+                counts = np.load(BytesIO(content), allow_pickle=False)
+                good = counts.shape == (manifest.vocab_size,) and int(counts.sum()) == manifest.tokens
+            else:
+                good = len(json.loads(content)["shards"]) == len(manifest.shards)
+        except (ConfigError, ValueError, EOFError, KeyError, TypeError, OSError):
+            good = False
+        if not good:
+            damaged.append(name)
+    return damaged
 
 
 def _damaged(stream: Stream) -> list[str]:
@@ -111,19 +144,15 @@ def _damaged(stream: Stream) -> list[str]:
 
 def _show(stream: Stream, samples: int, console: Console) -> None:
     manifest = stream.manifest
-    console.rule(f"{manifest.name}/{manifest.split}")
-    console.print(f"source     {_one_line(manifest.source)}")
-    console.print(f"tokenizer  {manifest.vocab_size:,} ids ({manifest.dtype}), {_tokenizer_state(stream)}")
-    console.print(
-        f"text       {manifest.bytes / 1e6:,.1f} MB; {manifest.duplicate_documents:,} duplicates and "
-        f"{manifest.empty_documents:,} empty documents left out"
-    )
+    console.rule(Text(f"{manifest.name}/{manifest.split}"))
+    folder, state = _tokenizer(stream)
+    for line in _facts(stream, state):
+        console.print(line, markup=False)  # a path may hold brackets
     console.print("\ndocuments by length in tokens")
     most = max(manifest.length_histogram.values(), default=1)
     for edge, count in sorted(manifest.length_histogram.items(), key=lambda item: int(item[0])):
         bar = "#" * max(1, round(_BAR_COLUMNS * count / most))
         console.print(f"  {int(edge):>9,}+ {bar:<{_BAR_COLUMNS}} {count:,}")
-    folder = _tokenizer_folder(stream)
     if not samples or folder is None:
         return
     tokenizer = corpus_tokenizer(folder)
@@ -139,32 +168,49 @@ def _show(stream: Stream, samples: int, console: Console) -> None:
         )
 
 
+def _facts(stream: Stream, tokenizer: str) -> list[str]:
+    """Where a stream comes from, and what became of all that was there. tokenizer: what to say of it."""
+    manifest = stream.manifest
+    lines = [
+        f"source     {_one_line(manifest.source)}",
+        f"tokenizer  {manifest.vocab_size:,} ids ({manifest.dtype}), {tokenizer}",
+        f"text       {manifest.bytes / 1e6:,.1f} MB; {manifest.duplicate_documents:,} duplicates and "
+        f"{manifest.empty_documents:,} empty documents left out",
+    ]
+    dropped = {**manifest.filtered, "over max_bytes": manifest.over_max_bytes}
+    if any(dropped.values()):
+        lines.append(f"filtered   {', '.join(f'{count:,} {why}' for why, count in dropped.items() if count)}")
+    if manifest.unknown_tokens is not None:
+        share = 100 * manifest.unknown_tokens / max(manifest.tokens, 1)
+        lines.append(f"unknown    {manifest.unknown_tokens:,} tokens ({share:.2f} %)")
+    if manifest.read is not None:
+        skipped = [f"{count:,} {why}" for kind in manifest.skipped.values() for why, count in kind.items()]
+        read = f"{manifest.read['documents']:,} documents from {manifest.read['files']:,} files"
+        lines.append(f"read       {read}; skipped: {', '.join(skipped) or 'nothing'} (of the whole stream)")
+    return lines
+
+
 def _one_line(source: dict[str, Any]) -> str:
     return ", ".join(f"{key}: {value}" for key, value in source.items() if value is not None)
 
 
-def _tokenizer_folder(stream: Stream) -> Path | None:
-    """That of the stream's dataset, if it is there."""
-    if is_url(stream.path):
-        from data.remote import fetch_tokenizer
-
-        try:
-            return fetch_tokenizer(_tokenizer_place(stream), CacheConfig())
-        except ConfigError:
-            return None
-    folder = Path(_tokenizer_place(stream))
-    return folder if folder.exists() else None
-
-
-def _tokenizer_place(stream: Stream) -> str:
-    if is_url(stream.path):
-        return f"{stream.path.rsplit('/', 2)[0]}/tokenizer"
-    return str(Path(stream.path).resolve().parent.parent / "tokenizer")
-
-
-def _tokenizer_state(stream: Stream) -> str:
-    folder, place = _tokenizer_folder(stream), _tokenizer_place(stream)
-    if folder is None:
-        return f"not found beside the stream ({place})"
+def _tokenizer(stream: Stream) -> tuple[Path | None, str]:
+    """The tokenizer's folder beside the stream, if it can be read, and what to say of it."""
+    place = f"{stream.path.rsplit('/', 2)[0]}/tokenizer" if is_url(stream.path) else ""
+    place = place or str(Path(stream.path).resolve().parent.parent / "tokenizer")
+    try:
+        folder = _fetched(place) if is_url(place) else Path(place)
+    except (ConfigError, RunError) as error:
+        return None, f"cannot be read: {error}"
+    if folder is None or not folder.exists():
+        return None, f"not found beside the stream ({place})"
     matches = tokenizer_facts(folder).fingerprint == stream.manifest.tokenizer_fingerprint
-    return place if matches else f"{place} is not the one that made this stream"
+    return folder, place if matches else f"{place} is not the one that made this stream"
+
+
+def _fetched(url: str) -> Path | None:
+    """A local copy of a tokenizer's folder, None where there is none."""
+    from data.remote import TOKENIZER_FILES, RemoteFiles, fetch_tokenizer
+
+    there = RemoteFiles(url, CacheConfig()).find(TOKENIZER_FILES[0]) is not None
+    return fetch_tokenizer(url, CacheConfig()) if there else None

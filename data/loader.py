@@ -6,31 +6,31 @@ its lanes moving. So neither world size, workers nor restarts change what a step
 bytes through a pipe: there is no shared memory that could be left behind.
 """
 
+import logging
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence, Set
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.batches import Assembler, Batch, PackedBatch
-from data.keyed import keyed_generator
-from data.lanes import Lane, LaneCursor, LongDocuments, Mixture, RowKey, Rows
+from data.lanes import Lane, LaneCursor, LongDocuments, Mixture, Rows
 from data.masking import MaskingConfig
-from data.mixture import DataConfig, MixtureOrder, StreamShare
-from data.order import DocumentList
-from data.packing import Spans, pack
+from data.mixture import DataConfig, MixtureOrder, StreamShare, check_one_rule
 from data.shards import Stream, open_stream
 from data.tokenizer import fingerprint
 from data.transfer import is_url
 from data.workers import Fork, Guarded, prepare_worker, with_plain_deaths
-from schema import ConfigError, Schema
+from schema import ConfigError, Schema, did_you_mean
+
+log = logging.getLogger(__name__)
 
 MAX_LANES = 64
 
@@ -47,8 +47,15 @@ class LoaderPhase(Schema):
     global_batch_size: int = Field(ge=1, description="rows per step over all ranks")
     max_seq_len: int = Field(ge=3, description="slots per row: [CLS], [SEP] and at least one token")
     masking: MaskingConfig
-    streams: dict[str, StreamShare] | None = Field(default=None, description="the mixture; default: that of data")
+    streams: dict[str, StreamShare] | None = Field(
+        default=None, min_length=1, description="the mixture, min_length by default as in data; default: data's"
+    )
     long_documents: LongDocuments | None = Field(default=None, description="default: that of data")
+
+    @model_validator(mode="after")
+    def _check_one_rule(self) -> "LoaderPhase":
+        check_one_rule(self.streams or {})
+        return self
 
 
 class LoaderConfig(Schema):
@@ -57,6 +64,15 @@ class LoaderConfig(Schema):
     seed: int
     data: DataConfig
     phases: list[LoaderPhase] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check_streams(self) -> "LoaderConfig":
+        for index, phase in enumerate(self.phases):
+            for name in phase.streams or {}:
+                if name not in self.data.streams:
+                    hint = did_you_mean(name, self.data.streams)
+                    raise ValueError(f"{_place(index, phase)}.streams.{name}: no stream of data.streams, {hint}")
+        return self
 
     @property
     def lanes(self) -> int:
@@ -71,16 +87,25 @@ def canonical_lanes(batch_sizes: Sequence[int]) -> int:
 
 
 def open_streams(config: DataConfig, split: str) -> list[Stream]:
-    """Open one split of every stream. Raises ConfigError for a missing stream or streams of different tokenizers,
-    RunError for a shard that is missing or has another size than its manifest says."""
+    """Open one split of every stream. Raises ConfigError for a missing stream, a folder that holds another split, or
+    streams of different tokenizers, RunError for a shard that is missing or has another size than its manifest says."""
     streams = []
     for name, stream in config.streams.items():
         try:
             streams.append(open_stream(f"{stream.path.rstrip('/')}/{split}", config))
         except ConfigError as error:
             raise ConfigError(f"data.streams.{name}.path: {error}") from None
+    known = dict[str, str]()
     for name, stream in zip(config.streams, streams, strict=True):
+        if stream.manifest.split != split:
+            raise ConfigError(
+                f"data.streams.{name}.path: {stream.path}: stream.json says split {stream.manifest.split!r}, not "
+                f"{split!r}: put back the folder that prepare wrote there"
+            )
         stream.check_files()
+        twin = known.setdefault(stream.fingerprint, name)
+        if twin != name and stream.manifest.documents:
+            log.warning("data.streams.%s: holds the very documents of stream %s: they are seen for both", name, twin)
         if stream.manifest.tokenizer_fingerprint != streams[0].manifest.tokenizer_fingerprint:
             first = next(iter(config.streams))
             raise ConfigError(
@@ -117,13 +142,21 @@ def check_tokenizer(config: DataConfig, streams: Sequence[Stream]) -> None:
 
 
 class MixtureDataset(IterableDataset):
-    """The batches of one rank, from a step and its lanes' cursors on, to the end of the last phase."""
+    """The batches of one rank, from a step and its lanes' cursors on, to the end of the last phase.
+
+    It yields PackedBatch; its `unpack` gives the tensors of a Batch. In a DataLoader of one's own (batch_size=None, any
+    number of workers) they come in the order of the steps. It has no state_dict, for workers run ahead of what was
+    handed over: load_state_dict takes {"step": steps done, "lanes": cursors}, where the last batch's `cursors` are
+    those of this rank's lanes. `build_loader` does all this.
+    """
 
     def __init__(
         self, config: LoaderConfig, rank: int, world_size: int, streams: Sequence[Stream] | None = None
     ) -> None:
         """streams: open ones, in the config's order; default: those of the config's paths. Raises ConfigError when the
-        batch sizes, lanes and world size do not fit each other."""
+        batch sizes, lanes, rank and world size do not fit each other, or the tokenizer is not that of the streams."""
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank: {rank}: there are {world_size} ranks, from 0 to {world_size - 1}")
         for index, phase in enumerate(config.phases):
             key, rows = f"{_place(index, phase)}.global_batch_size", phase.global_batch_size
             if rows % config.lanes:
@@ -133,32 +166,63 @@ class MixtureDataset(IterableDataset):
                 raise ConfigError(f"{key}: {rows} is no multiple of {world_size} ranks: {hint}")
         self.config, self.rank, self.world_size = config, rank, world_size
         self.streams = open_streams(config.data, "train") if streams is None else streams
+        if streams is None:
+            check_tokenizer(config.data, self.streams)
         self.order = MixtureOrder(self.streams, config.data, config.seed, config.lanes)
-        self.mixtures = [self._mixture(index, phase) for index, phase in enumerate(config.phases)]
+        self.mixtures = self._mixtures()
         self._ends = list(accumulate(phase.steps for phase in config.phases))
-        slots = max(phase.global_batch_size * phase.max_seq_len for phase in config.phases) // world_size
-        self.group = max(1, min(config.data.prefetch_batches, _GROUP_SLOTS // slots))  # steps that a worker hands over
         self.step = 0
         self.cursors = {lane: LaneCursor() for lane in range(config.lanes)}
 
-    def _mixture(self, index: int, phase: LoaderPhase) -> Mixture:
+    def _mixtures(self, repeats_all: bool = False) -> list[Mixture]:
+        """Of all phases; repeats_all: see MixtureOrder.mixture."""
+        return [self._mixture(index, phase, repeats_all) for index, phase in enumerate(self.config.phases)]
+
+    def _mixture(self, index: int, phase: LoaderPhase, repeats_all: bool) -> Mixture:
         data = self.config.data
-        shares: Mapping[str, StreamShare] = data.streams if phase.streams is None else phase.streams
+        shares: Mapping[str, StreamShare] = data.streams
+        if phase.streams is not None:
+            shares = {
+                name: share.model_copy(update={"min_length": data.streams[name].min_length})
+                if share.min_length is None
+                else share
+                for name, share in phase.streams.items()
+            }
+        long_documents = phase.long_documents or data.long_documents
         try:
-            return self.order.mixture(shares, phase.long_documents or data.long_documents, phase.max_seq_len)
+            return self.order.mixture(shares, long_documents, phase.max_seq_len, repeats_all)
         except ConfigError as error:
             where = "data" if phase.streams is None else _place(index, phase)
             raise ConfigError(f"{where}.{error}") from None
 
+    def facts(self) -> dict[str, Any]:
+        """What a cursor means nothing without, as JSON values by key of the config."""
+        data = self.config.data
+        streams = {name: stream.fingerprint for name, stream in zip(data.streams, self.streams, strict=True)}
+        order = {f"data.{key}": getattr(data, key) for key in ("part_documents", "block_documents", "shuffle_shards")}
+        return {"seed": self.config.seed, "data.streams": [list(pair) for pair in streams.items()], **order}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Begin at a step: {"step", "lanes": cursors as lists}. Raises ConfigError for another number of lanes."""
-        if len(state["lanes"]) != self.config.lanes:
-            raise ConfigError(
-                f"data.lanes: the checkpoint was written with {len(state['lanes'])} lanes, the config gives "
-                f"{self.config.lanes}: set data.lanes: {len(state['lanes'])}"
+        """Begin at a step: {"step", "lanes": cursors as lists}, and "facts", which must be the same here. Raises
+        ConfigError naming what is not."""
+        _check_state(state, self.config.lanes, self.total_steps, self.facts())
+        cursors = {lane: LaneCursor.from_list(cursor) for lane, cursor in enumerate(state["lanes"])}
+        if any(cursor.at and len(cursor.at) != len(self.streams) for cursor in cursors.values()):
+            raise ConfigError(f"data.streams: {len(self.streams)} here, not as many as where the state was taken")
+        self.step, self.cursors = int(state["step"]), cursors
+        self.keep_rule(state["lanes"])
+
+    def keep_rule(self, lanes: Sequence[list[Any]]) -> None:
+        """Go by the rule by which these cursors were made: until it counted what is shown, `repeat` counted all tokens
+        of a stream, and a run that was begun by that rule goes on by it."""
+        found = {LaneCursor.from_list(cursor).mixture for cursor in lanes}
+        self.mixtures, before = self._mixtures(), self._mixtures(repeats_all=True)
+        if found & ({*before} - {*self.mixtures}):
+            log.warning(
+                "data.streams: this run goes on as it was begun, with `repeat` counted in all tokens of a stream; runs "
+                "begun now count those that min_length and long_documents show"
             )
-        self.step = int(state["step"])
-        self.cursors = {lane: LaneCursor.from_list(cursor) for lane, cursor in enumerate(state["lanes"])}
+            self.mixtures = before
 
     @property
     def total_steps(self) -> int:
@@ -199,16 +263,44 @@ class MixtureDataset(IterableDataset):
             yield step, phase, rows, lanes
 
     def __iter__(self) -> Iterator[PackedBatch]:
+        return self.batches(1)
+
+    def batches(self, group: int) -> Iterator[PackedBatch]:
+        """In a DataLoader's worker w of K: those of groups of steps w, w + K, ...; elsewhere all."""
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         assembler = Assembler(self.streams, self.config.seed)
         first = self.step
         for step, phase, rows, lanes in self.plan():
-            if (step - first) // self.group % workers == worker:
+            if (step - first) // group % workers == worker:
                 batch = assembler.batch(rows, phase.max_seq_len, phase.masking)
                 batch.cursors = {lane: lanes[lane].cursor.to_list() for lane in lanes}
                 batch.first_row = self.rank * phase.global_batch_size // self.world_size
                 yield batch
+
+
+def _check_state(state: dict[str, Any], lanes: int, total_steps: int, facts: dict[str, Any]) -> None:
+    """Raises ConfigError when this is no state of an order with these facts. States without facts are older ones, or
+    come from another run that is known to have them."""
+    for key in ("step", "lanes"):
+        if key not in state:
+            raise ConfigError(f"{key}: missing in the loader's state: give what state_dict gave")
+    unknown = sorted(state.keys() - {"step", "lanes", "facts"})
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: no key of a loader's state: give what state_dict gave")
+    if len(state["lanes"]) != lanes:
+        raise ConfigError(
+            f"data.lanes: the checkpoint was written with {len(state['lanes'])} lanes, the config gives {lanes}: set "
+            f"data.lanes: {len(state['lanes'])}"
+        )
+    if not 0 <= state["step"] <= total_steps:
+        raise ConfigError(f"step: {state['step']} in the loader's state, the phases have 0 to {total_steps}")
+    there = state.get("facts", facts)
+    for key in sorted(facts.keys() | there.keys()):
+        if facts.get(key) != there.get(key):
+            raise ConfigError(
+                f"{key}: {facts.get(key)} here, {there.get(key)} where the loader's state was taken: make them equal"
+            )
 
 
 def _place(index: int, phase: LoaderPhase) -> str:
@@ -232,6 +324,8 @@ class Loader:
 
     def __init__(self, config: LoaderConfig, rank: int, world_size: int) -> None:
         self.dataset = MixtureDataset(config, rank, world_size)
+        slots = max(phase.global_batch_size * phase.max_seq_len for phase in config.phases) // world_size
+        self.group = max(1, min(config.data.prefetch_batches, _GROUP_SLOTS // slots))  # steps that a worker hands over
 
     @property
     def batch_size(self) -> int:
@@ -242,9 +336,9 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         data = self.dataset.config.data
         workers = data.num_workers
-        group = self.dataset.group if workers else 1
+        group = self.group if workers else 1
         batches = DataLoader(
-            Guarded(self.dataset, group),
+            Guarded(partial(self.dataset.batches, group), group),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=data.prefetch_batches // group if workers else None,
@@ -275,49 +369,13 @@ class Loader:
             torch.distributed.all_gather_object(gathered, moved)
         cursors = {lane: cursor for part in gathered for lane, cursor in part.items()}
         lanes = [cursors.get(lane, LaneCursor().to_list()) for lane in range(self.dataset.config.lanes)]
-        return {"step": self.dataset.step, "lanes": lanes}
+        return {"step": self.dataset.step, "lanes": lanes, "facts": self.dataset.facts()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue behind the batch at which state_dict was taken. Raises ConfigError for another number of lanes."""
+        """Continue behind the batch at which state_dict was taken. Raises ConfigError for a state of another order."""
         self.dataset.load_state_dict(state)
 
 
 def build_loader(config: LoaderConfig, rank: int = 0, world_size: int = 1) -> Loader:
     """The training loader of one rank: iterate it for batches, save and restore it with state_dict."""
     return Loader(config, rank, world_size)
-
-
-def validation_batches(
-    stream: Stream,
-    max_seq_len: int,
-    rows_per_batch: int,
-    max_rows: int | None,
-    seed: int,
-    masking: MaskingConfig,
-    rank: int,
-    world_size: int,
-) -> Iterator[Batch]:
-    """A held-out stream, packed once, the same rows and masks at every evaluation of a run.
-
-    Every rank gets the same number of batches (the last may be empty), which collectives in a sharded model need.
-    """
-    documents = _all_documents(stream)
-    spans = Spans(np.arange(len(documents.length)), np.zeros(len(documents.length), np.int64), documents.length)
-    plan = pack(spans, max_seq_len, keyed_generator(seed, "validation rows"))
-    assembler = Assembler([stream], seed)
-    count = plan.num_rows if max_rows is None else min(max_rows, plan.num_rows)
-    for begin in range(0, count, rows_per_batch * world_size):
-        first = min(begin + rank * rows_per_batch, count)
-        rows = [Rows(documents, plan, _VALIDATION, first, min(rows_per_batch, count - first))]
-        yield assembler.batch(rows, max_seq_len, masking).unpack()
-
-
-def _all_documents(stream: Stream) -> DocumentList:
-    lists = []
-    for shard, info in enumerate(stream.manifest.shards):
-        nothing, (length, end) = np.zeros(info.documents, np.int64), stream.documents(shard, 0, info.documents)
-        lists.append(DocumentList(nothing, nothing + shard, np.arange(info.documents), length, end, nothing))
-    return DocumentList.join(lists)
-
-
-_VALIDATION = RowKey(-1, 0, 0)  # no lane has this number

@@ -1,6 +1,8 @@
 """The token mixture: which stream gives how much, from the config's weights, repeats or tokens to tokens per block."""
 
+import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from pydantic import Field, model_validator
 
@@ -8,7 +10,11 @@ from data.cache import CacheConfig
 from data.lanes import LongDocuments, Mixture
 from data.order import StreamLine
 from data.shards import Stream
-from schema import ConfigError, Count, Line, Schema
+from schema import MAY_CHANGE, ConfigError, Count, Schema, UserPath
+
+log = logging.getLogger(__name__)
+
+log = logging.getLogger(__name__)
 
 _PARTS_PER_BLOCK = 4  # at least, per stream, where it has the documents: a block draws from several places of a stream
 RULES = ("weight", "repeat", "tokens")
@@ -19,24 +25,37 @@ class StreamShare(Schema):
 
     weight: float | None = Field(default=None, gt=0, description="share of the tokens, relative to the other weights")
     repeat: float | None = Field(
-        default=None, gt=0, description="how often the stream is seen while one of repeat 1 is seen once; default 1"
+        default=None,
+        gt=0,
+        description="how often what min_length and long_documents show of the stream is seen, while that of one of "
+        "repeat 1 is seen once; default 1",
     )
     tokens: Count | None = Field(
         default=None, gt=0, description="tokens of the stream in the phase; together they make up its budget"
     )
-    min_length: int = Field(default=0, ge=0, description="documents of fewer tokens are passed over")
+    min_length: int | None = Field(
+        default=None,
+        ge=0,
+        description="documents of fewer tokens are passed over; default: as in the phase before, else none are",
+    )
 
 
 class StreamConfig(StreamShare):
     """One stream."""
 
-    path: Line = Field(description="folder or URL with train/ and validation/, as `prepare` writes it")
+    path: UserPath = Field(
+        description="folder or URL with train/ and validation/, as `prepare` writes it",
+        json_schema_extra=MAY_CHANGE,  # a checkpoint holds the fingerprints of the shards that it was trained on
+    )
 
 
 class DataConfig(CacheConfig):
     """The streams, their mixture, and how they are read."""
 
-    tokenizer: Line = Field(description="folder (or its URL) that AutoTokenizer loads; its ids must be the shards' ids")
+    tokenizer: UserPath = Field(
+        description="folder (or its URL) that AutoTokenizer loads; its ids must be the shards' ids",
+        json_schema_extra=MAY_CHANGE,  # its fingerprint is part of the streams'
+    )
     streams: dict[str, StreamConfig] = Field(min_length=1, description="streams by name")
     long_documents: LongDocuments = Field(
         default="split", description="over a row's length: split into pieces, truncate to the first, or drop"
@@ -45,7 +64,10 @@ class DataConfig(CacheConfig):
         default=None, ge=1, description="canonical lanes; default: largest power of two <= 64 that divides every batch"
     )
     part_documents: int = Field(
-        default=2048, ge=1, description="consecutive documents kept together in the order; fewer when the data is small"
+        default=2048,
+        ge=1,
+        description="consecutive documents kept together in the order; fewer when the data is small, but whole chunks "
+        "of a stream (chunk_documents in its stream.json)",
     )
     block_documents: int = Field(
         default=16384, ge=1, description="documents per block, about: what is shuffled and packed together"
@@ -56,9 +78,17 @@ class DataConfig(CacheConfig):
         description="shards of a stream that a lane mixes at a time; each is then opened once per pass, by one lane or "
         "two (for remote streams); default: all",
     )
-    num_workers: int = Field(default=1, ge=0, description="loader processes per rank; 0 reads in the training process")
+    num_workers: int = Field(
+        default=1,
+        ge=0,
+        description="loader processes per rank; 0 reads in the training process",
+        json_schema_extra=MAY_CHANGE,
+    )
     prefetch_batches: int = Field(
-        default=4, ge=1, description="batches each worker keeps ahead; small ones it hands over together, up to so many"
+        default=4,
+        ge=1,
+        description="batches each worker keeps ahead; small ones it hands over together, up to so many",
+        json_schema_extra=MAY_CHANGE,
     )
 
     @model_validator(mode="after")
@@ -101,7 +131,7 @@ class MixtureOrder:
 
     def __init__(self, streams: Sequence[Stream], config: DataConfig, seed: int, lanes: int) -> None:
         """Raises ConfigError when there are fewer documents than lanes."""
-        self.names = list(config.streams)
+        self.names, self.streams = list(config.streams), list(streams)
         documents = sum(stream.manifest.documents for stream in streams)
         if documents < lanes:
             found = f"{documents} documents cannot fill {lanes} lanes"
@@ -121,23 +151,66 @@ class MixtureOrder:
             )
             for number, stream in enumerate(streams)
         ]
-        self._longest = {name: _longest(stream) for name, stream in zip(self.names, streams, strict=True)}
-
-    def mixture(self, shares: Mapping[str, StreamShare], long_documents: LongDocuments, max_seq_len: int) -> Mixture:
-        """What a phase's blocks hold. Raises ConfigError when min_length hides all of a stream."""
-        weights = stream_weights(shares, self.tokens)
-        for name, share in shares.items():
-            if share.min_length > self._longest[name]:
-                raise ConfigError(
-                    f"streams.{name}.min_length: {share.min_length}: the stream has no document of more than "
-                    f"{self._longest[name]} tokens: lower it"
+        self._counted: dict[tuple[int, int, str, int | None], int] = {}
+        for name, stream in zip(self.names, streams, strict=True):
+            chunk = stream.manifest.chunk_documents
+            if config.part_documents < chunk:
+                log.warning(
+                    "data.part_documents: %d is less than a chunk of stream %s: %d documents stay together there",
+                    config.part_documents,
+                    name,
+                    chunk,
                 )
-        lengths = tuple(shares[name].min_length if name in shares else 0 for name in self.names)
-        tokens = tuple(weights[name] * self.block_tokens for name in self.names)
-        return Mixture.of(tokens, lengths, long_documents, max_seq_len)
 
+    def mixture(
+        self,
+        shares: Mapping[str, StreamShare],
+        long_documents: LongDocuments,
+        max_seq_len: int,
+        repeats_all: bool = False,
+    ) -> Mixture:
+        """What a phase's blocks hold. Raises ConfigError when min_length or long_documents hides all of a stream.
 
-def _longest(stream: Stream) -> int:
-    """Tokens that no document of the stream exceeds; from the manifest's histogram, so up to twice the longest."""
-    edges = [int(edge) for edge in stream.manifest.length_histogram]
-    return 2 * max(edges) - 1 if edges else stream.manifest.tokens
+        repeats_all: `repeat` counts all tokens of a stream instead of those that the phase shows, as it once did.
+        Without it, and where they differ, the head of every shard is read.
+        """
+        lengths = tuple(shares[name].min_length or 0 if name in shares else 0 for name in self.names)
+        for name, length in zip(self.names, lengths, strict=True):
+            if length > self._longest(name):
+                raise ConfigError(
+                    f"streams.{name}.min_length: {length}: the stream has no document of more than "
+                    f"{self._longest(name)} tokens: lower it"
+                )
+        # Of one stream alone, or of given weights, the shares do not depend on what is shown.
+        counts = rule_of(shares) == "repeat" and len(shares) > 1 and not repeats_all
+        mixture = Mixture.of(tuple(float(name in shares) for name in self.names), lengths, long_documents, max_seq_len)
+        weights = stream_weights(shares, self.tokens | (self.shown_tokens(mixture) if counts else {}))
+        return mixture._replace(tokens=tuple(weights[name] * self.block_tokens for name in self.names))
+
+    def shown_tokens(self, mixture: Mixture) -> dict[str, int]:
+        """How many tokens one pass over each stream of the mixture shows. Raises ConfigError when there are none."""
+        shown = {}
+        for number, name in enumerate(self.names):
+            if mixture.tokens[number]:
+                shown[name] = self._shown(number, mixture)
+                if self.tokens[name] and not shown[name]:
+                    raise ConfigError(
+                        f"streams.{name}: no document is left by min_length and long_documents: choose others, or "
+                        "longer rows"
+                    )
+        return shown
+
+    def _shown(self, number: int, mixture: Mixture) -> int:
+        name, length = self.names[number], mixture.min_length[number]
+        shortest = min((int(edge) for edge in self.streams[number].manifest.length_histogram), default=0)
+        if length <= shortest and (mixture.room is None or self._longest(name) <= mixture.room):
+            return self.tokens[name]
+        key = (number, length, mixture.long_documents, mixture.room)
+        if key not in self._counted:
+            self._counted[key] = self.streams[number].count(partial(mixture.shown, number))
+        return self._counted[key]
+
+    def _longest(self, name: str) -> int:
+        """Tokens that no document of the stream exceeds; from the manifest's histogram, so up to twice the longest."""
+        edges = [int(edge) for edge in self.streams[self.names.index(name)].manifest.length_histogram]
+        return 2 * max(edges) - 1 if edges else self.tokens[name]

@@ -19,10 +19,12 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from numpy.typing import NDArray
 
-from data.documents import SPLITS, Meter, numbered, save_arrays
+from data.documents import SPLITS, Meter, load_task, numbered, save_arrays
 from data.shards import describe_shard
-from data.tokenizer import TokenizerFacts, corpus_tokenizer, fingerprint, tokenizer_facts
+from data.sources.text import shown
+from data.tokenizer import TokenizerFacts, cannot_encode, corpus_tokenizer, fingerprint, tokenizer_facts
 from durable import sync_folder, write_file
+from schema import RunError
 
 # Text given to the tokenizer at once. Its result takes some 100 times as much memory: larger batches leave the caches
 # and are slower; a document that is much longer is cut.
@@ -43,12 +45,13 @@ class WriteShards(PipelineStep):
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         output = self.work.parent
-        task = json.loads(numbered(self.work / "tasks", rank, ".json").read_text(encoding="utf-8"))
+        task = load_task(self.work, rank)
         tokenizer, facts = _tokenizer(output / "tokenizer", fingerprint(output / "tokenizer"))
         # No piece of raw text may become a special token; only a vocabulary of whole words can still do that, and gets
         # [UNK] here. The same look-up gives the ids their final type.
         final_ids = np.arange(facts.vocab_size).astype(token_dtype(facts.vocab_size))
-        final_ids[facts.special_ids] = facts.unk_token_id
+        if facts.unk_token_id is not None:
+            final_ids[facts.special_ids] = facts.unk_token_id
         chunks = json.loads((self.work / "plan" / f"{task['stream']}.json").read_text(encoding="utf-8"))
         folder = f"part-{task['part']:05d}"
         parts = [
@@ -59,11 +62,15 @@ class WriteShards(PipelineStep):
         done = 0
         for batch in _batches(data):
             pieces = [_cut(document.text) for document in batch]
-            encodings = iter(tokenizer.encode_batch_fast(list(chain.from_iterable(pieces)), add_special_tokens=False))
+            encodings = iter(_encode(tokenizer, batch, pieces))
             for document, cut in zip(batch, pieces, strict=True):
                 ids = next(encodings).ids if len(cut) == 1 else [token for _ in cut for token in next(encodings).ids]
-                size = document.metadata["bytes"]
-                parts[document.metadata["split"]].add(final_ids[np.array(ids, np.int64)], size)
+                size, tokens = document.metadata["bytes"], np.array(ids, np.int64)
+                if facts.unk_token_id is None and np.isin(tokens, facts.special_ids).any():
+                    raise _fault(
+                        document, "holds a special token as text, and the tokenizer has no unknown token for it"
+                    )
+                parts[document.metadata["split"]].add(final_ids[tokens], size)
                 done += size
             progress.set(done)
         for part in parts:
@@ -74,6 +81,34 @@ class WriteShards(PipelineStep):
         arrays |= {f"{split}_chunks": part.chunks for split, part in zip(SPLITS, parts, strict=True)}
         save_arrays(numbered(self.work / "done", rank, ".npz"), **arrays)
         yield from ()
+
+
+def _encode(tokenizer: Any, batch: list[Document], pieces: list[list[str]]) -> list[Any]:
+    """Encodings of all pieces of a batch. Raises RunError naming the document of which the tokenizer makes nothing."""
+    try:
+        return tokenizer.encode_batch_fast(list(chain.from_iterable(pieces)), add_special_tokens=False)
+    except BaseException as error:
+        if not _is_of_tokenizers(error):
+            raise
+    for document, cut in zip(batch, pieces, strict=True):
+        for piece in cut:
+            try:
+                tokenizer.encode(piece, add_special_tokens=False)
+            except BaseException as error:
+                if not _is_of_tokenizers(error):
+                    raise
+                raise _fault(document, cannot_encode(tokenizer, piece, error)) from None
+    raise RunError(f"{batch[0].metadata['place']}: the tokenizer fails on these documents together, not on each alone")
+
+
+def _is_of_tokenizers(error: BaseException) -> bool:
+    """tokenizers raises bare Exceptions, and panics, which are none."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _fault(document: Document, what: str) -> RunError:
+    start = " ".join(document.text[:60].split())
+    return RunError(shown(f"{document.metadata['place']}: document that begins {start!r}: {what}"))
 
 
 @functools.lru_cache(maxsize=1)

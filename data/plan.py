@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from composing import load_node
 from data.documents import SPLITS
 from data.executors import EXECUTORS
 from data.filters import FILTERS
 from data.sources import SOURCES
 from data.tokenizer import TOKENIZERS
-from schema import Count, Schema, load_node, validate
+from schema import Count, Schema, UserPath, validate
 
 CONFIG_FILE = "prepare.json"
 
@@ -21,7 +22,12 @@ class StreamConfig(Schema):
     """One stream: a source and what is kept of it."""
 
     source: Annotated[Any, *SOURCES.slot()]
-    filters: list[Annotated[Any, *FILTERS.slot()]] = Field([], max_length=253)
+    """Where its documents come from."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What becomes of what cannot be read for what it holds: rows that are no JSON or have no text, text that is not
+    UTF-8, files that are damaged or packed in a way that is not known. fail: the first one ends prepare. skip: all are
+    left out, and counted by kind in stream.json. What the storage refuses (a locked folder) always ends it."""
+    filters: list[Annotated[Any, *FILTERS.slot()]] = Field([], max_length=252)
     """Which documents are kept; those that compare documents with one another (minhash) see what all others kept."""
     max_bytes: Count | None = None
     """Keep about this much text: documents drawn evenly from the whole source, after filters and duplicates."""
@@ -32,10 +38,12 @@ class StreamConfig(Schema):
 class PrepareConfig(Schema):
     """What `prepare` makes."""
 
-    output: str
+    output: UserPath
     """Folder of the dataset."""
     seed: int = 17
+    """Key of every draw: what is held out, what max_bytes keeps, what the tokenizer is trained on."""
     tokenizer: Annotated[Any, *TOKENIZERS.slot()]
+    """What turns text into token ids: trained here, or taken from elsewhere."""
     validation_fraction: float = Field(0.01, ge=0, lt=1)
     """Share of the documents held out, chosen by a hash of their text. 0: no validation split."""
     deduplicate: Literal["dataset", "stream", "none"] = "dataset"
@@ -45,8 +53,16 @@ class PrepareConfig(Schema):
     executor: Annotated[Any, *EXECUTORS.slot()] = "local"
     """Where the work is done. No part of the result: a run can be finished by another executor."""
     streams: dict[str, StreamConfig] = Field(min_length=1)
+    """The streams by name; each becomes a folder of that name."""
 
     _file: str = PrivateAttr("prepare")
+
+    @field_validator("output")
+    @classmethod
+    def _check_output(cls, output: str) -> str:
+        if "://" in output:
+            raise ValueError(f"prepare writes to a local folder, got {output!r}: upload it from there")
+        return output
 
     @model_validator(mode="after")
     def _check_streams(self) -> "PrepareConfig":

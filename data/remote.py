@@ -36,16 +36,20 @@ class RemoteFiles:
         return RemoteFiles, (self.url, self.config)
 
     def read(self, name: str) -> bytes:
+        content = self.find(name)
+        if content is None:
+            raise ConfigError(f"{self.url}: holds no {name}: correct the URL, or upload all that prepare wrote")
+        return content
+
+    def find(self, name: str) -> bytes | None:
+        """A small file; None when the server says that it is not there. Raises ConfigError when it refuses, RunError
+        when it cannot be reached."""
         try:
             return with_retries(lambda: b"".join(map(bytes, self._open_store().blocks(name))), self.patience)
         except TransferError as error:
-            if error.kind == "passing":
-                raise RunError(str(error)) from None
             if error.kind == "missing":
-                raise ConfigError(
-                    f"{self.url}: holds no {name}: correct the URL, or upload all that prepare wrote"
-                ) from None
-            raise ConfigError(str(error)) from None
+                return None
+            raise (RunError if error.kind == "passing" else ConfigError)(str(error)) from None
 
     def open(self, info: ShardInfo) -> int:
         shard = _named(info)
@@ -54,6 +58,20 @@ class RemoteFiles:
             handle = self.cache.open(shard, partial(self._download, info))
         assert handle is not None
         return handle
+
+    def head(self, info: ShardInfo, size: int) -> bytes:
+        def attempt() -> bytes:
+            head = bytearray()
+            for block in self._open_store().blocks(info.file):
+                head += block
+                if len(head) >= size:
+                    break
+            return bytes(head[:size])
+
+        try:
+            return with_retries(attempt, self.patience)
+        except TransferError as error:
+            raise RunError(f"{error}: {self.fix}" if error.kind == "missing" else str(error)) from None
 
     def check(self, infos: Sequence[ShardInfo]) -> None:
         self.cache.check_fits([_named(info) for info in infos], self.url)
@@ -133,24 +151,24 @@ def list_files(url: str, config: CacheConfig) -> list[str]:
 
 
 def fetch_tokenizer(url: str, config: CacheConfig) -> Path:
-    """A local copy of a tokenizer's folder, fetched once by this process.
+    """A local copy of a tokenizer's folder in the config's cache, fetched once by this process.
 
-    Raises ConfigError when it is not there, RunError when the server cannot be reached.
+    Raises ConfigError when it is not there or the server refuses one of its files, RunError when the server cannot be
+    reached.
     """
-    copy = _tokenizers.get(url)
+    key = (url, config.cache_folder)
+    copy = _tokenizers.get(key)
     if copy is None or not (copy / TOKENIZER_FILES[0]).exists():
-        files, found = RemoteFiles(url, config), dict[str, bytes]()
-        for name in TOKENIZER_FILES:
-            try:
-                found[name] = files.read(name)
-            except ConfigError:
-                if name == TOKENIZER_FILES[0]:
-                    raise
-        copy = _tokenizers[url] = files.cache.keep("tokenizers", found)
+        files = RemoteFiles(url, config)
+        found = {TOKENIZER_FILES[0]: files.read(TOKENIZER_FILES[0])}
+        for name in TOKENIZER_FILES[1:]:
+            if (content := files.find(name)) is not None:
+                found[name] = content
+        copy = _tokenizers[key] = files.cache.keep("tokenizers", found)
     return copy
 
 
-_tokenizers: dict[str, Path] = {}
+_tokenizers: dict[tuple[str, Path], Path] = {}
 _prefetchers: dict[tuple[int, str, int], Prefetcher] = {}
 
 

@@ -15,7 +15,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from io import BytesIO
@@ -51,7 +51,10 @@ class ShardInfo(Schema):
 
 
 class StreamManifest(Schema):
-    """What `prepare` writes beside index.json; counts are of the documents kept."""
+    """What `prepare` writes beside index.json; counts are of the documents kept.
+
+    null, or a default: of a stream that was prepared before there was such a field.
+    """
 
     schema_version: Literal[2]
     name: str
@@ -63,7 +66,7 @@ class StreamManifest(Schema):
     sep_token_id: int
     pad_token_id: int
     mask_token_id: int
-    unk_token_id: int
+    unk_token_id: int | None = Field(description="null: the tokenizer has none")
     special_ids: list[int] = Field(description="ids never drawn as a random replacement")
     documents: int = Field(ge=0)
     tokens: int = Field(ge=0)
@@ -71,6 +74,12 @@ class StreamManifest(Schema):
     empty_documents: int = Field(ge=0)
     duplicate_documents: int = Field(ge=0)
     filtered: dict[str, int] = Field({}, description="documents that each filter of prepare dropped")
+    over_max_bytes: int | None = Field(None, ge=0, description="documents that max_bytes left out")
+    unknown_tokens: int | None = Field(None, ge=0, description="tokens that are unk_token_id")
+    read: dict[str, int] | None = Field(None, description="files and documents read, of the whole stream: all splits")
+    skipped: dict[str, dict[str, int]] = Field(
+        {}, description="files and documents left out while reading, by reason, of the whole stream"
+    )
     length_histogram: dict[str, int] = Field(
         description="documents by length in tokens; keys are lower edges, powers of 2"
     )
@@ -130,6 +139,10 @@ class StreamFiles(Protocol):
         """A descriptor of a whole shard on local disk; the caller closes it. Raises RunError."""
         ...
 
+    def head(self, info: ShardInfo, size: int) -> bytes:
+        """The first bytes of a shard, read without the rest. Raises RunError."""
+        ...
+
     def check(self, infos: Sequence[ShardInfo]) -> None:
         """Raises RunError naming a shard that is missing or has another size than expected, if there is one."""
         ...
@@ -165,6 +178,10 @@ class LocalFiles:
             return os.open(self.path / info.file, os.O_RDONLY)
         except OSError as error:
             raise RunError(f"{self.path / info.file}: {error.strerror}: {self.fix}") from None
+
+    def head(self, info: ShardInfo, size: int) -> bytes:
+        with os.fdopen(self.open(info), "rb") as file:
+            return file.read(size)
 
     def check(self, infos: Sequence[ShardInfo]) -> None:
         def size(info: ShardInfo) -> int | None:
@@ -260,6 +277,22 @@ class Stream:
         """Token counts of the shard's documents, (documents,)."""
         return self.documents(shard, 0, self.manifest.shards[shard].documents).length
 
+    def count(self, counted: Callable[[NDArray[np.int64]], NDArray[np.int64]]) -> int:
+        """Sum over all documents of what `counted` makes of their token counts, (n,) -> (n,). Reads the head of every
+        shard and no more of it: 4 bytes for a document. Raises RunError for a damaged one."""
+
+        def of(shard: int) -> int:
+            info = self.manifest.shards[shard]
+            try:
+                head = self.files.head(info, 4 * (info.documents + 2))
+            except RunError as error:
+                raise self._fault(error) from None
+            lengths = lengths_from_offsets(self._offsets(shard, head), self.dtype.itemsize)
+            return int(counted(lengths).sum())
+
+        with ThreadPoolExecutor(_STAT_THREADS) as pool:
+            return sum(pool.map(of, range(len(self.manifest.shards))))
+
     def document(self, shard: int, index: int, start: int = 0, stop: int | None = None) -> NDArray[np.unsignedinteger]:
         """Token ids [start, stop) of one document, a fresh array of the stream's dtype."""
         place = self.documents(shard, index, 1)
@@ -322,8 +355,11 @@ class Stream:
         size = os.fstat(handle).st_size
         if size != info.bytes:
             raise self._damaged(shard, "size in bytes", str(info.bytes), str(size))
-        header = os.pread(handle, 4 * (info.documents + 2), 0)
-        found = xxhash.xxh3_64_hexdigest(header)
+        return self._offsets(shard, os.pread(handle, 4 * (info.documents + 2), 0))
+
+    def _offsets(self, shard: int, header: bytes) -> NDArray[np.uint32]:
+        """From a shard's first 4 * (documents + 2) bytes."""
+        info, found = self.manifest.shards[shard], xxhash.xxh3_64_hexdigest(header)
         if found != info.header_xxh3_64:
             raise self._damaged(shard, "offsets", info.header_xxh3_64, found)
         return np.frombuffer(header, np.uint32)[1:]

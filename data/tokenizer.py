@@ -6,14 +6,16 @@ training data, they are ordinary characters; in the saved tokenizer, which peopl
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from durable import new_folder
-from schema import Component, ConfigError, Count, Registry, RunError, Schema
+from schema import Component, ConfigError, Count, Registry, RunError, Schema, UserPath
 
 TOKENIZERS = Registry("tokenizer")
 
@@ -35,7 +37,7 @@ class TokenizerFacts(Schema):
     sep_token_id: int
     pad_token_id: int
     mask_token_id: int
-    unk_token_id: int
+    unk_token_id: int | None = Field(description="null: the tokenizer refuses text that it does not know")
     special_ids: list[int] = Field(description="special tokens and ids that name no token, sorted")
 
 
@@ -70,21 +72,34 @@ class TrainedTokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator(_without_long_words(texts), trainer)
         return tokenizer, _TRAINED_NAMES
+
+
+# The trainer's time grows with the square of a word's length: 32 to 78 s for 320,000 characters without a blank, which
+# are one word to it (encoded data, a sequence of genes).
+_LONG_WORD = re.compile(r"\S{4096}|\s{4096}")
+
+
+def _without_long_words(texts: Iterator[str]) -> Iterator[str]:
+    """The texts, cut behind each 4096 characters that hold no blank, or nothing else."""
+    for text in texts:
+        edges = [0, *(match.end() for match in _LONG_WORD.finditer(text)), len(text)]
+        yield from (text[first:last] for first, last in pairwise(edges) if last > first)
 
 
 @TOKENIZERS.register("load")
 class LoadedTokenizer:
     """A tokenizer.json, a folder that AutoTokenizer loads, or (only then the network is used) a name on the hub.
 
-    Special tokens that it lacks are added behind its vocabulary; truncation and padding are switched off; its
-    normalizer and the rest stay as they are.
+    Special tokens that it lacks are added behind its vocabulary, but for an unknown token: its model would never give
+    it. Text that such a tokenizer does not know is an error. Truncation and padding are switched off; its normalizer
+    and the rest stay as they are.
     """
 
     class Config(Component):
         name: Literal["load"] = "load"
-        path: str | None = None
+        path: UserPath | None = None
         """tokenizer.json or a folder. Give this or `hub`."""
         hub: str | None = None
         """Name of a hub model whose tokenizer to take."""
@@ -106,7 +121,7 @@ class LoadedTokenizer:
 
         where = str(self.config.path or self.config.hub)
         names: dict[str, str | None] = {}
-        path = Path(where).expanduser()
+        path = Path(where)
         if self.config.path is not None and not path.exists():
             raise ConfigError(f"tokenizer.path: no such file or folder: {where!r} (for a name on the hub use `hub`)")
         try:
@@ -126,7 +141,37 @@ class LoadedTokenizer:
             raise ConfigError(f"tokenizer: cannot load {where!r}: {str(error).splitlines()[0]}") from None
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        return tokenizer, {role: names.get(role) or _find_or_add(tokenizer, role) for role in ROLES}
+        unknown = _unknown_token(tokenizer, names.get("unk"))
+        others = {role: names.get(role) or _find_or_add(tokenizer, role) for role in ROLES if role != "unk"}
+        return tokenizer, others if unknown is None else {"unk": unknown, **others}
+
+
+def _unknown_token(tokenizer: Any, named: str | None) -> str | None:
+    """What the tokenizer gives for text that it does not know; None: nothing. named: what its folder says.
+
+    A model of all bytes needs none; it gets one all the same, for the strings of special tokens in a text.
+    """
+    node = json.loads(tokenizer.to_str())
+    model = node["model"]
+    if model["type"] == "Unigram":
+        return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
+    if model["unk_token"] in model["vocab"]:
+        return model["unk_token"]
+    if model["type"] != "BPE":
+        return None
+    fallback = [f"<0x{byte:02X}>" for byte in range(256)] if model["byte_fallback"] else None
+    by_bytes = any('"ByteLevel"' in json.dumps(node[part]) for part in ("pre_tokenizer", "normalizer"))
+    alphabet = fallback or (_byte_alphabet() if by_bytes else None)
+    if alphabet is None or not all(byte in model["vocab"] for byte in alphabet):
+        return None
+    return named or _find_or_add(tokenizer, "unk")
+
+
+def _byte_alphabet() -> list[str]:
+    """The characters that stand for the 256 bytes in a byte-level vocabulary."""
+    from tokenizers import pre_tokenizers
+
+    return pre_tokenizers.ByteLevel.alphabet()
 
 
 def _find_or_add(tokenizer: Any, role: str) -> str:
@@ -144,7 +189,7 @@ def _find_or_add(tokenizer: Any, role: str) -> str:
 def save_tokenizer(tokenizer: Any, names: dict[str, str], folder: Path) -> None:
     """Write the folder, whole or not at all. The post-processor then puts [CLS] before and [SEP] behind a text.
 
-    names: the special token of each of ROLES.
+    names: the special token of each of ROLES, but for one that it does without.
     """
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
@@ -162,7 +207,7 @@ def save_tokenizer(tokenizer: Any, names: dict[str, str], folder: Path) -> None:
         tokenizer_object=tokenizer,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
-        **{f"{role}_token": names[role] for role in ROLES},
+        **{f"{role}_token": name for role, name in names.items()},
     )
     with new_folder(folder) as partial:
         fast.save_pretrained(str(partial))
@@ -173,7 +218,7 @@ def corpus_tokenizer(folder: Path) -> Any:
 
     Added tokens that are not special (runs of blanks, say) are still recognised. Raises RunError when unreadable.
     """
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer, models
 
     file = folder / "tokenizer.json"
     try:
@@ -183,7 +228,39 @@ def corpus_tokenizer(folder: Path) -> Any:
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if isinstance(tokenizer.model, models.BPE) and tokenizer.model.unk_token is None:
+        # It would leave out what it does not know, without a word; with a name that it does not have it raises.
+        tokenizer.model.unk_token = "\0no unknown token"
+        tokenizer.model.dropout = None  # it draws at random; shards follow from their texts
     return tokenizer
+
+
+def cannot_encode(tokenizer: Any, text: str, error: BaseException) -> str:
+    """Why a tokenizer raised on a text, in one line: what it does not know, if that is it."""
+    if not re.search(r"(?i)\bunk\b|unk_id|unknown token", str(error)):
+        return f"the tokenizer fails: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    unknown = next((word for word, _ in _words(tokenizer, text) if not _knows(tokenizer.model, word)), text)
+    if len(unknown) > 40:
+        unknown = next((char for char in unknown if not _knows(tokenizer.model, char)), unknown[:40])
+    return (
+        f"the tokenizer ({type(tokenizer.model).__name__}) has no unknown token, and does not know {unknown!r}: "
+        "give it one, or choose another tokenizer"
+    )
+
+
+def _words(tokenizer: Any, text: str) -> list[tuple[str, Any]]:
+    """What the tokenizer's model is given of a text."""
+    if tokenizer.normalizer is not None:
+        text = tokenizer.normalizer.normalize_str(text)
+    return [(text, None)] if tokenizer.pre_tokenizer is None else tokenizer.pre_tokenizer.pre_tokenize_str(text)
+
+
+def _knows(model: Any, word: str) -> bool:
+    try:
+        model.tokenize(word)
+    except Exception:  # tokenizers raises nothing narrower
+        return False
+    return True
 
 
 def fingerprint(folder: Path) -> str:
@@ -196,9 +273,12 @@ def tokenizer_facts(folder: Path, tokenizer: Any = None) -> TokenizerFacts:
     tokenizer = tokenizer or corpus_tokenizer(folder)
     names = json.loads((folder / "special_tokens_map.json").read_text(encoding="utf-8"))
     names = {role: token["content"] if isinstance(token, dict) else token for role, token in names.items()}
-    roles = {f"{role}_token_id": tokenizer.token_to_id(names[f"{role}_token"]) for role in ROLES}
+    roles: dict[str, Any] = {
+        f"{role}_token_id": tokenizer.token_to_id(names[f"{role}_token"]) if f"{role}_token" in names else None
+        for role in ROLES
+    }
     ids = set(tokenizer.get_vocab().values())
     vocab_size = -(-(max(ids) + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     added = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    special = added | set(roles.values()) | (set(range(vocab_size)) - ids)
+    special: set[int] = added | (set(roles.values()) - {None}) | (set(range(vocab_size)) - ids)
     return TokenizerFacts(fingerprint=fingerprint(folder), vocab_size=vocab_size, special_ids=sorted(special), **roles)

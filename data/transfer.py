@@ -216,7 +216,8 @@ class _FsspecStore:
         if self.web:
             import aiohttp
 
-            options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(None, sock_connect=timeout, sock_read=timeout)}
+            waits = aiohttp.ClientTimeout(None, sock_connect=timeout, sock_read=timeout)
+            options["client_kwargs"] = {"timeout": waits, "trust_env": True}  # HTTP_PROXY and the like, as boto3 does
         try:
             self.system, self.path = url_to_fs(url, **options)
         except (ImportError, ValueError) as error:
@@ -275,15 +276,21 @@ class _FsspecStore:
         except TransferError:
             raise
         except Exception as error:  # each protocol's client has its own
+            if self.web and isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+                error = error.__cause__  # fsspec says "not found" of whatever went wrong with a web server
             codes = (getattr(error, key, None) for key in ("status", "code", "status_code"))
             status = next((code for code in codes if isinstance(code, int)), 0)
+            reason = f"{status} {getattr(error, 'message', '')}".strip() if self.web and status else _first_line(error)
             if isinstance(error, FileNotFoundError) or status == 404:
                 raise TransferError("missing", f"{url}: no such file") from None
             if isinstance(error, PermissionError) or (400 <= status < 500 and status not in _PASSING_STATUS):
-                raise TransferError("denied", f"{url}: refused: {_first_line(error)}: check your credentials") from None
+                raise TransferError("denied", f"{url}: refused: {reason}: check your credentials") from None
+            if self.web and isinstance(error, ValueError):  # no URL, or a certificate that is none of the host's
+                raise TransferError("denied", f"{url}: {reason}: check the URL") from None
             ours = (OSError, asyncio.TimeoutError, EOFError)
             if isinstance(error, ours) or status or type(error).__module__.startswith("aiohttp"):
-                raise TransferError("passing", f"{url}: {_first_line(error)}") from None
+                what = f"the server answers {reason}" if self.web and status else reason
+                raise TransferError("passing", f"{url}: {what}") from None
             raise
 
 

@@ -4,7 +4,7 @@ import mmap
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkContext
@@ -21,13 +21,13 @@ class Guarded(IterableDataset):
     size. An error of ours goes to the training process as a value behind the batches before it: a DataLoader would wrap
     its message in a traceback."""
 
-    def __init__(self, dataset: IterableDataset, group: int) -> None:
-        self.dataset, self.group = dataset, group
+    def __init__(self, source: Callable[[], Iterator[Any]], group: int) -> None:
+        self.source, self.group = source, group
 
     def __iter__(self) -> Iterator[list[Any]]:
         batches: list[Any] = []
         try:
-            for batch in self.dataset:
+            for batch in self.source():
                 batches.append(batch)
                 if len(batches) == self.group:
                     yield batches

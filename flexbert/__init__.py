@@ -2,6 +2,20 @@
 
 from typing import TYPE_CHECKING, Any
 
+# Each of these modules registers its entries, which a config may then name.
+from flexbert import (  # noqa: F401
+    activations,
+    attention,
+    blocks,
+    embeddings,
+    growing,
+    heads,
+    init,
+    losses,
+    mlps,
+    norms,
+    positions,
+)
 from flexbert.config import FlexBertConfig
 from flexbert.encoder import FlexBertEncoder
 from flexbert.model import FlexBertForMaskedLM, MaskedLMOutput, build

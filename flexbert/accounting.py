@@ -34,7 +34,7 @@ def batch_flops(config: FlexBertConfig, lengths: ArrayLike, masked: ArrayLike) -
     forward (Kaplan et al. 2020, arXiv 2001.08361, sec. 2.1); 4 * D * K: products with keys and values (PaLM, arXiv
     2204.02311, app. B). Norms, activations, softmax and the embedding lookup are left out (about 1 % at base size).
     The last layer's queries and what follows them are needed at masked tokens only, and counted so, even where they are
-    computed for all (compiled blocks; queries in kernels other than sdpa).
+    computed for more (queries in kernels other than sdpa; up to a sixteenth of the batch in compiled blocks).
     """
     sizes, wanted = np.asarray(lengths, np.float64), np.asarray(masked, np.float64)
     work = _work(without_init(config).model_dump_json())

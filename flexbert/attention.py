@@ -1,22 +1,18 @@
 """Slot `attention`.   T packed tokens, D hidden, N heads, K key-value heads, H head dim."""
 
-import functools
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from flexbert.config import FlexBertConfig, ModelComponent
 from flexbert.dropout import Dropout
-from flexbert.kernels import Backend, attend
-from flexbert.layers import Linear, OutputProjection, build_optional_norm, is_plain
-from flexbert.plan import AttentionPlan
+from flexbert.kernels import AttentionPlan, Backend, attend
+from flexbert.layers import Linear, OutputProjection, build_optional_norm
 from flexbert.positions import Positions
-from flexbert.registry import ATTENTIONS, NORMS, ModelComponent, optional_slot
-from flexbert.rotary import Rotation, pairs_of_halves, rotate, rotate_pairs
-
-if TYPE_CHECKING:
-    from flexbert.config import FlexBertConfig
+from flexbert.registry import ATTENTIONS, NORMS, optional_slot
+from flexbert.rotary import Rotation, rotate
+from schema import MAY_CHANGE
 
 
 @ATTENTIONS.register("multihead")
@@ -65,10 +61,12 @@ class MultiHeadAttention(nn.Module):
             description="dropout probability after Wo, before the residual (ModernBERT training: 0.1)",
         )
         backend: Backend = Field(
-            "auto", description="kernel: auto (chosen by device), eager, sdpa, tiled, flash2, flash3 or flex"
+            "auto",
+            description="kernel: auto (chosen by device), eager, sdpa, tiled, flash2, flash3 or flex",
+            json_schema_extra=MAY_CHANGE,
         )
 
-        def check(self, model: "FlexBertConfig") -> None:
+        def check(self, model: FlexBertConfig) -> None:
             heads, shared = model.num_attention_heads, self.num_key_value_heads
             if shared is not None and heads % shared:
                 near = [str(number) for number in range(1, heads + 1) if heads % number == 0]
@@ -124,21 +122,14 @@ class MultiHeadAttention(nn.Module):
     def _project(self, hidden_states: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (T, N, H), keys and values (T, K, H), normed and turned."""
         if self.config.fused:
-            # Inductor fuses the rotation of halves, and has no complex numbers.
-            pairs = None if rotation is None or torch.compiler.is_compiling() else rotation.pairs
-            rearranges = self.config.qk_norm is None and is_plain(self.Wqkv)
-            if rotation is not None and pairs is not None and rearranges:
-                arrange = None if rotation.interleaved else functools.partial(self._arrange, 2 * pairs.shape[-1])
-                return rotate_pairs(
-                    self.Wqkv(hidden_states, arrange).unflatten(-1, (-1, self.head_dim)), pairs, self.heads
-                )
             rows = self.Wqkv(hidden_states).unflatten(-1, (-1, self.head_dim))
+            if self.config.qk_norm is None:
+                turning, values = rows.split((self.heads[0] + self.heads[1], self.heads[2]), dim=1)
+                queries, keys = rotate(turning, rotation).split(self.heads[:2], dim=1)
+                return queries, keys, values
             queries, keys, values = rows.split(self.heads, dim=1)
         else:
             queries, keys, values = (
                 linear(hidden_states).unflatten(-1, (-1, self.head_dim)) for linear in (self.Wq, self.Wk, self.Wv)
             )
         return rotate(self.q_norm(queries), rotation), rotate(self.k_norm(keys), rotation), values
-
-    def _arrange(self, rotary_dim: int, parameter: Tensor) -> Tensor:
-        return pairs_of_halves(parameter, self.heads[0] + self.heads[1], self.head_dim, rotary_dim)

@@ -4,23 +4,20 @@ A block with `selects_tokens` takes `wanted`, (M,) int64 and rising, and then gi
 pretraining reads the last block's at masked tokens. It needs an attention with the same. Others run whole.
 """
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
 
+from flexbert.config import FlexBertConfig, ModelComponent
+from flexbert.kernels import AttentionPlan
 from flexbert.layers import add_residual, build_norm
-from flexbert.packed import gather_rows
-from flexbert.plan import AttentionPlan
 from flexbert.positions import Positions
-from flexbert.registry import ATTENTIONS, BLOCKS, MLPS, ModelComponent
+from flexbert.registry import ATTENTIONS, BLOCKS, MLPS
 from schema import Component
 
-if TYPE_CHECKING:
-    from flexbert.config import FlexBertConfig
 
-
-def _attention(model: "FlexBertConfig", layer_index: int) -> nn.Module:
+def _attention(model: FlexBertConfig, layer_index: int) -> nn.Module:
     return ATTENTIONS.build(
         model.attention,
         hidden_size=model.hidden_size,
@@ -29,16 +26,16 @@ def _attention(model: "FlexBertConfig", layer_index: int) -> nn.Module:
     )
 
 
-def _mlp(model: "FlexBertConfig") -> nn.Module:
+def _mlp(model: FlexBertConfig) -> nn.Module:
     return MLPS.build(model.mlp, hidden_size=model.hidden_size, intermediate_size=model.intermediate_size)
 
 
-def _norm(model: "FlexBertConfig") -> nn.Module:
+def _norm(model: FlexBertConfig) -> nn.Module:
     return build_norm(model.norm, model.hidden_size)
 
 
 def _select(hidden_states: Tensor, wanted: Tensor | None) -> Tensor:
-    return hidden_states if wanted is None else gather_rows(hidden_states, wanted)
+    return hidden_states if wanted is None else hidden_states.index_select(0, wanted)
 
 
 def _selects_tokens(attention: nn.Module) -> bool:
@@ -60,7 +57,7 @@ class _FirstNormConfig(ModelComponent):
         True, description="no attention norm in layer 0: the embedding norm has just run (ModernBERT)"
     )
 
-    def check(self, model: "FlexBertConfig") -> None:
+    def check(self, model: FlexBertConfig) -> None:
         in_layer_0 = model.layer(0).block is self  # initial layers may have another block
         if self.skip_first_attention_norm and in_layer_0 and not getattr(model.embedding, "norm", False):
             raise ValueError(
@@ -81,7 +78,7 @@ class PreNormBlock(nn.Module):
     class Config(_FirstNormConfig):
         pass
 
-    def __init__(self, config: Config, *, model: "FlexBertConfig", layer_index: int) -> None:
+    def __init__(self, config: Config, *, model: FlexBertConfig, layer_index: int) -> None:
         super().__init__()
         skip = layer_index == 0 and config.skip_first_attention_norm
         self.attn_norm = nn.Identity() if skip else _norm(model)
@@ -108,7 +105,7 @@ class PostNormBlock(nn.Module):
     class Config(Component):
         pass
 
-    def __init__(self, config: Config, *, model: "FlexBertConfig", layer_index: int) -> None:
+    def __init__(self, config: Config, *, model: FlexBertConfig, layer_index: int) -> None:
         super().__init__()
         self.attn = _attention(model, layer_index)
         self.selects_tokens = _selects_tokens(self.attn)
@@ -134,7 +131,7 @@ class ParallelBlock(nn.Module):
     class Config(_FirstNormConfig):
         pass
 
-    def __init__(self, config: Config, *, model: "FlexBertConfig", layer_index: int) -> None:
+    def __init__(self, config: Config, *, model: FlexBertConfig, layer_index: int) -> None:
         super().__init__()
         skip = layer_index == 0 and config.skip_first_attention_norm
         self.norm = nn.Identity() if skip else _norm(model)
@@ -164,7 +161,7 @@ class SandwichBlock(nn.Module):
     class Config(Component):
         pass
 
-    def __init__(self, config: Config, *, model: "FlexBertConfig", layer_index: int) -> None:
+    def __init__(self, config: Config, *, model: FlexBertConfig, layer_index: int) -> None:
         super().__init__()
         self.attn_norm, self.attn, self.attn_out_norm = _norm(model), _attention(model, layer_index), _norm(model)
         self.selects_tokens = _selects_tokens(self.attn)

@@ -5,20 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-# Imported for their side effect: each registers its entries, which the slots below name as defaults.
-from flexbert import (  # noqa: F401
-    activations,
-    attention,
-    blocks,
-    embeddings,
-    growing,
-    heads,
-    init,
-    losses,
-    mlps,
-    norms,
-    positions,
-)
+from composing import load_node
 from flexbert.registry import (
     ATTENTIONS,
     BLOCKS,
@@ -29,19 +16,25 @@ from flexbert.registry import (
     MLPS,
     NORMS,
     POSITIONS,
-    ModelComponent,
     optional_slot,
 )
-from schema import ConfigError, Schema, did_you_mean, load_node, validate
+from schema import Component, ConfigError, Schema, ShownSlot, did_you_mean, validate
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs" / "model"
 
 TokenId = Annotated[int | None, Field(ge=0)]
 
 
-def _named_init(node: Any) -> Any:
+def named_init(node: Any) -> Any:
     """`init: {from: FOLDER}` says enough."""
     return {"name": "grow", **node} if isinstance(node, dict) and "from" in node and "name" not in node else node
+
+
+class ModelComponent(Component):
+    """Base of the Config of entries that have rules across fields of the model."""
+
+    def check(self, model: "FlexBertConfig") -> None:
+        """Raise ValueError `field: what is wrong: fix` when this component does not fit the model around it."""
 
 
 _LAYER_SLOTS = ("attention", "mlp", "block")
@@ -88,8 +81,8 @@ class FlexBertConfig(Schema):
     initial_layers: InitialLayers | None = Field(None, description="first layers that differ; null: none")
     head: Annotated[Any, *HEADS.slot()] = Field("mlm", description="from the residual stream to scores")
     loss: Annotated[Any, *LOSSES.slot()] = Field("cross_entropy", description="what masked-token training minimises")
-    init: Annotated[Any, *INITS.slot(), BeforeValidator(_named_init)] = Field(
-        "full_megatron", description="starting weights; {from: FOLDER} grows a smaller model"
+    init: Annotated[Any, *INITS.slot(), BeforeValidator(named_init), ShownSlot(INITS, implied={"from": "grow"})] = (
+        Field("full_megatron", description="starting weights; {from: FOLDER} grows a smaller model")
     )
 
     @property
@@ -145,11 +138,8 @@ class FlexBertConfig(Schema):
         """From a preset's name (configs/model/NAME.yaml) or a file's path. Raises ConfigError, one line per fault."""
         path = Path(source)
         if path.suffix not in (".yaml", ".yml") and len(path.parts) == 1:
-            presets = {file.stem: file for file in PRESETS.glob("*.yaml")}
-            if str(source) not in presets:
-                raise ConfigError(f"unknown preset {str(source)!r}, {did_you_mean(str(source), presets)}")
-            path = presets[str(source)]
-        return validate(cls, load_node(path), path)
+            return validate(cls, load_preset(source), PRESETS / f"{source}.yaml")
+        return validate(cls, load_node(path, spelled={"init": named_init}), path)
 
     @classmethod
     def from_dict(cls, node: dict[str, Any]) -> "FlexBertConfig":
@@ -159,6 +149,14 @@ class FlexBertConfig(Schema):
     def to_dict(self) -> dict[str, Any]:
         """Plain values, every default spelt out."""
         return self.model_dump()
+
+
+def load_preset(name: Any) -> dict[str, Any]:
+    """The fields that configs/model/NAME.yaml gives. Raises ConfigError for a name that none of them has."""
+    presets = {file.stem: file for file in PRESETS.glob("*.yaml")}
+    if not isinstance(name, str) or name not in presets:
+        raise ConfigError(f"model: unknown preset {str(name)!r}, {did_you_mean(str(name), presets)}")
+    return load_node(presets[name])
 
 
 def without_init(config: FlexBertConfig) -> FlexBertConfig:

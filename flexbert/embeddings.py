@@ -1,18 +1,15 @@
 """Slot `embedding`: from token ids to the residual stream.   T packed tokens, D hidden, V vocabulary."""
 
 import math
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 from torch import Tensor, nn
 
+from flexbert.config import FlexBertConfig
 from flexbert.dropout import Dropout
 from flexbert.layers import build_norm
 from flexbert.registry import EMBEDDINGS
 from schema import Component
-
-if TYPE_CHECKING:
-    from flexbert.config import FlexBertConfig
 
 
 @EMBEDDINGS.register("tokens")
@@ -32,7 +29,7 @@ class TokenEmbedding(nn.Module):
         norm: bool = Field(True, description="normalise the embeddings with the model's norm")
         dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability of the embeddings")
 
-    def __init__(self, config: Config, *, model: "FlexBertConfig") -> None:
+    def __init__(self, config: Config, *, model: FlexBertConfig) -> None:
         super().__init__()
         self.config = config
         self.scale = math.sqrt(model.hidden_size) if config.scaled else 1.0

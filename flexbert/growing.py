@@ -10,24 +10,19 @@ Depth: new layer i is old layer round(i * old / new) (ModernBERT's code, there c
 or the old ones over and over.
 """
 
-import json
 import logging
 import math
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
-import xxhash
 from pydantic import Field
 from torch import Tensor, nn
 
+from flexbert.config import FlexBertConfig
 from flexbert.layers import Parts
+from flexbert.model import FlexBertForMaskedLM
 from flexbert.registry import INITS
-from schema import Component, ConfigError, load_node, named, validate
-
-if TYPE_CHECKING:
-    from flexbert.config import FlexBertConfig
-    from flexbert.model import FlexBertForMaskedLM
+from schema import MAY_CHANGE, Component, ConfigError, UserPath
 
 log = logging.getLogger(__name__)
 
@@ -40,116 +35,64 @@ class Grow:
     """Starting weights from a smaller model. A head that the source has not (another task's) starts fresh."""
 
     class Config(Component):
-        source: str = Field(
-            alias="from", description="folder of an export, or a run's checkpoints/tokens-N beside its config.yaml"
+        source: UserPath = Field(
+            alias="from",
+            description="folder of an export, or a run's checkpoints/tokens-N beside its config.yaml",
+            json_schema_extra=MAY_CHANGE,  # read at the start only
         )
         method: Method = Field("tile_center", description="where old weights lie: in the middle, or from the edge on")
         depth: Depth = Field("spread", description="new layer i is old round(i * old / new); stack: i modulo old")
         rescale: bool = Field(True, description="divide by the number of copies of an input (ModernBERT: no)")
         fresh: Annotated[Any, *INITS.slot()] = Field("full_megatron", description="init of what the source has not")
 
+    grows: ClassVar[bool] = True
+
     def __init__(self, config: Config, *, num_hidden_layers: int) -> None:
         self.config = config
         self.fresh = INITS.build(config.fresh, num_hidden_layers=num_hidden_layers)
 
-    def __call__(self, module: nn.Module, seed: int, prefix: str = "") -> None:
-        """Fill `module`, a model with a `config`, in place; on the meta device only see that the source is there.
+    def __call__(
+        self, module: nn.Module, seed: int, prefix: str = "", source: FlexBertForMaskedLM | None = None
+    ) -> None:
+        """Fill `module`, a model with a `config`, in place from `source`, which stays as it is. Nothing happens to what
+        lives on the meta device.
 
-        Raises ConfigError, starting with `init.from`, for a source that cannot be read or does not grow into `module`.
+        Raises ConfigError, starting with `init.from`, without a source, or for one that does not grow into `module`.
         """
-        with named("init.from"):
-            _kind(Path(self.config.source))
         if any(parameter.is_meta for parameter in module.parameters()):
             return
+        if source is None:
+            raise ConfigError(
+                f"init.from: {self.config.source}: the model there was not given: read it (from_hf, for an export) and "
+                "pass it as build(config, grow_from=MODEL)"
+            )
         self.fresh(module, seed, prefix)
-        source, weights = read_source(Path(self.config.source))
-        grown = grow(source, weights, module, self.config, prefix)
+        grown = grow(source, module, self.config, prefix)
         with torch.no_grad():
             for name, parameter in module.named_parameters(prefix=prefix):
                 if name in grown:
                     parameter.copy_(grown[name])
 
 
-def read_source(folder: Path) -> tuple["FlexBertConfig", dict[str, Tensor]]:
-    """Config and weights of an export or a checkpoint. Raises ConfigError when it is neither, or is damaged."""
-    from flexbert.config import FlexBertConfig
-
-    with named("init.from"):
-        if _kind(folder) == "export":
-            from flexbert.hf import from_hf
-
-            model = from_hf(folder)
-            return model.config, dict(model.state_dict())
-        weights = _checkpoint_weights(folder)
-        file = folder.parent.parent / "config.yaml"
-        run = load_node(file)
-        if "model" not in run:
-            raise ConfigError(f"{file}: model: is missing: expected the config.yaml that the run wrote")
-        with named(file):
-            return validate(FlexBertConfig, run["model"], "model"), weights
-
-
-def _checkpoint_weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    file = folder / "manifest.json"
-    try:
-        expected = json.loads(file.read_text())["files"]["model.safetensors"]["xxh3_64"]
-    except (OSError, ValueError, LookupError, TypeError):
-        raise ConfigError(f"{file}: damaged: take another checkpoint") from None
-    file = folder / "model.safetensors"
-    try:
-        data = file.read_bytes()
-        if xxhash.xxh3_64_hexdigest(data) != expected:
-            raise ConfigError(f"{file}: damaged: take another checkpoint")
-        return load(data)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{file}: cannot be read: {error}: take another checkpoint") from None
-
-
-def _kind(folder: Path) -> Literal["export", "checkpoint"]:
-    try:
-        if (folder / "config.json").is_file():
-            return "export"
-        if (folder / "manifest.json").is_file():
-            return "checkpoint"
-    except OSError as error:  # a name that no file can have
-        raise ConfigError(f"{folder}: {error.strerror}") from None
-    raise ConfigError(
-        f"{folder}: neither an export (config.json) nor a checkpoint (manifest.json): name one of a run's "
-        "exports/tokens-N or checkpoints/tokens-N"
-    )
-
-
-def grow(
-    source: "FlexBertConfig", weights: dict[str, Tensor], model: nn.Module, config: Grow.Config, prefix: str = ""
-) -> dict[str, Tensor]:
-    """Float32 weights for `model` under its own names, prefixed, from a masked language model's of config `source`.
+def grow(source: FlexBertForMaskedLM, model: nn.Module, config: Grow.Config, prefix: str = "") -> dict[str, Tensor]:
+    """Float32 weights for `model` under its own names, prefixed, from those of `source`, in host memory.
 
     Without those of a head of another kind. Raises ConfigError for a weight that the source lacks or has larger.
     """
-    from flexbert.model import FlexBertForMaskedLM
-
     where = f"init.from: {config.source}"
-    _check(source, model.config, where)  # pyright: ignore[reportArgumentType]
-    with torch.device("meta"):
-        small = FlexBertForMaskedLM(source)
-    for name, parameter in small.named_parameters():
-        if name not in weights or weights[name].shape != parameter.shape:
-            fault = "has another shape" if name in weights else "is missing"
-            raise ConfigError(f"{where}: {name}: {fault} there, by the config beside it: take another source")
-    old_axes, new_axes, tied_norm = _axes(small, ""), _axes(model, prefix), _tied_norm(small)
+    _check(source.config, model.config, where)  # pyright: ignore[reportArgumentType]
+    weights = source.state_dict()
+    old_axes, new_axes, tied_norm = _axes(source, ""), _axes(model, prefix), _tied_norm(source)
     depth = 1 + max(int(name.split(".")[2]) for name in new_axes if name.startswith("encoder.layers."))
-    layers = [layer_of(index, source.num_hidden_layers, depth, config.depth) for index in range(depth)]
+    layers = [layer_of(index, source.config.num_hidden_layers, depth, config.depth) for index in range(depth)]
     grown = {}
     for name, new in new_axes.items():
-        if name.startswith("head.") and model.config.head.name != source.head.name:  # pyright: ignore
+        if name.startswith("head.") and model.config.head.name != source.config.head.name:  # pyright: ignore
             continue
         old_name = _old_name(name, layers, old_axes)
         if old_name is None:
             raise ConfigError(f"{where}: has no {name}: growing keeps the architecture, only sizes change")
-        old, tensor = old_axes[old_name], weights[old_name].float()
+        old, tensor = old_axes[old_name], weights[old_name].float().cpu()
         for axis, (old_parts, new_parts) in enumerate(zip(old.parts, new.parts, strict=True)):
             index = tiled_axis(old_parts, new_parts, config.method)
             if index is None or (new.is_table and axis == 0 and old_parts != new_parts):
@@ -225,7 +168,7 @@ def _old_name(name: str, layers: list[int], old_axes: dict[str, Any]) -> str | N
     return next((candidate for candidate in candidates if candidate in old_axes), None)
 
 
-def _tied_norm(model: "FlexBertForMaskedLM") -> str:
+def _tied_norm(model: FlexBertForMaskedLM) -> str:
     """Path of the norm whose output the token table reads as decoder; a name of no weight when it does not.
 
     A head with a norm is taken to end with it.
@@ -236,7 +179,7 @@ def _tied_norm(model: "FlexBertForMaskedLM") -> str:
     return "head.norm." if hasattr(model.head, "norm") else "encoder.final_norm."
 
 
-def _check(source: "FlexBertConfig", model: "FlexBertConfig", where: str) -> None:
+def _check(source: FlexBertConfig, model: FlexBertConfig, where: str) -> None:
     """Raise ConfigError where the two are of different kinds; say what else differs besides sizes."""
     if source.vocab_size != model.vocab_size:
         raise ConfigError(f"{where}: vocab_size {source.vocab_size} there, {model.vocab_size} here: must be the same")

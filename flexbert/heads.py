@@ -3,20 +3,18 @@
 M masked tokens, B sequences, T packed tokens, D hidden, V vocabulary.
 """
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from flexbert.config import FlexBertConfig
 from flexbert.dropout import Dropout
 from flexbert.layers import Linear, build_norm
 from flexbert.registry import HEADS, Activation, build_activation
 from schema import Component
-
-if TYPE_CHECKING:
-    from flexbert.config import FlexBertConfig
 
 
 class Head(nn.Module):
@@ -41,7 +39,7 @@ class MaskedLanguageHead(Head):
         tied: bool = Field(True, description="the token table is the decoder (NeoBERT: no, a matrix of its own)")
         decoder_bias: bool = Field(True, description="one learned offset per vocabulary entry")
 
-    def __init__(self, config: Config, *, model: "FlexBertConfig") -> None:
+    def __init__(self, config: Config, *, model: FlexBertConfig) -> None:
         super().__init__()
         self.config = config
         if config.transform:
@@ -89,7 +87,7 @@ class SequenceClassificationHead(TaskHead):
         activation: Activation = Field("tanh", description="after the dense layer (slot activation)")
         norm: bool = Field(False, description="the model's norm after the activation")
 
-    def __init__(self, config: Config, *, model: "FlexBertConfig") -> None:
+    def __init__(self, config: Config, *, model: FlexBertConfig) -> None:
         super().__init__()
         self.config = config
         self.dense = Linear(model.hidden_size, model.hidden_size, bias=config.dense_bias)
@@ -114,7 +112,7 @@ class TokenClassificationHead(TaskHead):
     class Config(TaskConfig):
         pass
 
-    def __init__(self, config: Config, *, model: "FlexBertConfig") -> None:
+    def __init__(self, config: Config, *, model: FlexBertConfig) -> None:
         super().__init__()
         self.config = config
         self.dropout = Dropout(config.dropout)

@@ -3,6 +3,7 @@
 hf_mappings.py says which architectures it has a class for; the others travel with modeling_flexbert.py.
 """
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -13,10 +14,13 @@ import torch
 from torch import Tensor
 
 from durable import new_folder
-from flexbert.config import TOKEN_IDS, FlexBertConfig
+from flexbert.config import FlexBertConfig
 from flexbert.encoder import FlexBertEncoder
-from flexbert.hf_mappings import MAPPINGS, Mapping, from_hf_state, misfits, to_hf_state
-from flexbert.hf_read import mapping_of, read_config, read_weights
+from flexbert.hf_fields import OLDER_FIELDS, POSITION_OFFSET, Fields
+from flexbert.hf_mappings import MAPPINGS, Mapping, at_padding_id, config_of, lost_dropouts, misfits
+from flexbert.hf_read import OwnFields, read_fields, read_model, read_weights
+from flexbert.hf_state import from_hf_state, moved_table, require_numbers, to_hf_state
+from flexbert.hf_tokenizer import load_tokenizer, save_tokenizer, token_ids
 from flexbert.hf_verify import verify_export
 from flexbert.model import FlexBertForMaskedLM, build
 from schema import ConfigError, named, validate
@@ -33,50 +37,73 @@ def from_hf(source: str | Path | Any, task: Literal["encoder"]) -> FlexBertEncod
 def from_hf(source: str | Path | Any, task: str = "mlm") -> FlexBertForMaskedLM | FlexBertEncoder:
     """A model with the weights of a transformers model, or of a folder that holds one in safetensors.
 
-    source: BERT, RoBERTa, ModernBERT, or what `to_hf` wrote (its modeling file is not run). task: "mlm", or "encoder"
-    for models without a masked-token head, or to leave it out; poolers and other tasks' heads are left out.
-    Weights are copied, as float32. Nothing is downloaded, no code from the folder runs. Raises ConfigError naming the
-    field when the architecture cannot be expressed, or when weights are missing, left over or of another shape.
+    source: BERT, RoBERTa, ModernBERT, saved by transformers 4 or 5, or what `to_hf` wrote (its modeling file is not
+    run). task: "mlm", or "encoder" for models without a masked-token head, or to leave it out; poolers and other tasks'
+    heads are left out. Weights are copied, as float32. Nothing is downloaded, no code from the folder runs.
+    Raises ConfigError naming the field when the architecture cannot be expressed or a field is not known, and naming
+    the weight or file when weights are missing, left over, of another shape, quantized or an adapter's.
     """
     if task not in ("mlm", "encoder"):
         raise ConfigError(f"task: {task!r}: transformers' weights are for mlm or encoder")
     if isinstance(source, str | Path):
-        folder = Path(source)
+        folder = Path(source).expanduser()
         with named(folder):
-            config = read_config(folder)
-            return _converted(config, lambda mapping: read_weights(folder, config, mapping, task), task, "config.json")
-    model = source.base_model if task == "encoder" else source
-    return _converted(model.config, lambda _: model.state_dict(), task, "model")
+            return _converted(read_fields(folder), lambda: read_weights(folder), task, "config.json")
+    fields, weights = read_model(source)
+    return _converted(fields, lambda: weights, task, "model")
 
 
 def _converted(
-    hf_config: Any, weights_of: Callable[[Mapping | None], dict[str, Tensor]], task: str, place: str
+    fields: Fields | OwnFields, weights: Callable[[], dict[str, Tensor]], task: str, place: str
 ) -> FlexBertForMaskedLM | FlexBertEncoder:
-    """The model of a transformers config. place: of the config, in messages. The weights are asked for, and read, once
-    the config is known to make sense here."""
-    mapping = mapping_of(hf_config.model_type)
-    node = hf_config.flexbert if mapping is None else mapping.config_from(hf_config)
-    with torch.device("meta"):
-        result: Any = build(validate(FlexBertConfig, node, place), task)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    wanted = result.state_dict()
-    given = weights_of(mapping)
-    if mapping is None:
+    """The model of a transformers config. place: of the config, in messages. The weights are read once the config is
+    known to make sense here."""
+    node = fields.node() if isinstance(fields, OwnFields) else config_of(fields)
+    config = validate(FlexBertConfig, node, place)
+    result = _on_meta(config, task)
+    wanted = {name: tensor.shape for name, tensor in result.state_dict().items()}
+    given = weights()
+    if isinstance(fields, OwnFields):
+        for name, tensor in given.items():
+            require_numbers(name, tensor)
         state = _own_state(given, list(wanted), task)
+        for name, tensor in state.items():
+            if tensor.shape != wanted[name]:
+                shapes = f"{tuple(tensor.shape)} in the weights, {tuple(wanted[name])} by the config"
+                raise ConfigError(f"{name}: {shapes}: they are of different models")
     else:
-        prefix = mapping.prefix if task == "encoder" else ""
-        given = {f"{prefix}{name}": tensor for name, tensor in given.items()}
-        ours = [f"encoder.{name}" if task == "encoder" else name for name in wanted]
-        state = dict(zip(wanted, from_hf_state(mapping, given, ours).values(), strict=True))
-    for name, tensor in state.items():
-        if tensor.shape != wanted[name].shape:
-            shapes = f"{tuple(tensor.shape)} in the weights, {tuple(wanted[name].shape)} by the config"
-            raise ConfigError(f"{name}: {shapes}: they are of different models")
+        ours = {f"encoder.{name}" if task == "encoder" else name: shape for name, shape in wanted.items()}
+        state = dict(zip(wanted, from_hf_state(MAPPINGS[fields.model_type], given, ours, task).values(), strict=True))
+        if (offset := fields.given.get(POSITION_OFFSET)) is not None:
+            table, before = (
+                next(name for name in state if name.endswith("position.table.weight")),
+                config.position.offset,
+            )
+            result = _on_meta(validate(FlexBertConfig, _at_offset(config, offset), place), task)
+            state[table] = moved_table(state[table], before, offset)
     result.load_state_dict(state, assign=True)
     return result
 
 
+def _on_meta(config: FlexBertConfig, task: str) -> Any:
+    with torch.device("meta"):
+        return build(config, task)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def _at_offset(config: FlexBertConfig, offset: Any) -> dict[str, Any]:
+    node = config.to_dict()
+    return {**node, "position": {**node["position"], "offset": offset}}
+
+
 def _own_state(given: dict[str, Tensor], wanted: list[str], task: str) -> dict[str, Tensor]:
-    """Weights that already have our names: of a whole model, or, without `encoder.`, of an encoder."""
+    """Weights that already have our names: of a whole model, or, without `encoder.`, of an encoder.
+
+    transformers' model of a tied decoder names the token table twice: one of them goes, if they are equal.
+    """
+    if "head.output.weight" in given and "head.output.weight" not in wanted:
+        table = given.get("encoder.embedding.tokens.weight")
+        if table is not None and torch.equal(table, given["head.output.weight"]):
+            given = {name: tensor for name, tensor in given.items() if name != "head.output.weight"}
     if task == "encoder":
         given = {name.removeprefix("encoder."): tensor for name, tensor in given.items()}
         given = {name: tensor for name, tensor in given.items() if not name.startswith("head.")}
@@ -89,21 +116,34 @@ def to_hf(model: FlexBertForMaskedLM, tokenizer: Any, out_dir: str | Path, card:
     """Write a folder that transformers loads: config.json, model.safetensors, the tokenizer, README.md.
 
     An architecture without a class in transformers also gets modeling_flexbert.py, for trust_remote_code=True.
-    tokenizer: a transformers tokenizer, or a folder that AutoTokenizer loads; its special ids go into the config.
-    card: text of README.md; default: what the architecture alone tells. The folder is written beside `out_dir`, loaded
-    back by transformers (in a process without FlexBERT, if it carries code), its logits compared with `model`'s
-    (float32, within 1e-4), and only then renamed to `out_dir`; an earlier export there is replaced, anything else
-    refused.
+    tokenizer: a transformers tokenizer, or a folder that AutoTokenizer loads; its special ids go into the config, and
+    the model's longest sequence into its copy. card: text of README.md; default: what the architecture alone tells.
+    The folder is written beside `out_dir`, loaded back by transformers (in a process without FlexBERT, if it carries
+    code), its logits compared with `model`'s (float32, within 1e-4), and only then renamed to `out_dir`; an earlier
+    export there is replaced, anything else refused.
     Raises ConfigError for a component from outside the package (naming it), a tokenizer that does not fit or an
     `out_dir` that is something else; RunError when the logits differ. Then nothing new is under `out_dir`.
     """
-    out_dir = Path(out_dir)
+    model = getattr(model, "_orig_mod", model)  # compiled
+    if not isinstance(model, FlexBertForMaskedLM):
+        raise ConfigError(f"{type(model).__name__}: expected a FlexBertForMaskedLM")
+    out_dir = Path(out_dir).expanduser()
     if out_dir.exists() and not all((out_dir / name).is_file() for name in ("config.json", "model.safetensors")):
         raise ConfigError(f"{out_dir}: exists and is not an export: choose another folder, or remove it")
-    tokenizer = _load_tokenizer(tokenizer)
+    tokenizer = load_tokenizer(tokenizer)
     state = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in model.state_dict().items()}
-    hf_config, mapping = _hf_config(model.config, _token_ids(model.config, tokenizer))
+    ids = token_ids(model.config, tokenizer)
+    config = at_padding_id(model.config, ids["pad_token_id"])
+    hf_config, mapping = _hf_config(config, ids)
+    lost = [] if mapping is None else lost_dropouts(config, hf_config)
+    if lost:
+        message = "%s: have no field in Hugging Face's %s: fine-tuning the export drops nothing there"
+        log.warning(message, ", ".join(lost), MAPPINGS[hf_config.model_type].title)
     if mapping is not None:
+        if config is not model.config:
+            table, before = "encoder.position.table.weight", model.config.position.offset
+            state[table] = moved_table(state[table], before, config.position.offset)
+            setattr(hf_config, POSITION_OFFSET, before)
         state = to_hf_state(mapping, state)
 
     from safetensors.torch import save_file
@@ -112,11 +152,20 @@ def to_hf(model: FlexBertForMaskedLM, tokenizer: Any, out_dir: str | Path, card:
         hf_config.save_pretrained(folder)
         if mapping is None:
             shutil.copy(MODELING_FILE, folder)
+        else:
+            _state_older_fields(folder / "config.json", mapping.config_to(config))
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, model.config, folder)
         title = "FlexBERT" if mapping is None else mapping.title
-        (folder / "README.md").write_text(card if card is not None else default_card(model, out_dir.name, title))
+        (folder / "README.md").write_text(card if card is not None else default_card(model, out_dir.name, title, lost))
         verify_export(model, folder, hf_config.pad_token_id, carries_code=mapping is None)
+
+
+def _state_older_fields(file: Path, fields: dict[str, Any]) -> None:
+    """Add to config.json what transformers 5 has renamed and 4 would take its defaults for."""
+    node = json.loads(file.read_text(encoding="utf-8"))
+    node = {**{name: value for name, value in fields.items() if name in OLDER_FIELDS}, **node}
+    file.write_text(json.dumps(node, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _hf_config(config: FlexBertConfig, ids: dict[str, int | None]) -> tuple[Any, Mapping | None]:
@@ -143,21 +192,24 @@ def _hf_config(config: FlexBertConfig, ids: dict[str, int | None]) -> tuple[Any,
 
     node = config.to_dict()
     node["init"] = {"name": "default"}  # says nothing about trained weights, and may name a folder of this machine
-    sizes = {name: value for name, value in node.items() if isinstance(value, int) and name not in TOKEN_IDS}
-    names = {
-        "AutoConfig": "FlexBertConfig",
-        "AutoModel": "FlexBertModel",
-        "AutoModelForMaskedLM": "FlexBertForMaskedLM",
+    names = {"AutoConfig": "FlexBertConfig", "AutoModel": "FlexBertModel"}
+    names |= {
+        f"AutoModel{task}": f"FlexBert{task}"
+        for task in ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
     }
     hf_config = modeling_flexbert.FlexBertConfig(
         node,
-        **sizes,
         **common,
         auto_map={auto: f"modeling_flexbert.{name}" for auto, name in names.items()},
         architectures=["FlexBertForMaskedLM"],
-        tie_word_embeddings=config.head.tied,
     )
     return hf_config, None
+
+
+def carries_code(config: FlexBertConfig) -> bool:
+    """Whether an export of this architecture brings its own modeling file, for trust_remote_code=True. Raises
+    ConfigError as `to_hf` does."""
+    return _hf_config(config, {})[1] is None
 
 
 def check_exportable(config: FlexBertConfig) -> None:
@@ -180,43 +232,12 @@ def check_exportable(config: FlexBertConfig) -> None:
     check(config.to_dict(), "")
 
 
-def _load_tokenizer(tokenizer: Any) -> Any:
-    if not isinstance(tokenizer, str | Path):
-        return tokenizer
-    from transformers import AutoTokenizer
-
-    if not Path(tokenizer).is_dir():
-        raise ConfigError(f"tokenizer: {tokenizer}: no such folder")
-    try:
-        return AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"tokenizer: {tokenizer}: cannot be loaded: {str(error).splitlines()[0]}") from None
-
-
-def _token_ids(config: FlexBertConfig, tokenizer: Any) -> dict[str, int | None]:
-    """The ids for config.json. Raises ConfigError for a tokenizer with more entries than the model."""
-    if len(tokenizer) > config.vocab_size:
-        raise ConfigError(
-            f"vocab_size: {config.vocab_size} is less than the {len(tokenizer)} entries of the tokenizer: not its model"
-        )
-    ids: dict[str, int | None] = {}
-    for name in TOKEN_IDS:
-        ours, theirs = getattr(config, name), getattr(tokenizer, name, None)
-        if ours is not None and theirs is not None and ours != theirs:
-            # The model itself uses none of these ids, so a finished run need not fail over them.
-            log.warning("%s: %d in the model, %d in the tokenizer: exported as the tokenizer's", name, ours, theirs)
-        ids[name] = ours if theirs is None else theirs
-    for name, stand_in in (("bos_token_id", "cls_token_id"), ("eos_token_id", "sep_token_id")):
-        if ids[name] is None:
-            ids[name] = ids[stand_in]
-    return ids
-
-
-def default_card(model: FlexBertForMaskedLM, name: str, title: str) -> str:
+def default_card(model: FlexBertForMaskedLM, name: str, title: str, lost: list[str]) -> str:
     """README.md of an export: what the architecture tells, and how to load it."""
     config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trust = ", trust_remote_code=True" if title == "FlexBERT" else ""
+    without = f"\nFine-tuning drops nothing at {', '.join(lost)}, which had dropout in pretraining.\n" if lost else ""
     return f"""---
 library_name: transformers
 pipeline_tag: fill-mask
@@ -232,11 +253,11 @@ A masked language model of the {title} architecture, pretrained with FlexBERT.
 | layers, width, heads | {config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads} |
 | vocabulary | {config.vocab_size:,} |
 | longest sequence | {config.max_position_embeddings:,} tokens |
-
+{without}
 ```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 model = AutoModelForMaskedLM.from_pretrained("{name}"{trust})
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
 ```
 """

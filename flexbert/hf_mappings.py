@@ -1,18 +1,15 @@
 """Which architectures of transformers are expressible here, and how their configs and names of weights map.
 
-`fitting` tells whether a config of ours is one of them: its counterpart, translated back, must be the same function.
-Dropout acts in training only, so an export that cannot express a site says 0 there: Hugging Face's ModernBERT has one
-`attention_dropout` for two sites and none after the mlp.
+`misfits` tells whether a config of ours is one of them: its counterpart, translated back, must be the same function.
+Dropout acts in training only, so an export that cannot express a site says 0 there (`lost_dropouts` names it): Hugging
+Face's ModernBERT has one `attention_dropout` for two sites and none after the mlp.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from flexbert.config import TOKEN_IDS, FlexBertConfig
+from flexbert.hf_fields import ONLY, Fields, LayerFields
 from schema import ConfigError
 
 
@@ -21,12 +18,13 @@ class Mapping(NamedTuple):
 
     title: str
     architecture: str
-    config_from: Callable[[Any], dict[str, Any]]  # transformers config -> our config's fields
+    config_from: Callable[[Fields], dict[str, Any]]  # transformers config -> our config's fields
     config_to: Callable[[FlexBertConfig], dict[str, Any]]  # the inverse, for a config with these slots:
     slots: dict[str, str]
     prefix: str  # of the encoder's weights
     names: list[tuple[str, tuple[str, ...]]]  # ours, theirs: patterns of prefixes; several: ours are theirs joined
-    ignored: str  # pattern of their weights that repeat others, or serve another task
+    repeats: dict[str, str]  # their names of weights that repeat another of theirs
+    other: str  # pattern of their weights that serve another task, and of buffers
 
 
 # transformers' name of an activation, where it is not ours.
@@ -50,74 +48,64 @@ def _activation_to(name: str) -> str:
     return next((theirs for theirs, ours in _ACTIVATIONS.items() if ours == name), name)
 
 
-def _refuse(hf: Any, **wanted: Any) -> None:
-    for field, value in wanted.items():
-        found = getattr(hf, field, value)
-        if found != value:
-            raise ConfigError(f"{field}: {found!r} of the Hugging Face config has no counterpart here, only {value!r}")
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
-def _number(hf: Any, field: str, kinds: Any = int | float) -> Any:
-    """A field that is calculated with here; our own schema checks the others."""
-    value = getattr(hf, field)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise ConfigError(f"{field}: {value!r} of the Hugging Face config should be a number")
-    return value
+def _common_from(fields: Fields) -> dict[str, Any]:
+    return {name: fields[name] for name in (*SIZES, *TOKEN_IDS)}
 
 
-def _float(hf: Any, field: str) -> float:
-    """The same, where JSON may say 0 for 0.0."""
-    return float(_number(hf, field))
+def _common_to(config: FlexBertConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in SIZES}
 
 
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-
-
-def _common(config: Any) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in _SIZES}
-
-
-def _modernbert_from(hf: Any) -> dict[str, Any]:
-    _refuse(hf, tie_word_embeddings=True, rope_scaling=None)
-    local_theta = "global_rope_theta" if hf.local_rope_theta is None else "local_rope_theta"
+def _modernbert_from(fields: Fields) -> dict[str, Any]:
+    layers = LayerFields(fields)
+    global_theta, local_theta = layers.thetas()
+    window = fields.number("local_attention", int) // 2
+    heads = fields.number("num_attention_heads", int)
+    # transformers 4 overlooks these, 5 takes some of them.
+    fields.only(rope_scaling=None, rope_theta=global_theta, partial_rotary_factor=1.0, sliding_window=window)
+    fields.only(head_dim=fields.number("hidden_size", int) // max(heads, 1))
+    cutoff_factor = 3.0 if fields["initializer_cutoff_factor"] is None else fields.float("initializer_cutoff_factor")
     return {
-        **_common(hf),
-        "max_position_embeddings": hf.max_position_embeddings,
-        **{name: getattr(hf, name, None) for name in TOKEN_IDS},
-        "embedding": {"name": "tokens", "norm": True, "dropout": _float(hf, "embedding_dropout")},
+        **_common_from(fields),
+        "max_position_embeddings": fields["max_position_embeddings"],
+        "embedding": {"name": "tokens", "norm": True, "dropout": fields.float("embedding_dropout")},
         "position": {
             "name": "rope",
-            "global_theta": _float(hf, "global_rope_theta"),
-            "local_theta": _float(hf, local_theta),
+            "global_theta": global_theta,
+            "local_theta": local_theta,
+            **layers.scaling(),
         },
         "attention": {
             "name": "multihead",
-            "global_attn_every_n_layers": hf.global_attn_every_n_layers,
-            "window_per_side": _number(hf, "local_attention", int) // 2,
-            "qkv_bias": hf.attention_bias,
-            "out_bias": hf.attention_bias,
-            "probs_dropout": _float(hf, "attention_dropout"),
-            "out_dropout": _float(hf, "attention_dropout"),
+            "global_attn_every_n_layers": layers.period(),
+            "window_per_side": window,
+            "qkv_bias": fields.flag("attention_bias"),
+            "out_bias": fields.flag("attention_bias"),
+            "probs_dropout": fields.float("attention_dropout"),
+            "out_dropout": fields.float("attention_dropout"),
         },
-        "norm": {"name": "layernorm", "eps": _float(hf, "norm_eps"), "bias": hf.norm_bias},
+        "norm": {"name": "layernorm", "eps": fields.float("norm_eps"), "bias": fields.flag("norm_bias")},
         "mlp": {
             "name": "glu",
-            "activation": _activation_from("hidden_activation", hf.hidden_activation),
-            "in_bias": hf.mlp_bias,
-            "out_bias": hf.mlp_bias,
-            "inner_dropout": _float(hf, "mlp_dropout"),
+            "activation": _activation_from("hidden_activation", fields["hidden_activation"]),
+            "in_bias": fields.flag("mlp_bias"),
+            "out_bias": fields.flag("mlp_bias"),
+            "inner_dropout": fields.float("mlp_dropout"),
         },
         "block": {"name": "prenorm", "skip_first_attention_norm": True},
         "head": {
             "name": "mlm",
-            "activation": _activation_from("classifier_activation", hf.classifier_activation),
-            "dense_bias": hf.classifier_bias,
-            "decoder_bias": hf.decoder_bias,
+            "activation": _activation_from("classifier_activation", fields["classifier_activation"]),
+            "dense_bias": fields.flag("classifier_bias"),
+            "decoder_bias": fields.flag("decoder_bias"),
         },
         "init": {
             "name": "full_megatron",
-            "std": _float(hf, "initializer_range"),
-            "cutoff_factor": _float(hf, "initializer_cutoff_factor") if hf.initializer_cutoff_factor else 3.0,
+            "std": fields.float("initializer_range"),
+            "cutoff_factor": cutoff_factor,
         },
     }
 
@@ -127,7 +115,7 @@ def _modernbert_to(config: FlexBertConfig) -> dict[str, Any]:
     one_dropout = attention.probs_dropout == attention.out_dropout
     init = config.init.model_dump()
     return {
-        **_common(config),
+        **_common_to(config),
         "max_position_embeddings": config.max_position_embeddings,
         "embedding_dropout": config.embedding.dropout,
         "global_rope_theta": config.position.global_theta,
@@ -149,38 +137,41 @@ def _modernbert_to(config: FlexBertConfig) -> dict[str, Any]:
     }
 
 
-def _bert_from(hf: Any, offset: int = 0) -> dict[str, Any]:
+def _bert_from(fields: Fields, offset: int = 0) -> dict[str, Any]:
     """offset: rows of the position table before position 0."""
-    _refuse(hf, tie_word_embeddings=True, is_decoder=False, add_cross_attention=False)
-    _refuse(hf, position_embedding_type="absolute")
-    activation = _activation_from("hidden_act", hf.hidden_act)
-    out_dropout = _float(hf, "hidden_dropout_prob")
+    fields.only(position_embedding_type="absolute")
+    activation = _activation_from("hidden_act", fields["hidden_act"])
+    out_dropout = fields.float("hidden_dropout_prob")
     biases = {"in_bias": True, "out_bias": True}
     return {
-        **_common(hf),
-        "max_position_embeddings": _number(hf, "max_position_embeddings", int) - offset,
-        **{name: getattr(hf, name, None) for name in TOKEN_IDS},
-        "embedding": {"name": "tokens", "token_types": hf.type_vocab_size, "norm": True, "dropout": out_dropout},
+        **_common_from(fields),
+        "max_position_embeddings": fields.number("max_position_embeddings", int) - offset,
+        "embedding": {
+            "name": "tokens",
+            "token_types": fields.number("type_vocab_size", int),
+            "norm": True,
+            "dropout": out_dropout,
+        },
         "position": {"name": "learned", "offset": offset},
         "attention": {
             "name": "multihead",
             "qkv_bias": True,
             "out_bias": True,
-            "probs_dropout": _float(hf, "attention_probs_dropout_prob"),
+            "probs_dropout": fields.float("attention_probs_dropout_prob"),
             "out_dropout": out_dropout,
         },
-        "norm": {"name": "layernorm", "eps": _float(hf, "layer_norm_eps"), "bias": True},
+        "norm": {"name": "layernorm", "eps": fields.float("layer_norm_eps"), "bias": True},
         "mlp": {"name": "mlp", "activation": activation, "out_dropout": out_dropout, **biases},
         "block": "postnorm",
         "head": {"name": "mlm", "activation": activation, "dense_bias": True, "decoder_bias": True},
-        "init": {"name": "default", "std": _float(hf, "initializer_range")},
+        "init": {"name": "default", "std": fields.float("initializer_range")},
     }
 
 
 def _bert_to(config: FlexBertConfig) -> dict[str, Any]:
     dropouts = {config.embedding.dropout, config.attention.out_dropout, config.mlp.out_dropout}
     return {
-        **_common(config),
+        **_common_to(config),
         "max_position_embeddings": config.max_position_embeddings + config.position.offset,
         "type_vocab_size": config.embedding.token_types,
         "hidden_act": _activation_to(config.mlp.activation),
@@ -191,12 +182,12 @@ def _bert_to(config: FlexBertConfig) -> dict[str, Any]:
     }
 
 
-def _roberta_from(hf: Any) -> dict[str, Any]:
+def _roberta_from(fields: Fields) -> dict[str, Any]:
     """Its position 0 is row pad_token_id + 1 of the table (fairseq's convention, kept by transformers)."""
-    if hf.pad_token_id is None:
+    if fields["pad_token_id"] is None:
         raise ConfigError("pad_token_id: None of the Hugging Face config: RoBERTa's positions start behind it")
     head = {"name": "mlm", "activation": "gelu", "dense_bias": True, "decoder_bias": True}
-    return {**_bert_from(hf, _number(hf, "pad_token_id", int) + 1), "head": head}
+    return {**_bert_from(fields, fields.number("pad_token_id", int) + 1), "head": head}
 
 
 _MODERNBERT_SLOTS = {
@@ -248,7 +239,8 @@ MAPPINGS = {
             (r"head\.decoder_bias$", ("decoder.bias",)),
             (r"head\.", ("head.",)),
         ],
-        r"decoder\.weight$",
+        {"decoder.weight": "model.embeddings.tok_embeddings.weight"},
+        r"model\.layers\.\d+\.attn\.rotary_emb\.",
     ),
     "bert": Mapping(
         "BERT",
@@ -258,7 +250,11 @@ MAPPINGS = {
         _BERT_SLOTS,
         "bert.",
         _bert_names("bert.", "cls.predictions.", "transform.dense", "transform.LayerNorm"),
-        r"cls\.predictions\.decoder\.|cls\.seq_relationship\.|bert\.pooler\.|bert\.embeddings\.position_ids$",
+        {
+            "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+            "cls.predictions.decoder.bias": "cls.predictions.bias",
+        },
+        r"cls\.seq_relationship\.|bert\.pooler\.|bert\.embeddings\.(position|token_type)_ids$",
     ),
     "roberta": Mapping(
         "RoBERTa",
@@ -268,47 +264,21 @@ MAPPINGS = {
         _BERT_SLOTS,
         "roberta.",
         _bert_names("roberta.", "lm_head.", "dense", "layer_norm"),
-        r"lm_head\.decoder\.|roberta\.pooler\.|roberta\.embeddings\.position_ids$",
+        {
+            "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+            "lm_head.decoder.bias": "lm_head.bias",
+        },
+        r"roberta\.pooler\.|roberta\.embeddings\.(position|token_type)_ids$",
     ),
 }
 
 
-def hf_names(mapping: Mapping, name: str) -> list[str]:
-    """The Hugging Face names of one of our weights; several when ours is theirs joined along the first axis."""
-    for ours, theirs in mapping.names:
-        if match := re.match(ours, name):
-            return [match.expand(part) + name[match.end() :] for part in theirs]
-    raise AssertionError(f"no Hugging Face name for {name}")
-
-
-def to_hf_state(mapping: Mapping, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights under Hugging Face's names."""
-    renamed = {}
-    for name, tensor in state.items():
-        names = hf_names(mapping, name)
-        renamed |= {theirs: part.contiguous() for theirs, part in zip(names, tensor.chunk(len(names)), strict=True)}
-    return renamed
-
-
-def from_hf_state(mapping: Mapping, given: dict[str, Tensor], wanted: list[str]) -> dict[str, Tensor]:
-    """Copies, float32 on the CPU, of the weights that we name `wanted`.
-
-    Raises ConfigError for one that is missing, and for one left over that neither repeats another nor serves another
-    task.
-    """
-    state, used = {}, set()
-    for name in wanted:
-        names = hf_names(mapping, name)
-        for theirs in names:
-            if theirs not in given:
-                raise ConfigError(f"{theirs}: missing in the Hugging Face weights")
-        used |= set(names)
-        parts = [given[theirs].to("cpu", torch.float32, copy=True) for theirs in names]
-        state[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    for theirs in sorted(given.keys() - used):
-        if not re.match(mapping.ignored, theirs):
-            raise ConfigError(f"{theirs}: has no place in this model")
-    return state
+def config_of(fields: Fields) -> dict[str, Any]:
+    """The fields of our config that a transformers config says. Raises ConfigError for one without a counterpart."""
+    fields.only(**ONLY)
+    node = MAPPINGS[fields.model_type].config_from(fields)
+    fields.refuse_unused()
+    return node
 
 
 def misfits(mapping: Mapping, config: FlexBertConfig, hf_config_of: Callable[..., Any]) -> list[str]:
@@ -321,8 +291,7 @@ def misfits(mapping: Mapping, config: FlexBertConfig, hf_config_of: Callable[...
         pairs = [(slot, getattr(config, slot).name, name) for slot, name in slots.items()]
     else:
         try:
-            fields = mapping.config_from(hf_config_of(**mapping.config_to(config)))
-            back = FlexBertConfig.from_dict({name: value for name, value in fields.items() if name not in TOKEN_IDS})
+            back = _back(hf_config_of(**mapping.config_to(config)))
         except ConfigError as error:
             return [str(error)]
         ours, theirs = _function(config.to_dict()), _function(back.to_dict())
@@ -334,14 +303,46 @@ def misfits(mapping: Mapping, config: FlexBertConfig, hf_config_of: Callable[...
     ]
 
 
-def _function(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def at_padding_id(config: FlexBertConfig, pad_token_id: int | None) -> FlexBertConfig:
+    """The config with the position offset that Hugging Face's RoBERTa has with this padding id, for one that is RoBERTa
+    but for that; any other config as it is, and one whose table would more than double."""
+    from transformers import AutoConfig
+
+    pad, position = pad_token_id, config.position
+    if pad is None or pad > config.max_position_embeddings or position.name != "learned" or not position.offset:
+        return config
+    moved = config.model_copy(update={"position": position.model_copy(update={"offset": pad + 1})})
+
+    def of(**fields: Any) -> Any:
+        return AutoConfig.for_model("roberta", **fields, pad_token_id=pad)
+
+    return config if moved == config or misfits(MAPPINGS["roberta"], moved, of) else moved
+
+
+def lost_dropouts(config: FlexBertConfig, hf_config: Any) -> list[str]:
+    """`slot.field` of each dropout that is another one in the config of an export."""
+    ours, theirs = _leaves(config.to_dict()), _leaves(_back(hf_config).to_dict())
+    return [name for name, value in ours.items() if name.endswith("dropout") and theirs.get(name) != value]
+
+
+def _back(hf_config: Any) -> FlexBertConfig:
+    node = config_of(Fields(hf_config.model_type, hf_config.to_dict()))
+    return FlexBertConfig.from_dict({name: value for name, value in node.items() if name not in TOKEN_IDS})
+
+
+def _function(node: dict[str, Any]) -> dict[str, Any]:
     """`slot.field` -> value of everything that trained weights' function depends on."""
+    flat = _leaves({name: value for name, value in node.items() if name not in _NOT_THE_FUNCTION})
+    fields = {name: name.split(".")[-1] for name in flat}
+    return {
+        name: flat[name]
+        for name, field in fields.items()
+        if field not in _NOT_THE_FUNCTION and not field.endswith("dropout")
+    }
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in node.items():
-        if key in _NOT_THE_FUNCTION or key.endswith("dropout"):
-            continue
-        if isinstance(value, dict):
-            flat |= _function(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flexbert.check_export import largest_difference
 from flexbert.model import FlexBertForMaskedLM
 from schema import RunError
 
@@ -21,11 +22,12 @@ _CHECK_FILE = Path(__file__).with_name("check_export.py")
 
 @torch.no_grad()
 def verify_export(model: FlexBertForMaskedLM, folder: Path, pad_token_id: int | None, carries_code: bool) -> None:
-    """Raise RunError unless transformers loads `folder` and gives `model`'s logits, one sequence at a time.
+    """Raise RunError unless transformers loads `folder` and gives `model`'s logits, one sequence at a time and of
+    sequences padded to one length.
 
     carries_code: the folder's own modeling file is run, in a process that cannot import FlexBERT.
     """
-    from transformers import AutoModelForMaskedLM, AutoTokenizer
+    from transformers import AutoModelForMaskedLM, AutoTokenizer, PretrainedConfig
 
     # transformers' ModernBERT imports torch's compiler, which would start a process for each core and leave it there.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -45,7 +47,7 @@ def verify_export(model: FlexBertForMaskedLM, folder: Path, pad_token_id: int | 
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     ours = reference(input_ids, cu_seqlens, max(lengths)).logits
     if carries_code:
-        difference = _difference_without_flexbert(folder, input_ids, lengths, ours)
+        difference = _difference_without_flexbert(folder, input_ids, lengths, ours, pad_token_id or 0)
     else:
         with torch.random.fork_rng(devices=[]):
             exported = AutoModelForMaskedLM.from_pretrained(
@@ -55,15 +57,18 @@ def verify_export(model: FlexBertForMaskedLM, folder: Path, pad_token_id: int | 
                 dtype=torch.float32,
                 attn_implementation="sdpa",  # where flash-attn is installed, ModernBERT takes that, on the CPU too
             ).eval()
-        theirs = torch.cat([exported(input_ids=ids[None]).logits[0] for ids in input_ids.split(lengths)])
-        difference = float((ours - theirs).abs().max())
+        difference = largest_difference(exported, input_ids.split(lengths), ours.split(lengths), pad_token_id or 0)
     if not difference <= LOGIT_TOLERANCE:  # not `>`: NaN must fail too
         raise RunError(f"{folder}: the export's logits differ from the model's by {difference:.2e}: not published")
-    if len(AutoTokenizer.from_pretrained(folder, local_files_only=True)) > config.vocab_size:
+    # From the tokenizer's own files: to look at the model's, transformers 5 would ask on stdin whether to run its code.
+    known = {"config": PretrainedConfig()} if carries_code else {}
+    if len(AutoTokenizer.from_pretrained(folder, local_files_only=True, **known)) > config.vocab_size:
         raise RunError(f"{folder}: the tokenizer read back has more entries than the model: not published")
 
 
-def _difference_without_flexbert(folder: Path, input_ids: Tensor, lengths: list[int], logits: Tensor) -> float:
+def _difference_without_flexbert(
+    folder: Path, input_ids: Tensor, lengths: list[int], logits: Tensor, pad_token_id: int
+) -> float:
     """Largest difference from `logits` of what a fresh process computes with the folder's own code.
 
     Raises RunError with the last line of its error output when that process fails.
@@ -71,10 +76,9 @@ def _difference_without_flexbert(folder: Path, input_ids: Tensor, lengths: list[
     from safetensors.torch import save_file
 
     with tempfile.TemporaryDirectory() as scratch:
-        save_file(
-            {"input_ids": input_ids, "lengths": torch.tensor(lengths), "logits": logits.contiguous()},
-            Path(scratch) / "expected.safetensors",
-        )
+        numbers = {"lengths": torch.tensor(lengths), "padding": torch.tensor(pad_token_id)}
+        expected = {"input_ids": input_ids, "logits": logits.contiguous(), **numbers}
+        save_file(expected, Path(scratch) / "expected.safetensors")
         # Isolated (-I): neither the working directory nor PYTHONPATH can lend it FlexBERT. transformers copies the
         # folder's code to HF_MODULES_CACHE.
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "CUDA_VISIBLE_DEVICES": ""}

@@ -83,8 +83,10 @@ class FullMegatron(Initializer):
     """Truncated normal; projections into the residual stream are scaled down by sqrt(2 * layers); a decoder of its own
     has 1/sqrt(hidden_size); biases 0.
 
-    Source: Megatron-LM (arXiv 1909.08053, sec. 3), as in ModernBERT's pretraining code, where the head's dense layer
-    has the plain std. Its fine-tuning classifiers have 1/sqrt(hidden_size) too; here they start like the rest.
+    Source: Megatron-LM (arXiv 1909.08053, sec. 3); weights as in ModernBERT's pretraining code, where the head's dense
+    layer has the plain std. Two things differ there: the bias of its tied decoder, which nothing sets after torch made
+    it, starts uniform within 1/sqrt(hidden_size), here at 0; and its fine-tuning classifiers have std
+    1/sqrt(hidden_size), here they start like the rest.
     """
 
     class Config(Component):

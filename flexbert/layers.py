@@ -2,13 +2,12 @@
 
 import math
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexbert.products import linear
+from flexbert.kernels import linear
 from flexbert.registry import NORMS
 from schema import Component
 
@@ -27,19 +26,8 @@ class Linear(nn.Linear):
         self.output_parts = outputs or ((out_features,),)
         self.input_parts = inputs or ((in_features,),)
 
-    def forward(self, input: Tensor, arrange: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """arrange: puts the outputs, the first axis of weight and bias, in another order."""
-        weight, bias = self.weight, self.bias
-        if arrange is not None:
-            weight, bias = arrange(weight), None if bias is None else arrange(bias)
-        return linear(input, weight, bias)
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is no more than its weight and bias, so that what follows may be computed with it: nothing else
-    in its place (an adapter, a parametrization) and no hook that waits for its output."""
-    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
-    return type(layer) is Linear and not any(hooks)
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 class OutputProjection(Linear):

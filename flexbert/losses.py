@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flexbert.products import factor, factor_, product
+from flexbert.kernels import factor, factor_, product, softmax_
 from flexbert.registry import LOSSES
 from schema import Component
 
-# Logits alive at once. On CUDA large products matter more than memory; on the CPU a piece should stay near the caches.
+# Logits alive at once. On CUDA large products matter more than memory; on the CPU more of them gain no time.
 _CHUNK_ELEMENTS = {"cuda": 2**26}
 _CHUNK_ELEMENTS_DEFAULT = 2**24
 
@@ -46,7 +46,7 @@ class CrossEntropy:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.compiled = False
-        """Whether torch.compile fuses what a chunk's logits go through: for CUDA, the CPU has kernels for it."""
+        """Whether torch.compile fuses what a chunk's logits go through: for CUDA."""
 
     def __call__(
         self,
@@ -238,18 +238,17 @@ def _fill(scores: TokenScores, rows: slice, chosen: Tensor, largest: Tensor, log
 def _softmax(
     logits: Tensor, chosen: Tensor, largest: Tensor, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities, on the CPU written over the logits (m, V), log_norm (m, 1) and the chunk's loss.
+    """Probabilities, which may be written over the logits (m, V), log_norm (m, 1) and the chunk's loss.
 
-    chosen, largest: logits of the targets and of the best, (m, 1). One pass of torch's softmax, which keeps a row in
-    the cache: log_norm then follows from its largest entry.
+    chosen, largest: logits of the targets and of the best, (m, 1). The softmax takes one pass: log_norm then follows
+    from its largest entry.
     """
     mean = logits.mean(1) if label_smoothing else None
     if torch.compiler.is_compiling():
         log_norm = logits.logsumexp(1, keepdim=True)
         probs = (logits - log_norm).exp()
     else:
-        # Only the CPU's kernel is tested here with one tensor for both.
-        probs = torch.softmax(logits, 1, out=logits if logits.device.type == "cpu" else None)
+        probs = softmax_(logits)
         log_norm = largest - probs.amax(1, keepdim=True).log()
     loss = (log_norm - chosen).sum()
     if mean is not None:

@@ -9,8 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from flexbert.dropout import Dropout
-from flexbert.layers import Linear, OutputProjection, build_optional_norm, is_plain
-from flexbert.products import activated_product, activates_in_passing, product
+from flexbert.layers import Linear, OutputProjection, build_optional_norm
 from flexbert.registry import MLPS, NORMS, Activation, build_activation, optional_slot
 from schema import Component
 
@@ -59,11 +58,6 @@ class GatedLinearUnit(nn.Module):
 
     def _gated(self, hidden_states: Tensor) -> Tensor:
         gate = 0 if self.config.activated_half == "first" else 1
-        if is_plain(self.Wi) and activates_in_passing(self.activation, hidden_states, self.Wi.weight):
-            weight, bias = self.Wi.weight, self.Wi.bias
-            weights, biases = weight.chunk(2), (None, None) if bias is None else bias.chunk(2)
-            activated = activated_product(hidden_states, weights[gate], biases[gate], self.activation)
-            return activated.mul_(product(hidden_states, weights[1 - gate], biases[1 - gate]))
         states = self.Wi(hidden_states)
         if (
             self.activation in _IN_PLACE and not torch.compiler.is_compiling()
@@ -125,9 +119,5 @@ class MultiLayerPerceptron(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
-        if is_plain(self.Wi) and activates_in_passing(self.activation, hidden_states, self.Wi.weight):
-            activated = activated_product(hidden_states, self.Wi.weight, self.Wi.bias, self.activation)
-        else:
-            activated = self.activation(self.Wi(hidden_states))
-        inner = self.inner_norm(activated)
+        inner = self.inner_norm(self.activation(self.Wi(hidden_states)))
         return self.out_dropout(self.Wo(self.inner_dropout(inner)))

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from flexbert.config import FlexBertConfig
 from flexbert.dropout import name_sites
 from flexbert.encoder import FlexBertEncoder
-from flexbert.kernels import require_backend
+from flexbert.kernels import linear, require_backend
 from flexbert.losses import TokenScores, masked_evaluation
-from flexbert.products import linear
 from flexbert.registry import HEADS, INITS, LOSSES
 from flexbert.tasks import FlexBertForSequenceClassification, FlexBertForTokenClassification
 from schema import ConfigError, did_you_mean
@@ -120,18 +119,39 @@ _TASKS: dict[str, Any] = {
 
 
 @overload
-def build(config: FlexBertConfig, task: Literal["mlm"] = "mlm", *, seed: int = 0) -> FlexBertForMaskedLM: ...
-@overload
-def build(config: FlexBertConfig, task: Literal["encoder"], *, seed: int = 0) -> FlexBertEncoder: ...
+def build(
+    config: FlexBertConfig, task: Literal["mlm"] = "mlm", *, seed: int = 0, grow_from: FlexBertForMaskedLM | None = None
+) -> FlexBertForMaskedLM: ...
 @overload
 def build(
-    config: FlexBertConfig, task: Literal["classification"], *, num_labels: int | None = None, seed: int = 0
+    config: FlexBertConfig, task: Literal["encoder"], *, seed: int = 0, grow_from: FlexBertForMaskedLM | None = None
+) -> FlexBertEncoder: ...
+@overload
+def build(
+    config: FlexBertConfig,
+    task: Literal["classification"],
+    *,
+    num_labels: int | None = None,
+    seed: int = 0,
+    grow_from: FlexBertForMaskedLM | None = None,
 ) -> FlexBertForSequenceClassification: ...
 @overload
 def build(
-    config: FlexBertConfig, task: Literal["tokens"], *, num_labels: int | None = None, seed: int = 0
+    config: FlexBertConfig,
+    task: Literal["tokens"],
+    *,
+    num_labels: int | None = None,
+    seed: int = 0,
+    grow_from: FlexBertForMaskedLM | None = None,
 ) -> FlexBertForTokenClassification: ...
-def build(config: FlexBertConfig, task: str = "mlm", *, num_labels: int | None = None, seed: int = 0) -> Model:
+def build(
+    config: FlexBertConfig,
+    task: str = "mlm",
+    *,
+    num_labels: int | None = None,
+    seed: int = 0,
+    grow_from: FlexBertForMaskedLM | None = None,
+) -> Model:
     """A model with fresh weights, in training mode, float32, on the default device.
 
     task: "mlm", "classification" (of sequences), "tokens" (classification of each) or "encoder" (no head). The config's
@@ -139,8 +159,9 @@ def build(config: FlexBertConfig, task: str = "mlm", *, num_labels: int | None =
     serves for fine-tuning. num_labels: of a classification; None: as the head says.
     seed: each parameter's start is a function of it and of the parameter's name; torch's global generator is neither
     read nor moved. Under `torch.device("meta")` nothing is allocated or drawn.
-    Raises ConfigError for a task that does not exist, for a head that cannot do masked-token training and for an
-    attention backend that cannot run here.
+    grow_from: the smaller model whose weights init `grow` tiles; other inits take none.
+    Raises ConfigError for a task that does not exist, for a head that cannot do masked-token training, for an attention
+    backend that cannot run here, and for a model to grow from that is missing, not asked for or does not fit.
     """
     if task not in _TASKS:
         raise ConfigError(f"task: {task!r} cannot be built, {did_you_mean(task, _TASKS)}")
@@ -153,7 +174,13 @@ def build(config: FlexBertConfig, task: str = "mlm", *, num_labels: int | None =
         model = _TASKS[task](config)
     name_sites(model)
     init = INITS.build(config.init, num_hidden_layers=config.num_hidden_layers)
-    init(model, seed, "encoder" if task == "encoder" else "")
+    prefix = "encoder" if task == "encoder" else ""
+    if getattr(init, "grows", False):
+        init(model, seed, prefix, grow_from)
+    elif grow_from is not None:
+        raise ConfigError(f"grow_from: init {config.init.name!r} grows no model: use init {{name: grow, from: FOLDER}}")
+    else:
+        init(model, seed, prefix)
     return model
 
 

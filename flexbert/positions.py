@@ -1,17 +1,15 @@
 """Slot `position`: how a token's place enters the model.   T packed tokens, N heads, H head dim, D hidden."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from flexbert.registry import POSITIONS, ModelComponent
+from flexbert.config import FlexBertConfig, ModelComponent
+from flexbert.registry import POSITIONS
 from flexbert.rotary import RotaryAngles, RotaryConfig, Rotation
 from schema import Component
-
-if TYPE_CHECKING:
-    from flexbert.config import FlexBertConfig
 
 
 class Positions(NamedTuple):
@@ -44,7 +42,7 @@ class NoPosition(Position):
     class Config(Component):
         pass
 
-    def __init__(self, config: Config, *, model: "FlexBertConfig") -> None:
+    def __init__(self, config: Config, *, model: FlexBertConfig) -> None:
         super().__init__()
 
 
@@ -54,7 +52,7 @@ class RotaryPosition(Position):
 
     Config = RotaryConfig
 
-    def __init__(self, config: RotaryConfig, *, model: "FlexBertConfig") -> None:
+    def __init__(self, config: RotaryConfig, *, model: FlexBertConfig) -> None:
         super().__init__()
         self.config = config
         self._angles = RotaryAngles(model.head_dim)
@@ -83,7 +81,7 @@ class Alibi(Position):
     class Config(Component):
         pass
 
-    def __init__(self, config: Config, *, model: "FlexBertConfig") -> None:
+    def __init__(self, config: Config, *, model: FlexBertConfig) -> None:
         super().__init__()
         self.slopes = alibi_slopes(model.num_attention_heads)
         self._tensors: dict[torch.device, Tensor] = {}
@@ -115,7 +113,7 @@ class LearnedPosition(Position):
             description="unused rows before position 0 (RoBERTa: 2; its table has max_position_embeddings + 2)",
         )
 
-    def __init__(self, config: Config, *, model: "FlexBertConfig") -> None:
+    def __init__(self, config: Config, *, model: FlexBertConfig) -> None:
         super().__init__()
         self.offset, self.limit = config.offset, model.max_position_embeddings
         self.table = nn.Embedding(self.limit + config.offset, model.hidden_size)
@@ -141,11 +139,11 @@ class SinusoidalPosition(Position):
         theta: float = Field(10000.0, ge=1, le=1e15, description="base of the wavelengths")
         learned_scale: bool = Field(False, description="learn one factor for the whole table (CrammingBERT), else 1")
 
-        def check(self, model: "FlexBertConfig") -> None:
+        def check(self, model: FlexBertConfig) -> None:
             if model.hidden_size % 2:
                 raise ValueError(f"hidden_size: {model.hidden_size} is odd, and position sinusoidal needs pairs")
 
-    def __init__(self, config: Config, *, model: "FlexBertConfig") -> None:
+    def __init__(self, config: Config, *, model: FlexBertConfig) -> None:
         super().__init__()
         self.theta, self.hidden_size = config.theta, model.hidden_size
         self.scale = nn.Parameter(torch.full((1,), model.hidden_size**-0.5)) if config.learned_scale else None

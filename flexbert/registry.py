@@ -11,22 +11,20 @@
 | block | module: (hidden_states, plan, positions) -> (T, D); class attribute `needs_final_norm` | model, layer_index |
 | head | heads.Head (task mlm), or heads.TaskHead; class attribute `task` | model |
 | loss | callable: (hidden_states (M, D), weight (V, D), bias (V,) or None, targets (M,), scores to fill) -> sum | |
-| init | callable: (module, seed, prefix) -> None | num_hidden_layers |
+| init | callable: (module, seed, prefix) -> None; with `grows`, one argument more | num_hidden_layers |
 
 `model` is the FlexBertConfig, as it is for the layer in question. An attention or block with `selects_tokens` takes one
 more argument, `wanted`: see flexbert/blocks.py; it may do without.
+An init with the class attribute `grows` takes the model that `build` was told to grow from, or None.
 T packed tokens, M masked ones, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer
 
-from schema import Component, ConfigError, Registry, did_you_mean
-
-if TYPE_CHECKING:
-    from flexbert.config import FlexBertConfig
+from schema import ConfigError, Registry, Shown, ShownSlot, did_you_mean
 
 T = TypeVar("T")
 
@@ -46,13 +44,6 @@ SLOTS = {
 }
 
 
-class ModelComponent(Component):
-    """Base of the Config of entries that have rules across fields of the model."""
-
-    def check(self, model: "FlexBertConfig") -> None:
-        """Raise ValueError `field: what is wrong: fix` when this component does not fit the model around it."""
-
-
 def _known_activation(name: str) -> str:
     if name not in ACTIVATIONS.entries:
         raise ValueError(f"unknown activation {name!r}, {did_you_mean(name, ACTIVATIONS.entries)}")
@@ -60,7 +51,9 @@ def _known_activation(name: str) -> str:
 
 
 # Type of a config field that names an entry of the slot `activation`.
-Activation = Annotated[str, AfterValidator(_known_activation)]
+Activation = Annotated[
+    str, AfterValidator(_known_activation), Shown(lambda _: {"enum": sorted(ACTIVATIONS.entries), "x-open": True})
+]
 
 
 def build_activation(name: str) -> Any:
@@ -69,18 +62,20 @@ def build_activation(name: str) -> Any:
     return entry() if isinstance(entry, type) else entry
 
 
-def optional_slot(registry: Registry) -> tuple[Any, Any]:
+def optional_slot(registry: Registry) -> tuple[Any, ...]:
     """Like registry.slot(), for a field that may also be null: no such component."""
     return (
         BeforeValidator(lambda node: None if node is None else registry.parse(node)),
         PlainSerializer(lambda config: None if config is None else config.model_dump()),
+        ShownSlot(registry, optional=True),
     )
 
 
 def register(slot: str, name: str) -> Callable[[T], T]:
     """Class decorator: make a component known to YAML as `SLOT: NAME`. See the module's table for what a slot expects.
 
-    The class carries a `Config` derived from schema.Component (or ModelComponent, for rules across fields).
+    The class carries a `Config` derived from schema.Component, or from flexbert.config.ModelComponent for rules across
+    fields.
     Raises ConfigError for an unknown slot, ValueError for a name that is taken.
     """
     return _slot(slot).register(name)

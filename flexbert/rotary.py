@@ -5,17 +5,13 @@ whatever the model's dtype. Layout "half": component i turns with i + R/2 (GPT-N
 2i + 1.
 """
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flexbert.products import CAST_ROWS
-from flexbert.registry import ModelComponent
-
-if TYPE_CHECKING:
-    from flexbert.config import FlexBertConfig
+from flexbert.config import FlexBertConfig, ModelComponent
 
 
 class RotaryConfig(ModelComponent):
@@ -50,7 +46,7 @@ class RotaryConfig(ModelComponent):
         """R, the rotated components of a head."""
         return round(head_dim * self.rotary_fraction)
 
-    def check(self, model: "FlexBertConfig") -> None:
+    def check(self, model: FlexBertConfig) -> None:
         if model.head_dim % 2:
             raise ValueError(
                 f"hidden_size: {model.hidden_size} over num_attention_heads {model.num_attention_heads} is heads "
@@ -71,7 +67,6 @@ class Rotation(NamedTuple):
     cos: Tensor
     sin: Tensor
     interleaved: bool = False
-    pairs: Tensor | None = None  # (T, 1, R/2) complex64, cos + i sin; on the CPU only
 
 
 class RotaryAngles:
@@ -98,11 +93,7 @@ class RotaryAngles:
                 table = _angle_table(config, theta, self.head_dim, max(max_seqlen, 512), position_ids.device)
             self._tables[key] = table
         cos, sin = table.index_select(1, position_ids).unsqueeze(2)
-        interleaved = config.layout == "interleaved"
-        if position_ids.device.type != "cpu":
-            return Rotation(cos, sin, interleaved)
-        second = slice(1, None, 2) if interleaved else slice(cos.shape[-1] // 2, None)
-        return Rotation(cos, sin, interleaved, torch.complex(cos[..., second], sin[..., second]))
+        return Rotation(cos, sin, config.layout == "interleaved")
 
 
 def _angle_table(config: RotaryConfig, theta: float, head_dim: int, positions: int, device: torch.device) -> Tensor:
@@ -157,61 +148,3 @@ def rotate(states: Tensor, rotation: Rotation | None) -> Tensor:
     if rotation is None:
         return states
     return _Rotate.apply(states, rotation.cos, rotation.sin, rotation.interleaved)  # pyright: ignore[reportReturnType]
-
-
-def pairs_of_halves(parameter: Tensor, heads: int, head_dim: int, rotary_dim: int) -> Tensor:
-    """The outputs of the first `heads` heads in another order, so that components i and i + R/2 lie side by side.
-
-    parameter: (heads and more, head by head * H, ...), a weight or bias. Scores do not change when queries and keys
-    change the order of their components alike, but for rounding.
-    """
-    parts = parameter.unflatten(0, (-1, head_dim))
-    turning = parts[:heads, :rotary_dim].unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
-    turning = torch.cat((turning, parts[:heads, rotary_dim:]), 1)
-    return torch.cat((turning, parts[heads:])).flatten(0, 1)
-
-
-class _RotatePairs(torch.autograd.Function):
-    """One complex product, a third of the time of three real ones over halves (4096 tokens, two CPU cores)."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, pairs: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(pairs)
-        turned = torch.empty_like(rows[:, :heads])
-        _turn_pairs(rows[:, :heads], pairs, turned)
-        return turned, rows[:, heads:]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (pairs,) = ctx.saved_tensors
-        turned, rest = gradients
-        whole = turned.new_empty(len(turned), turned.shape[1] + rest.shape[1], turned.shape[2])
-        _turn_pairs(turned.contiguous(), pairs.conj(), whole[:, : turned.shape[1]])
-        whole[:, turned.shape[1] :] = rest
-        return whole, None, None
-
-
-def _turn_pairs(states: Tensor, pairs: Tensor, out: Tensor) -> None:
-    """states (T, n, H) turned into `out`; its components are neighbours in pairs, as far as they turn."""
-    dim = 2 * pairs.shape[-1]
-    if states.device.type == "cpu" and states.dtype != torch.float32 and len(states) > CAST_ROWS:
-        for part in zip(states.split(CAST_ROWS), pairs.split(CAST_ROWS), out.split(CAST_ROWS), strict=True):
-            _turn_pairs(*part)
-        return
-    turning = states[..., :dim].to(torch.promote_types(states.dtype, torch.float32)).unflatten(-1, (-1, 2))
-    if out.dtype == turning.dtype:
-        torch.mul(
-            torch.view_as_complex(turning), pairs, out=torch.view_as_complex(out[..., :dim].unflatten(-1, (-1, 2)))
-        )
-    else:
-        out[..., :dim] = torch.view_as_real(torch.view_as_complex(turning) * pairs).flatten(-2)
-    out[..., dim:] = states[..., dim:]
-
-
-def rotate_pairs(rows: Tensor, pairs: Tensor, heads: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Split (T, N + 2K, H) into queries, keys and values, of `heads` each, and turn queries and keys, whose components
-    lie in pairs: see Rotation.pairs. In float32; the results have the dtype of `rows`. Differentiable once."""
-    turned, values = _RotatePairs.apply(rows, pairs, heads[0] + heads[1])  # pyright: ignore[reportGeneralTypeIssues]
-    queries, keys = turned.split(heads[:2], dim=1)
-    return queries, keys, values

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fuzz_config import fuzz, run_files
-from schema import ConfigError, load_node, validate
+from composing import load_node
+from schema import ConfigError, validate
 from training.config import RunConfig, expand_preset, load_run_config
 
 

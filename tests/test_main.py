@@ -55,6 +55,9 @@ def test_help_lists_the_commands_without_heavy_imports() -> None:
         (["train", "configs/demo.yaml", "phases.decay.lr=3"], ["configs/demo.yaml: phases.decay.lr: phases has no entry decay, only 0 to 2"]),
         (["prepare", "configs/nothing.yaml"], ["configs/nothing.yaml: no such file"]),
         (["inspect", "configs"], ["configs"]),
+        (["inspect", "configs", "--json"], ["--json: only says something with --step"]),
+        (["inspect", "configs", "--rows", "1"], ["--rows: only says something with --step"]),
+        (["inspect", "runs/x", "--step", "1", "--samples", "9"], ["--samples: says nothing with --step"]),
     ],
 )  # fmt: skip
 def test_wrong_input_exits_2_with_one_line(arguments: list[str], words: list[str], tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from schema import ConfigError, RunError, parse_count
 from training import report
 from training.checkpoint import checkpoint_name, list_checkpoints, verify_checkpoint
 from training.config import RunConfig, read_recorded_config
+from training.origin import read_origin_record
 from training.phases import PhasePlan
 
 _WEIGHTS, _STATE = "model.safetensors", "state.json"
@@ -53,7 +54,8 @@ def average(
     """Write the weighted mean of checkpoints to `output`, a folder that transformers loads, with a card that says so.
 
     sources: one run's folder, with `last` or `tokens` (comma-separated) to say which of its checkpoints; or two or more
-    checkpoints. weights: comma-separated, one for each, of any sum; None: alike.
+    checkpoints. weights: comma-separated, one for each in the order of `tokens` or `sources`, with `last` oldest first;
+    of any sum; None: alike.
     Raises ConfigError, naming the option, for what does not fit; RunError for a damaged checkpoint. Then nothing is
     written.
     """
@@ -72,7 +74,8 @@ def average(
         for source, share in zip(read, shares, strict=True)
     )
     note = f"These weights are an average of those of {len(paths)} checkpoints, with their shares: {parts}."
-    card = report.model_card(newest.run, newest.plan, newest.tokens, None, note)
+    origin = read_origin_record(newest.path.parent.parent)
+    card = report.model_card(newest.run, newest.plan, newest.tokens, None, note, origin)
     flexbert.to_hf(model, tokenizer_folder(newest.run.data), output, card=card)
     console.print(f"{output}: the average of {parts}", soft_wrap=True)
 

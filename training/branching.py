@@ -13,16 +13,20 @@ from typing import Any
 
 import torch
 import xxhash
+from composer.utils import dist
 from torch import Tensor, nn
 
+from callbacks.ema import WeightAverage
 from data.loader import Loader, tokenizer_folder
 from data.tokenizer import corpus_tokenizer
 from flexbert import FlexBertConfig, FlexBertForMaskedLM, from_hf
 from schema import ConfigError, RunError, did_you_mean
 from training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, restore
 from training.config import RunConfig, read_recorded_config
+from training.ema import restore_average
 from training.phases import PhasePlan
 from training.shards import load_weights
+from training.vocabulary import with_rows
 
 log = logging.getLogger(__name__)
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -43,6 +47,7 @@ class Start:
     checkpoint: Checkpoint | None
     parent: RunConfig | None
     tokenizer: str | None  # fingerprint, of a checkpoint
+    rows: int | None  # of the token table, where it may have grown: in a Hugging Face folder
 
     def check_data(self, config: RunConfig, fingerprints: Mapping[str, str], tokenizer: str) -> None:
         """Raise ConfigError when ids mean other tokens here, or when the data cannot go on where they stood.
@@ -76,11 +81,20 @@ class Start:
                     "say `from: {checkpoint: ..., data: restart}`"
                 )
 
-    def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Loader) -> None:
-        """Put it into everything, in place; the optimizer keeps its own config's hyperparameters."""
+    def apply(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Loader, ema: WeightAverage | None
+    ) -> None:
+        """Put it into everything, in place; the optimizer and the moving average keep their own config's
+        hyperparameters."""
         if self.checkpoint is None:
             load_weights(model, self.weights)
             return
+        goes_on = ema is not None and restore_average(self.checkpoint, model, ema)
+        if goes_on != (ema is not None or bool(self.checkpoint.ema)) and dist.get_global_rank() == 0:
+            what = "has no moving average of the weights: this one's begins anew"
+            if ema is None:
+                what = "has a moving average of the weights, which is left out: this run has no `ema`"
+            log.warning("from: %s: %s", self.record["from"], what)
         # `setup` is optimi's mark that its step counter, which is in the group too, has begun.
         given = [
             {key: group[key] for key in optimizer.defaults if key in group and key != "setup"}
@@ -105,11 +119,18 @@ def read_origin(config: RunConfig) -> Start | None:
 
 
 def _read_hf(config: RunConfig, folder: Path) -> Start:
+    assert config.origin is not None
+    if config.origin.weights_only is False or config.origin.data == "continue":
+        wrong = "weights_only: false" if config.origin.weights_only is False else "data: continue"
+        raise ConfigError(f"from: {folder}: {wrong} cannot hold: a Hugging Face folder has weights only: leave it out")
     try:
         model = from_hf(folder)
     except ConfigError as error:
         raise ConfigError(f"from: {error}") from None
-    _check_model(model.config, model.config, dict(model.state_dict()), config, str(folder))
+    rows = config.model.vocab_size
+    weights = with_rows(dict(model.state_dict()), rows, tokenizer_folder(config.data))
+    theirs = model.config.model_copy(update={"vocab_size": rows})
+    _check_model(theirs, theirs, weights, config, str(folder))
     record = {
         "from": str(folder),
         "xxh3_64": _hash([folder / "config.json", *sorted(folder.glob("*.safetensors"))]),
@@ -118,7 +139,7 @@ def _read_hf(config: RunConfig, folder: Path) -> Start:
         "tokens": 0,
         "data": "restart",
     }
-    return Start(record, dict(model.state_dict()), None, None, None)
+    return Start(record, weights, None, None, None, model.config.vocab_size)
 
 
 def _read_run(config: RunConfig, folder: Path) -> Start:
@@ -139,12 +160,14 @@ def _read_run(config: RunConfig, folder: Path) -> Start:
     theirs = parent.model.position.model_copy(update={key: value for key, value in theta.items() if value})
     trained = parent.model.model_copy(update={"position": theirs})
     _check_model(parent.model, trained, checkpoint.model, config, str(path))
-    weights_only = config.origin.weights_only
+    weights_only, data = config.origin.meaning
     if not weights_only and config.optimizer.name != parent.optimizer.name:
         raise ConfigError(
             f"optimizer: {config.optimizer.name!r} here, {parent.optimizer.name!r} in the state of {path}: give "
             "that, or say `from: {checkpoint: ..., weights_only: true}`"
         )
+    if weights_only and checkpoint.ema and config.ema is not None and dist.get_global_rank() == 0:
+        log.warning("from: %s: with weights_only the moving average of the weights begins anew", path)
     before = state.get("origin") or {"steps": 0, "tokens": 0}
     record = {
         "from": str(path),
@@ -152,9 +175,9 @@ def _read_run(config: RunConfig, folder: Path) -> Start:
         "run": parent.name,
         "steps": 0 if weights_only else before["steps"] + step,
         "tokens": before["tokens"] + plan.tokens_before(step),
-        "data": "restart" if weights_only else config.origin.data,
+        "data": data,
     }
-    return Start(record, checkpoint.model, None if weights_only else checkpoint, parent, state.get("tokenizer"))
+    return Start(record, checkpoint.model, None if weights_only else checkpoint, parent, state.get("tokenizer"), None)
 
 
 def _find_checkpoint(folder: Path) -> Checkpoint:
@@ -210,8 +233,8 @@ def _check_vocabulary(folder: Path, ours: Path) -> None:
         log.warning("from: %s: holds no tokenizer.json: whether its tokens are the streams' cannot be checked", folder)
         return
     here, there = (corpus_tokenizer(path).get_vocab() for path in (ours, folder))
-    if here != there:
-        token = min((here.items() ^ there.items()), key=lambda pair: (pair[1], pair[0]))[0]
+    if different := there.items() - here.items():  # ours may have more: tokens that prepare added, or the user
+        token = min(different, key=lambda pair: (pair[1], pair[0]))[0]
         raise ConfigError(
             f"data.tokenizer: {ours}: is not the tokenizer of {folder}: {token!r} is {here.get(token)} here, "
             f"{there.get(token)} there: prepare the streams with that one"

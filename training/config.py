@@ -6,20 +6,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from composing import load_node, merge
 from data.lanes import LongDocuments
 from data.loader import canonical_lanes
 from data.masking import MaskingConfig
 from data.mixture import DataConfig, StreamShare, check_one_rule, rule_of
 from data.transfer import is_url
 from flexbert import FlexBertConfig
-from flexbert.config import PRESETS
+from flexbert.config import load_preset, named_init
 from recipe.slots import ALGORITHMS, CALLBACKS, LOGGERS
-from schema import ConfigError, Count, Line, Schema, did_you_mean, load_node, validate
+from schema import MAY_CHANGE, ConfigError, Count, Line, Schema, UserPath, did_you_mean, or_text, validate
 from training.batch_sizes import BatchSizeWarmup
 from training.imports import import_components
+from training.inheriting import inherit_masking
 from training.optim import OPTIMIZERS
 from training.origin import Origin, named_origin
 from training.parallelism import PARALLELISMS
+from training.recorded import as_recorded
 from training.schedules import SCHEDULES
 
 
@@ -31,7 +34,8 @@ class RopeTheta(Schema):
 
 
 class PhaseConfig(Schema):
-    """One phase: a token budget, and what changes with it. What is absent stays as in the phase before."""
+    """One phase: a token budget, and what changes with it. What is absent stays as in the phase before, key by key in
+    rope_theta and masking; but warmup, schedule and batch_size_warmup belong to one phase and are not inherited."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="for logs and milestones")
     tokens: Count = Field(
@@ -44,12 +48,16 @@ class PhaseConfig(Schema):
         default=None, description="fewer rows per step at first: {from: 768, tokens: 50B}; not inherited"
     )
     lr: float | None = Field(default=None, gt=0, description="peak learning rate of the phase")
-    warmup: Count = Field(default=0, description="tokens over which lr rises linearly from 0 at the phase's start")
+    warmup: Count = Field(
+        default=0, description="tokens over which lr rises linearly from 0 at the phase's start; not inherited"
+    )
     schedule: Annotated[Any, *SCHEDULES.slot()] = Field(
-        default="constant", description="shape of lr over the phase after warmup"
+        default="constant", description="shape of lr over the phase after warmup; not inherited"
     )
     rope_theta: RopeTheta = Field(default=RopeTheta(), description="raised when the context is extended")
-    masking: MaskingConfig | None = Field(default=None, description="which tokens the model restores")
+    masking: MaskingConfig | None = Field(
+        default=None, description="which tokens the model restores; absent keys stay as in the phase before"
+    )
     streams: dict[str, StreamShare] | None = Field(
         default=None, min_length=1, description="the mixture: these of data.streams, and no others"
     )
@@ -95,42 +103,70 @@ def _parse_rows(value: Any) -> Any:
     raise ValueError(f"expected a number of rows, 1 or more, or auto, got {value!r}")
 
 
+_Rows = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"] | None, BeforeValidator(_parse_rows)]
+
+
 class TrainerConfig(Schema):
     """How steps are computed; none of it changes what is trained on."""
 
     precision: Literal["auto", "fp32", "amp_bf16"] = Field(default="auto", description="auto: bf16 on CUDA, else fp32")
     parallelism: Annotated[Any, *PARALLELISMS.slot()] = Field(
-        default="ddp", description="what each rank keeps of parameters and optimizer states: ddp all, fsdp2 its part"
+        default="ddp",
+        description="what each rank keeps of parameters and optimizer states: ddp all, fsdp2 its part",
+        json_schema_extra=MAY_CHANGE,
     )
-    microbatch_size: Annotated[int | Literal["auto"] | None, BeforeValidator(_parse_rows)] = Field(
+    microbatch_size: _Rows = Field(
         default=None,
         description="rows per forward-backward on each rank; default: all of a step's; auto: on CUDA as many as fit, "
         "found by halving when memory runs out, on the CPU all",
+        json_schema_extra=MAY_CHANGE,  # with attention.probs_dropout other masks are drawn, as with other ranks
     )
     compile: bool = Field(
-        default=False, description="torch.compile each block; for CUDA: on the CPU it gains a few percent at most"
+        default=False,
+        description="torch.compile each block; for CUDA: on the CPU it gains a few percent at most",
+        json_schema_extra=MAY_CHANGE,
     )
     activation_checkpointing: int = Field(
-        default=0, ge=0, description="every n-th block is computed again in backward, to save memory; 0: none is"
+        default=0,
+        ge=0,
+        description="every n-th block is computed again in backward, to save memory; 0: none is",
+        json_schema_extra=MAY_CHANGE,
     )
     gradient_clip_norm: float | None = Field(default=None, gt=0, description="global norm (ModernBERT: none)")
-    log_interval: int = Field(default=10, ge=1, description="steps between lines of metrics.jsonl and the loggers")
+    log_interval: int = Field(
+        default=10,
+        ge=1,
+        description="steps between lines of metrics.jsonl and the loggers",
+        json_schema_extra=MAY_CHANGE,
+    )
     max_bad_steps: int = Field(
         default=10,
         ge=1,
         description="steps in a row with a loss or gradient not finite (none applied) that end the run",
+        json_schema_extra=MAY_CHANGE,
     )
-    spike_guard: SpikeGuardConfig | None = Field(default=None, description="absent: off; {}: on, with its defaults")
+    spike_guard: SpikeGuardConfig | None = Field(
+        default=None,
+        description="absent: off; {}: on, with its defaults",
+        json_schema_extra=MAY_CHANGE,  # what it skipped is in the ledger, whatever it says now
+    )
     hang_timeout: float = Field(
-        default=1800.0, gt=0, description="seconds without a step (evaluation, save and export in it) that end the run"
+        default=1800.0,
+        gt=0,
+        description="seconds without a step (evaluation, save and export in it) that end the run",
+        json_schema_extra=MAY_CHANGE,
     )
     peak_flops: float | None = Field(
         default=None,
         gt=0,
         description="FLOP/s that one device can do at best, for mfu; default: flexbert.peaks by its name",
+        json_schema_extra=MAY_CHANGE,
     )
     price_per_hour: float | None = Field(
-        default=None, ge=0, description="of all machines together, in any currency: logs the cost so far and to the end"
+        default=None,
+        ge=0,
+        description="of all machines together, in any currency: logs the cost so far and to the end",
+        json_schema_extra=MAY_CHANGE,
     )
 
 
@@ -162,11 +198,21 @@ class CheckpointConfig(Schema):
 class EvaluationConfig(Schema):
     """Held-out loss and masked accuracy, per stream and over all, always on the same rows and masks."""
 
-    interval: Count | None = Field(default=None, gt=0, description="tokens; absent: at milestones only")
+    interval: Count | None = Field(
+        default=None, gt=0, description="tokens; absent: at milestones only", json_schema_extra=MAY_CHANGE
+    )
     max_seq_len: int | None = Field(default=None, ge=8, description="slots per row; default: the first phase's")
     max_rows: int | None = Field(default=None, ge=1, description="rows per stream at most; default: all")
-    batch_size: int = Field(default=16, ge=1, description="rows per forward on each rank")
+    batch_size: int = Field(default=16, ge=1, description="rows per forward on each rank", json_schema_extra=MAY_CHANGE)
     masking: MaskingConfig = Field(default=MaskingConfig(rate=0.15), description="BERT's rate, whatever training uses")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit_rate(cls, node: Any) -> Any:
+        default = {"rate": cls.model_fields["masking"].default.rate}
+        if isinstance(node, dict) and isinstance(node.get("masking"), dict):
+            return {**node, "masking": default | node["masking"]}
+        return node
 
 
 class EmaConfig(Schema):
@@ -186,44 +232,62 @@ def _local(folder: str) -> str:
 
 
 class RunConfig(Schema):
-    """A pretraining run."""
+    """A pretraining run. What is MAY_CHANGE may differ when it goes on; training/folder.py refuses the rest."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="the run folder is RUNS/NAME")
-    imports: list[Line] = Field(
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="the run folder is RUNS/NAME; rename that, too, and it is the same run",
+        json_schema_extra=MAY_CHANGE,
+    )
+    imports: list[UserPath] = Field(
         default=[],
+        json_schema_extra=MAY_CHANGE,  # where files lie: what they register is compared by its name, in its own place
         description="Python files of yours, run by every process before the rest is checked, that register components; "
         "relative to this file",
     )
-    runs: Annotated[Line, AfterValidator(_local)] = Field(default="runs", description="folder of all runs")
+    runs: Annotated[UserPath, AfterValidator(_local)] = Field(
+        default="runs", description="folder of all runs", json_schema_extra=MAY_CHANGE
+    )
     seed: int = Field(default=17, ge=0, description="key of every random draw")
-    origin: Annotated[Origin, BeforeValidator(named_origin)] | None = Field(
+    origin: Annotated[Origin, BeforeValidator(named_origin), or_text(".", "runs/mine")] | None = Field(
         default=None, alias="from", description="a checkpoint, run or Hugging Face folder to start from: a branch"
     )
     model: FlexBertConfig = Field(description="a preset of configs/model, or `preset` with overrides, or all fields")
-    data: DataConfig
+    data: DataConfig = Field(description="the streams, their mixture, the tokenizer, and how they are read")
     masking: MaskingConfig = Field(default=MaskingConfig(), description="for phases that do not say otherwise")
-    phases: list[PhaseConfig] = Field(min_length=1)
-    optimizer: Annotated[Any, *OPTIMIZERS.slot()] = "stableadamw"
-    trainer: TrainerConfig = TrainerConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    ema: EmaConfig | None = None
+    phases: list[PhaseConfig] = Field(min_length=1, description="what is trained, in this order")
+    optimizer: Annotated[Any, *OPTIMIZERS.slot()] = Field(
+        default="stableadamw", description="how a gradient becomes a step (ModernBERT: stableadamw)"
+    )
+    trainer: TrainerConfig = Field(default=TrainerConfig(), description="how steps are computed, guarded and logged")
+    checkpoint: CheckpointConfig = Field(
+        default=CheckpointConfig(),
+        description="when the state is saved, and what of it is kept",
+        json_schema_extra=MAY_CHANGE,
+    )
+    evaluation: EvaluationConfig = Field(
+        default=EvaluationConfig(), description="when and on what the held-out loss is measured"
+    )
+    ema: EmaConfig | None = Field(default=None, description="an average of the weights; absent: none is kept")
     callbacks: list[Annotated[Any, *CALLBACKS.slot()]] = Field(
-        default=[], description="watch the run, in this order; may differ when a run is resumed"
+        default=[], description="what watches the run, in this order", json_schema_extra=MAY_CHANGE
     )
     algorithms: list[Annotated[Any, *ALGORITHMS.slot()]] = Field(
-        default=[], description="change how the run trains: Composer's, or yours"
+        default=[], description="what changes how the run trains: Composer's algorithms, or yours"
     )
     loggers: list[Annotated[Any, *LOGGERS.slot()]] = Field(
-        default=["tensorboard"], description="where metrics go besides metrics.jsonl and the console"
+        default=["tensorboard"],
+        description="where metrics go besides metrics.jsonl and the console",
+        json_schema_extra=MAY_CHANGE,
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _point_to_loggers(cls, node: Any) -> Any:
+    def _inherit_masking(cls, node: Any) -> Any:
+        """So that each phase's masking is whole here, and in config.yaml."""
         if isinstance(node, dict) and "wandb" in node:
             raise ValueError("wandb: is an entry of `loggers`: say loggers: [tensorboard, {name: wandb, project: ...}]")
-        return node
+        return {**node, "phases": inherit_masking(node)} if isinstance(node, dict) and "phases" in node else node
 
     @property
     def folder(self) -> Path:
@@ -325,28 +389,28 @@ def _check_tokens(shares: Mapping[str, StreamShare], where: str, budget: int) ->
             )
 
 
-def expand_preset(node: Any) -> Any:
-    """`model: NAME` or `model: {preset: NAME, ...}` -> the preset's fields with the overrides merged over them."""
-    from omegaconf import DictConfig, OmegaConf
+def _as_preset(model: Any) -> Any:
+    """`model: NAME` says enough."""
+    return {"preset": model} if isinstance(model, str) else model
 
-    model = node.get("model") if isinstance(node, DictConfig) else None
-    name = model if isinstance(model, str) else model.get("preset") if isinstance(model, DictConfig) else None
-    if name is None:
+
+# The short forms of a run file, for merging.
+SPELLED = {"model": _as_preset, "model.init": named_init, "from": named_origin}
+
+
+def expand_preset(node: dict[str, Any]) -> dict[str, Any]:
+    """`model: NAME` or `model: {preset: NAME, ...}` -> the preset's fields with the overrides merged over them."""
+    model = _as_preset(node.get("model"))
+    if not isinstance(model, dict) or model.get("preset") is None:
         return node
-    presets = {file.stem: file for file in PRESETS.glob("*.yaml")}
-    if name not in presets:
-        raise ConfigError(f"model: unknown preset {name!r}, {did_you_mean(str(name), presets)}")
-    merged = OmegaConf.merge(OmegaConf.load(presets[name]), {} if isinstance(model, str) else model)
-    if isinstance(merged, DictConfig):
-        merged.pop("preset", None)
-    node["model"] = merged
-    return node
+    own = {key: value for key, value in model.items() if key != "preset"}
+    return {**node, "model": merge(load_preset(model["preset"]), own, SPELLED, ("model",))}
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, compose and check a run file. Raises ConfigError, one line per fault: `file: key.path: what is wrong`."""
     try:
-        node = load_node(path, overrides, expand_preset)
+        node = load_node(path, overrides, expand_preset, SPELLED)
     except ConfigError as error:
         line = str(error)
         raise ConfigError(line if line.startswith(str(path)) else f"{path}: {line}") from None
@@ -355,11 +419,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 
 def read_recorded_config(file: Path) -> RunConfig:
     """The config that a run recorded in its folder. Raises ConfigError when it does not load any more."""
-    node = load_node(file)
-    if "wandb" in node:  # a section of its own, up to commit ac193e8
-        wandb = node.pop("wandb")
-        node["loggers"] = ["tensorboard", *([{"name": "wandb", **wandb}] if wandb else [])]
-    return check_run(node, file)
+    return check_run(as_recorded(load_node(file)), file)
 
 
 def check_run(node: dict[str, Any], path: Path) -> RunConfig:

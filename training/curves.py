@@ -1,5 +1,6 @@
 """A run in one picture: loss, learning rate, batch size, RoPE theta and sequence length against tokens."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from schema import ConfigError
 from training.folder import RunFolder
 from training.phases import PhasePlan
 
+log = logging.getLogger(__name__)
 _PANELS = ("loss\n(nats per masked token)", "learning rate", "rows per step", "RoPE theta", "slots per row")
 
 
@@ -19,7 +21,7 @@ def report(path: Path, picture: Path | None) -> Path:
     folder = RunFolder(path)
     plan, picture = PhasePlan(folder.recorded_config()), picture or folder.curves
     try:
-        drawn = draw_curves(folder.metrics, picture, plan)
+        drawn = _draw(folder.metrics, picture, plan)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--output: {picture}: {error}: give a .png, .pdf or .svg in a folder that exists") from None
     if not drawn:
@@ -27,7 +29,16 @@ def report(path: Path, picture: Path | None) -> Path:
     return picture
 
 
-def draw_curves(metrics: Path, picture: Path, plan: PhasePlan) -> bool:
+def draw_curves(metrics: Path, picture: Path, plan: PhasePlan) -> None:
+    """At a run's end: the picture, or a line that says why there is none."""
+    if not _draw(metrics, picture, plan):
+        log.warning(
+            "%s: not drawn: no line of metrics.jsonl has a loss of training; a lower trainer.log_interval gives some",
+            picture,
+        )
+
+
+def _draw(metrics: Path, picture: Path, plan: PhasePlan) -> bool:
     """Five panels over one axis of tokens (slots): training and held-out loss, then what the phases set; phases shaded.
 
     All from the lines of metrics.jsonl, so from what was trained and not from what was planned. False, and no picture,
@@ -97,6 +108,6 @@ def draw_curves(metrics: Path, picture: Path, plan: PhasePlan) -> bool:
 def _draw_loss(axis: Any, train: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> None:
     axis.plot([line["tokens"] for line in train], [line["loss"] for line in train], lw=1, label="training")
     if held_out:
-        points = [(line["tokens"], line["validation"]["loss"]) for line in held_out]
+        points = [(line["tokens"], line["validation"]["loss"]) for line in held_out]  # None: a gap
         axis.plot(*zip(*points, strict=True), "o-", ms=4, label="held-out")
     axis.legend(loc="lower left", fontsize=9)

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from schema import plain_console
+
 SENTENCES = (
     "Permission is hereby granted, free of charge, to any person obtaining a [MASK] of this software.",
     "This program is distributed in the hope that it will be [MASK], but WITHOUT ANY WARRANTY.",
@@ -19,7 +21,7 @@ SENTENCES = (
 
 def run_demo() -> None:
     """Prepare, train, export and fill masks; every part resumes or is skipped when a run before has done it."""
-    start, console = time.monotonic(), Console()
+    start, console = time.monotonic(), plain_console()
     root = Path(__file__).parent.parent
     console.rule("1/3 prepare: text of this machine to token shards")
     from data.preparation import load_prepare_config, prepare
@@ -37,11 +39,10 @@ def run_demo() -> None:
     console.rule("3/3 fill masks with the export, through transformers")
     fill_masks(summary["export"], console)
     report.closing_table(config, summary, console)
-    console.print(f"the whole demo took {time.monotonic() - start:.0f} s this time", highlight=False)
+    console.print(f"the whole demo took {time.monotonic() - start:.0f} s this time")
     console.print(
-        "next: [bold].venv/bin/python main.py train configs/demo.yaml name=wider model.hidden_size=256 "
-        "model.num_attention_heads=4[/bold]\n  or: [bold].venv/bin/python main.py inspect datasets/demo[/bold]",
-        highlight=False,
+        "next: .venv/bin/python main.py train configs/demo.yaml name=wider model.hidden_size=256 "
+        "model.num_attention_heads=4\n  or: .venv/bin/python main.py inspect datasets/demo",
         soft_wrap=True,
     )
 
@@ -56,4 +57,4 @@ def fill_masks(export: str, console: Console) -> None:
     for sentence in SENTENCES:
         answers = [f"{answer['token_str']!r} {answer['score']:.0%}" for answer in fill(sentence)]
         table.add_row(Text(sentence), Text("\n".join(answers)))
-    console.print(table, highlight=False)
+    console.print(table)

@@ -19,16 +19,22 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from data.loader import check_tokenizer, open_streams
+from data.shards import Stream
 from data.transfer import TransferError, is_url
+from flexbert import FlexBertConfig
 from flexbert.parity import BACKENDS, disagreement
 from schema import ConfigError, RunError
+from training.branching import read_origin
+from training.checkpoint import list_checkpoints
 from training.config import RunConfig
 from training.phases import PhasePlan
 from training.remote_checkpoints import RemoteCheckpoints
 from training.sizes import already_there, disk_need
+from training.vocabulary import check_vocabulary
 
 ROOT = Path(__file__).parent.parent
 _GB = 10**9
+_BACKEND = "model.attention.backend"
 _STYLES = {"ok": "green", "-": "", "warn": "yellow", "FAIL": "bold red"}
 # A rank holds about 1 GB after its imports, and its loader workers share it.
 _LEAST_MEMORY, _LEAST_DISK, _LEAST_SHARED = 4 * _GB, 5 * _GB, 1 * _GB
@@ -58,7 +64,7 @@ def doctor(config: RunConfig | None, console: Console) -> bool:
             state = Text(check.state, _STYLES[check.state])
             table.add_row(check.name, state, Text(check.found), Text(check.fix))
             failed += check.state == "FAIL"
-    console.print(table, highlight=False)
+    console.print(table)
     console.print(f"{failed} of the checks failed" if failed else "nothing stands against training here")
     return not failed
 
@@ -149,25 +155,35 @@ def _devices() -> Iterator[Check]:
 def _attention(config: RunConfig | None) -> Iterator[Check]:
     """Two layers, forward and backward, by each backend and by the eager reference."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    named = None if config is None else getattr(config.model.attention, "backend", None)
+    named = {} if config is None else _named_backends(config.model)
     for backend in BACKENDS:
         name = f"attention: {backend}"
         try:
             result = disagreement(backend, device)
         except ConfigError as error:
             why = str(error).split("cannot run: ")[-1].removesuffix(": use auto, or sdpa")
-            fix = "model.attention.backend: auto, or sdpa" if backend == named else ""
+            fix = f"{named[backend]}: auto, or sdpa" if backend in named else ""
             yield Check(name, "FAIL" if fix else "-", why, fix)
             continue
         except Exception as error:  # whatever a kernel that was built for another machine raises
             text = (str(error).splitlines() or [""])[0]
-            fix = f"model.attention.backend: sdpa, or install what {backend} needs anew"
+            fix = f"{named.get(backend, _BACKEND)}: sdpa, or install what {backend} needs anew"
             yield Check(name, "FAIL", f"{type(error).__name__}: {text}", fix)
             continue
         good = result.error <= result.tolerance
         found = f"differs from eager by {result.error:.1e} ({result.dtype}, forward and backward)"
-        fix = "" if good else f"over {result.tolerance:.0e}: do not train with it; model.attention.backend: sdpa"
+        fix = "" if good else f"over {result.tolerance:.0e}: do not train with it; {named.get(backend, _BACKEND)}: sdpa"
         yield Check(name, "ok" if good else "FAIL", found, fix)
+
+
+def _named_backends(model: FlexBertConfig) -> dict[str, str]:
+    """The backends that the layers' attentions name, and the key of each; those of the initial layers among them."""
+    named = {}
+    for index in range(model.num_hidden_layers):
+        attention = model.layer(index).attention
+        key = _BACKEND if attention is model.attention else "model.initial_layers.attention.backend"
+        named.setdefault(getattr(attention, "backend", None), key)
+    return named
 
 
 def _shared_memory() -> Iterator[Check]:
@@ -217,6 +233,20 @@ def _remote(config: RunConfig | None) -> Iterator[Check]:
             yield Check("remote checkpoints", "FAIL", str(error), "mend it, or leave checkpoint.remote out")
 
 
+def _start(config: RunConfig, streams: list[Stream]) -> Iterator[Check]:
+    """What a run that begins starts from, and whether its vocabulary is the streams'."""
+    try:
+        origin = read_origin(config)
+        if origin is not None:
+            yield Check("from", "ok", origin.record["from"])
+        if streams:
+            check_vocabulary(config, streams, origin and origin.rows)
+    except (ConfigError, RunError) as error:
+        for line in str(error).split("\n"):
+            text, _, fix = line.rpartition(": ")
+            yield Check("from" if line.startswith("from") else "vocabulary", "FAIL", text or fix, fix if text else "")
+
+
 def _cache(config: RunConfig) -> Check:
     folder, limit = config.data.cache_folder, config.data.cache_limit
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
@@ -255,10 +285,8 @@ def _data(config: RunConfig | None) -> Iterator[Check]:
         except (ConfigError, RunError) as error:
             text, _, fix = str(error).rpartition(": ")
             yield Check("tokenizer", "FAIL", text, fix)
-    sizes = {stream.manifest.vocab_size for stream in opened.values()} - {config.model.vocab_size}
-    if sizes:
-        fix = f"set model.vocab_size={min(sizes)}"
-        yield Check("vocabulary", "FAIL", f"the model has {config.model.vocab_size}, the streams {min(sizes)}", fix)
+    if not list_checkpoints(config.folder / "checkpoints"):
+        yield from _start(config, list(opened.values()))
     try:
         phases = PhasePlan(config).phases
         yield Check("phases", "ok", f"{len(phases)}, {phases[-1].end_step:,} steps")

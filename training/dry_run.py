@@ -9,18 +9,22 @@ from rich.console import Console
 from rich.table import Table
 
 from data.loader import LoaderConfig, check_tokenizer, open_streams
-from data.mixture import MixtureOrder, stream_weights
+from data.mixture import MixtureOrder
 from data.shards import Stream
 from data.transfer import is_url
-from flexbert import build
 from flexbert.accounting import attention_weights_memory, flops_per_token, memory_estimate
 from schema import ConfigError
 from training.branching import read_origin
+from training.checkpoint import list_checkpoints
 from training.config import PhaseConfig, RunConfig
+from training.folder import RunFolder
+from training.growing import check_source
 from training.parallelism import PARALLELISMS
 from training.phases import Phase, PhasePlan
+from training.recorded import as_begun
 from training.report import describe_model
 from training.sizes import disk_need
+from training.vocabulary import check_vocabulary
 
 
 def dry_run(
@@ -37,9 +41,11 @@ def dry_run(
     alone decides is printed even where data or starting weights are absent.
     Raises ConfigError, a line for each reason, when a real start would; RunError for damaged shards.
     """
+    folder = RunFolder(config.folder)
+    config = as_begun(config, folder)
     plan = PhasePlan(config)
     loader = plan.loader_config(config)
-    console.print(f"[bold]{config.name}[/bold]: {describe_model(config)} -> {config.folder}")
+    console.print(f"{config.name}: {describe_model(config)} -> {config.folder}", soft_wrap=True)
     table = Table("phase", *(phase.name for phase in plan.phases))
     columns = [
         _phase_facts(config, plan, phase, given, world_size) | _price(phase.tokens, tokens_per_second, price_per_hour)
@@ -51,13 +57,30 @@ def dry_run(
     _print_totals(config, plan, console, _price(plan.total_tokens, tokens_per_second, price_per_hour))
 
     faults: list[str] = []
+    streams, start = list[Stream](), None
     with _collected(faults):
-        _print_mixture(config, plan, loader, console)
-    with _collected(faults), torch.device("meta"):
-        if config.origin is None:
-            build(config.model)  # sees whether the weights that it grows from are there
+        folder.check_config(config)
+        folder.check_checkpoints()
     with _collected(faults):
-        read_origin(config)
+        streams = _print_mixture(config, plan, loader, console)
+    # A run that goes on needs neither its origin nor what it has grown from.
+    if not list_checkpoints(folder.checkpoints):
+        with _collected(faults):
+            if config.origin is None:
+                check_source(config.model)
+        readable = False
+        with _collected(faults):
+            start = read_origin(config)
+            readable = True
+        if streams and readable:
+            with _collected(faults):
+                check_vocabulary(config, streams, start and start.rows)
+            with _collected(faults):
+                if start is not None:
+                    fingerprints = {
+                        name: stream.fingerprint for name, stream in zip(config.data.streams, streams, strict=True)
+                    }
+                    start.check_data(config, fingerprints, streams[0].manifest.tokenizer_fingerprint)
     if faults:
         raise ConfigError("\n".join(faults))
 
@@ -131,36 +154,38 @@ def _print_totals(config: RunConfig, plan: PhasePlan, console: Console, price: d
         f"checkpoints every {options.interval:,} tokens, {options.keep} kept{often}{best}; "
         f"milestones (kept, evaluated, exported) at {milestones}; {need.checkpoint / 1e9:,.2f} GB each, "
         f"{need.total / 1e9:,.1f} GB in all, {need.exports} exports among them",
-        highlight=False,
     )
 
 
-def _print_mixture(config: RunConfig, plan: PhasePlan, loader: LoaderConfig, console: Console) -> None:
+def _print_mixture(config: RunConfig, plan: PhasePlan, loader: LoaderConfig, console: Console) -> list[Stream]:
     absent = [name for name, stream in config.data.streams.items() if not _is_there(stream.path)]
     if absent:
         console.print(
             f"mixture: unknown, {len(absent)} of {len(config.data.streams)} streams are absent: {', '.join(absent)}",
-            highlight=False,
+            soft_wrap=True,
         )
     streams = open_streams(config.data, "train")
     check_tokenizer(config.data, streams)
     order = MixtureOrder(streams, config.data, config.seed, loader.lanes)
-    weights = []
+    weights, passes = [], dict.fromkeys(config.data.streams, 0.0)
     for phase in plan.phases:
         shares = config.data.streams if phase.streams is None else phase.streams
-        order.mixture(shares, phase.long_documents or config.data.long_documents, phase.max_seq_len)
-        weights.append(stream_weights(shares, order.tokens))
+        held = order.mixture(shares, phase.long_documents or config.data.long_documents, phase.max_seq_len)
+        weights.append([tokens / order.block_tokens for tokens in held.tokens])
+        shown, weight = order.shown_tokens(held), dict(zip(order.names, weights[-1], strict=True))
+        for name in shown:
+            passes[name] += weight[name] * phase.tokens / max(shown[name], 1)
     mixture = Table("stream", "documents", "tokens", *(f"in {phase.name}" for phase in plan.phases), "passes")
-    for name, stream in zip(config.data.streams, streams, strict=True):
-        manifest, shares = stream.manifest, [weight[name] for weight in weights]
-        tokens = sum(share * phase.tokens for share, phase in zip(shares, plan.phases, strict=True))
-        cells = [f"{manifest.documents:,}", f"{manifest.tokens:,}", *(f"{share:.1%}" for share in shares)]
-        mixture.add_row(name, *cells, f"{tokens / manifest.tokens:.2f}")
+    for number, (name, stream) in enumerate(zip(config.data.streams, streams, strict=True)):
+        cells = [f"{stream.manifest.documents:,}", f"{stream.manifest.tokens:,}"]
+        cells += [f"{weight[number]:.1%}" for weight in weights]
+        mixture.add_row(name, *cells, f"{passes[name]:.2f}")
     console.print(mixture)
-    console.print(f"blocks of about {order.block_tokens:,.0f} tokens", highlight=False)
+    console.print(f"blocks of about {order.block_tokens:,.0f} tokens")
     remote = [stream for stream in streams if is_url(stream.path)]
     if remote:
-        console.print(_describe_cache(config, remote, loader.lanes), highlight=False)
+        console.print(_describe_cache(config, remote, loader.lanes))
+    return streams
 
 
 def _is_there(path: str) -> bool:

@@ -1,6 +1,7 @@
 """Held-out loss and masked accuracy, beside the best guess that looks at nothing: the most frequent token."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -8,13 +9,19 @@ import numpy as np
 import torch
 from composer.utils import dist
 
+from data.batches import Batch
+from data.held_out import validation_batches
 from data.keyed import torch_seed
-from data.loader import open_streams, validation_batches
+from data.loader import open_streams
 from data.masking import IGNORE
 from data.mixture import DataConfig, stream_weights
 from data.shards import Stream
 from flexbert import FlexBertForMaskedLM
+from schema import ConfigError, RunError
 from training.config import EvaluationConfig
+
+log = logging.getLogger(__name__)
+_FIX = "raise evaluation.masking.rate or evaluation.max_rows, or prepare with a larger validation_fraction"
 
 
 class Evaluator:
@@ -23,41 +30,51 @@ class Evaluator:
     def __init__(
         self, config: EvaluationConfig, data: DataConfig, train_streams: Sequence[Stream], max_seq_len: int, seed: int
     ) -> None:
-        """max_seq_len: slots per row where the config leaves it open. Raises ConfigError for a missing split."""
+        """max_seq_len: slots per row where the config leaves it open. Raises ConfigError for a missing split,
+        or when no token would be masked."""
         self.config = config
         self.max_seq_len = config.max_seq_len or max_seq_len
         self.seed = torch_seed(seed, "validation")
         self.streams = dict(zip(data.streams, open_streams(data, "validation"), strict=True))
+        self.fingerprints = {name: stream.fingerprint for name, stream in self.streams.items()}
         counts = [np.load(BytesIO(stream.files.read("token_counts.npy"))).astype(float) for stream in train_streams]
         tokens = {name: stream.manifest.tokens for name, stream in zip(self.streams, train_streams, strict=True)}
         weights = stream_weights(data.streams, tokens)
         mixture = sum(count / count.sum() * weights[name] for name, count in zip(self.streams, counts, strict=True))
         self.frequent = {name: int(np.argmax(count)) for name, count in zip(self.streams, counts, strict=True)}
         self.frequent_overall = int(np.argmax(mixture))
+        self._unmasked = set[str]()
+        # Now, and not after the first billion of tokens; the first batch tells, but for odd configs.
+        if not any(batch["masked"] for name in self.streams for batch in self._batches(name, 0, 1)):
+            raise ConfigError(f"evaluation: no token of the held-out text would be masked: {_FIX}")
+
+    def _batches(self, name: str, rank: int, world_size: int) -> Iterator[Batch]:
+        return validation_batches(
+            self.streams[name],
+            self.max_seq_len,
+            self.config.batch_size,
+            self.config.max_rows,
+            self.seed,
+            self.config.masking,
+            rank,
+            world_size,
+        )
 
     @torch.no_grad()
     def evaluate(self, model: FlexBertForMaskedLM) -> dict[str, Any]:
         """{"loss": nats, "masked_accuracy", "unigram_accuracy", "masked_tokens", "streams": {name: the same four}}.
 
-        Means over masked tokens. unigram_accuracy: of always answering the training data's most frequent token (of the
+        Means over masked tokens; None for a stream without any, which is said. Raises RunError when there is none at
+        all. unigram_accuracy: of always answering the training data's most frequent token (of the
         stream, and of the mixture for the overall figure), on the same masked tokens. A collective over ranks.
         """
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
         streams, total = {}, torch.zeros(4, dtype=torch.float64)
-        for name, stream in self.streams.items():
+        for name in self.streams:
             sums = torch.zeros(5, dtype=torch.float64)  # loss, correct, masked, unigram hits of stream and of mixture
-            for batch in validation_batches(
-                stream,
-                self.max_seq_len,
-                self.config.batch_size,
-                self.config.max_rows,
-                self.seed,
-                self.config.masking,
-                dist.get_global_rank(),
-                dist.get_world_size(),
-            ):
+            for batch in self._batches(name, dist.get_global_rank(), dist.get_world_size()):
                 loss, correct, masked = model.evaluate(
                     batch["input_ids"].to(device),
                     batch["cu_seqlens"].to(device),
@@ -73,15 +90,20 @@ class Evaluator:
             streams[name] = _means(sums[:4])
             total += sums[[0, 1, 2, 4]]
         model.train(was_training)
+        self._say_unmasked([name for name, means in streams.items() if not means["masked_tokens"]])
+        if not total[2]:
+            raise RunError(f"evaluation: no token of the held-out text is masked, so there is no loss: {_FIX}")
         return {**_means(total), "streams": streams}
+
+    def _say_unmasked(self, names: list[str]) -> None:
+        """Once for each stream."""
+        for name in names:
+            if name not in self._unmasked and dist.get_global_rank() == 0:
+                log.warning("evaluation: no token of stream %s is masked, so it has no loss: %s", name, _FIX)
+        self._unmasked.update(names)
 
 
 def _means(sums: torch.Tensor) -> dict[str, Any]:
     loss, correct, masked, hits = sums.tolist()
-    count = max(masked, 1.0)
-    return {
-        "loss": loss / count,
-        "masked_accuracy": correct / count,
-        "unigram_accuracy": hits / count,
-        "masked_tokens": int(masked),
-    }
+    means = zip(("loss", "masked_accuracy", "unigram_accuracy"), (loss, correct, hits), strict=True)
+    return {**{name: total / masked if masked else None for name, total in means}, "masked_tokens": int(masked)}

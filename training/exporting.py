@@ -16,6 +16,7 @@ from schema import ConfigError
 from training import report
 from training.checkpoint import checkpoint_name
 from training.config import RunConfig
+from training.origin import read_origin_record
 from training.phases import PhasePlan
 from training.shards import whole_model
 
@@ -63,6 +64,7 @@ class Exporter:
         model = whole_model(self.model, dist.get_global_rank() == 0)
         if model is not None:
             facts = self.metrics.evaluation_at(step, evaluation)
-            card = report.model_card(self.config, self.plan, self.plan.tokens_before(step), facts, note)
+            origin = read_origin_record(self.folder.parent)
+            card = report.model_card(self.config, self.plan, self.plan.tokens_before(step), facts, note, origin)
             flexbert.to_hf(model, tokenizer_folder(self.config.data), path, card=card)
         dist.barrier()

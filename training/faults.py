@@ -64,6 +64,15 @@ class Faults:
         if on_any_rank(signals.received()):
             raise SystemExit(signals.EXIT_PREEMPTED)
 
+    def check_predicted(self, step: int) -> None:
+        """Raises RunError when no step so far had a token to predict: its weights are those of the start."""
+        if step and not self.guard.predicted_steps:
+            raise RunError(
+                f"none of the {step:,} steps had a token to predict: streams {', '.join(self.ledger.stream_names)} "
+                "hold special and unknown tokens only, or no step was applied: see `main.py inspect`, and prepare "
+                "them with a tokenizer that knows their text; nothing is exported"
+            )
+
     def leave(self, step: int, save: Callable[[int], None]) -> bool:
         """Whether training leaves its loop after this step: rolled back, or asked to stop on any rank, and saved. A
         collective."""

@@ -1,20 +1,25 @@
 """The run folder: who may write to it, what made it, and whether its run is finished."""
 
 import json
+import logging
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
 from omegaconf import OmegaConf
+from pydantic import BaseModel
 
 from durable import lock, remove_unfinished, write_file
-from schema import ConfigError
+from schema import MAY_CHANGE, ConfigError
 from training.checkpoint import list_checkpoints
 from training.config import RunConfig, read_recorded_config
+from training.phases import PhasePlan
 
+log = logging.getLogger(__name__)
 _PACKAGES = (
     "torch",
     "mosaicml",
@@ -24,31 +29,6 @@ _PACKAGES = (
     "torch-optimi",
     "numpy",
     "safetensors",
-)
-# What may differ between the start of a run and its resumption: it changes speed and logs, not the weights' history.
-_FREE = (
-    "runs",
-    "imports",  # where the files lie; what they register is named, and compared, in its own place
-    "trainer.microbatch_size",  # with attention.probs_dropout other masks are drawn, as with another number of ranks
-    "trainer.parallelism",
-    "trainer.log_interval",
-    "trainer.compile",
-    "trainer.activation_checkpointing",
-    "trainer.max_bad_steps",
-    "trainer.spike_guard",  # what it skipped is in the ledger, whatever it says now
-    "trainer.hang_timeout",
-    "trainer.peak_flops",
-    "trainer.price_per_hour",
-    "checkpoint",
-    "callbacks",
-    "loggers",
-    "data.num_workers",
-    "data.remote",
-    "data.prefetch_batches",
-    "data.cache",
-    "data.cache_limit",
-    "data.download_retries",
-    "data.download_timeout",
 )
 # What others read of a summary.
 _SUMMARY = {"steps", "tokens", "tokens_per_second", "packing_efficiency", "validation", "stream_tokens", "export"}
@@ -118,16 +98,21 @@ class RunFolder:
         file = self.path / "config.yaml"
         if not file.exists():
             return
-        before = _flatten(self.recorded_config().model_dump(mode="json"))
-        now = _flatten(config.model_dump(mode="json"))
-        changed = [
-            f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not key.startswith(_FREE)
-        ]
+        recorded = self.recorded_config()
+        before, now = (_history(each) | _min_lengths(each) for each in (recorded, config))
+        keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        # Of another component the name says it all.
+        others = tuple(key.removesuffix("name") for key in keys if key.endswith(".name"))
+        keys = [key for key in keys if key.endswith(".name") or not key.startswith(others or "\n")]
+        changed = [f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in keys]
         if changed:
             raise ConfigError(
-                f"{file}: this run was started otherwise: {'; '.join(changed)}: undo that, or give the run another name"
+                f"{file}: this run was started otherwise: {'; '.join(changed)}: undo that; or begin a run of another "
+                f"name, from the data's beginning, or with `from: {self.path}` from where this one stands"
+            )
+        if config.origin is not None and recorded.origin != config.origin and self.origin.exists():
+            log.warning(
+                "from: %s: is not read any more: this run has begun, see %s", config.origin.checkpoint, self.origin
             )
 
     def open(self, config: RunConfig) -> None:
@@ -176,12 +161,30 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested dicts and lists by dotted key."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
-    if items is None:
+def _history(node: Any, prefix: str = "") -> dict[str, Any]:
+    """By dotted key, the leaves of a config that decide what is trained and measured: those not MAY_CHANGE."""
+    if isinstance(node, BaseModel):
+        fields = type(node).model_fields.items()
+        kept = [(name, field) for name, field in fields if field.json_schema_extra != MAY_CHANGE]
+        items = [(field.alias or name, getattr(node, name)) for name, field in kept]
+    elif isinstance(node, Mapping):
+        items = list(node.items())
+    elif isinstance(node, list | tuple):
+        items = list(enumerate(node))
+    else:
         return {prefix: node}
     leaves: dict[str, Any] = {}
     for key, value in items:
-        leaves |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        leaves |= _history(value, f"{prefix}.{key}" if prefix else str(key))
     return leaves
+
+
+def _min_lengths(config: RunConfig) -> dict[str, Any]:
+    """By dotted key, every min_length of a stream as a number: a phase that says none has that of the one before."""
+    lengths: dict[str, Any] = {
+        f"data.streams.{name}.min_length": share.min_length or 0 for name, share in config.data.streams.items()
+    }
+    for number, (phase, resolved) in enumerate(zip(config.phases, PhasePlan(config).phases, strict=True)):
+        for name in phase.streams or {}:
+            lengths[f"phases.{number}.streams.{name}.min_length"] = (resolved.streams or {})[name].min_length
+    return lengths

@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from schema import ConfigError
+from schema import ConfigError, expand_user
 
 
 def import_components(node: dict[str, Any], config: Path) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def import_components(node: dict[str, Any], config: Path) -> dict[str, Any]:
     files = []
     for number, name in enumerate(given):
         try:
-            file = (config.parent / name).resolve()
+            file = (config.parent / expand_user(name)).resolve()
             there = file.is_file()
         except (OSError, ValueError) as error:  # a name that no file can have
             raise ConfigError(f"{config}: imports[{number}]: {name!r}: {error}") from None

@@ -10,15 +10,11 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from rich.console import Console
-
 from durable import write_file
-from flexbert.config import without_init
-from schema import ConfigError, RunError
-from training.checkpoint import list_checkpoints
+from schema import ConfigError, RunError, plain_console
 from training.config import RunConfig, load_run_config
 from training.dry_run import dry_run
-from training.folder import RunFolder
+from training.effects import check_effects
 from training.phases import PhasePlan
 from training.signals import EXIT_PREEMPTED
 
@@ -35,7 +31,17 @@ _FLAGS = {
     "gpus-per-node": "--gpus-per-node",
     "cpus-per-task": "--cpus-per-node",
 }
-_OWN = ["array", "error", "gpus-per-socket", "gpus-per-task", "job-name", "no-requeue", "ntasks", "ntasks-per-core"]
+_OWN = [
+    "array",
+    "chdir",
+    "error",
+    "gpus-per-socket",
+    "gpus-per-task",
+    "job-name",
+    "no-requeue",
+    "ntasks",
+    "ntasks-per-core",
+]
 _OWN += ["ntasks-per-gpu", "ntasks-per-node", "ntasks-per-socket", "open-mode", "output", "parsable", "requeue"]
 _OWN += ["signal", "test-only", "time-min", "wrap"]
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
@@ -61,6 +67,7 @@ def launch_slurm(config_file: Path, overrides: Sequence[str], options: SlurmOpti
     Raises ConfigError when the run or the options are wrong or Slurm is not here, RunError when sbatch refuses.
     """
     config = load_run_config(config_file, overrides)
+    check_effects(config, config_file)
     _check(config, options)
     folder = config.folder.resolve() / "slurm"
     text = render(config_file, overrides, config.name, folder, options)
@@ -79,13 +86,32 @@ def launch_slurm(config_file: Path, overrides: Sequence[str], options: SlurmOpti
     return f"job {job} submitted: {script}, log in {folder / f'{job}.log'}"
 
 
+def parse_sbatch(given: Sequence[str]) -> dict[str, str]:
+    """`qos=high` and `exclusive` by name, "" for one without a value.
+
+    Raises ConfigError for one with an empty value, and for one given twice, of which sbatch would take one."""
+    options: dict[str, str] = {}
+    for option in given:
+        key, equals, value = option.partition("=")
+        key = key.removeprefix("--")
+        if not key:
+            raise ConfigError(f"--sbatch: {option!r}: expected an option of sbatch, such as qos=high or exclusive")
+        if equals and not value:
+            raise ConfigError(f"--sbatch: {option}: has no value: give one, or say --sbatch {key}")
+        if key in options:
+            raise ConfigError(f"--sbatch: {key}: is given twice: sbatch takes one")
+        options[key] = value
+    return options
+
+
 def render(config_file: Path, overrides: Sequence[str], name: str, folder: Path, options: SlurmOptions) -> str:
     """The job script: #SBATCH lines of submitit over configs/launch/slurm.sbatch. folder: for the logs."""
     if find_spec("submitit") is None:
         raise ConfigError("launch slurm: submitit is not installed: pip install -r requirements.txt")
     from submitit.slurm.slurm import _make_sbatch_string
 
-    command = [str(ROOT / "main.py"), "train", str(config_file.resolve()), *overrides]
+    # Not what a link leads to: `defaults` and `imports` in the file are relative to where it is named.
+    command = [str(ROOT / "main.py"), "train", str(config_file.absolute()), *overrides]
     values = {
         "FOLDER": shlex.quote(str(Path.cwd())),
         "ROOT": shlex.quote(str(ROOT)),
@@ -129,6 +155,9 @@ def _check(config: RunConfig, options: SlurmOptions) -> None:
                 f"--time: {options.time}: the run is asked to stop {LEAD} s before the limit: give more than "
                 f"{2 * LEAD // 60} minutes"
             )
+    for name, value in (("partition", options.partition), ("account", options.account)):
+        if value is not None and not value.strip():
+            raise ConfigError(f"--{name}: is empty: give one, or leave it out")
     for key in options.sbatch:
         _check_sbatch(key)
     ranks = options.nodes * options.gpus_per_node
@@ -139,12 +168,7 @@ def _check(config: RunConfig, options: SlurmOptions) -> None:
                 f"phases: batches of {rows} rows cannot be divided among {ranks} ranks ({options.nodes} nodes x "
                 f"{options.gpus_per_node} GPUs): change one of them"
             )
-    folder = RunFolder(config.folder)
-    folder.check_config(config)
-    folder.check_checkpoints()
-    if list_checkpoints(folder.checkpoints):  # a run that goes on needs neither its origin nor what it has grown from
-        config = config.model_copy(update={"origin": None, "model": without_init(config.model)})
-    dry_run(config, Console(quiet=True), ranks)
+    dry_run(config, plain_console(quiet=True), ranks)
 
 
 def _check_sbatch(key: str) -> None:

@@ -88,10 +88,17 @@ class PhasePlan:
         self.phases: list[Phase] = []
         values: dict[str, Any] = {"max_seq_len": 0, "global_batch_size": 0, "lr": 0.0, "masking": config.masking}
         values |= {"streams": None, "long_documents": None}
+        shortest = {name: stream.min_length or 0 for name, stream in config.data.streams.items()}
         theta: list[float | None] = [None, None]
         step = token = 0
         for phase in config.phases:
             values |= {key: value for key in values if (value := getattr(phase, key)) is not None}
+            if phase.streams is not None:
+                given = phase.streams.items()
+                shortest |= {name: share.min_length for name, share in given if share.min_length is not None}
+                values["streams"] = {
+                    name: share.model_copy(update={"min_length": shortest[name]}) for name, share in given
+                }
             theta = [phase.rope_theta.global_layers or theta[0], phase.rope_theta.local_layers or theta[1]]
             segments: list[Segment] = []
             for rows, steps in runs_of_steps(
@@ -142,6 +149,10 @@ class PhasePlan:
         if interval is None or step == 0:
             return False
         return self.tokens_before(step) // interval > self.tokens_before(step - 1) // interval
+
+    def is_permanent(self, step: int, keep_every: int | None) -> bool:
+        """Whether the checkpoint after `step` steps is kept for ever."""
+        return self.is_milestone(step) or self.crosses(step, keep_every)
 
     def checkpoints(self, phase: Phase, interval: int | None) -> int:
         """Checkpoints that a phase's steps write: where they cross a multiple of `interval` tokens, and at its end."""

@@ -21,6 +21,7 @@ from schema import ConfigError, RunError
 from training.checkpoint import MANIFEST, list_checkpoints, newest_whole, tokens_of, verify_checkpoint
 from training.config import CheckpointConfig, RunConfig
 from training.folder import RunFolder
+from training.recorded import as_begun
 from training.retention import Facts, facts_of, surplus
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class RemoteCheckpoints:
                 whole = [name for name in whole if self._knows(store, name, skipped)]
             if whole:
                 self._fetch_history(store, folder)
-                folder.check_config(config)
+                folder.check_config(as_begun(config, folder))
             for name in whole:
                 try:
                     with new_folder(folder.checkpoints / name) as beside:

@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from callbacks.ledger import nearest_line
+from callbacks.lines import read_lines
 from data.batches import Assembler, join_pieces
 from data.lanes import Rows
 from data.loader import MixtureDataset, tokenizer_folder
@@ -27,7 +28,8 @@ from training.phases import PhasePlan
 def inspect_step(path: Path, step: int, rows: int, as_json: bool, console: Console) -> None:
     """Print the global batch of a run's step (1-based, as in metrics.jsonl). Reads, never writes; the run may be live.
 
-    rows: printed at most; 0: all. as_json: one JSON line for each piece instead of panels.
+    rows: printed at most; 0: all. as_json: one JSON line for each piece instead of panels. Of a step that a rollback
+    took out of the run, both say so.
     Raises ConfigError when `path` is no run or has no such step, RunError for a damaged shard.
     """
     folder = RunFolder(path)
@@ -41,7 +43,10 @@ def inspect_step(path: Path, step: int, rows: int, as_json: bool, console: Conso
         for name, stream in zip(config.data.streams, dataset.streams, strict=True):
             if line["data"][name] != stream.fingerprint:
                 raise ConfigError(f"data.streams.{name}: its shards are not those that {path} was trained on")
-        dataset.load_state_dict(line)
+        dataset.load_state_dict({key: line[key] for key in ("step", "lanes")})
+    elif (later := next((each for each in read_lines(folder.ledger) if "lanes" in each), None)) is not None:
+        dataset.keep_rule(later["lanes"])
+    spike = _skipped_for(folder.ledger, step)
     _, loader_phase, taken, _ = next(islice(dataset.plan(), step - 1 - dataset.step, None))
     phase = plan.at(step - 1)
     shown = rows or sum(part.count for part in taken)
@@ -50,15 +55,29 @@ def inspect_step(path: Path, step: int, rows: int, as_json: bool, console: Conso
             f"{path}, step {step} ({phase.name}; tokens {plan.tokens_before(step - 1):,} to "
             f"{plan.tokens_before(step):,}): {loader_phase.global_batch_size} rows of {phase.max_seq_len}"
             + (f", the first {shown} below (--rows 0: all)" if shown < loader_phase.global_batch_size else "")
-            + "\n⟦the⟧ is masked, ⟦the→cat⟧ replaced, ⟦the=⟧ kept but to be predicted"
+            + (f"\nthis step was skipped (loss spike in step {spike})" if spike is not None else "")
+            + "\n⟦the⟧ is masked, ⟦the→cat⟧ replaced, ⟦the=⟧ kept but to be predicted",
+            soft_wrap=True,
         )
-    Printer(config, dataset.streams, console, as_json).show(taken, shown, phase.max_seq_len, loader_phase.masking)
+    Printer(config, dataset.streams, console, as_json, spike).show(
+        taken, shown, phase.max_seq_len, loader_phase.masking
+    )
+
+
+def _skipped_for(ledger: Path, step: int) -> int | None:
+    """The step whose loss jumped, when a rollback has taken this one out of the run; the latest."""
+    skips = [line for line in read_lines(ledger) if "skip" in line and line["skip"][0] <= step <= line["skip"][1]]
+    return skips[-1]["spike"]["step"] if skips else None
 
 
 class Printer:
     """Prints rows piece by piece."""
 
-    def __init__(self, config: RunConfig, streams: Sequence[Stream], console: Console, as_json: bool) -> None:
+    def __init__(
+        self, config: RunConfig, streams: Sequence[Stream], console: Console, as_json: bool, spike: int | None
+    ) -> None:
+        """spike: the step for whose loss this one was skipped."""
+        self.spike = spike
         self.names, self.streams, self.console, self.as_json = list(config.data.streams), streams, console, as_json
         self.assembler = Assembler(streams, config.seed)
         self.tokenizer = corpus_tokenizer(tokenizer_folder(config.data))
@@ -90,10 +109,16 @@ class Printer:
             }
             ids, labels = (batch[key][begin + 1 : end - 1].tolist() for key in ("input_ids", "labels"))
             if self.as_json:
-                line = {**facts, "input_ids": ids, "labels": labels, "text": self._text(ids, labels).plain}
+                line = {
+                    **facts,
+                    "skipped_for_spike_in_step": self.spike,
+                    "input_ids": ids,
+                    "labels": labels,
+                    "text": self._text(ids, labels).plain,
+                }
                 sys.stdout.write(json.dumps(line) + "\n")
             else:
-                self.console.print(Panel(self._text(ids, labels), title=_title(facts), title_align="left"))
+                self.console.print(Panel(self._text(ids, labels), title=Text(_title(facts)), title_align="left"))
 
     def _text(self, ids: list[int], labels: list[int]) -> Text:
         """Decoded text; runs of tokens that are not to be predicted are decoded together."""

@@ -4,8 +4,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoTokenizer
 
+from callbacks.lines import shown
+from data.loader import tokenizer_folder
 from flexbert.accounting import count_parameters
+from flexbert.hf import carries_code, check_exportable
+from schema import ConfigError
 from training.config import RunConfig
 from training.phases import PhasePlan
 
@@ -16,13 +21,20 @@ def describe_model(config: RunConfig) -> str:
 
 
 def model_card(
-    config: RunConfig, plan: PhasePlan, tokens: int, evaluation: dict[str, Any] | None, note: str | None = None
+    config: RunConfig,
+    plan: PhasePlan,
+    tokens: int,
+    evaluation: dict[str, Any] | None,
+    note: str | None = None,
+    origin: dict[str, Any] | None = None,
 ) -> str:
     """README.md of an export: what it is, what it saw, how good it is, how to load it.
 
-    note: how these weights were made from those of the run.
+    note: how these weights were made from those of the run. origin: what origin.json holds, of a branch.
     """
     model = config.model
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(config.data), local_files_only=True)
+    trust = ", trust_remote_code=True" if carries_code(model) else ""
     lines = [
         "---",
         "library_name: transformers",
@@ -33,7 +45,8 @@ def model_card(
         f"A masked language model pretrained with FlexBERT: {describe_model(config)}, "
         f"{model.num_attention_heads} heads, up to {model.max_position_embeddings} positions.",
         "",
-        f"Trained on {tokens:,} of {plan.total_tokens:,} planned tokens of: {', '.join(config.data.streams)}.",
+        f"{_beginning(config, origin)}rained on {tokens:,} of {plan.total_tokens:,} planned tokens of: "
+        f"{', '.join(config.data.streams)}{_together(tokens, origin)}.",
         "",
         *([note, ""] if note else []),
         "| phase | tokens | row length | rows per step | peak learning rate | masking rate |",
@@ -48,19 +61,38 @@ def model_card(
     if evaluation is not None:
         lines += [
             "",
-            f"Held-out text, {config.evaluation.masking.rate:.0%} masked: loss {evaluation['loss']:.4f} nats, "
-            f"masked accuracy {evaluation['masked_accuracy']:.4f} "
-            f"(always answering the most frequent token: {evaluation['unigram_accuracy']:.4f}).",
+            f"Held-out text, {config.evaluation.masking.rate:.0%} masked: "
+            f"loss {shown(evaluation['loss'], '.4f')} nats, "
+            f"masked accuracy {shown(evaluation['masked_accuracy'], '.4f')} "
+            f"(always answering the most frequent token: {shown(evaluation['unigram_accuracy'], '.4f')}).",
         ]
     lines += [
         "",
         "```python",
         "from transformers import pipeline",
-        'print(pipeline("fill-mask", model="PATH/TO/THIS/FOLDER")("The quick brown [MASK] jumps."))',
+        f'fill_mask = pipeline("fill-mask", model="PATH/TO/THIS/FOLDER"{trust})',
+        f'print(fill_mask("The quick brown {tokenizer.mask_token} jumps."))',
         "```",
         "",
     ]
     return "\n".join(lines)
+
+
+def _beginning(config: RunConfig, origin: dict[str, Any] | None) -> str:
+    """Where the weights come from, up to the T of "Trained"."""
+    if origin is not None:
+        where = f"the run {origin['run']}" if origin["run"] else "a Hugging Face folder"
+        before = f", which had trained on {origin['tokens']:,} tokens" if origin["tokens"] else ""
+        return f"Started from the weights of `{origin['from']}` ({where}{before}); then t"
+    if config.model.init.name == "grow":
+        return f"Started from the weights of `{config.model.init.source}`, grown to this size; then t"
+    return "T"
+
+
+def _together(tokens: int, origin: dict[str, Any] | None) -> str:
+    return (
+        f": {origin['tokens'] + tokens:,} tokens with those before" if origin is not None and origin["tokens"] else ""
+    )
 
 
 def closing_table(config: RunConfig, summary: dict[str, Any], console: Console) -> None:
@@ -72,29 +104,38 @@ def closing_table(config: RunConfig, summary: dict[str, Any], console: Console) 
         table.add_row(
             name,
             f"{seen:,}",
-            f"{result['loss']:.3f}",
-            f"{result['masked_accuracy']:.1%}",
-            f"{result['unigram_accuracy']:.1%}",
+            shown(result["loss"], ".3f"),
+            shown(result["masked_accuracy"], ".1%"),
+            shown(result["unigram_accuracy"], ".1%"),
         )
     table.add_section()
     table.add_row(
         "all",
         f"{summary['tokens']:,}",
-        f"{validation['loss']:.3f}",
-        f"{validation['masked_accuracy']:.1%}",
-        f"{validation['unigram_accuracy']:.1%}",
+        shown(validation["loss"], ".3f"),
+        shown(validation["masked_accuracy"], ".1%"),
+        shown(validation["unigram_accuracy"], ".1%"),
         style="bold",
     )
     console.print(table)
-    ratio = validation["masked_accuracy"] / max(validation["unigram_accuracy"], 1e-9)
+    accuracy, unigram = (validation[key] or 0.0 for key in ("masked_accuracy", "unigram_accuracy"))
+    ratio = accuracy / max(unigram, 1e-9)
     facts = Table.grid(padding=(0, 2))
     facts.add_row("baseline", f"the most frequent token, always; accuracy is {ratio:.2f}x that")
     facts.add_row("tokens/s", f"{summary['tokens_per_second']:,.0f}")
     facts.add_row("packing efficiency", f"{summary['packing_efficiency']:.2%}")
     facts.add_row("time", f"{summary['seconds']:.0f} s ({summary['train_seconds']:.0f} s of training steps)")
-    facts.add_row("export", summary["export"] or "none: a component of imports is in no export")
+    facts.add_row("export", summary["export"] or _no_export(config))
     facts.add_row("checkpoints", str(config.folder / "checkpoints"))
     if (curves := config.folder / "curves.png").exists():
         facts.add_row("curves", str(curves))
     facts.add_row("metrics", f"{config.folder / 'metrics.jsonl'}, {config.folder / 'tensorboard'}")
-    console.print(facts, highlight=False)
+    console.print(facts)
+
+
+def _no_export(config: RunConfig) -> str:
+    try:
+        check_exportable(config.model)
+    except ConfigError:
+        return "none: a component of imports is in no export"
+    return "none: it was removed, and so were the checkpoints"

@@ -1,6 +1,7 @@
 """Which checkpoints are kept, wherever they lie."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
@@ -17,10 +18,12 @@ class Facts(NamedTuple):
 
 
 def facts_of(state: str | bytes) -> Facts:
-    """From a checkpoint's state.json. Of a damaged one: step 0, no loss."""
+    """From a checkpoint's state.json. Of a damaged one: step 0, no loss; and no loss where it is not finite, or 0: up
+    to commit 38751cb that stood for an evaluation without a masked token."""
     try:
         run = json.loads(state)["run"]
-        return Facts(int(run["step"]), run.get("validation_loss"))
+        loss = run.get("validation_loss")
+        return Facts(int(run["step"]), loss if loss and math.isfinite(loss) else None)
     except (ValueError, KeyError, TypeError):
         return Facts(0, None)
 

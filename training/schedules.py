@@ -1,7 +1,7 @@
 """Slot `schedule`: the learning rate's shape over one phase, as a factor of the phase's `lr`."""
 
 import math
-from typing import Protocol
+from typing import Literal, Protocol
 
 from pydantic import Field
 
@@ -64,21 +64,30 @@ class InverseSqrt:
 class _Falling:
     class Config(ScheduleConfig):
         final: float = Field(default=0.001, ge=0, le=1, description="factor at the end of the phase")
+        falls_from: Literal["warmup", "start"] = Field(
+            default="warmup",
+            description="the end of the phase's warmup, where lr is reached; start: of the phase, so that the rise "
+            "multiplies what has fallen already, and lr is never quite reached",
+        )
 
     def __init__(self, config: Config) -> None:
-        self.final = config.final
+        self.final, self.falls_from = config.final, config.falls_from
 
     def shape(self, progress: float) -> float:
-        """From 1 at progress 0 to 0 at progress 1."""
+        """From 1 at 0 to 0 at 1. progress: share of the fall."""
         raise NotImplementedError
 
     def __call__(self, progress: float, warmup: float) -> float:
+        if self.falls_from == "warmup" and warmup:
+            # Before its end, and where the warmup is all of the phase, nothing has fallen.
+            progress = (progress - warmup) / (1 - warmup) if progress > warmup else 0.0
         return self.final + (1 - self.final) * self.shape(progress)
 
 
 @SCHEDULES.register("one_minus_sqrt")
 class OneMinusSqrt(_Falling):
-    """1 - sqrt(progress): Haegele et al. 2024, arXiv 2405.18392, eq. 4; ModernBERT's third phase ends at 0.001."""
+    """1 - sqrt(share of the fall): Haegele et al. 2024, arXiv 2405.18392, eq. 4; ModernBERT's third phase ends at
+    0.001."""
 
     def shape(self, progress: float) -> float:
         return 1 - math.sqrt(progress)
@@ -86,7 +95,7 @@ class OneMinusSqrt(_Falling):
 
 @SCHEDULES.register("linear")
 class Linear(_Falling):
-    """1 - progress."""
+    """1 - the share of the fall."""
 
     def shape(self, progress: float) -> float:
         return 1 - progress
@@ -98,3 +107,9 @@ class Cosine(_Falling):
 
     def shape(self, progress: float) -> float:
         return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def falls(name: str) -> bool:
+    """Whether the schedule of this name falls to `final` at the end of its phase."""
+    entry = SCHEDULES.entries.get(name)
+    return entry is not None and issubclass(entry.Config, _Falling.Config)

@@ -11,6 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flexbert import FlexBertForMaskedLM, build
+from flexbert.config import without_init
+from flexbert.growing import Grow
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -83,6 +85,7 @@ def whole_model(model: FlexBertForMaskedLM, wanted: bool) -> FlexBertForMaskedLM
             weights[name] = gathered.cpu()
     if not wanted:
         return None
-    copy = build(model.config)
+    grows = isinstance(model.config.init, Grow.Config)  # its source is not needed again
+    copy = build(without_init(model.config) if grows else model.config)
     load_weights(copy, weights)
     return copy.train(model.training)

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from callbacks.lines import flat
+from callbacks.lines import flat, shown
 from durable import holder
 from schema import RunError
 from training.checkpoint import list_checkpoints, tokens_of, verify_checkpoint
@@ -32,7 +32,7 @@ def status(path: Path, as_json: bool, console: Console) -> None:
     if as_json:
         sys.stdout.write(json.dumps(facts, indent=1) + "\n")
     else:
-        console.print(_table(facts), highlight=False)
+        console.print(_table(facts))
 
 
 def read_status(path: Path) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _table(facts: dict[str, Any]) -> Table:
     for name, scores in line.get("streams", {}).items():
         if scores["loss"] is None:
             continue
-        rows[f"  {name}"] = f"{scores['loss']:.4f}, masked accuracy {scores['masked_accuracy']:.1%}"
+        rows[f"  {name}"] = f"{shown(scores['loss'], '.4f')}, masked accuracy {shown(scores['masked_accuracy'], '.1%')}"
     if facts["tokens_per_second"] is not None:
         rows["speed"] = f"{facts['tokens_per_second']:,.0f} tokens/s, {line['data_wait']:.1%} of the time without data"
         rows["speed"] += f", MFU {line['mfu']:.1%}" if "mfu" in line else ""
@@ -180,8 +180,8 @@ def _table(facts: dict[str, Any]) -> Table:
         rows["checkpoint"] = f"{checkpoint['path']}: {whole}{age}; {facts['checkpoints']} kept"
     if validation := facts["validation"]:
         rows["validation"] = (
-            f"after step {validation['step']:,}: loss {validation['loss']:.4f}, "
-            f"masked accuracy {validation['masked_accuracy']:.1%}"
+            f"after step {validation['step']:,}: loss {shown(validation['loss'], '.4f')}, "
+            f"masked accuracy {shown(validation['masked_accuracy'], '.1%')}"
         )
     if facts["others"]:
         rows["other metrics"] = ", ".join(f"{name} {value:.4g}" for name, value in facts["others"].items())

@@ -17,14 +17,14 @@ from rich.console import Console
 from callbacks.clock import Clock
 from callbacks.ema import WeightAverage
 from callbacks.ledger import Ledger
-from callbacks.lines import flat, read_lines
+from callbacks.lines import flat, read_lines, shown
 from callbacks.metrics_file import MetricsFile
 from callbacks.milestones import BetweenSteps
 from callbacks.progress import ProgressLine
 from callbacks.schedule import StepSchedule
 from callbacks.watchdog import Watchdog
 from data.keyed import torch_seed
-from data.loader import Loader, build_loader, check_tokenizer
+from data.loader import Loader, build_loader
 from data.workers import worker_death
 from durable import write_file
 from flexbert import build
@@ -37,18 +37,23 @@ from training.checkpoint import checkpoint_name, list_checkpoints, restore, take
 from training.composed import MaskedLanguageModel, Microbatch, count_tokens, split_batch
 from training.config import RunConfig
 from training.curves import draw_curves
+from training.ema import restore_average
 from training.evaluation import Evaluator
 from training.exporting import Exporter
 from training.faults import COLLECTIVE_MARGIN, Faults, lost_rank
+from training.finished import export_gone, settle_finished
 from training.folder import RunFolder
 from training.gauges import build_gauges
+from training.growing import read_source
 from training.optim import OPTIMIZERS
 from training.parallelism import PARALLELISMS, Parallelism
 from training.parts import Parts, pack, unpack
 from training.phases import PhasePlan
+from training.recorded import as_begun
 from training.remote_checkpoints import RemoteCheckpoints, fetch_newest
 from training.saving import Saver
-from training.shards import cut_like, reshard
+from training.shards import reshard
+from training.vocabulary import check_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +68,7 @@ class Run:
         self.rank, self.world_size = dist.get_global_rank(), dist.get_world_size()
         self.loader: Loader = build_loader(self.plan.loader_config(config), self.rank, self.world_size)
         train_streams = self.loader.dataset.streams
-        check_tokenizer(config.data, train_streams)
         manifest = train_streams[0].manifest
-        if config.model.vocab_size != manifest.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size: is {config.model.vocab_size}, the streams' tokenizer has {manifest.vocab_size}: "
-                f"set model.vocab_size={manifest.vocab_size}"
-            )
         self.fingerprints = {
             name: stream.fingerprint for name, stream in zip(config.data.streams, train_streams, strict=True)
         }
@@ -79,12 +78,15 @@ class Run:
         # Before anything is written: a branch that cannot start leaves no trace. A resumed one needs no origin.
         resumed = bool(list_checkpoints(self.folder.checkpoints))
         self.start = None if resumed else read_origin(config)
+        if not resumed:
+            check_vocabulary(config, train_streams, self.start and self.start.rows)
         if self.start is not None:
             self.start.check_data(config, self.fingerprints, manifest.tokenizer_fingerprint)
         self.origin: dict[str, Any] | None = None
         self.tokenizer = manifest.tokenizer_fingerprint
         fresh = not resumed and self.start is None
-        self.model = build(config.model if fresh else without_init(config.model), seed=torch_seed(config.seed, "init"))
+        model = config.model if fresh else without_init(config.model)
+        self.model = build(model, seed=torch_seed(config.seed, "init"), grow_from=read_source(model))
         if torch.cuda.is_available():
             self.model = self.model.to(f"cuda:{dist.get_local_rank()}")
         self.parallelism: Parallelism = PARALLELISMS.build(config.trainer.parallelism, world_size=self.world_size)
@@ -137,7 +139,7 @@ class Run:
             self.folder.close()
 
     def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
     def _generator_seed(self, step: int) -> int:
         """Of the global generator, in a step on this rank. It draws the dropout of attention weights."""
@@ -169,6 +171,7 @@ class Run:
         )
         between = BetweenSteps(
             [
+                (self.plan.is_milestone, self.faults.check_predicted),
                 (self._evaluation_due, self._evaluate),
                 (self._checkpoint_due, self._save),
                 (self.plan.is_milestone, self.exporter.export),
@@ -219,7 +222,7 @@ class Run:
         """Rows, or "auto": then Composer finds them, from the loader's `batch_size` down."""
         given, rows = self.config.trainer.microbatch_size, self.loader.batch_size
         if given == "auto" and not torch.cuda.is_available():
-            self.console.print(f"trainer.microbatch_size: auto, on the CPU: all rows of a rank at once, up to {rows}")
+            self._say(f"trainer.microbatch_size: auto, on the CPU: all rows of a rank at once, up to {rows}")
             return rows
         return given or rows
 
@@ -236,15 +239,23 @@ class Run:
                 f"data.streams.{changed[0] if changed else next(iter(state['data']))}: its shards are not those that "
                 f"{checkpoint.path} was trained on: restore them, or give the run another name"
             )
+        if state.get("validation_data", self.evaluator.fingerprints) != self.evaluator.fingerprints:  # since 2026-11
+            raise ConfigError(
+                f"data.streams: the held-out shards are not those that {checkpoint.path} was measured on: restore "
+                "them, or give the run another name"
+            )
+        if list(state["data"]) != list(self.fingerprints):  # lanes and passes know the streams by number
+            raise ConfigError(
+                f"data.streams: {', '.join(self.fingerprints)}: {checkpoint.path} was trained with them in the order "
+                f"{', '.join(state['data'])}: give them in that order"
+            )
         restore(checkpoint, self.model, self.optimizer)
         self.loader.load_state_dict(state["loader"])
         self.ledger.load_state_dict(state["ledger"])
         self._load_metrics(state["metrics"])
         self.parts.load_state_dict(state.get("parts", {}), checkpoint.parts)
         if self.ema is not None:
-            parameters = dict(self.model.named_parameters())
-            averages = {name: cut_like(whole, parameters[name]) for name, whole in checkpoint.ema.items()}
-            self.ema.load_state_dict(state["ema"], averages)
+            restore_average(checkpoint, self.model, self.ema)
         self.faults.load_state_dict(state["faults"])
         self._evaluated = state["evaluated"]
         self.seconds_before, self.origin = state["seconds"], state.get("origin")
@@ -293,7 +304,7 @@ class Run:
             self.ledger.trim(-1)
         if self.start is None:
             return
-        self.start.apply(self.model, self.optimizer, self.loader)
+        self.start.apply(self.model, self.optimizer, self.loader, self.ema)
         self.origin, self.start = self.start.record, None
         if self.rank == 0:
             write_file(self.folder.origin, json.dumps(self.origin, indent=1))
@@ -337,13 +348,14 @@ class Run:
 
     def _is_permanent(self, step: int) -> bool:
         """Whether the checkpoint after `step` steps is kept for ever."""
-        return self.plan.is_milestone(step) or self.plan.crosses(step, self.config.checkpoint.keep_every)
+        return self.plan.is_permanent(step, self.config.checkpoint.keep_every)
 
     def _catch_up(self, step: int) -> None:
         """What an interruption just after this step left out."""
         if step and self._evaluation_due(step) and self._evaluated != step:
             self._evaluate(step)
         if self.plan.is_milestone(step):
+            self.faults.check_predicted(step)
             self.exporter.export(step)
 
     def _evaluate(self, step: int) -> None:
@@ -355,10 +367,12 @@ class Run:
             with self.ema.swapped_in():
                 of_average = self._measure()
             self.trainer.logger.log_metrics(flat(of_average, "validation_ema"))
-            averaged = f"; of the averaged weights: loss {of_average['loss']:.3f}"
+            averaged = f"; of the averaged weights: loss {shown(of_average['loss'], '.3f')}"
         self._say(
-            f"           validation after {self.plan.tokens_before(step):,} tokens: loss {result['loss']:.3f}, "
-            f"masked accuracy {result['masked_accuracy']:.1%} (most frequent token: {result['unigram_accuracy']:.1%})"
+            f"           validation after {self.plan.tokens_before(step):,} tokens: "
+            f"loss {shown(result['loss'], '.3f')}, "
+            f"masked accuracy {shown(result['masked_accuracy'], '.1%')} "
+            f"(most frequent token: {shown(result['unigram_accuracy'], '.1%')})"
             f"{averaged}"
         )
 
@@ -381,6 +395,7 @@ class Run:
             "parts": parts,
             "timestamp": timestamp,
             "data": self.fingerprints,
+            "validation_data": self.evaluator.fingerprints,
             "tokenizer": self.tokenizer,
             "origin": self.origin,
             "seconds": self.seconds,
@@ -406,6 +421,7 @@ class Run:
         """Last checkpoint, evaluation, export and summary of a run whose steps are done. Returns the summary."""
         self.saver.settle_last()
         step = self.plan.total_steps
+        self.faults.check_predicted(step)
         if self.evaluation is None or self.evaluation[0] != step:
             self._evaluate(step)
         self.exporter.export(step)
@@ -448,12 +464,11 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
     rank = dist.get_global_rank()
     quiet_libraries()
     keep_freed_memory()
+    config = as_begun(config, folder)
     folder.check_config(config)
     summary = folder.finished()
-    if summary is not None:
-        if rank == 0:
-            console.print(f"{folder.path}: this run is finished ({summary['steps']} steps); nothing to do")
-        return summary
+    if summary is not None and not export_gone(folder, summary, rank):
+        return settle_finished(config, folder, summary, rank, console)
     signals.listen()
     # The watchdog speaks before a collective gives up by itself.
     timeout = config.trainer.hang_timeout
@@ -464,6 +479,7 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
     try:
         watchdog.meet()
         fetch_newest(config, folder, rank)
+        config = as_begun(config, folder)
         folder.check_checkpoints()
         run = Run(config, console, watchdog)
         run.open()
@@ -473,7 +489,7 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
             where = f"resuming after step {step}" if step else begun
             console.print(
                 f"{folder.path}: {where}, {run.plan.total_steps} steps, {report.describe_model(config)}",
-                highlight=False,
+                soft_wrap=True,
             )
         run.fit(step)
         return run.finish()

@@ -15,7 +15,7 @@ from datatrove.pipeline.base import PipelineStep
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from schema import Registry, RunError
+from schema import Registry, RunError, plain_console
 
 EXECUTORS = Registry("executor")
 
@@ -121,7 +121,7 @@ def quiet(work: Path) -> Iterator[TextIO]:
 @contextlib.contextmanager
 def display(title: str, total: int, done: Callable[[], int], stderr: TextIO, interval: float = 0.2) -> Iterator[None]:
     """Show progress in bytes while the block runs: a bar on a terminal, else a line now and then."""
-    stop, console = threading.Event(), Console(file=stderr)
+    stop, console = threading.Event(), plain_console(file=stderr)
     show = _bar if console.is_terminal else _print
     thread = threading.Thread(target=show, args=(title, total, done, console, stop, interval), daemon=True)
     thread.start()
@@ -136,7 +136,7 @@ def _bar(
     title: str, total: int, done: Callable[[], int], console: Console, stop: threading.Event, interval: float
 ) -> None:
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -161,4 +161,4 @@ def _print(
         rate = (bytes_done - first) / (now - start)
         left = f"{(total - bytes_done) / rate:.0f} s left" if rate > 0 else "starting"
         line = f"{title}: {bytes_done / 1e6:.1f} of {total / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s, {left}"
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)

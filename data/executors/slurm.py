@@ -37,11 +37,13 @@ class Slurm(Executor):
     class Config(Component):
         name: Literal["slurm"] = "slurm"
         partition: str = Field(min_length=1)
+        """Where the jobs run, as sbatch understands it."""
         time: str = "24:00:00"
         """Limit for each job, as sbatch understands it."""
         cpus_per_task: int = Field(1, ge=1)
         """The tokenizer uses them all."""
         mem_per_cpu_gb: int = Field(4, ge=1)
+        """Memory that Slurm sets aside for each task and CPU."""
         max_running: int | None = Field(None, ge=1)
         """Tasks that run at the same time."""
         max_array_size: int = Field(1000, ge=1)
@@ -53,6 +55,7 @@ class Slurm(Executor):
         setup: str = ""
         """Shell commands at the start of each job, such as `module load ...`."""
         poll_seconds: float = Field(10.0, gt=0)
+        """Seconds between looks at the jobs."""
 
     config: Config
 

@@ -19,9 +19,13 @@ class Language(DocumentFilter):
     class Config(Component):
         name: Literal["language"] = "language"
         keep: list[str] = Field(min_length=1)
+        """Languages that are kept, as the column spells them."""
         column: str = "language"
+        """The column that holds the language."""
         score_column: str | None = None
+        """The column that holds how sure that language is; needs min_score."""
         min_score: float | None = None
+        """Documents with a lower score are dropped; needs score_column."""
 
         @model_validator(mode="after")
         def _check(self) -> "Language.Config":

@@ -20,7 +20,9 @@ class Length(DocumentFilter):
     class Config(Component):
         name: Literal["length"] = "length"
         min_characters: int = Field(0, ge=0)
+        """Shorter documents are dropped."""
         max_characters: int | None = Field(None, ge=1)
+        """Longer documents are dropped; null: none is too long."""
 
         @model_validator(mode="after")
         def _check(self) -> "Length.Config":

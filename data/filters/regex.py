@@ -28,7 +28,9 @@ class Regex(DocumentFilter):
     class Config(Component):
         name: Literal["regex"] = "regex"
         keep: _Pattern | None = None
+        """A document must match it; null: any does."""
         drop: _Pattern | None = None
+        """A document must not match it; null: none does."""
 
         @model_validator(mode="after")
         def _check(self) -> "Regex.Config":

@@ -4,24 +4,28 @@ A unit (a file, a byte range of one, a row group, a range of rows) is the grain 
 units of a source, and the documents inside each, come in a fixed order: prepared data depends on nothing else.
 """
 
+import bz2
 import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import zstandard
 
-from data.sources.files import File, is_remote, open_raw, reason
+from data.sources.files import Fault, File, Found, is_remote, open_raw, reason
+from data.sources.kinds import compression_of
+from data.sources.local import wrong_content
+from data.sources.text import shown
 from schema import Registry, RunError
 
 SOURCES = Registry("source")
 
 # Uncompressed files of lines are cut into units of this size, so that one large file keeps all workers busy.
 RANGE_BYTES = 16 * 2**20
-COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
 
 
 class Unit(NamedTuple):
@@ -34,15 +38,41 @@ class Unit(NamedTuple):
     """Size, for sharing out the work and for progress; need not be exact."""
 
 
+class Listing(NamedTuple):
+    """What a source holds."""
+
+    units: list[Unit]
+    """In document order."""
+    files: list[File]
+    """What the units were made from; a dataset records them, to notice when they have changed."""
+    left_out: Counter[str]
+    """Files, and folders not looked into, that the source leaves out by its own rules: how many for which reason."""
+    faults: list[Fault]
+    """Files that should be read and cannot be."""
+
+
+class DamagedError(RunError):
+    """What is left of a unit cannot be read, because of what its file holds. reason: as in a Fault."""
+
+    def __init__(self, message: str, reason: str = "damaged file") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class Source(Protocol):
     """An entry of SOURCES: built from its Config alone, in every worker anew."""
 
-    def units(self) -> list[Unit]:
-        """All units in document order. Raises ConfigError (`key: what is wrong`) when there is nothing to read."""
+    def find(self) -> Listing:
+        """All that there is. Raises ConfigError (`key: what is wrong`) when there is nothing to read, or something can
+        be neither read nor passed over (a locked folder)."""
         ...
 
-    def read(self, unit: Unit) -> Iterator[str]:
-        """The documents of one unit in order. Raises RunError naming file and place when it cannot be read."""
+    def read(self, unit: Unit) -> Iterator[str | Fault]:
+        """The documents of one unit in order, and a Fault in place of what cannot be one.
+
+        Raises DamagedError when the rest of the unit cannot be read for what it holds, RunError when the storage fails.
+        Both name file and place.
+        """
         ...
 
 
@@ -53,9 +83,21 @@ class ColumnSource(Source, Protocol):
         """Raises ConfigError `no column ...` when the beginning of a unit shows that one is missing."""
         ...
 
-    def read_columns(self, unit: Unit, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The documents of one unit in order, each with the values of these columns. Raises RunError like `read`."""
+    def read_columns(self, unit: Unit, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]] | Fault]:
+        """The documents of one unit in order, each with the values of these columns, or a Fault. Raises like `read`."""
         ...
+
+
+def texts(rows: Iterator[tuple[str, dict[str, Any]] | Fault]) -> Iterator[str | Fault]:
+    """What `read` gives, of what `read_columns` gives."""
+    return (row if isinstance(row, Fault) else row[0] for row in rows)
+
+
+def listing(found: Found, units_of: Callable[[File], list[Unit]]) -> Listing:
+    """The units of files, less those of no bytes."""
+    left_out = found.left_out + Counter("0 bytes" for file in found.files if file.bytes == 0)
+    units = [unit for file in found.files if file.bytes for unit in units_of(file)]
+    return Listing(units, found.files, left_out, found.faults)
 
 
 def file_unit(file: File) -> Unit:
@@ -65,22 +107,30 @@ def file_unit(file: File) -> Unit:
 
 def line_units(file: File) -> list[Unit]:
     """A file of lines as units: byte ranges of a plain file, the whole of a compressed one."""
-    if file.path.endswith(COMPRESSED_SUFFIXES):
+    if compression_of(file.path):
         return [file_unit(file)]
-    path, size = file
+    path, size, _ = file
     starts = range(0, size, RANGE_BYTES)
     return [Unit(path, start, min(start + RANGE_BYTES, size), min(RANGE_BYTES, size - start)) for start in starts]
 
 
 @contextmanager
 def open_bytes(path: str) -> Iterator[Any]:
-    """The decompressed content of a plain, .gz, .xz or .zst file."""
+    """The decompressed content of a plain, .gz, .bz2, .xz or .zst file. Raises DamagedError when it is none of that."""
+    suffix = compression_of(path)
     with open_raw(path) as raw:
-        if path.endswith(".gz"):
+        if is_remote(path):  # of local files this was seen when they were found
+            wrong = wrong_content(path, raw.read(16))
+            if wrong is not None:
+                raise DamagedError(f"{shown(path)}: {wrong}", "content is not of its suffix")
+            raw.seek(0)
+        if suffix == ".gz":
             yield gzip.open(raw, "rb")  # noqa: SIM115 (its only file is raw)
-        elif path.endswith(".xz"):
+        elif suffix == ".bz2":
+            yield bz2.open(raw, "rb")  # noqa: SIM115
+        elif suffix == ".xz":
             yield lzma.open(raw, "rb")  # noqa: SIM115
-        elif path.endswith(".zst"):
+        elif suffix == ".zst":
             yield io.BufferedReader(_ZstdReader(raw), 2**20)
         else:
             yield raw
@@ -95,7 +145,7 @@ def read_bytes(path: str) -> bytes:
 def read_lines(unit: Unit) -> Iterator[bytes]:
     """The lines (with their ends) that start inside the unit. Raises RunError when the file is damaged."""
     with readable(unit.path), open_bytes(unit.path) as file:
-        if unit.path.endswith(COMPRESSED_SUFFIXES):
+        if compression_of(unit.path):
             yield from file
             return
         _seek_line(file, unit.start)
@@ -122,7 +172,8 @@ def _seek_line(file: Any, start: int) -> int:
 
 
 class readable:
-    """Turns what reading a damaged, missing or unreachable file raises into one line, a RunError."""
+    """Turns what reading a file raises into one line: a DamagedError where it is for what it holds, a RunError where it
+    is missing, locked or cannot be reached."""
 
     def __init__(self, path: str, place: str = "") -> None:
         self.path, self.place = path, place
@@ -130,12 +181,18 @@ class readable:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        damage = isinstance(error, OSError | EOFError | lzma.LZMAError | zlib.error | zstandard.ZstdError)
-        damage = damage or type(error).__module__.startswith("pyarrow")
+        if error is None or isinstance(error, RunError):
+            return
+        arrow = type(error).__module__.startswith("pyarrow")
+        packing = isinstance(error, EOFError | lzma.LZMAError | zlib.error | zstandard.ZstdError | gzip.BadGzipFile)
+        # bz2 and pyarrow raise OSErrors that the system does not know.
+        foreign = isinstance(error, OSError) and error.errno is None and not is_remote(self.path)
+        message = f"{shown(self.path)}: {self.place}cannot be read: {reason(self.path, error)}"
+        if packing or arrow or foreign:
+            raise DamagedError(message) from None
         # A URL's client may raise anything.
-        foreign = is_remote(self.path) and isinstance(error, Exception) and not isinstance(error, RunError)
-        if error is not None and (damage or foreign):
-            raise RunError(f"{self.path}: {self.place}cannot be read: {reason(self.path, error)}") from None
+        if isinstance(error, OSError) or (is_remote(self.path) and isinstance(error, Exception)):
+            raise RunError(message) from None
 
 
 class _ZstdReader(io.RawIOBase):

@@ -4,14 +4,16 @@ import ast
 import gc
 import os
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from data.sources.base import SOURCES, Unit, file_unit, read_bytes
-from data.sources.files import find_files
+from data.sources.base import SOURCES, Listing, Unit, read_bytes
+from data.sources.files import Fault
+from data.sources.kinds import suffix_of
 from schema import Component, ConfigError, RunError
 
 _ROOTS = {
@@ -50,36 +52,44 @@ class Builtin:
     class Config(Component):
         name: Literal["builtin"] = "builtin"
         part: Literal["stdlib-code", "python-docs", "packages-docs"]
+        """Which text: Python's own source, its documentation, or what comes with installed packages."""
 
     def __init__(self, config: Config) -> None:
         self.part = config.part
 
-    def units(self) -> list[Unit]:
-        """Unit paths are relative to the installation's roots: no absolute path gets into the output."""
+    def find(self) -> Listing:
+        """Unit paths are relative to the installation's roots: no absolute path gets into the output.
+
+        No file is recorded as what a dataset is made from: an installation may change, this corpus is for trying out.
+        """
+        left_out = Counter[str]()
         if self.part == "stdlib-code":
-            units = _list("stdlib", [".py"])
+            units = _list("stdlib", [".py"], left_out)
         elif self.part == "python-docs":
-            units = _list("stdlib", [".py"], ["test", "tests", "idle_test"])
+            units = _list("stdlib", [".py"], left_out, ["test", "tests", "idle_test"])
             for package in _DOCUMENTED:
-                units += _list(f"site-packages/{package}", [".py"], ["tests"])
+                units += _list(f"site-packages/{package}", [".py"], left_out, ["tests"])
         else:
-            units = [
-                unit for unit in _list("site-packages", [""]) + _list("share-doc", [""]) if _is_documentation(unit.path)
-            ]
+            units = _list("site-packages", [""], left_out) + _list("share-doc", [""], left_out)
+            left_out["no documentation"] = sum(not _is_documentation(unit.path) for unit in units)
+            units = [unit for unit in units if _is_documentation(unit.path)]
         if not units:
             raise ConfigError(f"part: this Python installation holds no {self.part} (looked in {_ROOTS['stdlib']})")
-        return [unit for unit in units if _MIN_BYTES <= unit.bytes <= _MAX_FILE_BYTES]
+        sized = [unit for unit in units if _MIN_BYTES <= unit.bytes <= _MAX_FILE_BYTES]
+        left_out["too short or too long"] = len(units) - len(sized)
+        return Listing(sized, [], +left_out, [])
 
-    def read(self, unit: Unit) -> Iterator[str]:
+    def read(self, unit: Unit) -> Iterator[str | Fault]:
         try:
             text = read_bytes(str(_absolute(unit.path))).decode("utf-8")
         except UnicodeDecodeError:
+            yield Fault("not UTF-8")
             return
         if self.part == "python-docs":
             texts = _topics(text) if unit.path == _TOPICS else [_docstrings(text)]
         else:
             texts = [text]
-        yield from filter(is_readable, texts)
+        yield from (text if is_readable(text) else Fault("no prose or code") for text in texts)
 
 
 def is_readable(text: str) -> bool:
@@ -109,16 +119,24 @@ def _absolute(path: str) -> Path:
     return _ROOTS[root] / rest
 
 
-def _list(folder: str, suffixes: list[str], ignore_dirs: list[str] | None = None) -> list[Unit]:
+def _list(folder: str, suffixes: list[str], left_out: Counter[str], ignore_dirs: list[str] | None = None) -> list[Unit]:
+    """Units below a folder, whose links are not followed: an installation may lack what they lead to."""
     base = _absolute(folder)
-    if not base.is_dir():
-        return []
     ignore = ["__pycache__", "site-packages", "dist-packages", *(ignore_dirs or [])]
-    try:
-        files = find_files([str(base)], suffixes, ignore)
-    except ConfigError:  # an empty folder
-        return []
-    return [file_unit(file)._replace(path=folder + file.path[len(str(base)) :].replace(os.sep, "/")) for file in files]
+    sizes: dict[str, int] = {}
+    for where, folders, names in os.walk(base, onerror=lambda _: left_out.update(["folder that cannot be read"])):
+        below = [name for name in folders if name not in ignore and not name.startswith(".")]
+        left_out["ignored or hidden folder"] += len(folders) - len(below)
+        folders[:] = below
+        for name in names:
+            path = os.path.join(where, name)  # noqa: PTH118 (a string)
+            if name.startswith(".") or not name.endswith(tuple(suffixes)):
+                left_out["hidden file" if name.startswith(".") else suffix_of(name)] += 1
+            elif os.path.isfile(path) and os.access(path, os.R_OK):  # noqa: PTH113
+                sizes[folder + path[len(str(base)) :].replace(os.sep, "/")] = os.path.getsize(path)  # noqa: PTH202
+            else:
+                left_out["file that cannot be read"] += 1
+    return [Unit(path, 0, sizes[path], sizes[path]) for path in sorted(sizes)]
 
 
 def _is_documentation(path: str) -> bool:

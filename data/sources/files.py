@@ -8,25 +8,51 @@ import functools
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
-from glob import glob
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.sources.kinds import COMPRESSED, Kinds, suffix_of
+from data.sources.local import LocalFinder, sample, wrong_content
+from data.sources.text import shown
 from schema import ConfigError
 
 _BUFFER_BYTES = 4 * 2**20
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "S3_ENDPOINT_URL")
 # Packages of the protocols that people use most. None is in our requirements.
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "oci": "ocifs"}
+_MARKS = ("ETag", "etag", "md5Hash", "Content-MD5", "checksum", "mtime", "Last-Modified", "last_modified")
 _NO_CREDENTIALS = "no AWS credentials are set (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
 
 
 class File(NamedTuple):
-    """A file, and its size as it lies there."""
+    """A file, its size as it lies there, and what tells it from another of that size: a hash of samples, an ETag."""
 
     path: str
     bytes: int
+    mark: str
+
+
+class Fault(NamedTuple):
+    """Something that cannot be read: a file, or what should have been a document."""
+
+    reason: str
+    """A few words, the same for all of its kind: what stream.json counts."""
+    error: Callable[[], Exception] | None = None
+    """Makes the ConfigError or RunError that ends prepare, unless the stream's on_error is `skip`. None: it is left
+    out by a rule of its source, and no error."""
+
+
+class Found(NamedTuple):
+    """What find_files gives."""
+
+    files: list[File]
+    """Sorted by path, each once."""
+    left_out: Counter[str]
+    """Files, and folders not looked into, by reason."""
+    faults: list[Fault]
+    """Of files that are among `files` no more."""
 
 
 def is_remote(path: str) -> bool:
@@ -34,20 +60,70 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def find_files(patterns: Sequence[str], suffixes: Sequence[str], ignore_dirs: Sequence[str] = ()) -> list[File]:
-    """Files that the globs match (local ones relative to the working directory), sorted by path, each once.
+def find_files(
+    patterns: Sequence[str],
+    suffixes: Sequence[str],
+    ignore_dirs: Sequence[str] = (),
+    *,
+    otherwise: Sequence[str] = (),
+    compressed: Sequence[str] | None = COMPRESSED,
+) -> Found:
+    """The files that the patterns name (local ones relative to the working directory).
 
-    A match that is a folder stands for all files below it with one of `suffixes`, less hidden files and `ignore_dirs`.
-    Raises ConfigError `paths: ...` when a pattern matches nothing, or its storage refuses or cannot be reached.
+    A pattern is a path, or, where none is there of that name, a glob. A match that is a folder stands for all files
+    below it with one of the suffixes, also behind links, less hidden ones and `ignore_dirs`.
+
+    Args:
+        suffixes: in any letter case.
+        otherwise: suffixes that count in a folder that has none of the others.
+        compressed: what may follow a suffix; a file whose name goes on with another compression is a fault. None: it
+            is just another file.
+    Raises:
+        ConfigError: `paths: ...`: a pattern gives no file, or something can be neither read nor passed over.
     """
-    found: dict[str, int] = {}
+    groups = [[suffix.lower() for suffix in group] for group in (suffixes, otherwise) if group]
+    kinds = Kinds(groups, compressed, ignore_dirs)
+    local, files, left_out = LocalFinder(kinds), dict[str, tuple[int, str]](), Counter[str]()
     for pattern in patterns:
-        files = (_find_remote if is_remote(pattern) else _find_local)(pattern, suffixes, ignore_dirs)
-        if not files:
-            where = "" if is_remote(pattern) else f" (looked from {Path.cwd()})"
-            raise ConfigError(f"paths: nothing matches {pattern!r}{where}")
-        found.update(files)
-    return [File(path, found[path]) for path in sorted(found)]
+        if is_remote(pattern):
+            found, others = _find_remote(pattern, kinds)
+            files.update(found)
+            there, left_out = bool(found), left_out + others
+        else:
+            before = len(local.left_out)
+            there = local.add(pattern)
+            others = Counter(list(local.left_out.values())[before:])
+        if not there:
+            raise ConfigError(f"paths: {_nothing(pattern, kinds, others)}")
+    left_out += Counter(reason for path, reason in local.left_out.items() if path not in local.files)
+    faults = []
+    for path in sorted([*files, *local.files]):
+        packed = kinds.refused(path)
+        if packed is not None:
+            files.pop(path, None)
+            fix = f"unpack it, or pack it as {', '.join(kinds.compressed)}" if kinds.compressed else "unpack it"
+            faults.append(_fault(f"packed as {packed}", f"{shown(path)}: {packed} files are not read here: {fix}"))
+        elif path in local.files:
+            size, mark, head = sample(path)
+            wrong = wrong_content(path, head) if kinds.compressed else None
+            if wrong is None:
+                files[path] = (size, mark)
+            else:
+                faults.append(_fault("content is not of its suffix", f"{shown(path)}: {wrong}"))
+    return Found([File(path, *files[path]) for path in sorted(files)], left_out, faults)
+
+
+def _fault(reason: str, message: str) -> Fault:
+    return Fault(reason, lambda: ConfigError(f"paths: {message}"))
+
+
+def _nothing(pattern: str, kinds: Kinds, others: Counter[str]) -> str:
+    """Why a pattern gives no file."""
+    if others:
+        there = ", ".join(f"{count:,} {reason}" for reason, count in others.most_common(5))
+        return f"{pattern!r} holds no {kinds}, but {there}"
+    where = "" if is_remote(pattern) else f" (looked from {Path.cwd()})"
+    return f"nothing matches {pattern!r}{where}"
 
 
 def open_raw(path: str) -> Any:
@@ -71,60 +147,74 @@ def reason(path: str, error: BaseException) -> str:
         return "access denied" + ("" if _credentials() else f": {_NO_CREDENTIALS}")
     if isinstance(error, FileNotFoundError):
         return "no such file"
+    if isinstance(error, OSError) and error.strerror and not is_remote(path):
+        return error.strerror
     return text.splitlines()[0]
 
 
-def _find_local(pattern: str, suffixes: Sequence[str], ignore_dirs: Sequence[str]) -> dict[str, int]:
-    files: list[str] = []
-    for match in glob(os.path.expanduser(pattern), recursive=True):  # noqa: PTH111, PTH207 (strings, as given)
-        if Path(match).is_file():
-            files.append(match)
-        else:
-            files += _files_below(match, suffixes, ignore_dirs)
-    return {file: Path(file).stat().st_size for file in files}
-
-
-def _files_below(folder: str, suffixes: Sequence[str], ignore_dirs: Sequence[str]) -> Iterator[str]:
-    for where, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name not in ignore_dirs and not name.startswith(".")]
-        for name in names:
-            if name.endswith(tuple(suffixes)) and not name.startswith("."):
-                yield os.path.join(where, name)  # noqa: PTH118 (strings as the glob gave them)
-
-
-def _find_remote(pattern: str, suffixes: Sequence[str], ignore_dirs: Sequence[str]) -> dict[str, int]:
+def _find_remote(pattern: str, kinds: Kinds) -> tuple[dict[str, tuple[int, str]], Counter[str]]:
+    """Size and mark of each file behind a URL, and what else is there, by reason."""
     system, place = _filesystem(pattern)
     protocol = pattern.partition("://")[0]
     found: dict[str, Any] = {}
+    left_out = Counter[str]()
     try:
         wildcards = "*[" if protocol in ("http", "https") else "*?["  # there a "?" begins the query
-        if any(character in place for character in wildcards):
+        glob = any(character in place for character in wildcards)
+        if glob and ("*" in place or not system.exists(place)):
             matches = system.glob(place, detail=True)
         else:
             matches = {place: system.info(place)}
         for name, facts in matches.items():
             if facts["type"] == "file":
-                found[name] = facts["size"]
+                found[name] = facts
             elif facts["type"] == "directory":
-                below = system.find(name, detail=True)
-                found |= {
-                    file: entry["size"]
-                    for file, entry in below.items()
-                    if _is_wanted(file[len(name) :], suffixes, ignore_dirs)
-                }
+                below, others = _wanted(name, system.find(name, detail=True), kinds)
+                found |= below
+                left_out += others
         # The listing of a web page says no sizes.
-        found |= {name: system.info(name)["size"] for name, size in found.items() if size is None}
+        found |= {name: system.info(name) for name, facts in found.items() if facts["size"] is None}
         if not found and protocol == "s3":
             system.ls(place.split("/")[0])  # a bucket that is not there looks like an empty one to glob
     except FileNotFoundError as error:
         if protocol == "s3":
             _check_bucket(system, pattern, place)
         raise ConfigError(f"paths: nothing matches {pattern!r}: {reason(pattern, error)}") from None
+    except ConfigError:
+        raise
     except Exception as error:  # each protocol's client has its own
         raise ConfigError(f"paths: {pattern}: {reason(pattern, error)}") from None
-    if None in found.values():
+    if any(facts["size"] is None for facts in found.values()):
         raise ConfigError(f"paths: {pattern}: the server does not say how large the file is: download it first")
-    return {name if is_remote(name) else f"{protocol}://{name}": size for name, size in found.items()}
+    return {
+        name if is_remote(name) else f"{protocol}://{name}": (facts["size"], _mark(facts))
+        for name, facts in found.items()
+    }, left_out
+
+
+def _mark(facts: dict[str, Any]) -> str:
+    """What a server says about a file that changes with its content, as far as it says anything."""
+    return next((str(facts[key]) for key in _MARKS if facts.get(key)), "")
+
+
+def _wanted(folder: str, below: dict[str, Any], kinds: Kinds) -> tuple[dict[str, Any], Counter[str]]:
+    """Of the files below a folder those that are to be read, and why the others are not."""
+    groups: dict[int, dict[str, Any]] = {}
+    left_out = Counter[str]()
+    for file, facts in below.items():
+        *folders, name = file[len(folder) :].strip("/").split("/")
+        group = kinds.group(name)
+        if name.startswith(".") or any(each.startswith(".") for each in folders):
+            left_out["hidden file"] += 1
+        elif any(each in kinds.ignore_dirs for each in folders):
+            left_out["file in an ignored folder"] += 1
+        elif group is None:
+            left_out[suffix_of(name)] += 1
+        else:
+            groups.setdefault(group, {})[file] = facts
+    chosen = groups.pop(min(groups), {}) if groups else {}
+    left_out += Counter(suffix_of(file) for files in groups.values() for file in files)
+    return chosen, left_out
 
 
 def _check_bucket(system: Any, pattern: str, place: str) -> None:
@@ -132,12 +222,6 @@ def _check_bucket(system: Any, pattern: str, place: str) -> None:
         system.ls(place.split("/")[0])
     except OSError as error:
         raise ConfigError(f"paths: {pattern}: {reason(pattern, error)}") from None
-
-
-def _is_wanted(path: str, suffixes: Sequence[str], ignore_dirs: Sequence[str]) -> bool:
-    *folders, name = path.strip("/").split("/")
-    hidden = name.startswith(".") or any(folder.startswith(".") or folder in ignore_dirs for folder in folders)
-    return not hidden and name.endswith(tuple(suffixes))
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

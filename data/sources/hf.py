@@ -1,16 +1,21 @@
 """Datasets of Hugging Face's `datasets` library."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import model_validator
 
-from data.sources.base import SOURCES, Unit
-from schema import Component, ConfigError, RunError, did_you_mean
+from data.sources import arrow
+from data.sources.base import SOURCES, Listing, Unit, readable, texts
+from data.sources.files import Fault, File, reason
+from data.sources.local import sample
+from data.sources.text import shown
+from schema import Component, ConfigError, RunError, UserPath, did_you_mean
 
-_ROWS_PER_UNIT = 4096
+_ROWS_PER_UNIT, _ROWS_AT_ONCE = 4096, 256
 
 
 @SOURCES.register("datasets")
@@ -19,7 +24,7 @@ class HuggingFaceDataset:
 
     class Config(Component):
         name: Literal["datasets"] = "datasets"
-        path: str | None = None
+        path: UserPath | None = None
         """Folder written by save_to_disk. Give this or `hub`."""
         hub: str | None = None
         """Name of a hub dataset, such as `HuggingFaceFW/fineweb-edu`."""
@@ -28,6 +33,7 @@ class HuggingFaceDataset:
         split: str | None = None
         """Which split, where there are several."""
         text_column: str = "text"
+        """The column that holds the document."""
 
         @model_validator(mode="after")
         def _one_place(self) -> "HuggingFaceDataset.Config":
@@ -42,38 +48,50 @@ class HuggingFaceDataset:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def units(self) -> list[Unit]:
-        """Raises ConfigError for a missing folder, split or column."""
-        column = self.config.text_column
+    def find(self) -> Listing:
+        """Raises ConfigError for a missing folder, split or column, or a column that holds no text."""
+        column, features = self.config.text_column, self._dataset.data.schema
         if column not in self._dataset.column_names:
             raise ConfigError(f"text_column: no column {column!r}, {did_you_mean(column, self._dataset.column_names)}")
+        if not arrow.holds_text(features.field(column).type):
+            kind = features.field(column).type
+            raise ConfigError(f"text_column: {self._where}: column {column!r} holds {kind}, expected strings")
         rows = len(self._dataset)
         row_bytes = self._dataset.data.nbytes // max(rows, 1)
         starts = range(0, rows, _ROWS_PER_UNIT)
         stops = [min(start + _ROWS_PER_UNIT, rows) for start in starts]
-        return [Unit(self._where, a, b, (b - a) * row_bytes) for a, b in zip(starts, stops, strict=True)]
+        units = [Unit(self._where, a, b, (b - a) * row_bytes) for a, b in zip(starts, stops, strict=True)]
+        return Listing(units, self._files(), Counter(), [])
 
     def check_columns(self, unit: Unit, names: Sequence[str]) -> None:
         for name in names:
             if name not in self._dataset.column_names:
                 raise ConfigError(
-                    f"no column {name!r} in {self._where}, {did_you_mean(name, self._dataset.column_names)}"
+                    f"no column {name!r} in {shown(self._where)}, {did_you_mean(name, self._dataset.column_names)}"
                 )
 
-    def read(self, unit: Unit) -> Iterator[str]:
-        return (text for text, _ in self.read_columns(unit, ()))
+    def read(self, unit: Unit) -> Iterator[str | Fault]:
+        return texts(self.read_columns(unit, ()))
 
-    def read_columns(self, unit: Unit, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def read_columns(self, unit: Unit, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]] | Fault]:
         column = self.config.text_column
-        for start in range(unit.start, unit.stop, 256):
-            rows = self._dataset[start : min(start + 256, unit.stop)]
-            for index, text in enumerate(rows[column]):
-                if text is not None and not isinstance(text, str):
-                    kind = type(text).__name__
-                    raise RunError(
-                        f"{unit.path}: row {start + index}: column {column!r} holds {kind}, expected a string"
-                    )
-                yield text or "", {name: rows[name][index] for name in names}
+        wanted = list(dict.fromkeys([column, *names]))
+        # As Arrow gives them: the other columns (pictures, say) are not decoded.
+        dataset = self._dataset.select_columns(wanted).with_format("arrow")
+        for start in range(unit.start, unit.stop, _ROWS_AT_ONCE):
+            with readable(unit.path, f"row {start}: "):
+                table = dataset[start : min(start + _ROWS_AT_ONCE, unit.stop)]
+                yield from arrow.rows(
+                    {name: table.column(name) for name in wanted}, column, names, partial(_error, unit.path, start)
+                )
+
+    def _files(self) -> list[File]:
+        """The files that hold the rows; of a dataset of the hub its own fingerprint."""
+        if self.config.hub is not None:
+            return [File(self.config.hub, self._dataset.data.nbytes, self._dataset._fingerprint)]
+        paths = sorted({file["filename"] for file in self._dataset.cache_files})
+        samples = {path: sample(path) for path in paths}
+        return [File(path, size, mark) for path, (size, mark, _) in samples.items()]
 
     @property
     def _where(self) -> str:
@@ -91,7 +109,10 @@ class HuggingFaceDataset:
         path = Path(self._where)
         if not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
             raise ConfigError(f"path: {path} is no folder written by save_to_disk (for a name on the hub use `hub`)")
-        dataset = datasets.load_from_disk(str(path))
+        try:
+            dataset = datasets.load_from_disk(str(path))
+        except Exception as error:  # files that are missing or damaged: it raises what its parsers raise
+            raise RunError(f"{shown(str(path))}: cannot be read: {reason(str(path), error)}") from None
         if isinstance(dataset, datasets.DatasetDict):
             if self.config.split is None or self.config.split not in dataset:
                 hint = did_you_mean(self.config.split or "", map(str, dataset))
@@ -100,3 +121,7 @@ class HuggingFaceDataset:
         if self.config.split is not None:
             raise ConfigError(f"split: {path} holds one split only: leave the key out")
         return dataset
+
+
+def _error(path: str, start: int, index: int, message: str) -> RunError:
+    return RunError(f"{shown(path)}: row {start + index}: {shown(message)}")

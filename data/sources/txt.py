@@ -1,59 +1,75 @@
 """Plain text files."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal
 
 from pydantic import Field
 
 from data.sources.base import (
-    COMPRESSED_SUFFIXES,
     SOURCES,
+    Listing,
     Unit,
     file_unit,
+    line_number,
     line_units,
+    listing,
     read_bytes,
     read_lines,
 )
-from data.sources.files import find_files
-from schema import Component, RunError
+from data.sources.files import Fault, find_files
+from data.sources.text import not_utf8, shown, to_text
+from schema import Component, RunError, UserPath
 
 _BLANK_LINES = re.compile(r"\r?\n[ \t]*(?:\r?\n[ \t]*)+")
 
 
 @SOURCES.register("txt")
 class Txt:
-    """UTF-8 text, plain or .gz, .xz, .zst; a document is a file, a paragraph (between blank lines) or a line."""
+    """UTF-8 text, plain or .gz, .bz2, .xz, .zst; a document is a file, a paragraph (between blank lines) or a line."""
 
     class Config(Component):
         name: Literal["txt"] = "txt"
-        paths: list[str] = Field(min_length=1, description="files, folders (all *.txt below) or globs, also URLs")
+        paths: list[UserPath] = Field(min_length=1, description="files, folders (all *.txt below) or globs, also URLs")
         document: Literal["file", "paragraph", "line"] = "file"
+        """What one document is: a whole file, what stands between blank lines, or a line."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def units(self) -> list[Unit]:
-        files = find_files(self.config.paths, [".txt", *(".txt" + suffix for suffix in COMPRESSED_SUFFIXES)])
-        if self.config.document == "line":
-            return [unit for file in files for unit in line_units(file)]
-        return [file_unit(file) for file in files]
+    def find(self) -> Listing:
+        by_line = self.config.document == "line"
+        found = find_files(self.config.paths, [".txt"])
+        return listing(found, line_units if by_line else lambda file: [file_unit(file)])
 
-    def read(self, unit: Unit) -> Iterator[str]:
+    def read(self, unit: Unit) -> Iterator[str | Fault]:
         if self.config.document == "line":
-            for line in read_lines(unit):
-                yield decode(line, unit.path).rstrip("\r\n")
+            for index, line in enumerate(read_lines(unit)):
+                text = decode(line, partial(_line, unit, index))
+                yield text if isinstance(text, Fault) else text.rstrip("\r\n")
             return
-        text = decode(read_bytes(unit.path), unit.path)
-        if self.config.document == "paragraph":
+        text = decode(read_bytes(unit.path), lambda: unit.path)
+        if self.config.document == "paragraph" and not isinstance(text, Fault):
             yield from filter(None, _BLANK_LINES.split(text.strip("\r\n")))
         else:
             yield text
 
 
-def decode(content: bytes, path: str) -> str:
-    """UTF-8 to text, without a byte-order mark. Raises RunError naming the file."""
+def decode(content: bytes, place: Callable[[], str]) -> str | Fault:
+    """UTF-8 to text. A NUL byte is a fault: what holds one is UTF-16, or no text at all. place: for its message."""
     try:
-        return content.decode("utf-8").removeprefix("\ufeff")
+        text = to_text(content)
     except UnicodeDecodeError as error:
-        raise RunError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}): convert it first") from None
+        return Fault("not UTF-8", partial(_error, place, not_utf8(content, error)))
+    if "\0" in text:
+        return Fault("NUL bytes", partial(_error, place, "holds NUL bytes: UTF-16, or no text: convert it first"))
+    return text
+
+
+def _error(place: Callable[[], str], message: str) -> RunError:
+    return RunError(f"{shown(place())}: {message}")
+
+
+def _line(unit: Unit, index: int) -> str:
+    return f"{unit.path}:{line_number(unit, index)}"

@@ -7,7 +7,7 @@ import pytest
 
 from data import transfer
 from tests.data.remote import DOCUMENTS
-from tests.data.servers import Bucket, Proxy, run_moto, s3_environment
+from tests.data.servers import Bucket, Proxy, run_moto, run_web, s3_environment
 from tests.data.synthetic import write_stream
 
 
@@ -57,6 +57,13 @@ def url(local: Path, bucket: Bucket) -> str:
 def own(local: Path, bucket: Bucket, tmp_path: Path) -> str:
     """A copy on S3 that the test may damage."""
     return bucket.upload(local, f"{tmp_path.name}/prose/train")
+
+
+@pytest.fixture
+def web(local: Path) -> Iterator[str]:
+    """The stream on a plain web server."""
+    with run_web(local.parent.parent) as endpoint:
+        yield f"{endpoint}/prose/train"
 
 
 @pytest.fixture

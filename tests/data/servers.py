@@ -1,6 +1,8 @@
 """Real servers for the tests: moto's S3 in a process of its own, and a proxy that misbehaves on demand."""
 
 import contextlib
+import functools
+import http.server
 import os
 import socket
 import subprocess
@@ -10,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import boto3
 
@@ -59,6 +62,28 @@ def run_moto() -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
+
+
+class _Files(http.server.SimpleHTTPRequestHandler):
+    """Also as a proxy: then a request names a host, which is not looked at."""
+
+    def translate_path(self, path: str) -> str:
+        return super().translate_path(urlsplit(path).path)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def run_web(folder: Path) -> Iterator[str]:
+    """A plain web server of a folder's files, without ranges; gives its URL."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Files, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 class Bucket:

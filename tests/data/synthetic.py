@@ -1,5 +1,6 @@
 """Streams of known content for the loader's tests, written with mosaicml-streaming's own writer."""
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ from streaming import MDSWriter
 
 from data.shards import CHUNKS, describe_shard, pack_chunks
 
+TOKENIZER = b"not one that could be loaded"
 SPECIAL = {"unk": 0, "cls": 1, "sep": 2, "pad": 3, "mask": 4}
 
 
@@ -20,6 +22,13 @@ def documents(seed: int, count: int, longest: int, vocab_size: int = 512) -> lis
     return [rng.integers(5, vocab_size, length) for length in lengths]
 
 
+def write_tokenizer(folder: Path) -> str:
+    """The path of what passes for the streams' tokenizer as long as none of its tokens is asked for."""
+    (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer" / "tokenizer.json").write_bytes(TOKENIZER)
+    return str(folder / "tokenizer")
+
+
 def write_stream(
     folder: Path,
     split: str,
@@ -27,9 +36,10 @@ def write_stream(
     vocab_size: int = 512,
     shard_bytes: int = 4096,
     chunk: int = 1,
-    tokenizer: str = "synthetic",
+    tokenizer: str = hashlib.sha256(TOKENIZER).hexdigest(),
 ) -> Path:
-    """Write one split of a stream with several shards; returns its path. tokenizer: its fingerprint."""
+    """Write one split of a stream with several shards; returns its path. tokenizer: its fingerprint, default:
+    that of write_tokenizer."""
     path = folder / split
     dtype = "uint16" if vocab_size <= 65536 else "uint32"
     with MDSWriter(out=str(path), columns={"tokens": f"ndarray:{dtype}"}, size_limit=shard_bytes) as writer:

@@ -66,6 +66,23 @@ def test_damage_is_found(dataset: Path) -> None:
     assert f"damaged: {stream.manifest.shards[0].file}" in shown(dataset, samples=0)
 
 
+@pytest.mark.parametrize("name", ["chunks.npy", "token_counts.npy", "index.json"])
+@pytest.mark.parametrize("content", [None, b"", b"garbage"])
+def test_damage_beside_the_shards_is_found(dataset: Path, name: str, content: bytes | None) -> None:
+    file = dataset / "a" / "train" / name
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    assert f"damaged: {name}" in shown(dataset, samples=0)
+
+
+@pytest.mark.parametrize("below", ["", "b", "b/train"])
+def test_a_split_without_its_manifest_is_unfinished(dataset: Path, below: str) -> None:
+    (dataset / "b" / "train" / "stream.json").unlink()
+    with pytest.raises(ConfigError, match=r"b/train: not finished|b/train: holds no stream.json"):
+        shown(dataset / below)
+
+
 def test_what_is_no_dataset(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere: no such folder: give a dataset that"):
         inspect(tmp_path / "nowhere")

@@ -21,7 +21,7 @@ from data.mixture import DataConfig, StreamConfig
 from data.shards import open_stream
 from data.workers import Event, worker_death
 from schema import ConfigError, RunError
-from tests.data.synthetic import SPECIAL, documents, write_stream
+from tests.data.synthetic import SPECIAL, documents, write_stream, write_tokenizer
 
 STREAMS = {"prose": (0, 150, 400), "code": (1, 60, 900), "notes": (2, 40, 60)}
 
@@ -42,7 +42,7 @@ def config(
     settings: dict[str, Any] = {"num_workers": 0, "block_documents": 40, "part_documents": 4} | (data or {})
     return LoaderConfig(
         seed=3,
-        data=DataConfig(tokenizer="unused", streams=streams, **settings),
+        data=DataConfig(tokenizer=write_tokenizer(folder), streams=streams, **settings),
         phases=[
             LoaderPhase(
                 steps=steps, global_batch_size=rows, max_seq_len=length, masking=MaskingConfig(rate=0.2 + 0.1 * number)
@@ -110,7 +110,7 @@ def test_workers_change_nothing(folder: Path, workers: int, ahead: int) -> None:
     """Also in groups: of up to as many batches as a worker keeps ahead."""
     expected = list(build_loader(config(folder, PHASES)))
     loader = build_loader(config(folder, PHASES, {"num_workers": workers, "prefetch_batches": ahead}))
-    assert loader.dataset.group == min(ahead, 2**16 // (16 * 128))
+    assert loader.group == min(ahead, 2**16 // (16 * 128))
     states, batches = [], []
     for batch in loader:
         batches.append(batch)
@@ -327,7 +327,7 @@ def test_damage_met_while_reading_is_one_plain_error_behind_the_batches_before(t
         assert "Traceback" not in str(caught.value)
     states = [loader.state_dict() for loader in loaders]
     assert states == states[:1] * 3
-    assert states[0]["step"] % loaders[0].dataset.group, "the damage lies within a group"
+    assert states[0]["step"] % loaders[0].group, "the damage lies within a group"
 
 
 def _workers(loader: Loader) -> tuple[Iterator[Batch], list[int]]:

@@ -12,7 +12,7 @@ from data.loader import LoaderConfig, LoaderPhase, MixtureDataset
 from data.masking import MaskingConfig
 from data.mixture import DataConfig, StreamConfig, StreamShare, stream_weights
 from schema import ConfigError
-from tests.data.synthetic import write_stream
+from tests.data.synthetic import write_stream, write_tokenizer
 
 MEDIANS = {"tweets": 20, "web": 250, "wiki": 500, "papers": 2000, "books": 9000}
 TOKENS = {"tweets": 300_000, "web": 3_000_000, "wiki": 1_500_000, "papers": 1_500_000, "books": 1_500_000}
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def dataset(folder: Path, shares: dict[str, dict[str, Any]], phases: list[LoaderPhase] | None = None) -> MixtureDataset:
     streams = {name: StreamConfig(path=str(folder / name), **share) for name, share in shares.items()}
-    data = DataConfig(tokenizer="none", streams=streams, lanes=LANES)
+    data = DataConfig(tokenizer=write_tokenizer(folder), streams=streams, lanes=LANES)
     return MixtureDataset(LoaderConfig(seed=3, data=data, phases=phases or [phase(10**6)]), 0, 1)
 
 

@@ -21,7 +21,7 @@ from data.loader import LoaderConfig, LoaderPhase, MixtureDataset, build_loader
 from data.masking import MaskingConfig
 from data.mixture import DataConfig, StreamConfig, StreamShare
 from data.packing import SPECIAL_TOKENS_PER_SEQUENCE
-from tests.data.synthetic import write_stream
+from tests.data.synthetic import write_stream, write_tokenizer
 
 NAMES = ("a", "b", "c")
 Token = tuple[int, int, int]
@@ -60,7 +60,7 @@ def dataset_of(
         for name, share in zip(NAMES, shares, strict=False)
         if (found.folder / name).exists()
     }
-    config = DataConfig(tokenizer="none", streams=streams, **data)
+    config = DataConfig(tokenizer=write_tokenizer(found.folder), streams=streams, **data)
     return MixtureDataset(LoaderConfig(seed=5, data=config, phases=phases), rank, world)
 
 
@@ -366,7 +366,11 @@ def test_the_state_stays_small(tmp_path: Path) -> None:
 )
 def test_a_filter_that_hides_all_is_refused(tmp_path: Path, share: dict[str, Any], message: str) -> None:
     write_stream(tmp_path / "a", "train", [np.full(50, 7)] * 20)
-    config = DataConfig(tokenizer="none", streams={"a": StreamConfig(path=str(tmp_path / "a"), **share)}, num_workers=0)
+    config = DataConfig(
+        tokenizer=write_tokenizer(tmp_path),
+        streams={"a": StreamConfig(path=str(tmp_path / "a"), **share)},
+        num_workers=0,
+    )
     with pytest.raises(Exception, match=message):
         build_loader(LoaderConfig(seed=1, data=config, phases=[phase(3, 4, 64)]))
 
@@ -375,6 +379,6 @@ def test_nothing_to_show_is_one_plain_error(tmp_path: Path) -> None:
     """What a manifest cannot tell before: every document is longer than a row, and long ones are dropped."""
     write_stream(tmp_path / "a", "train", [np.full(50, 7)] * 20)
     streams = {"a": StreamConfig(path=str(tmp_path / "a"))}
-    config = DataConfig(tokenizer="none", streams=streams, num_workers=0, long_documents="drop")
+    config = DataConfig(tokenizer=write_tokenizer(tmp_path), streams=streams, num_workers=0, long_documents="drop")
     with pytest.raises(Exception, match="stream 'a': no document is left by min_length and long_documents"):
         next(iter(build_loader(LoaderConfig(seed=1, data=config, phases=[phase(3, 4, 16)]))))

@@ -3,13 +3,9 @@
 The servers, the sockets and the processes are real.
 """
 
-import functools
-import http.server
 import json
 import os
 import pickle
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -156,23 +152,6 @@ def test_what_is_no_stream(s3: str, own: str, bucket: Bucket, tmp_path: Path) ->
         open_stream("gs://bucket/x", settings(tmp_path))
     with pytest.raises(ConfigError, match=r"nonsense:// cannot be read here: .*nonsense"):
         open_stream("nonsense://bucket/x", settings(tmp_path))
-
-
-class _Files(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def web(local: Path) -> Iterator[str]:
-    """A plain web server: no listing of sizes, no ranges."""
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(_Files, directory=str(local.parent.parent))
-    )
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/prose/train"
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # fsspec's own session and loop

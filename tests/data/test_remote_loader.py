@@ -12,7 +12,7 @@ from data.mixture import DataConfig, StreamConfig
 from data.shards import open_stream
 from schema import RunError
 from tests.data.servers import Bucket
-from tests.data.synthetic import documents, write_stream
+from tests.data.synthetic import documents, write_stream, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(path: str, cache: Path, limit: int = 10**9, workers: int = 0, lanes: int = 8) -> LoaderConfig:
     data = DataConfig(
-        tokenizer="none",
+        tokenizer=write_tokenizer(cache.parent),
         streams={"prose": StreamConfig(path=path)},
         num_workers=workers,
         cache=str(cache),

@@ -69,7 +69,7 @@ def test_s3_byte_ranges(bucket: Any, range_bytes: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(sources_base, "RANGE_BYTES", range_bytes)
     bucket.put_object(Bucket="corpus", Key="a.jsonl", Body=jsonl())
     source = build({"name": "jsonl", "paths": ["s3://corpus/a.jsonl"]})
-    assert len(source.units()) > 5
+    assert len(source.find().units) > 5
     assert read_all({"name": "jsonl", "paths": ["s3://corpus/a.jsonl"]}) == TEXTS
 
 
@@ -83,7 +83,7 @@ def test_s3_txt_parquet_and_code(bucket: Any, tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": TEXTS, "number": range(len(TEXTS))}), tmp_path / "a.parquet", row_group_size=7)
     bucket.upload_file(str(tmp_path / "a.parquet"), "corpus", "p/a.parquet")
     source = build({"name": "parquet", "paths": ["s3://corpus/p"]})
-    rows = [row for unit in source.units() for row in source.read_columns(unit, ["number"])]
+    rows = [row for unit in source.find().units for row in source.read_columns(unit, ["number"])]
     assert rows == [(text, {"number": number}) for number, text in enumerate(TEXTS)]
     for name in ("src/a.py", "src/node_modules/b.js", "src/.git/c.py", "src/lib/d.go", "src/data.csv"):
         bucket.put_object(Bucket="corpus", Key=name, Body=name.encode())
@@ -104,7 +104,7 @@ def test_s3_txt_parquet_and_code(bucket: Any, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_faults_of_urls(bucket: Any, path: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build({"name": "jsonl", "paths": [path]}).units()
+        build({"name": "jsonl", "paths": [path]}).find()
 
 
 def test_no_credentials_is_said(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_no_credentials_is_said(bucket: Any, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     sources_files._s3.cache_clear()
     with pytest.raises(ConfigError, match=r"^paths: AWS credentials: .*\(nobody\)"):
-        build({"name": "jsonl", "paths": ["s3://corpus/a.jsonl"]}).units()
+        build({"name": "jsonl", "paths": ["s3://corpus/a.jsonl"]}).find()
 
 
 def test_file_that_is_cut_off_on_s3(bucket: Any) -> None:
@@ -134,7 +134,7 @@ def test_file_that_is_cut_off_on_s3(bucket: Any) -> None:
 def test_file_that_went_away_between_listing_and_reading(bucket: Any) -> None:
     bucket.put_object(Bucket="corpus", Key="a.jsonl", Body=jsonl())
     source = build({"name": "jsonl", "paths": ["s3://corpus/a.jsonl"]})
-    (unit,) = source.units()
+    (unit,) = source.find().units
     bucket.delete_object(Bucket="corpus", Key="a.jsonl")
     with pytest.raises(RunError, match=r"^s3://corpus/a\.jsonl: cannot be read: "):
         list(source.read(unit))
@@ -159,7 +159,7 @@ def test_http_and_memory(tmp_path: Path) -> None:
                 assert read_all({"name": "jsonl", "paths": [f"{base}/{name}"]}) == TEXTS
             assert read_all({"name": "jsonl", "paths": [f"{base}/*.gz"]}) == TEXTS
             with pytest.raises(ConfigError, match=r"nothing matches 'http://.*/c\.jsonl': no such file"):
-                build({"name": "jsonl", "paths": [f"{base}/c.jsonl"]}).units()
+                build({"name": "jsonl", "paths": [f"{base}/c.jsonl"]}).find()
         finally:
             server.shutdown()
             thread.join()

@@ -1,6 +1,7 @@
 """Fixed ids, exact round trips, and special strings that stay plain text in the training data."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
-from data.tokenizer import TOKENIZERS, corpus_tokenizer, save_tokenizer, tokenizer_facts
+from data.tokenizer import TOKENIZERS, TrainedTokenizer, corpus_tokenizer, save_tokenizer, tokenizer_facts
 from schema import ConfigError
 
 TEXTS = [
@@ -135,3 +136,12 @@ def test_load_errors(tmp_path: Path) -> None:
         TOKENIZERS.parse({"name": "load"})
     with pytest.raises(ValueError, match="multiple of 64"):
         TOKENIZERS.parse({"name": "train", "vocab_size": 1000})
+
+
+@pytest.mark.parametrize("text", ["a" * 2**20, "ab12" * 2**18, "\n" * 2**20], ids=["letters", "mixed", "blanks"])
+def test_a_text_without_blanks_does_not_stop_training(text: str) -> None:
+    """tokenizers' trainer needs minutes for one word of 320,000 characters, and the square of that for more."""
+    start = time.process_time()
+    tokenizer, _ = TrainedTokenizer(TrainedTokenizer.Config(vocab_size=320)).build(iter([text, "plain words"]))
+    assert time.process_time() - start < 60
+    assert tokenizer.decode(tokenizer.encode(text[:5000]).ids) == text[:5000]

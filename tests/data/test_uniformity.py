@@ -24,7 +24,7 @@ from data.masking import MaskingConfig
 from data.mixture import DataConfig, StreamConfig
 from data.packing import Spans
 from data.shards import open_stream
-from tests.data.synthetic import write_stream
+from tests.data.synthetic import write_stream, write_tokenizer
 
 LIMIT = 5.0
 DOCUMENTS, LENGTH, MAX_SEQ_LEN, LANES = 512, 14, 64, 4  # four documents fill a row
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def lanes(folder: Path, seed: int, shuffle_shards: int | None = None) -> tuple[list[Lane], MixtureDataset]:
     data = DataConfig(
-        tokenizer="none",
+        tokenizer=write_tokenizer(folder),
         streams={"s": StreamConfig(path=str(folder / "s"))},
         lanes=LANES,
         block_documents=32,  # four blocks a lane

@@ -30,8 +30,12 @@ def test_compiled_blocks_compute_the_same(dtype: torch.dtype | None) -> None:
     compiled = copy.deepcopy(model)
     compiled.encoder.compile_blocks()
     assert compiled.state_dict().keys() == model.state_dict().keys()
-    for lengths in ((40, 24), (1, 30, 33)):  # one T, other sequences: the compiled code serves both
-        batch = batch_of(lengths, vocab_size=model.config.vocab_size)
+    graphs = torch._dynamo.utils.counters["stats"]
+    made = []
+    # One T, other sequences and numbers of masked tokens: the compiled code serves all, the last block's too
+    for seed, lengths in ((0, (40, 24)), (1, (1, 30, 33)), (7, (64,))):
+        batch = batch_of(lengths, vocab_size=model.config.vocab_size, seed=seed)
+        made.append((int((batch.labels != -100).sum()), graphs["unique_graphs"]))
         found, eager, exact = _step(compiled, batch, dtype), _step(model, batch, dtype), _step(model, batch)
         for ours, plain, reference in zip(found, eager, exact, strict=True):
             if dtype is None:
@@ -39,6 +43,10 @@ def test_compiled_blocks_compute_the_same(dtype: torch.dtype | None) -> None:
             else:  # both are roundings of the float32 step: neither may be the worse one by much
                 errors = [float((each - reference).norm() / reference.norm()) for each in (ours, plain)]
                 assert errors[0] < 1.5 * errors[1] + 0.002
+    counts, before = zip(*made, strict=True)
+    assert len(set(counts)) > 1
+    assert len({-(-count // 4) for count in counts}) == 1, "what is compiled once is a sixteenth of 64 tokens wide"
+    assert before[0] < before[1] == before[2] == graphs["unique_graphs"]
 
 
 @pytest.mark.parametrize("every", [1, 2])

@@ -6,17 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
-from safetensors.torch import save_file
 from torch import Tensor
 
-from flexbert import FlexBertConfig, FlexBertForMaskedLM, build, register, to_hf
+from flexbert import FlexBertConfig, FlexBertForMaskedLM, build, register
 from flexbert.growing import Grow, grow, layer_of, tiled_axis
 from flexbert.heads import Head
 from schema import Component, ConfigError
 from tests.flexbert.conftest import ODD_LENGTHS, Batch, batch_of, tiny
 from tests.flexbert.test_components import SANDWICH
-from tests.flexbert.test_hf_export import BERT, tokenizer_of
+from tests.flexbert.test_hf_export import BERT
 from tests.flexbert.test_hf_remote import SINUSOIDAL, scrambled
 
 
@@ -44,7 +42,7 @@ def config_of(**fields: Any) -> Grow.Config:
 def grown(small: FlexBertForMaskedLM, fields: dict[str, Any], **sizes: Any) -> FlexBertForMaskedLM:
     """`small` grown to other sizes."""
     large = build(FlexBertConfig.from_dict({**small.config.to_dict(), **sizes}))
-    large.load_state_dict(grow(small.config, dict(small.state_dict()), large, config_of(**fields)))
+    large.load_state_dict(grow(small, large, config_of(**fields)))
     return large.eval()
 
 
@@ -168,51 +166,6 @@ def test_axes_that_shrink_do_not_grow() -> None:
     assert torch.equal(index, expected)
 
 
-def checkpoint_of(model: FlexBertForMaskedLM, folder: Path) -> Path:
-    """As a run writes it."""
-    from training.checkpoint import take_snapshot, write_checkpoint
-
-    folder.mkdir()
-    OmegaConf.save({"model": model.config.model_dump(mode="json")}, folder / "config.yaml")
-    path = folder / "checkpoints" / "tokens-100"
-    write_checkpoint(path, take_snapshot(model, torch.optim.AdamW(model.parameters())), {})
-    return path
-
-
-@pytest.mark.parametrize("kind", ["export", "checkpoint"])
-def test_yaml_grows_an_export_or_a_checkpoint(tmp_path: Path, kind: str) -> None:
-    small = build(tiny(), seed=5)
-    if kind == "export":
-        to_hf(small, tokenizer_of(97), tmp_path / "small")
-        source = tmp_path / "small"
-    else:
-        source = checkpoint_of(small, tmp_path / "small")
-    file = tmp_path / "large.yaml"
-    node = {**small.config.to_dict(), "hidden_size": 96, "num_attention_heads": 6, "intermediate_size": 80}
-    OmegaConf.save({**node, "init": {"from": str(source), "method": "tile_edge"}}, file)
-    config = FlexBertConfig.from_yaml(file)
-    assert config.init.model_dump()["from"] == str(source)
-    assert FlexBertConfig.from_dict(config.to_dict()) == config
-    assert FlexBertConfig.from_dict(config.model_dump(mode="json")) == config
-    large = build(config).eval()
-    batch = batch_of((9, 70))
-    expected = small.eval()(*batch[:3]).logits
-    torch.testing.assert_close(large(*batch[:3]).logits, expected, atol=1e-4, rtol=0)
-    encoder = build(config, "encoder").state_dict()
-    assert all(torch.equal(encoder[name], tensor) for name, tensor in large.encoder.state_dict().items())
-    classifier = build(config, "classification", seed=1)
-    assert torch.equal(classifier.encoder.token_table, large.encoder.token_table)
-    fresh = build(tiny(**{key: node[key] for key in ("hidden_size", "num_attention_heads")}), "classification", seed=1)
-    with torch.no_grad():
-        scale = classifier.head.dense.weight.std() / fresh.head.dense.weight.std()
-    assert 0.09 < scale < 0.11, "a head of another task starts fresh: std 0.02 here, 0.2 there"
-    with torch.device("meta"):
-        assert build(config).encoder.token_table.is_meta
-    # A grown model's export names no folder of this machine
-    to_hf(large, tokenizer_of(97), tmp_path / "large")
-    assert str(tmp_path) not in (tmp_path / "large" / "config.json").read_text()
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -230,69 +183,33 @@ def test_yaml_grows_an_export_or_a_checkpoint(tmp_path: Path, kind: str) -> None
     ],
     ids=str,
 )
-def test_what_cannot_grow_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    source = checkpoint_of(build(tiny()), tmp_path / "small")
+def test_what_cannot_grow_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        build(tiny(init={"name": "grow", "from": str(source)}, **changes))
-    assert str(caught.value).startswith(f"init.from: {source}: ")
+        build(tiny(init={"name": "grow", "from": "small"}, **changes), grow_from=build(tiny()))
+    assert str(caught.value).startswith("init.from: small: ")
     assert message in str(caught.value)
 
 
-def checkpoint_file(name: str, text: str | None) -> Any:
-    """Writes a file of a checkpoint anew, or takes it away (None)."""
-
-    def damage(source: Path) -> None:
-        file = source / name
-        file.unlink() if text is None else file.write_text(text)
-
-    return damage
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (checkpoint_file("manifest.json", "{"), "{source}/manifest.json: damaged: take another checkpoint"),
-        (checkpoint_file("manifest.json", "{}"), "{source}/manifest.json: damaged: take another checkpoint"),
-        (checkpoint_file("manifest.json", "[]"), "{source}/manifest.json: damaged: take another checkpoint"),
-        (checkpoint_file("manifest.json", '{"files": 1}'), "{source}/manifest.json: damaged: take another checkpoint"),
-        (checkpoint_file("model.safetensors", None), "{source}/model.safetensors: cannot be read: [Errno 2] No such"),
-        (checkpoint_file("../../config.yaml", None), "{run}/config.yaml: no such file"),
-        (
-            checkpoint_file("../../config.yaml", "a: 1"),
-            "{run}/config.yaml: model: is missing: expected the config.yaml",
-        ),
-        (checkpoint_file("../../config.yaml", "model: 7"), "{run}/config.yaml: model: "),
-        (checkpoint_file("config.json", "{"), "{source}: config.json: cannot be read: "),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_damaged_sources_are_said_in_one_line(tmp_path: Path, damage: Any, message: str) -> None:
-    source = checkpoint_of(build(tiny()), tmp_path / "small")
-    damage(source)
-    with pytest.raises(ConfigError) as caught:
-        build(tiny(init={"name": "grow", "from": str(source)}))
-    assert str(caught.value).startswith(f"init.from: {message.format(source=source, run=tmp_path / 'small')}")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["a" * 5000, "a\0b"], ids=["long", "null"])
-def test_names_that_no_file_can_have_are_said_in_one_line(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"^init\.from: a"):
-        build(tiny(init={"name": "grow", "from": name}))
-
-
-def test_a_source_whose_weights_are_not_its_configs_is_refused(tmp_path: Path) -> None:
-    source = checkpoint_of(build(tiny()), tmp_path / "small")
-    file = tmp_path / "small" / "config.yaml"
-    for changes, message in (
-        ({"intermediate_size": 41}, "has another shape"),
-        ({"num_hidden_layers": 5}, "is missing"),
+def test_build_grows_what_it_is_given_and_says_what_it_is_not_given() -> None:
+    """The library reads no folder: on the meta device, where nothing is filled, it needs no source either."""
+    small = scrambled(build(tiny()))
+    before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    sizes = {"hidden_size": 96, "num_attention_heads": 6, "intermediate_size": 80}
+    config = tiny(init={"name": "grow", "from": "no-such-folder"}, **sizes)
+    large = build(config, grow_from=small).eval()
+    batch = batch_of((9, 70))
+    torch.testing.assert_close(large(*batch[:3]).logits, small.eval()(*batch[:3]).logits, atol=1e-4, rtol=0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in small.state_dict().items())
+    encoder = build(config, "encoder", grow_from=small).state_dict()
+    assert all(torch.equal(encoder[name], tensor) for name, tensor in large.encoder.state_dict().items())
+    with pytest.raises(
+        ConfigError, match=r"^init\.from: no-such-folder: the model there was not given: .*grow_from=MODEL"
     ):
-        OmegaConf.save({"model": tiny(**changes).model_dump(mode="json")}, file)
-        with pytest.raises(
-            ConfigError, match=rf"^init\.from: {source}: encoder\.layers\..*: {message} there, by the config"
-        ):
-            build(tiny(init={"name": "grow", "from": str(source)}))
+        build(config)
+    with pytest.raises(ConfigError, match=r"^grow_from: init 'full_megatron' grows no model: use init \{name: grow"):
+        build(tiny(**sizes), grow_from=small)
+    with torch.device("meta"):
+        assert build(config).encoder.token_table.is_meta
 
 
 @pytest.mark.parametrize("head", ["test_narrow", "test_parameter", "test_tied"])
@@ -311,15 +228,7 @@ def test_heads_from_outside_grow(head: str) -> None:
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
 
 
-def test_sources_that_are_none_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"init\.from: .*absent: neither an export .* nor a checkpoint"):
-        build(tiny(init={"name": "grow", "from": str(tmp_path / "absent")}))
-    with torch.device("meta"), pytest.raises(ConfigError, match="neither an export"):  # so a dry run tells
-        build(tiny(init={"name": "grow", "from": str(tmp_path / "absent")}))
-    source = checkpoint_of(build(tiny()), tmp_path / "small")
-    save_file({"x": torch.zeros(1)}, source / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"model\.safetensors: damaged: take another checkpoint"):
-        build(tiny(init={"name": "grow", "from": str(source)}))
+def test_other_options_and_tables_of_another_length_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"init: unknown key 'form', did you mean 'from'\?"):
         tiny(init={"name": "grow", "form": "x"})
     with pytest.raises(ConfigError, match="init.method: should be 'tile_center' or 'tile_edge', got 'tile'"):

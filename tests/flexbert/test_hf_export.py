@@ -1,5 +1,6 @@
 """Exports: whole, checked by transformers, or not there."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from flexbert import build, from_hf, to_hf
 from flexbert.hf_mappings import MAPPINGS
 from schema import ConfigError, RunError
 from tests.flexbert.conftest import ODD_LENGTHS, batch_of, tiny
+from tests.flexbert.hf_forms import older
 from tests.flexbert.test_hf_parity import batch_for, one_by_one, reference_model
 
 SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "cls", "sep", "pad", "mask")}
@@ -43,7 +45,8 @@ def test_export_is_what_transformers_loads(tmp_path: Path) -> None:
     assert (tmp_path / "export" / "README.md").read_text() == "# A card\n"
     exported: Any = AutoModelForMaskedLM.from_pretrained(tmp_path / "export")
     assert exported.config.architectures == ["ModernBertForMaskedLM"]
-    assert (exported.config.global_rope_theta, exported.config.local_rope_theta) == (777.0, 100.0)
+    node = older(json.loads((tmp_path / "export" / "config.json").read_text()))
+    assert (node["global_rope_theta"], node["local_rope_theta"]) == (777.0, 100.0)
     ids = {name: getattr(exported.config, f"{name}_token_id") for name in ("cls", "sep", "pad", "mask", "bos", "eos")}
     assert ids == {"cls": 1, "sep": 2, "pad": 3, "mask": 4, "bos": 1, "eos": 2}
     assert exported.config.max_position_embeddings == 256
@@ -208,7 +211,7 @@ def test_a_component_from_outside_is_refused(tmp_path: Path) -> None:
     [
         ({"hidden_activation": "quick_gelu"}, "hidden_activation: 'quick_gelu'"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings: False"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling: {"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}}, "rope_"),
     ],
     ids=str,
 )
@@ -248,8 +251,11 @@ def test_other_architectures_and_folders_are_refused(tmp_path: Path) -> None:
         from_hf(reference_model("eager"), "classification")  # pyright: ignore[reportArgumentType, reportCallIssue]
     with pytest.raises(ConfigError, match=r"no config\.json in it"):
         from_hf(tmp_path)
-    reference_model("eager").save_pretrained(tmp_path / "pickled", safe_serialization=False)
-    with pytest.raises(ConfigError, match="transformers cannot load it"):
+    reference_model("eager").config.save_pretrained(tmp_path / "pickled")
+    torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(
+        ConfigError, match=r"model\.safetensors: there is none, only pytorch_model\.bin: a pickle could"
+    ):
         from_hf(tmp_path / "pickled")
 
 

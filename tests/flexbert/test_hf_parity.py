@@ -16,8 +16,10 @@ from transformers import (
 )
 
 from flexbert import FlexBertConfig, FlexBertForMaskedLM, build, from_hf
-from flexbert.hf_mappings import MAPPINGS, hf_names
+from flexbert.hf_mappings import MAPPINGS
+from flexbert.hf_state import hf_names
 from tests.flexbert.conftest import ODD_LENGTHS, Batch, batch_of, gradients
+from tests.flexbert.hf_forms import older
 
 # Measured worst case over all cases here: 3.1e-6 on logits up to 6.2, 1.2e-7 on gradients up to 0.15.
 TOLERANCE = 1e-5
@@ -206,8 +208,9 @@ def test_presets_have_the_released_sizes(preset: str, model_type: str, parameter
 def test_base_presets_are_what_transformers_calls_its_default(preset: str, model_type: str) -> None:
     config = FlexBertConfig.from_yaml(preset)
     default = CLASSES[model_type][0]()  # documented as ModernBERT-base and bert-base-uncased
+    said = older(default.to_dict())
     for name, value in MAPPINGS[model_type].config_to(config).items():
-        assert getattr(default, name) == value, name
+        assert said[name] == value, name
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
         if (stated := getattr(default, name, None)) is not None:
             assert stated == getattr(config, name), name

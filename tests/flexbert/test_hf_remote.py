@@ -55,12 +55,14 @@ LINEAR: dict[str, Any] = {
 CASES = {"sandwich": SANDWICH, "parallel": PARALLEL, "sinusoidal": SINUSOIDAL, "learned": LEARNED, "linear": LINEAR}
 
 
-def in_transformers(model: Any) -> Any:
+def in_transformers(model: Any, **config: Any) -> Any:
     """The template's model with the same weights."""
     from flexbert.modeling_flexbert import FlexBertConfig, FlexBertForMaskedLM
 
-    theirs = FlexBertForMaskedLM(FlexBertConfig(model.config.to_dict()))
-    theirs.load_state_dict(model.state_dict())
+    theirs = FlexBertForMaskedLM(FlexBertConfig(model.config.to_dict(), **config))
+    faults = theirs.load_state_dict(model.state_dict(), strict=False)
+    tied = {"head.output.weight"} if model.config.head.tied else set()  # the token table, which has been loaded
+    assert (set(faults.missing_keys), faults.unexpected_keys) == (tied, [])
     return theirs.eval()
 
 

@@ -10,9 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flexbert import build, losses, rotary
-from flexbert.kernels import attend
+from flexbert.kernels import AttentionPlan, attend
 from flexbert.losses import masked_cross_entropy, masked_evaluation
-from flexbert.plan import AttentionPlan
 from flexbert.registry import NORMS
 from tests.flexbert.conftest import batch_of, tiny
 

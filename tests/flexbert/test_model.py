@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flexbert import FlexBertConfig, build, losses, rotary
+from flexbert import FlexBertConfig, build, losses
 from flexbert.losses import TokenScores, masked_cross_entropy
 from flexbert.registry import LOSSES
-from flexbert.rotary import Rotation, pairs_of_halves, rotate, rotate_pairs
+from flexbert.rotary import Rotation, rotate
 from schema import ConfigError
 from tests.flexbert.conftest import ODD_LENGTHS, batch_of, gradients, tiny
 
@@ -234,41 +234,6 @@ def test_scores_depend_on_distance_only() -> None:
     products = [torch.einsum("qnh,knh->nqk", rotate(states, r), rotate(states, r)) for r in at]
     torch.testing.assert_close(products[0], products[1], atol=5e-5, rtol=0)  # measured 7e-6 of up to 25
     assert not torch.allclose(rotate(states, at[0]), rotate(states, at[1]), atol=0.1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("fraction", [1.0, 0.5, 0.25])
-@pytest.mark.parametrize("layout", ["half", "interleaved"])
-def test_turning_pairs_gives_the_scores_and_gradients_of_turning_components(
-    layout: str, fraction: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rotary, "CAST_ROWS", 2)  # five tokens in three parts
-    heads, head_dim, width = (3, 1, 1), 16, 24
-    options = {"layout": layout, "rotary_fraction": fraction}
-    sizes: Any = {"hidden_size": 48, "num_attention_heads": 3}
-    model = build(tiny(**sizes, position=options, attention={"num_key_value_heads": 1}))
-    rotation = model.encoder.position.for_attention(torch.tensor([0, 1, 2, 0, 300]), 301).global_layers
-    generator = torch.Generator().manual_seed(0)
-    states, weight = (torch.randn(n, width, generator=generator).to(dtype) for n in (5, sum(heads) * head_dim))
-
-    def outputs(in_pairs: bool) -> list[torch.Tensor]:
-        given = [x.clone().requires_grad_() for x in (states, weight)]
-        rows = given[1]
-        if in_pairs and layout == "half":
-            rows = pairs_of_halves(rows, heads[0] + heads[1], head_dim, round(fraction * head_dim))
-        rows = (given[0] @ rows.T).unflatten(-1, (-1, head_dim))
-        if in_pairs:
-            queries, keys, values = rotate_pairs(rows, rotation.pairs, heads)
-        else:
-            queries, keys, values = rows.split(heads, 1)
-            queries, keys = rotate(queries, rotation), rotate(keys, rotation)
-        assert queries.dtype == keys.dtype == values.dtype == dtype
-        out = torch.einsum("qnh,kgh,jgi->nqi", queries.double(), keys.double(), values.double())
-        return [out, *torch.autograd.grad(out.square().sum(), given)]
-
-    for ours, expected in zip(outputs(True), outputs(False), strict=True):
-        error = float((ours - expected).double().norm() / expected.double().norm())
-        assert error < {torch.float32: 1e-6, torch.float64: 1e-6, torch.bfloat16: 0.01}[dtype]  # angles are float32
 
 
 def test_starting_weights_have_the_stated_statistics() -> None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from flexbert import FlexBertConfig, build, register, registered
 from flexbert.heads import Head, TaskConfig, TaskHead
+from flexbert.kernels import AttentionPlan
 from flexbert.layers import OutputProjection
 from flexbert.losses import TokenScores
-from flexbert.plan import AttentionPlan
 from flexbert.positions import Position, Positions
 from flexbert.registry import ATTENTIONS, MLPS, SLOTS
 from schema import Component, ConfigError

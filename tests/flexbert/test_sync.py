@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flexbert import build, kernels_gpu
+from flexbert import build
 from flexbert.dropout import TokenKeys, keyed_dropout
+from flexbert.kernels import gpu
 from flexbert.model import FlexBertForMaskedLM
 from flexbert.packed import check_packed, unpad
 from tests.flexbert.conftest import batch_of, tiny
@@ -48,7 +49,7 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = types.ModuleType("flash_attn")
     module.flash_attn_varlen_func = _flash
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr(kernels_gpu, "why_not", lambda *_: "")
+    monkeypatch.setattr(gpu, "why_not", lambda *_: "")
 
 
 @pytest.fixture

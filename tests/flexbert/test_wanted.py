@@ -8,11 +8,11 @@ from torch import Tensor
 
 from flexbert import build
 from flexbert.dropout import TokenKeys, keyed_dropout
-from flexbert.kernels import attend
+from flexbert.kernels import AttentionPlan, attend
 from flexbert.model import FlexBertForMaskedLM
-from flexbert.plan import AttentionPlan
+from flexbert.packed import round_up
 from tests.flexbert.conftest import ODD_LENGTHS, batch_of, gradients, tiny
-from tests.flexbert.test_kernels import LENGTHS, SLOPES, TOLERANCE, qkv_of
+from tests.flexbert.kernels.cases import LENGTHS, SLOPES, TOLERANCE, qkv_of
 
 BLOCKS = ("prenorm", "postnorm", "parallel", "sandwich")
 
@@ -132,6 +132,18 @@ def test_other_indexes_are_refused(wanted: Tensor, message: str) -> None:
     ids, cu_seqlens, max_seqlen, _ = batch_of(ODD_LENGTHS)
     with pytest.raises(ValueError, match=message):
         build(tiny(), "encoder")(ids, cu_seqlens, max_seqlen, wanted=wanted)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("total", [1, 15, 17, 64, 523])
+def test_rounding_up_adds_some_tokens_and_keeps_the_order(total: int, share: float) -> None:
+    wanted = some(total, share)
+    found = round_up(wanted, total)
+    step = max(1, total // 16)
+    assert len(found) == min(-(-len(wanted) // step) * step, total)
+    assert (found.diff() > 0).all()
+    assert torch.isin(wanted, found).all()
+    assert torch.equal(found[torch.searchsorted(found, wanted)], wanted)
 
 
 def test_what_no_masked_token_needs_is_not_computed() -> None:

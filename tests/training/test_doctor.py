@@ -13,12 +13,12 @@ from safetensors.numpy import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from data.tokenizer import fingerprint
-from flexbert import kernels, parity
+from flexbert import parity
 from flexbert.accounting import count_parameters
+from flexbert.kernels.attention import KERNELS
 from main import app
 from tests.data.servers import BUCKET, Bucket, free_port
-from tests.data.synthetic import documents, write_stream
+from tests.data.synthetic import documents, write_stream, write_tokenizer
 from tests.training.ranks import Ranks
 from tests.training.tiny import ROW, ROWS, write_config
 from training import doctor
@@ -44,11 +44,8 @@ phases: [{{name: only, tokens: 1M, max_seq_len: 128, global_batch_size: 4, lr: 1
 def config(tmp_path: Path) -> Path:
     """A run file that fits this machine; its stream and tokenizer are there."""
     for split in ("train", "validation"):
-        manifest = write_stream(tmp_path / "near", split, documents(0, 50, 50)) / "stream.json"
-        (tmp_path / "tokenizer").mkdir(exist_ok=True)
-        (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
-        made_by = fingerprint(tmp_path / "tokenizer")
-        manifest.write_text(manifest.read_text().replace('"synthetic"', f'"{made_by}"', 1))
+        write_stream(tmp_path / "near", split, documents(0, 50, 50))
+    write_tokenizer(tmp_path)
     file = tmp_path / "run.yaml"
     file.write_text(RUN.format(folder=tmp_path))
     return file
@@ -90,15 +87,25 @@ def test_faults_of_the_run_file_are_found(config: Path, tmp_path: Path) -> None:
     assert "sdpa" in rows["attention: flash2"][2]
 
 
+@pytest.mark.parametrize("backend", ["flash2", "flash3", "flex"])
+def test_the_kernel_of_the_initial_layers_is_checked(config: Path, backend: str) -> None:
+    initial = f"model.initial_layers={{count: 1, attention: {{name: multihead, backend: {backend}}}}}"
+    fine, rows, _ = checks(config, initial)
+    state, _, fix = rows[f"attention: {backend}"]
+    if state != "ok":  # where the machine has no such kernel
+        assert not fine
+        assert (state, fix) == ("FAIL", "model.initial_layers.attention.backend: auto, or sdpa")
+
+
 def test_a_kernel_that_computes_otherwise_is_found(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that sees one token too far to the left of its windows, which no shape or range would show."""
-    right = kernels._KERNELS["sdpa"]
+    right = KERNELS["sdpa"]
 
     def wrong(q: Tensor, k: Tensor, v: Tensor, plan: Any, window: tuple[int, int], *rest: Any) -> Tensor:
         return right(q, k, v, plan, window if window == (-1, -1) else (window[0] + 1, window[1] + 1), *rest)
 
     assert parity.disagreement("sdpa", "cpu").error < 1e-5
-    monkeypatch.setitem(kernels._KERNELS, "sdpa", wrong)
+    monkeypatch.setitem(KERNELS, "sdpa", wrong)
     fine, rows, _ = checks(config)
     assert not fine
     assert rows["attention: sdpa"][0] == "FAIL"

@@ -173,7 +173,9 @@ def test_a_global_batch_without_masked_tokens_has_loss_and_gradient_zero(
     ranks: Ranks, tiny_data: Path, tmp_path: Path, world_size: int, parallelism: str
 ) -> None:
     options = {"log_interval": 1, "microbatch_size": 2, "parallelism": parallelism}
-    file = write_config(tmp_path, tiny_data, 2, "empty", trainer=options)
+    only = {"name": "all", "tokens": 2 * ROWS * ROW, "max_seq_len": ROW, "global_batch_size": ROWS, "lr": 1e-2}
+    phases = [{**only, "streams": {"empty": {}}}]  # an evaluation looks at all streams, and must find some
+    file = write_config(tmp_path, tiny_data, 2, "full", "empty", trainer=options, phases=phases)
     assert not any(any(rank) for rank in masked_counts(file, world_size))
     ranks.train(world_size, str(file))
     loss, gradients = first_step(tmp_path)

@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import get_inverse_sqrt_schedule, get_wsd_schedule
+from transformers import (
+    get_cosine_schedule_with_warmup,
+    get_inverse_sqrt_schedule,
+    get_linear_schedule_with_warmup,
+    get_wsd_schedule,
+)
 
 from schema import ConfigError
 from tests.training.test_config import edited
@@ -76,6 +81,67 @@ def test_warmup_stable_decay_of_modernbert(tmp_path: Path) -> None:
     for step in range(decay.first_step, decay.end_step, 997):
         trained = plan.tokens_before(step)
         assert rate(plan, step) == pytest.approx(3e-4 * (1 - math.sqrt((trained - start) / length)), rel=1e-9)
+
+
+def one_phase(tmp_path: Path, steps: int, warmup: int, schedule: str) -> PhasePlan:
+    """A phase of so many steps of 4096 tokens, with lr 1."""
+    values = [f"tokens={4096 * steps}", f"warmup={4096 * warmup}", "lr=1", f"schedule={schedule}"]
+    return PhasePlan(load_run_config(edited(tmp_path, "", ""), [f"phases.0.{value}" for value in values]))
+
+
+@pytest.mark.parametrize("warmup", [1, 5, 25, 49])
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("linear", get_linear_schedule_with_warmup),
+        ("cosine", get_cosine_schedule_with_warmup),
+        ("one_minus_sqrt", None),
+    ],
+)
+def test_a_fall_begins_where_the_warmup_ends(tmp_path: Path, name: str, reference: Any, warmup: int) -> None:
+    """As those of transformers do, which reach the peak in the step after ours: theirs rise from 0 in step 0."""
+    if reference is None:
+        reference = lambda optimizer, num_warmup_steps, num_training_steps: get_wsd_schedule(  # noqa: E731
+            optimizer,
+            num_warmup_steps,
+            num_training_steps - num_warmup_steps,
+            num_training_steps,
+            decay_type="1-sqrt",
+            num_stable_steps=0,
+        )
+    plan = one_phase(tmp_path, 50, warmup, f"{{name: {name}, final: 0.0}}")
+    ours = [rate(plan, step) for step in range(50)]
+    factors = theirs(reference, num_warmup_steps=warmup, num_training_steps=50)
+    assert ours[:warmup] == pytest.approx([*factors[1:warmup], 1.0], rel=1e-12)
+    assert ours[warmup:] == pytest.approx(factors[warmup:], rel=1e-12, abs=1e-15)
+    assert max(ours) == 1.0
+
+
+def test_a_phase_that_is_all_warmup_reaches_its_peak(tmp_path: Path) -> None:
+    for name in ("linear", "cosine", "one_minus_sqrt"):
+        plan = one_phase(tmp_path, 10, 10, name)
+        assert [rate(plan, step) for step in range(10)] == pytest.approx([(step + 1) / 10 for step in range(10)])
+
+
+def test_a_fall_from_the_start_is_the_line_of_bert() -> None:
+    """google-research/bert, optimization.py: behind the warmup 1e-4 * (1 - step / 1,000,000). Within it there 1e-4 *
+    step / 10,000, of which the recipe says that it has up to 1 % less."""
+    plan = PhasePlan(load_run_config("configs/pretrain/bert-base.yaml"))
+    for step in (10_000, 10_001, 450_000, 899_999):
+        assert rate(plan, step) == pytest.approx(1e-4 * (1 - step / 1_000_000), rel=1e-9)
+    for step in (0, 5_000, 9_999):
+        assert 0.99 <= rate(plan, step) / (1e-4 * (step + 1) / 10_000) <= 1
+
+
+@pytest.mark.parametrize("name", ["mosaicbert-base", "nomicbert"])
+def test_recipes_of_two_phases_are_those_of_one(name: str) -> None:
+    """Which is what their sources have: a linear schedule of transformers' kind."""
+    two = load_run_config(f"configs/pretrain/{name}.yaml")
+    rise, fall = two.phases
+    whole = rise.model_copy(update={"tokens": rise.tokens + fall.tokens, "schedule": fall.schedule})
+    one, two = (PhasePlan(config) for config in (two.model_copy(update={"phases": [whole]}), two))
+    for step in range(0, one.total_steps, 499):
+        assert rate(one, step) == pytest.approx(rate(two, step), rel=1e-9)
 
 
 def inverse_sqrt(tmp_path: Path, *overrides: str) -> PhasePlan:

@@ -1,0 +1,49 @@
+"""Batches of a held-out stream."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from data.batches import Assembler, Batch
+from data.keyed import keyed_generator
+from data.lanes import RowKey, Rows
+from data.masking import MaskingConfig
+from data.order import DocumentList
+from data.packing import Spans, pack
+from data.shards import Stream
+
+
+def validation_batches(
+    stream: Stream,
+    max_seq_len: int,
+    rows_per_batch: int,
+    max_rows: int | None,
+    seed: int,
+    masking: MaskingConfig,
+    rank: int,
+    world_size: int,
+) -> Iterator[Batch]:
+    """A held-out stream, packed once, the same rows and masks at every evaluation of a run.
+
+    Every rank gets the same number of batches (the last may be empty), which collectives in a sharded model need.
+    """
+    documents = _all_documents(stream)
+    spans = Spans(np.arange(len(documents.length)), np.zeros(len(documents.length), np.int64), documents.length)
+    plan = pack(spans, max_seq_len, keyed_generator(seed, "validation rows"))
+    assembler = Assembler([stream], seed)
+    count = plan.num_rows if max_rows is None else min(max_rows, plan.num_rows)
+    for begin in range(0, count, rows_per_batch * world_size):
+        first = min(begin + rank * rows_per_batch, count)
+        rows = [Rows(documents, plan, _VALIDATION, first, min(rows_per_batch, count - first))]
+        yield assembler.batch(rows, max_seq_len, masking).unpack()
+
+
+def _all_documents(stream: Stream) -> DocumentList:
+    lists = []
+    for shard, info in enumerate(stream.manifest.shards):
+        nothing, (length, end) = np.zeros(info.documents, np.int64), stream.documents(shard, 0, info.documents)
+        lists.append(DocumentList(nothing, nothing + shard, np.arange(info.documents), length, end, nothing))
+    return DocumentList.join(lists)
+
+
+_VALIDATION = RowKey(-1, 0, 0)  # no lane has this number

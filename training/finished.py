@@ -1,0 +1,59 @@
+"""What the train command does for a run whose steps are done."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from training.checkpoint import list_checkpoints
+from training.config import RunConfig
+from training.folder import RunFolder
+from training.phases import PhasePlan
+from training.remote_checkpoints import RemoteCheckpoints
+
+log = logging.getLogger(__name__)
+
+
+def export_gone(folder: RunFolder, summary: dict[str, Any], rank: int) -> bool:
+    """Whether a finished run's last export is to be written again: it is not there, and a checkpoint is."""
+    export = _export(folder, summary)
+    gone = export is not None and not export.exists() and bool(list_checkpoints(folder.checkpoints))
+    if gone and rank == 0:
+        log.warning("%s: is gone: it is written again from the last checkpoint", export)
+    return gone
+
+
+def settle_finished(
+    config: RunConfig, folder: RunFolder, summary: dict[str, Any], rank: int, console: Console
+) -> dict[str, Any]:
+    """Say that the run is finished; with checkpoint.remote, copy there what is not there yet (rank 0). Returns the
+    summary, with `export` where it lies now, or None.
+
+    Raises RunError when the copy fails.
+    """
+    export = _export(folder, summary)
+    if export is not None and not export.exists():
+        export = None
+    if rank == 0:
+        done = f"{folder.path}: this run is finished ({summary['steps']} steps)"
+        console.print(f"{done}; {_copy(config, folder) or 'nothing to do'}", highlight=False, soft_wrap=True)
+    return {**summary, "export": None if export is None else str(export)}
+
+
+def _export(folder: RunFolder, summary: dict[str, Any]) -> Path | None:
+    """In the run's folder as it is now called."""
+    return folder.exports / Path(summary["export"]).name if summary["export"] else None
+
+
+def _copy(config: RunConfig, folder: RunFolder) -> str | None:
+    """What was copied, None when nothing was to be."""
+    newest = list_checkpoints(folder.checkpoints)[-1:]
+    if config.checkpoint.remote is None:
+        return None
+    remote, plan = RemoteCheckpoints(config), PhasePlan(config)
+    if not newest:
+        return f"it has no checkpoint that could be copied to {remote.url}"
+    is_permanent = lambda step: plan.is_permanent(step, config.checkpoint.keep_every)  # noqa: E731
+    remote.copy(newest[0], config.checkpoint, is_permanent, written=False)
+    return f"{newest[0].name} is copied to {remote.url}"

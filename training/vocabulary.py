@@ -1,0 +1,88 @@
+"""Whether a run's model and its streams' tokenizer fit each other, and weights of a model with fewer rows."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.loader import tokenizer_folder
+from data.shards import Stream
+from data.tokenizer import VOCAB_MULTIPLE, corpus_tokenizer
+from schema import ConfigError
+from training.config import RunConfig
+
+_SPARE = 20.0  # under the lowest decoder bias: e^-20 of the softmax, and no cliff where label smoothing looks at it
+_TABLES, _BIAS = ("encoder.embedding.tokens.weight", "head.output.weight"), "head.decoder_bias"
+
+
+def check_vocabulary(config: RunConfig, streams: Sequence[Stream], theirs: int | None) -> None:
+    """Raise ConfigError, a line for each fault, when the model's table or special ids are not the streams' tokenizer's.
+
+    The model may have as few rows as name every id (30522 of BERT's), or as many as the streams say (padded to a
+    multiple of 64). theirs: rows of the model that it starts from, which it may have, or have padded, even where they
+    are more. What is no special token in the streams is never looked at, so spare rows are neither input nor target.
+    """
+    manifest, ours = streams[0].manifest, config.model.vocab_size
+    named = 1 + max(_ids(tokenizer_folder(config.data)))
+    most = max(manifest.vocab_size, padded(theirs or 0))
+    faults = []
+    if not max(named, theirs or 0) <= ours <= most:
+        if named > ours:
+            why = f"the streams' tokenizer has ids up to {named - 1}"
+        elif theirs is not None:
+            why = f"the model that `from` names has {theirs} rows, the streams' tokenizer {named} ids"
+        else:
+            why = f"the streams' tokenizer has {manifest.vocab_size}"
+        faults.append(f"model.vocab_size: is {ours}, {why}: set model.vocab_size={most}")
+    wrong = {
+        key: (given, wanted)
+        for key in ("cls_token_id", "sep_token_id", "mask_token_id", "pad_token_id")
+        if (given := getattr(config.model, key)) is not None and given != (wanted := getattr(manifest, key))
+    }
+    if wrong:
+        said = ", ".join(f"model.{key} is {given}, in the streams {wanted}" for key, (given, wanted) in wrong.items())
+        fix = " ".join(f"model.{key}=null" for key in wrong)
+        faults.append(f"{said}: set {fix} (null: the tokenizer's)")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _ids(tokenizer: Path) -> set[int]:
+    """Those that name a token."""
+    if not (tokenizer / "tokenizer.json").is_file():
+        raise ConfigError(f"data.tokenizer: {tokenizer}: holds no tokenizer.json")
+    return set(corpus_tokenizer(tokenizer).get_vocab(with_added_tokens=True).values())
+
+
+def padded(rows: int) -> int:
+    """Up to the next multiple of 64."""
+    return -(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def with_rows(weights: dict[str, Tensor], rows: int, tokenizer: Path) -> dict[str, Tensor]:
+    """Weights under our names with so many rows in the token table, the decoder and its bias; the old ones as they are.
+
+    New rows are the mean of the old ones, as transformers' resizing starts them, less its noise. Of a new token the
+    bias is the mean, too; that of an id without a token is 20 under the lowest: what is never a target keeps out of the
+    softmax. Raises ConfigError for fewer rows than there are.
+    """
+    old = len(weights[_TABLES[0]])
+    if rows == old:
+        return weights
+    tokens = _ids(tokenizer)
+    if rows < old:
+        fix = padded(max(old, 1 + max(tokens)))
+        raise ConfigError(
+            f"model.vocab_size: is {rows}, the model that `from` names has {old} rows: set model.vocab_size={fix}"
+        )
+    grown = dict(weights)
+    for name in _TABLES:
+        if name in weights:
+            grown[name] = torch.cat([weights[name], weights[name].mean(0, keepdim=True).expand(rows - old, -1)])
+    if _BIAS in weights:
+        bias = weights[_BIAS].new_full((rows - old,), float(weights[_BIAS].min()) - _SPARE)
+        for token in (token for token in tokens if old <= token < rows):
+            bias[token - old] = weights[_BIAS].mean()
+        grown[_BIAS] = torch.cat([weights[_BIAS], bias])
+    return grown
