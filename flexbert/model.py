@@ -53,12 +53,16 @@ class FlexBertForMaskedLM(nn.Module):
 
         input_ids: (T,) int64. cu_seqlens: (num_seqs + 1,) int32. max_seqlen: tokens of the longest sequence.
         labels: (T,) int64, -100 = not masked. token_type_ids: (T,) int64; None: all 0.
-        num_masked: how many labels are not -100; then the host never waits for the device. None: it is counted.
+        num_masked: how many labels are not -100; then the host never waits for the device, and is believed but on the
+        CPU. None: it is counted.
         The head runs on masked tokens only and their logits never exist all at once; the last block computes only what
         they need (FlexBertEncoder.forward, wanted). Without masked tokens the loss is 0 and every parameter still gets
         a gradient, of zeros: DDP waits for it.
-        Raises ValueError for other shapes and dtypes.
+        Raises ValueError for other shapes and dtypes, for num_masked without labels and, on the CPU, for another number
+        than theirs.
         """
+        if labels is None and num_masked is not None:
+            raise ValueError(f"num_masked: {num_masked} without labels, of which it is the number: give labels too")
         weight, bias = self.head.decoder(self.encoder.token_table)
         if labels is None:
             hidden_states = self.encoder(input_ids, cu_seqlens, max_seqlen, token_type_ids)
@@ -103,6 +107,9 @@ def _masked(input_ids: Tensor, labels: Tensor, count: int | None = None) -> tupl
     if labels.shape != input_ids.shape or labels.dtype != torch.int64:
         raise ValueError(f"expected labels {tuple(input_ids.shape)} int64, got {tuple(labels.shape)} {labels.dtype}")
     real = labels != IGNORE
+    # As in check_packed, a look at values on the CPU only, where it makes nobody wait
+    if count is not None and labels.device.type == "cpu" and count != (actual := int((labels.numpy() != IGNORE).sum())):
+        raise ValueError(f"num_masked: {count}, but {actual} labels are not {IGNORE}: leave it out, or give their number")
     # Sorting puts the masked tokens first, in order, and does not ask the device how many there are.
     index = real.nonzero().squeeze(1) if count is None else real.argsort(descending=True, stable=True)[:count]
     return index, labels.index_select(0, index)
