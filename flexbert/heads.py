@@ -17,6 +17,31 @@ from flexbert.registry import HEADS, Activation, build_activation
 from schema import Component
 
 
+class Decoder(Linear):
+    """A matrix (V, D), of which the loss reads the weight, in chunks: the module itself is never called, and what hangs
+    on its calls would never act."""
+
+    @staticmethod
+    def weight_of(module: nn.Module) -> Tensor:
+        """(V, D). Raises ValueError for a module that does more than multiply, and for hooks."""
+        fault = ""
+        if type(module).forward not in (Linear.forward, nn.Linear.forward) or "forward" in vars(module):
+            fault = f"{type(module).__name__} has a forward of its own"
+        elif module.bias is not None:
+            fault = "has a bias, beside which decoder_bias would be the model's"
+        elif any(vars(module).get(kind) for kind in _HOOKS):
+            fault = "has hooks"
+        if fault:
+            raise ValueError(
+                f"head.output: {fault}, which never acts, since the loss reads the weight only: merge it into the "
+                "weight (a parametrization serves too), or register a head"
+            )
+        return module.weight  # pyright: ignore[reportReturnType]
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 class Head(nn.Module):
     """What a masked-token head offers: forward, the part before the decoder, and the decoder, which the loss applies in
     chunks."""
@@ -46,7 +71,7 @@ class MaskedLanguageHead(Head):
             self.dense = Linear(model.hidden_size, model.hidden_size, bias=config.dense_bias)
             self.activation = build_activation(config.activation)
             self.norm = build_norm(model.norm, model.hidden_size)
-        self.output = None if config.tied else Linear(model.hidden_size, model.vocab_size, bias=False)
+        self.output = None if config.tied else Decoder(model.hidden_size, model.vocab_size, bias=False)
         self.decoder_bias = nn.Parameter(torch.zeros(model.vocab_size)) if config.decoder_bias else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -56,7 +81,7 @@ class MaskedLanguageHead(Head):
         return self.norm(self.activation(self.dense(hidden_states)))
 
     def decoder(self, embeddings: Tensor) -> tuple[Tensor, Tensor | None]:
-        return embeddings if self.output is None else self.output.weight, self.decoder_bias
+        return embeddings if self.output is None else Decoder.weight_of(self.output), self.decoder_bias
 
 
 class TaskConfig(Component):

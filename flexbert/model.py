@@ -108,8 +108,10 @@ def _masked(input_ids: Tensor, labels: Tensor, count: int | None = None) -> tupl
         raise ValueError(f"expected labels {tuple(input_ids.shape)} int64, got {tuple(labels.shape)} {labels.dtype}")
     real = labels != IGNORE
     # As in check_packed, a look at values on the CPU only, where it makes nobody wait
-    if count is not None and labels.device.type == "cpu" and count != (actual := int((labels.numpy() != IGNORE).sum())):
-        raise ValueError(f"num_masked: {count}, but {actual} labels are not {IGNORE}: leave it out, or give their number")
+    if count is not None and labels.device.type == "cpu":
+        actual = int((labels.numpy() != IGNORE).sum())
+        if actual != count:
+            raise ValueError(f"num_masked: {count}, but {actual} labels are not {IGNORE}: give that, or leave it out")
     # Sorting puts the masked tokens first, in order, and does not ask the device how many there are.
     index = real.nonzero().squeeze(1) if count is None else real.argsort(descending=True, stable=True)[:count]
     return index, labels.index_select(0, index)

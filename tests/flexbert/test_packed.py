@@ -101,7 +101,9 @@ def test_a_mask_of_other_values_than_0_and_1_is_refused(padding: float) -> None:
     ids = torch.arange(8).view(2, 4)
     mask = torch.tensor([[0, 0, 0, padding], [0, 0, padding, padding]])
     for form in (mask, mask + (mask == 0)):
-        with pytest.raises(ValueError, match=r"^attention_mask: holds .*: expected 1 \(or true\) where a token is real"):
+        with pytest.raises(
+            ValueError, match=r"^attention_mask: holds .*: expected 1 \(or true\) where a token is real"
+        ):
             build(tiny(), "encoder").encode(ids, form)
     right = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
     for form in (right, right.bool(), right.float(), right.to(torch.uint8)):

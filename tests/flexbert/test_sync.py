@@ -141,7 +141,7 @@ def test_another_number_of_masked_tokens_is_refused(count: int) -> None:
     model = build(tiny())
     batch = batch_of((40, 1, 23))
     labels = torch.where(torch.arange(64) % 3 == 0, batch.input_ids, -100)
-    with pytest.raises(ValueError, match=rf"^num_masked: {count}, but 22 labels are not -100: leave it out"):
+    with pytest.raises(ValueError, match=rf"^num_masked: {count}, but 22 labels are not -100: give that"):
         model(*batch[:3], labels=labels, num_masked=count)
     with pytest.raises(ValueError, match=rf"^num_masked: {count} without labels"):
         model(*batch[:3], num_masked=count)
