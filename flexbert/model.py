@@ -8,13 +8,12 @@ from torch import Tensor, nn
 from flexbert.config import FlexBertConfig
 from flexbert.dropout import name_sites
 from flexbert.encoder import FlexBertEncoder
+from flexbert.heads import TaskConfig
 from flexbert.kernels import linear, require_backend
 from flexbert.losses import TokenScores, masked_evaluation
 from flexbert.registry import HEADS, INITS, LOSSES
-from flexbert.tasks import FlexBertForSequenceClassification, FlexBertForTokenClassification
+from flexbert.tasks import IGNORE, FlexBertForSequenceClassification, FlexBertForTokenClassification
 from schema import ConfigError, did_you_mean
-
-IGNORE = -100
 
 
 class MaskedLMOutput(NamedTuple):
@@ -164,13 +163,15 @@ def build(
     """A model with fresh weights, in training mode, float32, on the default device.
 
     task: "mlm", "classification" (of sequences), "tokens" (classification of each) or "encoder" (no head). The config's
-    head serves if it is one for the task; else the task's own replaces it, as its defaults are: so a pretraining config
-    serves for fine-tuning. num_labels: of a classification; None: as the head says.
+    head serves if it is one for the task; else the task's own replaces it, with its defaults, so that a pretraining
+    config serves for fine-tuning, but for what a head of another classification says and it has too. num_labels: of a
+    classification; None: as the head says.
     seed: each parameter's start is a function of it and of the parameter's name; torch's global generator is neither
     read nor moved. Under `torch.device("meta")` nothing is allocated or drawn.
     grow_from: the smaller model whose weights init `grow` tiles; other inits take none.
-    Raises ConfigError for a task that does not exist, for a head that cannot do masked-token training, for an attention
-    backend that cannot run here, and for a model to grow from that is missing, not asked for or does not fit.
+    Raises ConfigError for a task that does not exist, for num_labels of a task without labels, for a head that cannot
+    do masked-token training, for an attention backend that cannot run here, and for a model to grow from that is
+    missing, not asked for or does not fit.
     """
     if task not in _TASKS:
         raise ConfigError(f"task: {task!r} cannot be built, {did_you_mean(task, _TASKS)}")
@@ -209,15 +210,20 @@ def _require_kernel(config: FlexBertConfig) -> None:
 
 
 def _with_head(config: FlexBertConfig, task: str, num_labels: int | None) -> FlexBertConfig:
-    """The config with a head for the task. Raises ConfigError when there is none for masked-token training."""
+    """The config with a head for the task. Raises ConfigError when there is none for masked-token training, and for
+    num_labels of a task that has none."""
+    if num_labels is not None and task in ("mlm", "encoder"):
+        raise ConfigError(f"num_labels: {num_labels} for task {task!r}, which has no labels: leave it out")
     if task == "encoder":
         return config
     head: dict[str, Any] = config.head.model_dump()
     if HEADS.entries[config.head.name].task != task:
         if task == "mlm":
             raise ConfigError(f"head: {config.head.name!r} is no masked-token head: use mlm")
-        head = {"name": task}
-    if num_labels is not None and task != "mlm":
+        is_classifier = isinstance(config.head, TaskConfig)
+        shared = HEADS.entries[task].Config.model_fields if is_classifier else {}
+        head = {**{key: value for key, value in head.items() if key in shared}, "name": task}
+    if num_labels is not None:
         head["num_labels"] = num_labels
     if head == config.head.model_dump():
         return config
