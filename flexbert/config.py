@@ -102,6 +102,32 @@ class FlexBertConfig(Schema):
         given = {slot: getattr(initial, slot) for slot in _LAYER_SLOTS}
         return self.model_copy(update={slot: component for slot, component in given.items() if component is not None})
 
+    @property
+    def has_local_layers(self) -> bool:
+        """Whether a layer sees a window only; true where an attention from outside does not say."""
+        numbers = range(self.num_hidden_layers)
+        every = [getattr(self.layer(index).attention, "global_attn_every_n_layers", None) for index in numbers]
+        return any(number is None or index % number for index, number in enumerate(every))
+
+    def unread(self) -> list[str]:
+        """`field: why` for what the config says and no layer reads."""
+        initial, lines = self.initial_layers, []
+        if initial is not None:
+            given = [slot for slot in _LAYER_SLOTS if getattr(initial, slot) is not None]
+            if not given:
+                lines.append(f"initial_layers: {initial.count} that differ in nothing: say in what, or leave it out")
+            elif initial.count == self.num_hidden_layers:
+                lines.append(
+                    f"{', '.join(given)}: initial_layers covers all {initial.count} layers: give it there only"
+                )
+        for slot in (name for name in type(self).model_fields if name != "initial_layers"):
+            for _, component in _components(getattr(self, slot)):
+                lines += [f"{slot}.{line}" for line in component.unread(self)]
+        for slot in _LAYER_SLOTS if initial is not None else ():
+            for _, component in _components(getattr(initial, slot)):
+                lines += [f"initial_layers.{slot}.{line}" for line in component.unread(self)]
+        return lines
+
     @model_validator(mode="after")
     def _check(self) -> "FlexBertConfig":
         faults = []

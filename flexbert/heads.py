@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from flexbert.config import FlexBertConfig
+from flexbert.config import FlexBertConfig, ModelComponent
 from flexbert.dropout import Dropout
 from flexbert.layers import Linear, build_norm
 from flexbert.registry import HEADS, Activation, build_activation
@@ -57,12 +57,21 @@ class Head(nn.Module):
 class MaskedLanguageHead(Head):
     """norm(act(dense(x))), then the token table as decoder, plus a bias (BERT; ModernBERT without dense bias)."""
 
-    class Config(Component):
+    class Config(ModelComponent):
         transform: bool = Field(True, description="norm(act(dense(x))) before the decoder (CrammingBERT, NeoBERT: no)")
         activation: Activation = Field("gelu", description="after the dense layer (slot activation)")
         dense_bias: bool = Field(False, description="bias of the dense layer (BERT: yes)")
         tied: bool = Field(True, description="the token table is the decoder (NeoBERT: no, a matrix of its own)")
         decoder_bias: bool = Field(True, description="one learned offset per vocabulary entry")
+
+        def unread(self, model: FlexBertConfig) -> list[str]:
+            if self.transform:
+                return []
+            fields = type(self).model_fields
+            given = [name for name in ("activation", "dense_bias") if getattr(self, name) != fields[name].default]
+            return [
+                f"{name}: {getattr(self, name)} is of the transform, which is false: leave it out" for name in given
+            ]
 
     def __init__(self, config: Config, *, model: FlexBertConfig) -> None:
         super().__init__()

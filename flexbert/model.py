@@ -1,5 +1,6 @@
 """Models for a task, and `build`, the way to make one.   T packed tokens, M masked ones, D hidden, V vocabulary."""
 
+import logging
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -14,6 +15,8 @@ from flexbert.losses import TokenScores, masked_evaluation
 from flexbert.registry import HEADS, INITS, LOSSES
 from flexbert.tasks import IGNORE, FlexBertForSequenceClassification, FlexBertForTokenClassification
 from schema import ConfigError, did_you_mean
+
+log = logging.getLogger(__name__)
 
 
 class MaskedLMOutput(NamedTuple):
@@ -171,7 +174,7 @@ def build(
     grow_from: the smaller model whose weights init `grow` tiles; other inits take none.
     Raises ConfigError for a task that does not exist, for num_labels of a task without labels, for a head that cannot
     do masked-token training, for an attention backend that cannot run here, and for a model to grow from that is
-    missing, not asked for or does not fit.
+    missing, not asked for or does not fit. Warns of fields that no layer reads.
     """
     if task not in _TASKS:
         raise ConfigError(f"task: {task!r} cannot be built, {did_you_mean(task, _TASKS)}")
@@ -183,6 +186,8 @@ def build(
         torch.default_generator.manual_seed(seed)
         model = _TASKS[task](config)
     name_sites(model)
+    for line in config.unread():
+        log.warning("model.%s", line)
     init = INITS.build(config.init, num_hidden_layers=config.num_hidden_layers)
     prefix = "encoder" if task == "encoder" else ""
     if getattr(init, "grows", False):

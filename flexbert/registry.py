@@ -38,6 +38,11 @@ class ModelComponent(Component):
     def check(self, model: "FlexBertConfig") -> None:
         """Raise ValueError `field: what is wrong: fix` when this component does not fit the model around it."""
 
+    def unread(self, model: "FlexBertConfig") -> list[str]:
+        """`field: why` for what is said here and acts on nothing in this model. `build` warns of it: recorded configs
+        may hold it, and must load."""
+        return []
+
 
 class ModelSlot(Registry):
     """A slot of a model."""
