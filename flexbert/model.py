@@ -163,7 +163,7 @@ def build(
     seed: int = 0,
     grow_from: FlexBertForMaskedLM | None = None,
 ) -> Model:
-    """A model with fresh weights, in training mode, float32, on the default device.
+    """A model with fresh weights, in training mode, on torch's default device and of its default dtype (float32).
 
     task: "mlm", "classification" (of sequences), "tokens" (classification of each) or "encoder" (no head). The config's
     head serves if it is one for the task; else the task's own replaces it, with its defaults, so that a pretraining

@@ -20,25 +20,22 @@ T packed tokens, M masked ones, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer
 
 from schema import Component, ConfigError, Registry, Shown, ShownSlot, did_you_mean
 
-if TYPE_CHECKING:
-    from flexbert.config import FlexBertConfig
-
 T = TypeVar("T")
 
 
 class ModelComponent(Component):
-    """Base of the Config of entries that have rules across fields of the model."""
+    """Base of the Config of entries that have rules across fields of the model, a FlexBertConfig."""
 
-    def check(self, model: "FlexBertConfig") -> None:
+    def check(self, model: Any) -> None:
         """Raise ValueError `field: what is wrong: fix` when this component does not fit the model around it."""
 
-    def unread(self, model: "FlexBertConfig") -> list[str]:
+    def unread(self, model: Any) -> list[str]:
         """`field: why` for what is said here and acts on nothing in this model. `build` warns of it: recorded configs
         may hold it, and must load."""
         return []
