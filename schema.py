@@ -147,12 +147,12 @@ class ShownSlot:
 
 
 class Registry:
-    """Named implementations of one slot."""
+    """Named implementations of one slot. has_config: false for entries that are all said by their name."""
 
-    def __init__(self, slot_name: str, filled_by: str | None = None) -> None:
+    def __init__(self, slot_name: str, has_config: bool = True, filled_by: str | None = None) -> None:
         """filled_by: a module that registers entries, imported when the slot is first looked into. So the room of a
         schema need not import the rooms of the components that it names."""
-        self.slot_name = slot_name
+        self.slot_name, self.has_config = slot_name, has_config
         self._entries: dict[str, Any] = {}
         self._filled_by = filled_by
 
@@ -165,11 +165,18 @@ class Registry:
         return self._entries
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator. The entry must carry a `Config` derived from Component (for a function: set the attribute)."""
+        """Decorator. The entry must carry a `Config` derived from Component.
+
+        Raises ValueError without one, and for a name that is taken.
+        """
 
         def add(entry: T) -> T:
             if name in self._entries:
                 raise ValueError(f"{self.slot_name} {name!r} is registered twice")
+            config = getattr(entry, "Config", None)
+            if self.has_config and not (isinstance(config, type) and issubclass(config, Component)):
+                fault = "has no class Config" if config is None else "has a Config that is no Component"
+                raise ValueError(f"{self.slot_name} {name!r} {fault}: write `class Config(schema.Component):` in it")
             self._entries[name] = entry
             return entry
 

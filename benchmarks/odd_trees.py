@@ -163,7 +163,9 @@ class Tree:
     def _file(self, path: Path, good: bool = False) -> None:
         rng = self.rng
         if not good and rng.random() < 0.25:
-            path.with_name(path.name + rng.choice(OTHERS)).write_bytes(rng.randbytes(rng.randrange(50)))
+            # the source `code` takes .md
+            others = [ending for ending in OTHERS if (self.source, ending) != ("code", ".md")]
+            path.with_name(path.name + rng.choice(others)).write_bytes(rng.randbytes(rng.randrange(50)))
             return
         suffix = "" if good else rng.choice(SUFFIXES[self.source])
         data, content = MAKERS[self.source](rng, self, good)

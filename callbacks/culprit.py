@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from callbacks.agree import of_all_ranks
+from flexbert.heads import Decoder
 
 
 def name_culprit(state: State, model: nn.Module, microbatches: Iterable[Any], generator_seed: int) -> str:
@@ -28,7 +29,8 @@ def name_culprit(state: State, model: nn.Module, microbatches: Iterable[Any], ge
 
 def _forward_and_backward(state: State, model: nn.Module, microbatches: Iterable[Any]) -> str | None:
     bad: list[str] = []
-    names = {module: name for name, module in model.named_modules() if name}
+    # A decoder is never called, and refuses hooks
+    names = {module: name for name, module in model.named_modules() if name and not isinstance(module, Decoder)}
 
     def look(module: nn.Module, _inputs: Any, output: Any) -> None:
         if not bad and not all(_finite(tensor) for tensor in _tensors(output)):

@@ -75,6 +75,13 @@ class MultiHeadAttention(nn.Module):
                     f"try {', '.join(near)}"
                 )
 
+        def unread(self, model: FlexBertConfig) -> list[str]:
+            every, window = self.global_attn_every_n_layers, self.window_per_side
+            layers = [index for index in range(model.num_hidden_layers) if model.layer(index).attention is self]
+            if window == type(self).model_fields["window_per_side"].default or any(index % every for index in layers):
+                return []
+            return [f"window_per_side: {window}, but all layers are global: set global_attn_every_n_layers"]
+
     def __init__(self, config: Config, *, hidden_size: int, num_attention_heads: int, layer_index: int) -> None:
         super().__init__()
         self.config = config

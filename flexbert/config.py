@@ -1,5 +1,6 @@
 """The architecture of a model: one validated object, from YAML, from a dict, or from a Hugging Face config (hf.py)."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from flexbert.registry import (
     MLPS,
     NORMS,
     POSITIONS,
+    ModelComponent,
     optional_slot,
 )
 from schema import Component, ConfigError, Schema, ShownSlot, did_you_mean, validate
@@ -30,13 +32,6 @@ def named_init(node: Any) -> Any:
     return {"name": "grow", **node} if isinstance(node, dict) and "from" in node and "name" not in node else node
 
 
-class ModelComponent(Component):
-    """Base of the Config of entries that have rules across fields of the model."""
-
-    def check(self, model: "FlexBertConfig") -> None:
-        """Raise ValueError `field: what is wrong: fix` when this component does not fit the model around it."""
-
-
 _LAYER_SLOTS = ("attention", "mlp", "block")
 
 
@@ -47,6 +42,15 @@ class InitialLayers(Schema):
     attention: Annotated[Any, *optional_slot(ATTENTIONS)] = Field(None, description="attention half of their blocks")
     mlp: Annotated[Any, *optional_slot(MLPS)] = Field(None, description="feed-forward half of their blocks")
     block: Annotated[Any, *optional_slot(BLOCKS)] = Field(None, description="how their halves join the residual stream")
+
+
+def _components(component: Any, place: str = "") -> Iterator[tuple[str, ModelComponent]]:
+    """Those with rules in a slot, by their place in it: the component itself, and the parts it names, such as norms."""
+    if isinstance(component, ModelComponent):
+        yield place, component
+    if isinstance(component, Component):
+        for field in type(component).model_fields:
+            yield from _components(getattr(component, field), f"{place}.{field}".lstrip("."))
 
 
 class FlexBertConfig(Schema):
@@ -98,6 +102,32 @@ class FlexBertConfig(Schema):
         given = {slot: getattr(initial, slot) for slot in _LAYER_SLOTS}
         return self.model_copy(update={slot: component for slot, component in given.items() if component is not None})
 
+    @property
+    def has_local_layers(self) -> bool:
+        """Whether a layer sees a window only; true where an attention from outside does not say."""
+        numbers = range(self.num_hidden_layers)
+        every = [getattr(self.layer(index).attention, "global_attn_every_n_layers", None) for index in numbers]
+        return any(number is None or index % number for index, number in enumerate(every))
+
+    def unread(self) -> list[str]:
+        """`field: why` for what the config says and no layer reads."""
+        initial, lines = self.initial_layers, []
+        if initial is not None:
+            given = [slot for slot in _LAYER_SLOTS if getattr(initial, slot) is not None]
+            if not given:
+                lines.append(f"initial_layers: {initial.count} that differ in nothing: say in what, or leave it out")
+            elif initial.count == self.num_hidden_layers:
+                lines.append(
+                    f"{', '.join(given)}: initial_layers covers all {initial.count} layers: give it there only"
+                )
+        for slot in (name for name in type(self).model_fields if name != "initial_layers"):
+            for _, component in _components(getattr(self, slot)):
+                lines += [f"{slot}.{line}" for line in component.unread(self)]
+        for slot in _LAYER_SLOTS if initial is not None else ():
+            for _, component in _components(getattr(initial, slot)):
+                lines += [f"initial_layers.{slot}.{line}" for line in component.unread(self)]
+        return lines
+
     @model_validator(mode="after")
     def _check(self) -> "FlexBertConfig":
         faults = []
@@ -123,12 +153,16 @@ class FlexBertConfig(Schema):
         rest = [slot for slot in type(self).model_fields if count < self.num_hidden_layers or slot not in _LAYER_SLOTS]
         for model, slots in ((self, rest), (self.layer(0), _LAYER_SLOTS if count else ())):
             for slot in slots:
-                component = getattr(model, slot)
-                if isinstance(component, ModelComponent) and not faults:
+                for place, component in _components(getattr(model, slot)):
+                    if faults:
+                        break
                     try:
                         component.check(model)
                     except ValueError as error:
-                        faults.append(str(error) if model is self else f"initial_layers: {error}")
+                        where = "" if model is self else "initial_layers: "
+                        if place:  # a part of a part does not know where it is
+                            where += f"{slot}.{place}: "
+                        faults.append(f"{where}{error}")
         if faults:
             raise ValueError("; ".join(faults))
         return self

@@ -53,8 +53,10 @@ class TokenEmbedding(nn.Module):
         if added is not None:
             hidden_states = (hidden_states + added).to(hidden_states.dtype)
         if self.types is not None:
-            types = self.types.weight[0] if token_type_ids is None else self.types(token_type_ids)
-            hidden_states = hidden_states + types
+            # One row for all tokens where none are given; looked up too, for modules and hooks in the table's place
+            hidden_states = hidden_states + self.types(
+                input_ids.new_zeros(1) if token_type_ids is None else token_type_ids
+            )
         elif token_type_ids is not None:
             raise ValueError("token_type_ids: the model has no token types (embedding.token_types: 0): leave them out")
         return self.dropout(self.norm(hidden_states))

@@ -1,5 +1,6 @@
 """The encoder: embedding, blocks, final norm.   B batch, S seq, T packed tokens, D hidden."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from flexbert.packed import check_packed, check_wanted, pad, round_up, unpad
 from flexbert.positions import RotaryPosition
 from flexbert.registry import BLOCKS, EMBEDDINGS, POSITIONS
 from schema import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class FlexBertEncoder(nn.Module):
@@ -118,6 +121,8 @@ class FlexBertEncoder(nn.Module):
             return
         if not isinstance(self.position, RotaryPosition):
             raise ConfigError(f"position: {self.config.position.name} has no theta to set: use rope")
+        if local_theta not in (None, self.config.position.local_theta) and not self.config.has_local_layers:
+            log.warning("local_theta: %g is read by no layer: all of this model's are global", local_theta)
         node = self.config.to_dict()
         self.config = FlexBertConfig.from_dict({**node, "position": {**node["position"], **changes}})
         self.position.set_theta(self.config.position)

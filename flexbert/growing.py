@@ -12,6 +12,7 @@ or the old ones over and over.
 
 import logging
 import math
+import re
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 Method = Literal["tile_center", "tile_edge"]
 Depth = Literal["spread", "stack"]
+_Facts = set[tuple[str, ...]]  # slot, field, value there, value here
 
 
 @INITS.register("grow")
@@ -77,21 +79,25 @@ class Grow:
 def grow(source: FlexBertForMaskedLM, model: nn.Module, config: Grow.Config, prefix: str = "") -> dict[str, Tensor]:
     """Float32 weights for `model` under its own names, prefixed, from those of `source`, in host memory.
 
-    Without those of a head of another kind. Raises ConfigError for a weight that the source lacks or has larger.
+    Without those of a head of another kind. What else of the source is left out, or acts otherwise here, is logged.
+    Raises ConfigError for a weight that the source lacks or has larger.
     """
     where = f"init.from: {config.source}"
-    _check(source.config, model.config, where)  # pyright: ignore[reportArgumentType]
+    ours: FlexBertConfig = model.config  # pyright: ignore[reportAssignmentType]
     weights = source.state_dict()
     old_axes, new_axes, tied_norm = _axes(source, ""), _axes(model, prefix), _tied_norm(source)
     depth = 1 + max(int(name.split(".")[2]) for name in new_axes if name.startswith("encoder.layers."))
     layers = [layer_of(index, source.config.num_hidden_layers, depth, config.depth) for index in range(depth)]
-    grown = {}
+    keeps_head = ours.head.name == source.config.head.name and any(name.startswith("head.") for name in new_axes)
+    _check(source.config, ours, layers, keeps_head, where)
+    grown, taken = {}, set()
     for name, new in new_axes.items():
-        if name.startswith("head.") and model.config.head.name != source.config.head.name:  # pyright: ignore
+        if name.startswith("head.") and not keeps_head:
             continue
         old_name = _old_name(name, layers, old_axes)
         if old_name is None:
             raise ConfigError(f"{where}: has no {name}: growing keeps the architecture, only sizes change")
+        taken.add(old_name)
         old, tensor = old_axes[old_name], weights[old_name].float().cpu()
         for axis, (old_parts, new_parts) in enumerate(zip(old.parts, new.parts, strict=True)):
             index = tiled_axis(old_parts, new_parts, config.method)
@@ -105,6 +111,8 @@ def grow(source: FlexBertForMaskedLM, model: nn.Module, config: Grow.Config, pre
             if config.rescale and ((new.is_linear and axis == 1) or name.startswith(tied_norm)):
                 tensor = tensor / index.bincount()[index]
         grown[name] = tensor
+    able = {name for name in old_axes if keeps_head or not name.startswith("head.")}
+    _say_left_out(able - taken, layers, source.config.num_hidden_layers, where)
     return grown
 
 
@@ -179,15 +187,48 @@ def _tied_norm(model: FlexBertForMaskedLM) -> str:
     return "head.norm." if hasattr(model.head, "norm") else "encoder.final_norm."
 
 
-def _check(source: FlexBertConfig, model: FlexBertConfig, where: str) -> None:
-    """Raise ConfigError where the two are of different kinds; say what else differs besides sizes."""
+def _check(source: FlexBertConfig, model: FlexBertConfig, layers: list[int], keeps_head: bool, where: str) -> None:
+    """Raise ConfigError where the two are of different kinds; say what else differs besides sizes.
+
+    layers: for each of the model's, the source's that it copies. keeps_head: whether the head grows too.
+    """
     if source.vocab_size != model.vocab_size:
         raise ConfigError(f"{where}: vocab_size {source.vocab_size} there, {model.vocab_size} here: must be the same")
-    for slot in ("embedding", "position", "attention", "norm", "mlp", "block"):
+    slots = ("embedding", "position", "attention", "norm", "mlp", "block") + (("head",) if keeps_head else ())
+    said: _Facts = set()
+    for slot in slots:
         theirs, ours = getattr(source, slot), getattr(model, slot)
         if theirs.name != ours.name:
             raise ConfigError(f"{where}: {slot} {theirs.name!r} there, {ours.name!r} here: only sizes can change")
-        for field in type(ours).model_fields:
-            if getattr(theirs, field) != getattr(ours, field) and not field.endswith("dropout"):
-                message = "%s: %s.%s is %s there, %s here"
-                log.warning(message, where, slot, field, getattr(theirs, field), getattr(ours, field))
+        said |= _say_differences(theirs, ours, f"{where}: {slot}", said)
+    for slot in ("attention", "mlp", "block"):  # initial layers may have their own
+        for index, old in enumerate(layers):
+            theirs, ours = getattr(source.layer(old), slot), getattr(model.layer(index), slot)
+            said |= _say_differences(theirs, ours, f"{where}: layer {index}, from layer {old}: {slot}", said)
+
+
+def _say_differences(theirs: Component, ours: Component, where: str, said: _Facts) -> _Facts:
+    """Log the fields that differ, less those said before; gives what is said now."""
+    if theirs.name != ours.name:
+        pairs = {"name": (theirs.name, ours.name)}
+    else:
+        fields = [field for field in type(ours).model_fields if not field.endswith("dropout")]
+        pairs = {field: (getattr(theirs, field), getattr(ours, field)) for field in fields}
+    slot = where.rpartition(" ")[2]
+    found: _Facts = set()
+    for field, (there, here) in pairs.items():
+        fact = (slot, field, str(there), str(here))
+        if there != here and fact not in said:
+            found.add(fact)
+            log.warning("%s.%s is %s there, %s here", where, field, there, here)
+    return found
+
+
+def _say_left_out(names: set[str], layers: list[int], depth: int, where: str) -> None:
+    """Log the source's layers, of `depth`, and parameters that nothing is grown from."""
+    if unused := sorted(set(range(depth)) - set(layers)):
+        message = "%s: has %d layers, of which layers %s are left out here, where there are %d"
+        log.warning(message, where, depth, ", ".join(map(str, unused)), len(layers))
+    others = [name for name in sorted(names) if not name.startswith(tuple(f"encoder.layers.{n}." for n in unused))]
+    for name in dict.fromkeys(re.sub(r"^(encoder\.layers)\.\d+\.", r"\1.*.", name) for name in others):
+        log.warning("%s: %s is left out: this model has no such parameter", where, name)

@@ -10,11 +10,36 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from flexbert.config import FlexBertConfig
+from flexbert.config import FlexBertConfig, ModelComponent
 from flexbert.dropout import Dropout
 from flexbert.layers import Linear, build_norm
 from flexbert.registry import HEADS, Activation, build_activation
 from schema import Component
+
+
+class Decoder(Linear):
+    """A matrix (V, D), of which the loss reads the weight, in chunks: the module itself is never called, and what hangs
+    on its calls would never act."""
+
+    @staticmethod
+    def weight_of(module: nn.Module) -> Tensor:
+        """(V, D). Raises ValueError for a module that does more than multiply, and for hooks."""
+        fault = ""
+        if type(module).forward not in (Linear.forward, nn.Linear.forward) or "forward" in vars(module):
+            fault = f"{type(module).__name__} has a forward of its own"
+        elif module.bias is not None:
+            fault = "has a bias, beside which decoder_bias would be the model's"
+        elif any(vars(module).get(kind) for kind in _HOOKS):
+            fault = "has hooks"
+        if fault:
+            raise ValueError(
+                f"head.output: {fault}, which never acts, since the loss reads the weight only: merge it into the "
+                "weight (a parametrization serves too), or register a head"
+            )
+        return module.weight  # pyright: ignore[reportReturnType]
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Head(nn.Module):
@@ -32,12 +57,21 @@ class Head(nn.Module):
 class MaskedLanguageHead(Head):
     """norm(act(dense(x))), then the token table as decoder, plus a bias (BERT; ModernBERT without dense bias)."""
 
-    class Config(Component):
+    class Config(ModelComponent):
         transform: bool = Field(True, description="norm(act(dense(x))) before the decoder (CrammingBERT, NeoBERT: no)")
         activation: Activation = Field("gelu", description="after the dense layer (slot activation)")
         dense_bias: bool = Field(False, description="bias of the dense layer (BERT: yes)")
         tied: bool = Field(True, description="the token table is the decoder (NeoBERT: no, a matrix of its own)")
         decoder_bias: bool = Field(True, description="one learned offset per vocabulary entry")
+
+        def unread(self, model: FlexBertConfig) -> list[str]:
+            if self.transform:
+                return []
+            fields = type(self).model_fields
+            given = [name for name in ("activation", "dense_bias") if getattr(self, name) != fields[name].default]
+            return [
+                f"{name}: {getattr(self, name)} is of the transform, which is false: leave it out" for name in given
+            ]
 
     def __init__(self, config: Config, *, model: FlexBertConfig) -> None:
         super().__init__()
@@ -46,7 +80,7 @@ class MaskedLanguageHead(Head):
             self.dense = Linear(model.hidden_size, model.hidden_size, bias=config.dense_bias)
             self.activation = build_activation(config.activation)
             self.norm = build_norm(model.norm, model.hidden_size)
-        self.output = None if config.tied else Linear(model.hidden_size, model.vocab_size, bias=False)
+        self.output = None if config.tied else Decoder(model.hidden_size, model.vocab_size, bias=False)
         self.decoder_bias = nn.Parameter(torch.zeros(model.vocab_size)) if config.decoder_bias else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -56,7 +90,7 @@ class MaskedLanguageHead(Head):
         return self.norm(self.activation(self.dense(hidden_states)))
 
     def decoder(self, embeddings: Tensor) -> tuple[Tensor, Tensor | None]:
-        return embeddings if self.output is None else self.output.weight, self.decoder_bias
+        return embeddings if self.output is None else Decoder.weight_of(self.output), self.decoder_bias
 
 
 class TaskConfig(Component):

@@ -1,5 +1,6 @@
 """Models for a task, and `build`, the way to make one.   T packed tokens, M masked ones, D hidden, V vocabulary."""
 
+import logging
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -8,13 +9,14 @@ from torch import Tensor, nn
 from flexbert.config import FlexBertConfig
 from flexbert.dropout import name_sites
 from flexbert.encoder import FlexBertEncoder
+from flexbert.heads import TaskConfig
 from flexbert.kernels import linear, require_backend
 from flexbert.losses import TokenScores, masked_evaluation
 from flexbert.registry import HEADS, INITS, LOSSES
-from flexbert.tasks import FlexBertForSequenceClassification, FlexBertForTokenClassification
+from flexbert.tasks import IGNORE, FlexBertForSequenceClassification, FlexBertForTokenClassification
 from schema import ConfigError, did_you_mean
 
-IGNORE = -100
+log = logging.getLogger(__name__)
 
 
 class MaskedLMOutput(NamedTuple):
@@ -53,12 +55,16 @@ class FlexBertForMaskedLM(nn.Module):
 
         input_ids: (T,) int64. cu_seqlens: (num_seqs + 1,) int32. max_seqlen: tokens of the longest sequence.
         labels: (T,) int64, -100 = not masked. token_type_ids: (T,) int64; None: all 0.
-        num_masked: how many labels are not -100; then the host never waits for the device. None: it is counted.
+        num_masked: how many labels are not -100; then the host never waits for the device, and is believed but on the
+        CPU. None: it is counted.
         The head runs on masked tokens only and their logits never exist all at once; the last block computes only what
         they need (FlexBertEncoder.forward, wanted). Without masked tokens the loss is 0 and every parameter still gets
         a gradient, of zeros: DDP waits for it.
-        Raises ValueError for other shapes and dtypes.
+        Raises ValueError for other shapes and dtypes, for num_masked without labels and, on the CPU, for another number
+        than theirs.
         """
+        if labels is None and num_masked is not None:
+            raise ValueError(f"num_masked: {num_masked} without labels, of which it is the number: give labels too")
         weight, bias = self.head.decoder(self.encoder.token_table)
         if labels is None:
             hidden_states = self.encoder(input_ids, cu_seqlens, max_seqlen, token_type_ids)
@@ -103,6 +109,11 @@ def _masked(input_ids: Tensor, labels: Tensor, count: int | None = None) -> tupl
     if labels.shape != input_ids.shape or labels.dtype != torch.int64:
         raise ValueError(f"expected labels {tuple(input_ids.shape)} int64, got {tuple(labels.shape)} {labels.dtype}")
     real = labels != IGNORE
+    # As in check_packed, a look at values on the CPU only, where it makes nobody wait
+    if count is not None and labels.device.type == "cpu":
+        actual = int((labels.numpy() != IGNORE).sum())
+        if actual != count:
+            raise ValueError(f"num_masked: {count}, but {actual} labels are not {IGNORE}: give that, or leave it out")
     # Sorting puts the masked tokens first, in order, and does not ask the device how many there are.
     index = real.nonzero().squeeze(1) if count is None else real.argsort(descending=True, stable=True)[:count]
     return index, labels.index_select(0, index)
@@ -152,16 +163,18 @@ def build(
     seed: int = 0,
     grow_from: FlexBertForMaskedLM | None = None,
 ) -> Model:
-    """A model with fresh weights, in training mode, float32, on the default device.
+    """A model with fresh weights, in training mode, on torch's default device and of its default dtype (float32).
 
     task: "mlm", "classification" (of sequences), "tokens" (classification of each) or "encoder" (no head). The config's
-    head serves if it is one for the task; else the task's own replaces it, as its defaults are: so a pretraining config
-    serves for fine-tuning. num_labels: of a classification; None: as the head says.
+    head serves if it is one for the task; else the task's own replaces it, with its defaults, so that a pretraining
+    config serves for fine-tuning, but for what a head of another classification says and it has too. num_labels: of a
+    classification; None: as the head says.
     seed: each parameter's start is a function of it and of the parameter's name; torch's global generator is neither
     read nor moved. Under `torch.device("meta")` nothing is allocated or drawn.
     grow_from: the smaller model whose weights init `grow` tiles; other inits take none.
-    Raises ConfigError for a task that does not exist, for a head that cannot do masked-token training, for an attention
-    backend that cannot run here, and for a model to grow from that is missing, not asked for or does not fit.
+    Raises ConfigError for a task that does not exist, for num_labels of a task without labels, for a head that cannot
+    do masked-token training, for an attention backend that cannot run here, and for a model to grow from that is
+    missing, not asked for or does not fit. Warns of fields that no layer reads.
     """
     if task not in _TASKS:
         raise ConfigError(f"task: {task!r} cannot be built, {did_you_mean(task, _TASKS)}")
@@ -173,6 +186,8 @@ def build(
         torch.default_generator.manual_seed(seed)
         model = _TASKS[task](config)
     name_sites(model)
+    for line in config.unread():
+        log.warning("model.%s", line)
     init = INITS.build(config.init, num_hidden_layers=config.num_hidden_layers)
     prefix = "encoder" if task == "encoder" else ""
     if getattr(init, "grows", False):
@@ -200,15 +215,20 @@ def _require_kernel(config: FlexBertConfig) -> None:
 
 
 def _with_head(config: FlexBertConfig, task: str, num_labels: int | None) -> FlexBertConfig:
-    """The config with a head for the task. Raises ConfigError when there is none for masked-token training."""
+    """The config with a head for the task. Raises ConfigError when there is none for masked-token training, and for
+    num_labels of a task that has none."""
+    if num_labels is not None and task in ("mlm", "encoder"):
+        raise ConfigError(f"num_labels: {num_labels} for task {task!r}, which has no labels: leave it out")
     if task == "encoder":
         return config
     head: dict[str, Any] = config.head.model_dump()
     if HEADS.entries[config.head.name].task != task:
         if task == "mlm":
             raise ConfigError(f"head: {config.head.name!r} is no masked-token head: use mlm")
-        head = {"name": task}
-    if num_labels is not None and task != "mlm":
+        is_classifier = isinstance(config.head, TaskConfig)
+        shared = HEADS.entries[task].Config.model_fields if is_classifier else {}
+        head = {**{key: value for key, value in head.items() if key in shared}, "name": task}
+    if num_labels is not None:
         head["num_labels"] = num_labels
     if head == config.head.model_dump():
         return config

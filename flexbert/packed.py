@@ -18,8 +18,9 @@ class Packed(NamedTuple):
 def unpad(input_ids: Tensor, attention_mask: Tensor) -> Packed:
     """Lay the real tokens of a padded batch (B, S) end to end, row by row; an empty row gives a sequence of length 0.
 
-    attention_mask: bool or 0/1 integers, true where the token is real; need not be a prefix of the row.
-    Raises ValueError when the shapes differ. Cost: host syncs, so once per batch, never in a layer.
+    attention_mask: bool or 0/1, true where the token is real; need not be a prefix of the row.
+    Raises ValueError when the shapes differ, and for a mask of other values: an additive one (0 and -inf) would be read
+    the wrong way round. Cost: host syncs, so once per batch, never in a layer.
     """
     if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape:
         raise ValueError(
@@ -27,6 +28,11 @@ def unpad(input_ids: Tensor, attention_mask: Tensor) -> Packed:
             f"{tuple(attention_mask.shape)}"
         )
     real = attention_mask.bool()
+    if attention_mask.dtype != torch.bool and bool((differs := attention_mask != real).any()):
+        raise ValueError(
+            f"attention_mask: holds {attention_mask[differs][0].item():g}: expected 1 (or true) where a token is real "
+            "and 0 elsewhere, neither an additive mask nor numbers of sequences"
+        )
     lengths = real.sum(1)
     slots = real.flatten().nonzero().squeeze(1)
     cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=input_ids.device)

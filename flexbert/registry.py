@@ -24,20 +24,52 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer
 
-from schema import ConfigError, Registry, Shown, ShownSlot, did_you_mean
+from schema import Component, ConfigError, Registry, Shown, ShownSlot, did_you_mean
 
 T = TypeVar("T")
 
-EMBEDDINGS = Registry("embedding")
-POSITIONS = Registry("position")
-ATTENTIONS = Registry("attention")
-NORMS = Registry("norm")
-ACTIVATIONS = Registry("activation")
-MLPS = Registry("mlp")
-BLOCKS = Registry("block")
-HEADS = Registry("head")
-LOSSES = Registry("loss")
-INITS = Registry("init")
+
+class ModelComponent(Component):
+    """Base of the Config of entries that have rules across fields of the model, a FlexBertConfig."""
+
+    def check(self, model: Any) -> None:
+        """Raise ValueError `field: what is wrong: fix` when this component does not fit the model around it."""
+
+    def unread(self, model: Any) -> list[str]:
+        """`field: why` for what is said here and acts on nothing in this model. `build` warns of it: recorded configs
+        may hold it, and must load."""
+        return []
+
+
+class ModelSlot(Registry):
+    """A slot of a model."""
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """As Registry's. Raises ValueError for a Config with a `check` that nobody would call, too."""
+        add = super().register(name)
+
+        def checked(entry: T) -> T:
+            config = getattr(entry, "Config", None)
+            if callable(getattr(config, "check", None)) and not issubclass(config, ModelComponent):  # pyright: ignore
+                raise ValueError(
+                    f"{self.slot_name} {name!r} has a Config with a `check` that is never called: derive it from "
+                    "flexbert.config.ModelComponent, or give the method another name"
+                )
+            return add(entry)
+
+        return checked
+
+
+EMBEDDINGS = ModelSlot("embedding")
+POSITIONS = ModelSlot("position")
+ATTENTIONS = ModelSlot("attention")
+NORMS = ModelSlot("norm")
+ACTIVATIONS = ModelSlot("activation", has_config=False)
+MLPS = ModelSlot("mlp")
+BLOCKS = ModelSlot("block")
+HEADS = ModelSlot("head")
+LOSSES = ModelSlot("loss")
+INITS = ModelSlot("init")
 SLOTS = {
     slot.slot_name: slot
     for slot in (EMBEDDINGS, POSITIONS, ATTENTIONS, NORMS, ACTIVATIONS, MLPS, BLOCKS, HEADS, LOSSES, INITS)
@@ -76,7 +108,7 @@ def register(slot: str, name: str) -> Callable[[T], T]:
 
     The class carries a `Config` derived from schema.Component, or from flexbert.config.ModelComponent for rules across
     fields.
-    Raises ConfigError for an unknown slot, ValueError for a name that is taken.
+    Raises ConfigError for an unknown slot, ValueError for a name that is taken or a Config that is none of these.
     """
     return _slot(slot).register(name)
 

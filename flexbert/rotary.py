@@ -42,6 +42,17 @@ class RotaryConfig(ModelComponent):
             raise ValueError(f"scaling_factor: {self.scaling_factor} without scaling: set scaling to linear or ntk")
         return self
 
+    def unread(self, model: FlexBertConfig) -> list[str]:
+        lines = []
+        default = type(self).model_fields["local_theta"].default
+        if self.local_theta not in (default, self.global_theta) and not model.has_local_layers:
+            lines.append(
+                f"local_theta: {self.local_theta:g}, but all layers are global: global_theta is the one they read"
+            )
+        if self.scaling != "none" and self.scaling_factor == 1:
+            lines.append(f"scaling: {self.scaling} with scaling_factor 1 changes nothing: set the factor")
+        return lines
+
     def rotary_dim(self, head_dim: int) -> int:
         """R, the rotated components of a head."""
         return round(head_dim * self.rotary_fraction)

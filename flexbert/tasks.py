@@ -2,12 +2,15 @@
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexbert.config import FlexBertConfig
 from flexbert.encoder import FlexBertEncoder
 from flexbert.registry import HEADS
+
+IGNORE = -100
 
 
 class ClassificationOutput(NamedTuple):
@@ -50,8 +53,9 @@ class FlexBertForSequenceClassification(_Classifier):
         """Scores (B, C) and, with labels, their mean loss.
 
         labels: (B,) int64: cross entropy, -100 = ignored; (B,) float: squared error of the one score, or (B, C) float:
-        independent yes-no questions, binary cross entropy. Other arguments: see FlexBertEncoder.forward.
-        Raises ValueError for labels of another shape.
+        independent yes-no questions, binary cross entropy, -100 = ignored. Other arguments: see
+        FlexBertEncoder.forward. Raises ValueError for labels of another shape or dtype, for classes where there is one
+        score and, on the CPU, for answers outside 0 to 1.
         """
         logits, hidden_states = self._logits(input_ids, cu_seqlens, max_seqlen, token_type_ids)
         if labels is None:
@@ -60,7 +64,7 @@ class FlexBertForSequenceClassification(_Classifier):
         if labels.is_floating_point() and labels.shape == scores.shape[:1] and scores.shape[1] == 1:
             loss = F.mse_loss(scores.squeeze(1), labels.float())
         elif labels.is_floating_point() and labels.shape == scores.shape:
-            loss = F.binary_cross_entropy_with_logits(scores, labels.float())
+            loss = _binary_cross_entropy(scores, labels.float())
         elif not labels.is_floating_point() and labels.shape == scores.shape[:1]:
             loss = _cross_entropy(scores, labels)
         else:
@@ -84,7 +88,8 @@ class FlexBertForTokenClassification(_Classifier):
     ) -> ClassificationOutput:
         """Scores (T, C) and, with labels (T,) int64, -100 = ignored, their mean cross entropy.
 
-        Other arguments: see FlexBertEncoder.forward. Raises ValueError for labels of another shape.
+        Other arguments: see FlexBertEncoder.forward. Raises ValueError for labels of another shape or dtype, and for
+        num_labels 1.
         """
         logits, hidden_states = self._logits(input_ids, cu_seqlens, max_seqlen, token_type_ids)
         if labels is None:
@@ -96,5 +101,24 @@ class FlexBertForTokenClassification(_Classifier):
 
 def _cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
     """Mean over the labels that are not -100; 0 when there are none, so that every parameter has a gradient."""
-    total = F.cross_entropy(scores, labels, reduction="sum", ignore_index=-100)
-    return total / (labels != -100).sum().clamp_min(1)
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels: {labels.dtype}: expected int64, the number of a class, or {IGNORE} to ignore one")
+    if scores.shape[1] == 1:
+        raise ValueError(
+            "labels: of classes, for num_labels 1: with a single class the loss is always 0: set num_labels to the "
+            "number of classes (a regression of sequences takes float labels)"
+        )
+    total = F.cross_entropy(scores, labels, reduction="sum", ignore_index=IGNORE)
+    return total / (labels != IGNORE).sum().clamp_min(1)
+
+
+def _binary_cross_entropy(scores: Tensor, answers: Tensor) -> Tensor:
+    """Mean over the answers (B, C) that are not -100, each from 0, no, to 1, yes; 0 when there are none."""
+    real = answers != IGNORE
+    if answers.device.type == "cpu" and bool((wrong := real & ~((answers >= 0) & (answers <= 1))).any()):
+        raise ValueError(
+            f"labels: {answers[wrong][0].item():g} is no answer of a yes-no question: expected 0 to 1, or {IGNORE} to "
+            "ignore one"
+        )
+    total = F.binary_cross_entropy_with_logits(scores, answers.where(real, 0), real.to(scores.dtype), reduction="sum")
+    return total / real.sum().clamp_min(1)

@@ -228,6 +228,9 @@ class EmaConfig(Schema):
 def _local(folder: str) -> str:
     if is_url(folder):
         raise ValueError(f"a run lives in a local folder: give one, and checkpoint.remote={folder}")
+    longest = max(len(part.encode()) for part in folder.split("/"))
+    if longest > 255 or len(folder.encode()) > 3000:  # of Linux: 255 bytes a name, 4096 a path
+        raise ValueError(f"expected a path of names of at most 255 bytes, and 3000 in all, got one of {longest} bytes")
     return folder
 
 
@@ -236,6 +239,7 @@ class RunConfig(Schema):
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        max_length=200,  # a name on Linux has 255 bytes at most
         description="the run folder is RUNS/NAME; rename that, too, and it is the same run",
         json_schema_extra=MAY_CHANGE,
     )

@@ -33,6 +33,8 @@ from training.sizes import already_there, disk_need
 from training.vocabulary import check_vocabulary
 
 ROOT = Path(__file__).parent.parent
+# Of environments of their own, beside .venv.
+_ELSEWHERE = ("requirements-docs.txt", "requirements-transformers5.txt")
 _GB = 10**9
 _BACKEND = "model.attention.backend"
 _STYLES = {"ok": "green", "-": "", "warn": "yellow", "FAIL": "bold red"}
@@ -98,7 +100,7 @@ def _versions() -> Iterator[Check]:
     version = platform.python_version()
     good = version.startswith("3.11.")
     yield Check("Python", "ok" if good else "FAIL", version, "" if good else "make .venv anew with Python 3.11")
-    for file in sorted(ROOT.glob("requirements*.txt")):
+    for file in sorted(set(ROOT.glob("requirements*.txt")) - {ROOT / name for name in _ELSEWHERE}):
         pins = list(_pins(file))
         wrong = [
             f"{pin.name} {found or 'missing'}, not {pin.specifier}" for pin, found in pins if not _fits(pin, found)

@@ -15,6 +15,8 @@ from flexbert import FlexBertConfig, FlexBertForMaskedLM, build, from_hf
 from flexbert.config import without_init
 from flexbert.growing import Grow
 from schema import ConfigError, named, validate
+from training.config import RunConfig, read_recorded_config
+from training.phases import PhasePlan
 from training.shards import load_weights, unshared
 
 
@@ -44,6 +46,8 @@ def read_source(config: FlexBertConfig) -> FlexBertForMaskedLM | None:
             raise ConfigError(f"{file}: model: is missing: expected the config.yaml that the run wrote")
         with named(file):
             source = validate(FlexBertConfig, run["model"], "model")
+        if "phases" in run:
+            source = _as_trained(source, read_recorded_config(file), folder)
         model = build(without_init(source))
         for name, parameter in unshared(model).items():
             if name not in weights or weights[name].shape != parameter.shape:
@@ -51,6 +55,19 @@ def read_source(config: FlexBertConfig) -> FlexBertForMaskedLM | None:
                 raise ConfigError(f"{folder}: {name}: {fault} there, by the config beside it: take another source")
         load_weights(model, {name: weights[name] for name in unshared(model)})
     return model
+
+
+def _as_trained(model: FlexBertConfig, run: RunConfig, folder: Path) -> FlexBertConfig:
+    """The model with the RoPE thetas of the phase that trained this checkpoint."""
+    file = folder / "state.json"
+    try:
+        step = int(json.loads(file.read_text())["run"]["step"])
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ConfigError(f"{file}: damaged: take another checkpoint") from None
+    phase = PhasePlan(run).at(max(step - 1, 0))
+    thetas = {"global_theta": phase.theta_global, "local_theta": phase.theta_local}
+    given = {name: theta for name, theta in thetas.items() if theta is not None}
+    return model.model_copy(update={"position": model.position.model_copy(update=given)})
 
 
 def _kind(folder: Path) -> Literal["export", "checkpoint"]:

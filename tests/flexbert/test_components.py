@@ -1,4 +1,4 @@
-"""Components that no preset uses, against formulas written here; statistics of starting weights; classification heads."""
+"""Components that no preset uses, against formulas written here; statistics of starting weights."""
 
 import math
 from typing import Any
@@ -7,13 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import BertForSequenceClassification, BertForTokenClassification
 
-from flexbert import build, from_hf
+from flexbert import build
 from flexbert.registry import POSITIONS
 from schema import ConfigError
 from tests.flexbert.conftest import ODD_LENGTHS, batch_of, gradients, tiny
-from tests.flexbert.test_hf_parity import reference_model
 from tests.flexbert.test_presets import Weights, gelu, layer_norm, linear, rms_norm, silu
 
 TOLERANCE = 1e-4  # measured 2.5e-5 on logits up to 8
@@ -326,74 +324,3 @@ def test_token_types_of_another_shape_are_refused() -> None:
     for shape in ((4, 10), (2, 11), (10,), (20,)):
         with pytest.raises(ValueError, match=r"expected token_type_ids \(2, 10\), got"):
             model.encode(ids, torch.ones_like(ids), torch.zeros(shape, dtype=torch.int64))
-
-
-@pytest.mark.parametrize("task", ["classification", "tokens"])
-def test_classifiers_equal_those_of_transformers(task: Any) -> None:
-    reference_class: Any = {"classification": BertForSequenceClassification, "tokens": BertForTokenClassification}[task]
-    bert = reference_model("sdpa", "bert")
-    bert.config.num_labels = 3
-    theirs = reference_class(bert.config).eval()
-    theirs.bert.load_state_dict(bert.bert.state_dict(), strict=False)
-    model = build(from_hf(bert).config, task, num_labels=3).eval()
-    model.encoder.load_state_dict(from_hf(bert).encoder.state_dict())
-    head = {"classifier.weight": theirs.classifier.weight, "classifier.bias": theirs.classifier.bias}
-    if task == "classification":
-        head |= {f"dense.{name}": value for name, value in theirs.bert.pooler.dense.named_parameters()}
-    model.head.load_state_dict(head)
-    batch = batch_of((9, 65, 1), vocab_size=96)
-    expected = [theirs(input_ids=ids[None]).logits[0] for ids in batch.split()]
-    logits = model(*batch[:3]).logits
-    joined = torch.stack(expected) if task == "classification" else torch.cat(expected)
-    torch.testing.assert_close(logits, joined, atol=1e-5, rtol=0)
-    labels = torch.arange(len(logits)) % 3
-    labels[1] = -100
-    loss = model(*batch[:3], labels=labels).loss
-    assert loss is not None
-    torch.testing.assert_close(loss, F.cross_entropy(joined, labels))
-    loss.backward()
-    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
-    with pytest.raises(ValueError, match="labels"):
-        model(*batch[:3], labels=labels[:-1])
-
-
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_pooling_takes_each_sequence_alone_and_empty_ones_as_zeros(pooling: str) -> None:
-    head = {"name": "classification", "pooling": pooling, "num_labels": 4, "activation": "gelu", "norm": True}
-    model = build(tiny(head=head), "classification").eval()
-    lengths = (5, 0, 70, 0)
-    batch = batch_of(lengths)
-    logits = model(*batch[:3]).logits
-    assert logits.shape == (4, 4)
-    states = model.encoder(*batch[:3]).split(lengths)
-    pooled = [part[0] if pooling == "cls" else part.mean(0) for part in (states[0], states[2])]
-    zero = torch.zeros(48)
-    rows = torch.stack([pooled[0], zero, pooled[1], zero])
-    expected = model.head.classifier(model.head.norm(F.gelu(model.head.dense(rows))))
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
-    empty = batch_of(())
-    assert model(*empty[:3]).logits.shape == (0, 4)
-    scores = model(*batch[:3], labels=torch.rand(4, 4)).loss
-    torch.testing.assert_close(
-        model(*batch[:3], labels=torch.ones(4, 4)).loss, F.binary_cross_entropy_with_logits(logits, torch.ones(4, 4))
-    )
-    assert scores is not None
-    one = build(tiny(head={**head, "num_labels": 1}), "classification").eval()
-    values = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    torch.testing.assert_close(
-        one(*batch[:3], labels=values).loss, (one(*batch[:3]).logits.squeeze(1) - values).square().mean()
-    )
-
-
-def test_head_of_the_task_is_kept_or_replaced() -> None:
-    config = tiny(head={"name": "classification", "pooling": "mean"})
-    assert build(config, "classification", num_labels=7).config.head.num_labels == 7
-    assert build(config, "classification").config == config
-    assert build(config, "tokens", num_labels=5).config.head.model_dump() == {
-        "name": "tokens",
-        "num_labels": 5,
-        "dropout": 0.1,
-    }
-    encoder = build(config, "encoder", seed=3).state_dict()
-    classifier = build(config, "classification", seed=3).state_dict()
-    assert all(torch.equal(classifier[f"encoder.{name}"], tensor) for name, tensor in encoder.items())

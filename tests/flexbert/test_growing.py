@@ -190,6 +190,61 @@ def test_what_cannot_grow_is_refused(changes: dict[str, Any], message: str) -> N
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("there", "here", "said"),
+    [
+        ({}, {"head": {"name": "mlm", "activation": "relu"}}, ["head.activation is gelu there, relu here"]),
+        (
+            {},
+            {"head": {"name": "mlm", "decoder_bias": False}},
+            [
+                "head.decoder_bias is True there, False here",
+                "head.decoder_bias is left out: this model has no such parameter",
+            ],
+        ),
+        (
+            {},
+            {"head": {"name": "mlm", "transform": False}},
+            [
+                "head.transform is True there, False here",
+                *(f"head.{name}.weight is left out: this model has no such parameter" for name in ("dense", "norm")),
+            ],
+        ),
+        (
+            {"initial_layers": {"count": 2, "mlp": {"name": "glu", "activation": "relu"}}},
+            {},
+            ["layer 0, from layer 0: mlp.activation is relu there, gelu here"],
+        ),
+        (
+            {"initial_layers": {"count": 1, "mlp": {"name": "glu", "activation": "relu"}}},
+            {"initial_layers": {"count": 1, "mlp": {"name": "glu", "activation": "relu"}}, "num_hidden_layers": 8},
+            ["layer 1, from layer 0: mlp.activation is relu there, gelu here"],
+        ),
+        (
+            {"attention": {"qkv_bias": True}},
+            {},
+            [
+                "attention.qkv_bias is True there, False here",
+                "encoder.layers.*.attn.Wqkv.bias is left out: this model has no such parameter",
+            ],
+        ),
+        (
+            {},
+            {"num_hidden_layers": 2},
+            ["has 4 layers, of which layers 1, 3 are left out here, where there are 2"],
+        ),
+        ({}, {"hidden_size": 96, "num_attention_heads": 6, "num_hidden_layers": 8}, []),
+        ({}, {"head": {"name": "mlm"}}, []),
+    ],
+    ids=str,
+)
+def test_what_is_left_out_or_acts_otherwise_is_said(
+    there: dict[str, Any], here: dict[str, Any], said: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    build(tiny(init={"name": "grow", "from": "small"}, **here), grow_from=build(tiny(**there)))
+    assert caplog.messages == [f"init.from: small: {line}" for line in said]
+
+
 def test_build_grows_what_it_is_given_and_says_what_it_is_not_given() -> None:
     """The library reads no folder: on the meta device, where nothing is filled, it needs no source either."""
     small = scrambled(build(tiny()))

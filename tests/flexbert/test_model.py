@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
 
 from flexbert import FlexBertConfig, build, losses
 from flexbert.losses import TokenScores, masked_cross_entropy
@@ -280,3 +282,63 @@ def test_unknown_tasks_are_named() -> None:
         build(tiny(), "classificaton")  # pyright: ignore[reportCallIssue, reportArgumentType]
     with pytest.raises(ConfigError, match="head: 'classification' is no masked-token head: use mlm"):
         build(tiny(head="classification"))
+
+
+class _LowRank(nn.Module):
+    """A linear layer and a product of two thin ones beside it (LoRA)."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base, self.down = base, nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    bias = None
+    weight = property(lambda self: self.base.weight)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.base(rows) + self.up(self.down(rows))
+
+
+def _assigns_forward(output: Any) -> None:
+    output.forward = lambda rows: rows
+
+
+DECODERS: dict[str, tuple[Any, str]] = {
+    "low rank": (_LowRank, "_LowRank has a forward of its own"),
+    "bias": (lambda output: nn.Linear(output.in_features, output.out_features), "has a bias"),
+    "hook": (lambda output: output.register_forward_hook(lambda *_: None) and None, "has hooks"),
+    "hook before": (lambda output: output.register_forward_pre_hook(lambda *_: None) and None, "has hooks"),
+    "hook backward": (lambda output: output.register_full_backward_hook(lambda *_: None) and None, "has hooks"),
+    "weight norm": (nn.utils.weight_norm, "has hooks"),
+    "forward": (_assigns_forward, "Decoder has a forward of its own"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("case", DECODERS)
+def test_a_decoder_that_would_never_act_is_refused(case: str) -> None:
+    """The loss reads its weight, in chunks, and never calls it."""
+    change, fault = DECODERS[case]
+    model = build(tiny(head={"name": "mlm", "tied": False}))
+    model.head.output = change(model.head.output) or model.head.output
+    batch = batch_of((5, 9))
+    for inputs in (batch, batch[:3]):
+        with pytest.raises(ValueError, match=f"^head.output: {fault}, .*: merge it into the weight"):
+            model(*inputs)
+
+
+def test_a_parametrized_decoder_and_modules_in_place_of_token_types_act() -> None:
+    model = build(tiny(head={"name": "mlm", "tied": False}, embedding={"name": "tokens", "token_types": 2})).eval()
+    batch = batch_of((5, 9))
+    plain = model(*batch[:3]).logits
+    table, seen = model.encoder.embedding.types, []
+    table.register_forward_hook(lambda _module, _inputs, row: seen.append(row))
+    torch.testing.assert_close(model(*batch[:3]).logits, plain)
+    assert torch.equal(seen[0], table.weight[:1])
+    parametrize.register_parametrization(model.head.output, "weight", _Doubled())
+    torch.testing.assert_close(model(*batch[:3]).logits, 2 * plain)
+
+
+class _Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight

@@ -95,6 +95,21 @@ def test_unpad_keeps_any_mask_and_pad_undoes_it() -> None:
         unpad(ids, mask[:, :3])
 
 
+@pytest.mark.parametrize("padding", [-1e4, float("-inf"), float("nan"), 0.5, 2, -1])
+def test_a_mask_of_other_values_than_0_and_1_is_refused(padding: float) -> None:
+    """Read as truth, an additive mask, 0 at real tokens, would select the padding."""
+    ids = torch.arange(8).view(2, 4)
+    mask = torch.tensor([[0, 0, 0, padding], [0, 0, padding, padding]])
+    for form in (mask, mask + (mask == 0)):
+        with pytest.raises(
+            ValueError, match=r"^attention_mask: holds .*: expected 1 \(or true\) where a token is real"
+        ):
+            build(tiny(), "encoder").encode(ids, form)
+    right = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    for form in (right, right.bool(), right.float(), right.to(torch.uint8)):
+        assert unpad(ids, form).slots.tolist() == [0, 1, 2, 4, 5]
+
+
 def test_spread_rows_have_the_gradients_of_indexing() -> None:
     rows = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     index = torch.tensor([4, 0, 3])

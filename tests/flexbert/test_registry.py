@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from flexbert import FlexBertConfig, build, register, registered
+from flexbert.config import ModelComponent
 from flexbert.heads import Head, TaskConfig, TaskHead
 from flexbert.kernels import AttentionPlan
 from flexbert.layers import OutputProjection
@@ -17,7 +18,7 @@ from flexbert.losses import TokenScores
 from flexbert.positions import Position, Positions
 from flexbert.registry import ATTENTIONS, MLPS, SLOTS
 from schema import Component, ConfigError
-from tests.flexbert.conftest import batch_of, gradients
+from tests.flexbert.conftest import batch_of, gradients, tiny
 
 
 @register("norm", "test_scale")
@@ -254,3 +255,60 @@ def test_registered_lists_names_and_register_guards_them() -> None:
         register("foo", "bar")
     with pytest.raises(ValueError, match="norm 'layernorm' is registered twice"):
         register("norm", "layernorm")(Scale)
+
+
+class Picky(nn.LayerNorm):
+    class Config(ModelComponent):
+        def check(self, model: FlexBertConfig) -> None:
+            if model.hidden_size == 48:
+                raise ValueError("norm: test_picky takes no hidden_size of 48")
+
+    def __init__(self, config: Config, *, hidden_size: int) -> None:
+        super().__init__(hidden_size)
+
+
+@pytest.mark.parametrize(
+    ("place", "changes"),
+    [
+        ("", {"norm": "test_picky"}),
+        ("attention.qk_norm: ", {"attention": {"qk_norm": "test_picky"}}),
+        ("attention.inner_norm: ", {"attention": {"inner_norm": "test_picky"}}),
+        ("mlp.inner_norm: ", {"mlp": {"name": "mlp", "inner_norm": "test_picky"}}),
+        (
+            "initial_layers: mlp.inner_norm: ",
+            {"initial_layers": {"count": 1, "mlp": {"name": "glu", "inner_norm": "test_picky"}}},
+        ),
+    ],
+)
+def test_rules_of_parts_of_parts_are_asked(place: str, changes: dict[str, Any]) -> None:
+    if "test_picky" not in registered("norm"):
+        register("norm", "test_picky")(Picky)
+    with pytest.raises(ConfigError, match=f"^model: {place}norm: test_picky takes no hidden_size of 48$"):
+        tiny(**changes)
+    assert tiny(hidden_size=96, **changes).hidden_size == 96
+
+
+class Loose(BaseModel):
+    name: str
+
+
+class Unasked(Component):
+    def check(self, model: FlexBertConfig) -> None:
+        raise ValueError("norm: never")
+
+
+@pytest.mark.parametrize(
+    ("config", "fault"),
+    [
+        (None, "has no class Config: write"),
+        (Loose, "has a Config that is no Component: write `class Config"),
+        ({"eps": 1e-5}, "has a Config that is no Component: write"),
+        (Unasked, "has a Config with a `check` that is never called: derive it from flexbert.config.ModelComponent"),
+    ],
+)
+def test_entries_whose_config_would_be_skipped_are_refused(config: Any, fault: str) -> None:
+    """Unknown keys and rules would pass without a word, or end in a traceback."""
+    entry = type("Entry", (nn.Identity,), {} if config is None else {"Config": config})
+    with pytest.raises(ValueError, match=f"^norm 'test_refused' {fault}"):
+        register("norm", "test_refused")(entry)
+    assert "test_refused" not in registered("norm")

@@ -133,3 +133,15 @@ def test_the_number_of_masked_tokens_changes_nothing(model: FlexBertForMaskedLM)
     model.eval()
     counted, given = (model(ids, cu_seqlens, max_seqlen, labels=labels, num_masked=count).loss for count in (None, 22))
     assert torch.equal(counted, given)
+
+
+@pytest.mark.parametrize("count", [0, 1, 21, 23, 64])
+def test_another_number_of_masked_tokens_is_refused(count: int) -> None:
+    """A smaller one would leave labels out of the loss, a larger one would look for a target -100."""
+    model = build(tiny())
+    batch = batch_of((40, 1, 23))
+    labels = torch.where(torch.arange(64) % 3 == 0, batch.input_ids, -100)
+    with pytest.raises(ValueError, match=rf"^num_masked: {count}, but 22 labels are not -100: give that"):
+        model(*batch[:3], labels=labels, num_masked=count)
+    with pytest.raises(ValueError, match=rf"^num_masked: {count} without labels"):
+        model(*batch[:3], num_masked=count)

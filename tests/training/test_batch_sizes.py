@@ -13,15 +13,17 @@ from hypothesis import strategies as st
 from data.loader import MixtureDataset
 from flexbert import FlexBertConfig
 from schema import ConfigError
-from tests.data.synthetic import documents, write_stream
+from tests.data.synthetic import documents, write_stream, write_tokenizer
 from training.config import RunConfig, load_run_config
 from training.phases import PhasePlan
 
 MODEL = FlexBertConfig.from_yaml("modernbert-tiny")
 
 
-def run_config(*phases: dict[str, Any], path: str = "nowhere", lanes: int | None = None) -> RunConfig:
-    data = {"tokenizer": "nowhere", "streams": {"prose": {"path": path}}, "lanes": lanes}
+def run_config(
+    *phases: dict[str, Any], path: str = "nowhere", lanes: int | None = None, tokenizer: str = "nowhere"
+) -> RunConfig:
+    data = {"tokenizer": tokenizer, "streams": {"prose": {"path": path}}, "lanes": lanes}
     names = [{"name": f"phase-{number}", "lr": 1.0, **phase} for number, phase in enumerate(phases)]
     return RunConfig.model_validate({"name": "test", "model": MODEL, "data": data, "phases": names})
 
@@ -138,7 +140,7 @@ def test_a_warmup_trains_on_the_rows_that_larger_batches_would(tmp_path: Path) -
     plain = {"tokens": 6000, "max_seq_len": 64, "global_batch_size": 8}
 
     def lanes_of(*phase: dict[str, Any]) -> list[list[tuple[int, ...]]]:
-        config = run_config(*phase, path=str(tmp_path / "prose"), lanes=2)
+        config = run_config(*phase, path=str(tmp_path / "prose"), lanes=2, tokenizer=write_tokenizer(tmp_path))
         dataset = MixtureDataset(PhasePlan(config).loader_config(config), 0, 1)
         rows: list[list[tuple[int, ...]]] = [[], []]
         for _, _, parts, _ in dataset.plan():

@@ -13,12 +13,14 @@ from safetensors.numpy import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from data.tokenizer import fingerprint
 from flexbert import parity
 from flexbert.accounting import count_parameters
 from flexbert.kernels.attention import KERNELS
 from main import app
 from tests.data.servers import BUCKET, Bucket, free_port
-from tests.data.synthetic import documents, write_stream, write_tokenizer
+from tests.data.synthetic import documents, write_stream
+from tests.flexbert.test_hf_export import tokenizer_of
 from tests.training.ranks import Ranks
 from tests.training.tiny import ROW, ROWS, write_config
 from training import doctor
@@ -43,9 +45,9 @@ phases: [{{name: only, tokens: 1M, max_seq_len: 128, global_batch_size: 4, lr: 1
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """A run file that fits this machine; its stream and tokenizer are there."""
+    tokenizer_of(512).save_pretrained(tmp_path / "tokenizer")
     for split in ("train", "validation"):
-        write_stream(tmp_path / "near", split, documents(0, 50, 50))
-    write_tokenizer(tmp_path)
+        write_stream(tmp_path / "near", split, documents(0, 50, 50), tokenizer=fingerprint(tmp_path / "tokenizer"))
     file = tmp_path / "run.yaml"
     file.write_text(RUN.format(folder=tmp_path))
     return file

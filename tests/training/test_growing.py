@@ -63,6 +63,35 @@ def test_yaml_grows_an_export_or_a_checkpoint(tmp_path: Path, kind: str) -> None
     assert str(tmp_path) not in (tmp_path / "large" / "config.json").read_text()
 
 
+@pytest.mark.parametrize(("step", "theta"), [(0, 5000.0), (4, 5000.0), (5, 80000.0), (8, 80000.0), (9, 160000.0)])
+def test_a_checkpoint_grows_with_the_theta_that_trained_it(
+    tmp_path: Path, step: int, theta: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Phases of 4 steps; the model's own theta is the first one's."""
+    small = build(tiny(), seed=5)
+    source = checkpoint_of(small, tmp_path / "small")
+    write_checkpoint(source, take_snapshot(small, torch.optim.AdamW(small.parameters())), {"step": step})
+    phase = {"tokens": 2048, "max_seq_len": 128, "global_batch_size": 4, "lr": 1e-3}
+    phases = [
+        {"name": "short", **phase},
+        {"name": "long", **phase, "rope_theta": {"global_layers": 80000}},
+        {"name": "longer", **phase, "rope_theta": {"global_layers": 160000}},
+    ]
+    data = {"tokenizer": str(tmp_path), "streams": {"text": {"path": str(tmp_path)}}}
+    run = {"name": "small", "model": small.config.model_dump(mode="json"), "data": data, "phases": phases}
+    OmegaConf.save(run, tmp_path / "small" / "config.yaml")
+    config = tiny(init={"name": "grow", "from": str(source)})
+    read = read_source(config)
+    assert read is not None
+    assert (read.config.position.global_theta, read.config.position.local_theta) == (theta, 100.0)
+    small.set_rope_theta(global_theta=theta)
+    batch = batch_of((9, 70))
+    assert torch.equal(read.eval()(*batch[:3]).logits, small.eval()(*batch[:3]).logits)
+    build(config, grow_from=read)
+    said = [f"init.from: {source}: position.global_theta is {theta} there, 5000.0 here"]
+    assert caplog.messages == (said if theta != 5000 else [])
+
+
 def checkpoint_file(name: str, text: str | None) -> Any:
     """Writes a file of a checkpoint anew, or takes it away (None)."""
 
@@ -102,7 +131,7 @@ def test_damaged_sources_are_said_in_one_line(tmp_path: Path, damage: Any, messa
 
 @pytest.mark.parametrize("name", ["a" * 5000, "a\0b"], ids=["long", "null"])
 def test_names_that_no_file_can_have_are_said_in_one_line(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"^init\.from: a"):
+    with pytest.raises(ConfigError, match=r"^(model: )?init\.from: (a|expected one line)"):
         grown(tiny(init={"name": "grow", "from": name}))
 
 
