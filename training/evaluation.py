@@ -21,7 +21,10 @@ from schema import ConfigError, RunError
 from training.config import EvaluationConfig
 
 log = logging.getLogger(__name__)
-_FIX = "raise evaluation.masking.rate or evaluation.max_rows, or prepare with a larger validation_fraction"
+_FIX = (
+    "raise evaluation.masking.rate or evaluation.max_rows, or prepare with a larger validation_fraction; text of "
+    "special and unknown tokens only wants a tokenizer that knows it"
+)
 
 
 class Evaluator:
