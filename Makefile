@@ -26,7 +26,7 @@ demo: setup ## prepare text, pretrain a small encoder, export it, fill masks (5 
 	$(PY) main.py demo
 
 # Two processes, since most tests wait for one thread; OpenMP's idle threads must then not spin on the other's core.
-test: setup-dev ## all tests, 25 minutes on two cores after the install (PYTEST_ARGS="-m 'not slow'" for the fast ones)
+test: setup-dev ## all tests, 30 minutes on two cores after the install (PYTEST_ARGS="-m 'not slow'" for the fast ones)
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile --durations=15 $(PYTEST_ARGS)
 
 # The packages of .venv, with those of requirements-transformers5.txt before them.
