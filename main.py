@@ -49,7 +49,7 @@ app.add_typer(launch_app, name="launch")
 
 def _place(path: str) -> str:
     """A folder, file or URL with a leading ~ expanded, also where no shell has seen it (--output=~/x)."""
-    from schema import expand_user
+    from flexbert_core.schema import expand_user
 
     try:
         return expand_user(path)
@@ -74,7 +74,7 @@ Overrides = Annotated[
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Errors that the user can act on become one line each on stderr and an exit code; bugs keep their traceback."""
-    from schema import ConfigError, RunError
+    from flexbert_core.schema import ConfigError, RunError
 
     try:
         yield
@@ -94,8 +94,8 @@ def plain_errors() -> Iterator[None]:
 def prepare(config: DataConfig, overrides: Overrides = None) -> None:
     """Turn documents into token shards, as configs/data/NAME.yaml says. Resumes where it was interrupted."""
     with plain_errors():
-        from data.preparation import load_prepare_config
-        from data.preparation import prepare as run
+        from data.preparation.dataset import load_prepare_config
+        from data.preparation.dataset import prepare as run
 
         run(load_prepare_config(config, overrides or []))
 
@@ -117,7 +117,7 @@ def inspect(
 ) -> None:
     """Show what a prepared dataset holds, or replay a step of a run: its documents, decoded, with masks shown."""
     with plain_errors():
-        from schema import ConfigError
+        from flexbert_core.schema import ConfigError
 
         for option, given in (("--rows", rows is not None), ("--json", json)):
             if given and step is None:
@@ -129,8 +129,8 @@ def inspect(
             return
         if samples is not None:
             raise ConfigError("--samples: says nothing with --step: give --rows")
-        from schema import plain_console
-        from training.replay import inspect_step
+        from commands.inspect_step import inspect_step
+        from flexbert_core.schema import plain_console
 
         inspect_step(Path(folder), step, 4 if rows is None else rows, json, plain_console())
 
@@ -154,13 +154,13 @@ def train(
     from training import signals
 
     with plain_errors(), signals.from_start_up():
-        from schema import ConfigError, plain_console
+        from flexbert_core.schema import ConfigError, plain_console
 
         if tokens_per_second is not None and not dry_run:
             raise ConfigError("--tokens-per-second: only says something with --dry-run")
         if price_per_hour is not None and tokens_per_second is None:
             raise ConfigError("--price-per-hour: needs --tokens-per-second")
-        from training.config import load_run_config
+        from recipe.config import load_run_config
         from training.effects import check_effects, check_launch, ranks
 
         run = load_run_config(config, overrides or [])
@@ -168,7 +168,7 @@ def train(
         # Rank 0 speaks; the launchers set RANK.
         console = plain_console(quiet=os.environ.get("RANK", "0") != "0")
         if dry_run:
-            from training.dry_run import dry_run as show
+            from commands.dry_run import dry_run as show
 
             show(run, console, ranks(), tokens_per_second, price_per_hour)
             return
@@ -198,7 +198,7 @@ def slurm(
 ) -> None:
     """Submit a run as a Slurm job. It requeues itself when preempted or at its time limit, until the run is done."""
     with plain_errors():
-        from training.launch import SlurmOptions, launch_slurm, parse_sbatch
+        from commands.launch import SlurmOptions, launch_slurm, parse_sbatch
 
         more = parse_sbatch(sbatch or [])
         options = SlurmOptions(nodes, gpus_per_node, partition, time, account, cpus_per_node, setup, more)
@@ -215,9 +215,9 @@ def doctor(
 ) -> None:
     """Check this machine: cores, memory, versions, devices, attention kernels, disk, data; and say what to do."""
     with plain_errors():
-        from schema import plain_console
-        from training.config import load_run_config
-        from training.doctor import doctor as run
+        from commands.doctor import doctor as run
+        from flexbert_core.schema import plain_console
+        from recipe.config import load_run_config
         from training.effects import check_effects
 
         checked = None if config is None else load_run_config(config, overrides or [])
@@ -234,8 +234,8 @@ def status(
 ) -> None:
     """Show where a run stands, live or dead: phase, loss, speed, ETA, newest checkpoint and whether it is whole."""
     with plain_errors():
-        from schema import plain_console
-        from training.status import status as show
+        from commands.status import status as show
+        from flexbert_core.schema import plain_console
 
         show(run, json, plain_console())
 
@@ -278,8 +278,8 @@ def average(
 ) -> None:
     """Average the weights of checkpoints of one architecture and export the result."""
     with plain_errors():
-        from schema import plain_console
-        from training.averaging import average as run
+        from commands.average import average as run
+        from flexbert_core.schema import plain_console
 
         run(sources, output, last, tokens, weights, plain_console())
 
@@ -294,7 +294,7 @@ def schema(
 ) -> None:
     """Write what run files, prepare files and model files may say, as Markdown or as JSON Schemas."""
     with plain_errors():
-        from commands.schema import write_schema
+        from commands.write_schema import write_schema
 
         write_schema(markdown, json, output)
 
@@ -303,7 +303,7 @@ def schema(
 def demo() -> None:
     """Prepare the text this machine already holds, pretrain a small encoder on it, export it and fill masks."""
     with plain_errors():
-        from training.demo import run_demo
+        from commands.demo import run_demo
 
         run_demo()
 

@@ -27,10 +27,10 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from benchmarks.arguments import count, parser_of
+from commands.dry_run import dry_run
 from data.keyed import torch_seed
-from schema import ConfigError
-from training.config import RunConfig, load_run_config
-from training.dry_run import dry_run
+from flexbert_core.schema import ConfigError
+from recipe.config import RunConfig, load_run_config
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 30  # in which every case must be done; most take 10 ms

@@ -30,9 +30,9 @@ import yaml
 
 from benchmarks.odd_trees import Tree
 from data.keyed import torch_seed
-from data.preparation import load_prepare_config, prepare
-from data.shards import MANIFEST
-from schema import ConfigError, RunError
+from data.preparation.dataset import load_prepare_config, prepare
+from data.store.manifest import MANIFEST
+from flexbert_core.schema import ConfigError, RunError
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 300

@@ -18,10 +18,10 @@ import numpy as np
 import xxhash
 from rich.progress import Progress
 
-from data.loader import LoaderConfig, LoaderPhase, build_loader
-from data.masking import MaskingConfig
-from data.mixture import DataConfig, StreamConfig
-from durable import write_file
+from data.feed.loader import LoaderConfig, LoaderPhase, build_loader
+from data.feed.masking import MaskingConfig
+from data.feed.mixture import DataConfig, StreamConfig
+from flexbert_core.durable import write_file
 from tests.data.synthetic import documents, write_stream, write_tokenizer
 
 SAVE_EVERY = 200

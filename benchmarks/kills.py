@@ -107,7 +107,7 @@ def check_shared_memory(before: set[Path]) -> None:
 
 PREPARE = """
 import sys
-from data.preparation import load_prepare_config, prepare
+from data.preparation.dataset import load_prepare_config, prepare
 
 if __name__ == "__main__":
     config = load_prepare_config(sys.argv[1], [f"output={sys.argv[2]}"])

@@ -22,15 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.arguments import parser_of
-from composing import load_node
-from data.loader import LoaderConfig, LoaderPhase, MixtureDataset, build_loader
-from data.masking import MaskingConfig
-from data.mixture import DataConfig, StreamConfig
-from data.packing import SPECIAL_TOKENS_PER_SEQUENCE, Spans, cut
-from data.plan import PrepareConfig
-from data.preparation import prepare
-from data.shards import open_stream
-from schema import validate
+from data.feed.loader import LoaderConfig, LoaderPhase, MixtureDataset, build_loader
+from data.feed.masking import MaskingConfig
+from data.feed.mixture import DataConfig, StreamConfig
+from data.feed.packing import SPECIAL_TOKENS_PER_SEQUENCE, Spans, cut
+from data.preparation.config import PrepareConfig
+from data.preparation.dataset import prepare
+from data.store.shards import open_stream
+from flexbert_core.composing import load_node
+from flexbert_core.schema import validate
 
 ROWS_PER_BATCH = 8  # of the greedy packer
 PROSE, BENCH, SIX_HUNDRED = Path("../shared/data/prose"), Path("datasets/bench"), Path("datasets/bench-600")

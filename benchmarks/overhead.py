@@ -32,10 +32,10 @@ from rich.console import Console
 
 from benchmarks.arguments import count, override, parser_of
 from callbacks.watchdog import Watchdog
-from data.loader import build_loader
+from data.feed.loader import build_loader
+from recipe.config import RunConfig, load_run_config
+from recipe.phases import PhasePlan
 from training.allocator import keep_freed_memory
-from training.config import RunConfig, load_run_config
-from training.phases import PhasePlan
 from training.trainer import Run, quiet_libraries
 
 ROOT = Path(__file__).parent.parent

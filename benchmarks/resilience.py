@@ -27,10 +27,10 @@ import psutil
 
 from benchmarks.arguments import count, parser_of
 from benchmarks.kills import Victim
-from durable import UNFINISHED
-from schema import RunError
+from flexbert_core.durable import UNFINISHED
+from flexbert_core.schema import RunError
 from tests.training.runs import environment, final_weights, launched, metrics, prepare_dataset, rank, write_config
-from training.checkpoint import list_checkpoints, load_checkpoint
+from training.checkpoints.files import list_checkpoints, load_checkpoint
 
 STEPS = 160
 STEPS_PER_KILL = 8  # on average, from the first step after a start

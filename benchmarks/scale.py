@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from benchmarks.arguments import parser_of
-from data.lanes import LaneCursor
-from data.loader import LoaderConfig, LoaderPhase, MixtureDataset
-from data.masking import MaskingConfig
-from data.mixture import DataConfig, StreamConfig
-from data.order import Place
-from data.shards import CHUNKS, MANIFEST, LocalFiles, ShardInfo, Stream, pack_chunks
+from data.feed.lanes import LaneCursor
+from data.feed.loader import LoaderConfig, LoaderPhase, MixtureDataset
+from data.feed.masking import MaskingConfig
+from data.feed.mixture import DataConfig, StreamConfig
+from data.feed.order import Place
+from data.store.manifest import CHUNKS, MANIFEST, ShardInfo, pack_chunks
+from data.store.shards import LocalFiles, Stream
 
 SHARDS, DOCUMENTS = 62_000, 32_258  # documents per shard
 CHUNK = 2048

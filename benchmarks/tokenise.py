@@ -31,14 +31,14 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from rich.console import Console
 
-from data.executors import Stage
-from data.executors.local import Local
-from data.output import claim
-from data.plan import PrepareConfig
-from data.preparation import _read, tokenising_steps
-from data.sources import SOURCES, Fault
+from data.preparation.config import PrepareConfig
+from data.preparation.dataset import _read, tokenising_steps
+from data.preparation.executors import Stage
+from data.preparation.executors.local import Local
+from data.preparation.output import claim
+from data.preparation.sources import SOURCES, Fault
 from data.tokenizer import corpus_tokenizer
-from schema import validate
+from flexbert_core.schema import validate
 
 PROSE, TOKENIZER = Path("../shared/data/prose"), Path("../shared/data/tokenizers/gpt-neox-olmo/tokenizer.json")
 DOCUMENT_CHARACTERS, PEER_BATCH, FILES = 2500, 1000, 8

@@ -8,8 +8,8 @@ from composer.core import State, get_precision_context
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from callbacks.agree import of_all_ranks
 from flexbert.heads import Decoder
+from ranks import of_all_ranks
 
 
 def name_culprit(state: State, model: nn.Module, microbatches: Iterable[Any], generator_seed: int) -> str:

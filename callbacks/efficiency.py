@@ -7,12 +7,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from composer.core import State
-from composer.utils import dist
 from numpy.typing import NDArray
 
+import ranks
 from callbacks.clock import Clock, Window
-from callbacks.gauge import Gauge, over_ranks
-from data.masking import IGNORE
+from callbacks.gauge import Gauge
+from data.feed.masking import IGNORE
 
 
 class Efficiency(Gauge):
@@ -48,7 +48,7 @@ class Efficiency(Gauge):
 
     def read(self, state: State, window: Window) -> dict[str, Any]:
         flops = self.flops(*np.concatenate(self._sequences, 1))
-        rate = float(over_ranks(torch.tensor([flops], dtype=torch.float64))) / window.seconds
+        rate = float(ranks.over_ranks(torch.tensor([flops], dtype=torch.float64))) / window.seconds
         self._sequences = [np.zeros((2, 0), np.int64)]
         line = {
             "tokens_per_second": window.real_tokens / window.seconds,
@@ -56,5 +56,5 @@ class Efficiency(Gauge):
             "flops_per_second": rate,
         }
         if self.peak_flops is not None:
-            line["mfu"] = rate / (self.peak_flops * dist.get_world_size())
+            line["mfu"] = rate / (self.peak_flops * ranks.world_size())
         return line

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from flexbert_core.schema import Component, did_you_mean
 from recipe.slots import ALGORITHMS, CALLBACKS, LOGGERS
-from schema import Component, did_you_mean
 
 
 class _OfComposer(Component):

@@ -3,14 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
-from composer.utils import dist
-from torch import Tensor
 
 from callbacks.clock import Clock, Window
-from callbacks.lines import flat
+from callbacks.step_log import flat
 
 
 class Gauge(Callback):
@@ -47,11 +44,3 @@ class Reading(Gauge):
 
     def read(self, state: State, window: Window) -> dict[str, Any]:
         return self._read()
-
-
-def over_ranks(values: Tensor, operation: str = "SUM") -> Tensor:
-    """Reduce a tensor over all ranks; returns it on the CPU. A collective."""
-    if dist.get_world_size() > 1:
-        values = values.to("cuda" if torch.cuda.is_available() else "cpu", copy=True)
-        dist.all_reduce(values, operation)
-    return values.cpu()

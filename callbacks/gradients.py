@@ -9,8 +9,9 @@ from composer.loggers import Logger
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+import ranks
 from callbacks.clock import Clock, Window
-from callbacks.gauge import Gauge, over_ranks
+from callbacks.gauge import Gauge
 
 _SAMPLE = 2**14  # weights of a matrix that are compared; the ratio is then within about 1 % of that of all
 
@@ -56,7 +57,7 @@ class Gradients(Gauge):
         norm, now = float(self._norm), torch.cat([self._norm.new_zeros(0), *self._views]).double()
         change, weight = (torch.dot(self._scale, x.square()) for x in (now - self._before, self._before))
         # Where every rank has all weights, both sums grow alike.
-        change, weight = over_ranks(torch.stack([change, weight])).tolist()
+        change, weight = ranks.over_ranks(torch.stack([change, weight])).tolist()
         self._norm, self._views = None, []
         ratio = math.sqrt(change / weight) if weight else 0.0
         return {key: x if math.isfinite(x) else None for key, x in (("grad_norm", norm), ("update_ratio", ratio))}

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
-from composer.utils import dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from callbacks.agree import on_any_rank
-from schema import RunError
+import ranks
+from flexbert_core.schema import RunError
 
 log = logging.getLogger(__name__)
 _LOSS = "loss/train/total"
@@ -132,7 +131,7 @@ class StepGuard(Callback):
                 return 0.0
             state.batch = self._batch  # out of memory, Composer leaves a microbatch there
             loss = closure()
-            self._applied = not on_any_rank(_not_finite(loss, optimizer))
+            self._applied = not ranks.on_any_rank(_not_finite(loss, optimizer))
             if self._applied:
                 self._in_a_row = 0
                 self._apply(number, apply)
@@ -156,7 +155,7 @@ class StepGuard(Callback):
                 self.spike = self.detector.look(step, loss, self.phase_of(step - 1))
 
     def _warn_of_nothing(self, step: int) -> None:
-        if not self._has_warned and dist.get_global_rank() == 0:
+        if not self._has_warned and ranks.rank() == 0:
             log.warning(
                 "NOTHING TO PREDICT IN STEP %d: its rows hold special and unknown tokens only, so it trains on nothing "
                 "and has no loss. Does the tokenizer know the text? See `main.py inspect`. Said once",

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
-from composer.utils import dist
 
+import ranks
 from callbacks.guards import step_loss
-from callbacks.lines import append_line, step_of, trim_lines
-from data.batches import SEEN
-from durable import sync
+from callbacks.step_log import append_line, step_of, trim_lines
+from data.feed.batches import SEEN
+from flexbert_core.durable import sync
 
 
 class Ledger(Callback):
@@ -38,11 +38,7 @@ class Ledger(Callback):
 
     def totals(self) -> dict[str, dict[str, int]]:
         """Counts of the run so far by stream, over all ranks. A collective."""
-        if dist.get_world_size() > 1:
-            summed = self._local.to("cuda" if torch.cuda.is_available() else "cpu")
-            dist.all_reduce(summed, "SUM")
-            self._local = summed.cpu()
-        self._reduced += self._local
+        self._reduced += ranks.over_ranks(self._local)
         self._local = torch.zeros_like(self._local)
         rows = zip(self.stream_names, self._reduced.tolist(), strict=True)
         return {name: dict(zip(SEEN, row, strict=True)) for name, row in rows}
@@ -61,7 +57,7 @@ class Ledger(Callback):
     def write(self, step: int, tokens: int, lanes: list[Any], fingerprints: dict[str, str]) -> None:
         """Add the line of a checkpoint. A collective."""
         line = {"step": step, "tokens": tokens, "streams": self.totals(), "data": fingerprints, "lanes": lanes}
-        if dist.get_global_rank() == 0:
+        if ranks.rank() == 0:
             append_line(self.file, line)
 
     def write_skip(self, step: int, skip: range, spike: dict[str, Any]) -> None:

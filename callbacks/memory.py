@@ -6,8 +6,9 @@ import psutil
 import torch
 from composer.core import State
 
+import ranks
 from callbacks.clock import Clock, Window
-from callbacks.gauge import Gauge, over_ranks
+from callbacks.gauge import Gauge
 
 
 class Memory(Gauge):
@@ -28,5 +29,5 @@ class Memory(Gauge):
         values = [self._process.memory_info().rss, torch.cuda.max_memory_allocated() if on_cuda else 0]
         if on_cuda:
             torch.cuda.reset_peak_memory_stats()
-        host, cuda = over_ranks(torch.tensor(values), "MAX").tolist()
+        host, cuda = ranks.over_ranks(torch.tensor(values), "MAX").tolist()
         return {"host_memory_bytes": host} | ({"cuda_peak_bytes": cuda} if on_cuda else {})

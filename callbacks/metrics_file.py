@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from composer.core import State
 from composer.loggers import Logger, LoggerDestination
-from composer.utils import dist
 
-from callbacks.lines import append_line, nested, read_lines, trim_lines
+import ranks
+from callbacks.step_log import append_line, nested, read_lines, trim_lines
 
 # Composer's trainer logs these at every step: clocks that count what `step` and `tokens` say, and the loss of a step.
 _OF_THE_TRAINER = ("time/", "trainer/", "loss/train/total")
@@ -40,7 +40,7 @@ class MetricsFile(LoggerDestination):
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         found = {name: value for name, value in metrics.items() if not name.startswith(_OF_THE_TRAINER)}
-        if not found or dist.get_global_rank() != 0:
+        if not found or ranks.rank() != 0:
             return
         step = self._step if step is None else step + (step == self._under_way)
         if step != self._step:

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from callbacks.guards import predicted_loss
-from callbacks.lines import shown
 from callbacks.metrics_file import MetricsFile
+from callbacks.step_log import shown
 
 _SECONDS_BETWEEN_LINES = 15.0
 _SMOOTHING_STEPS = 50

@@ -8,8 +8,9 @@ from composer.core import State
 from composer.loggers import Logger
 from torch import Tensor
 
+import ranks
 from callbacks.clock import Clock, Window
-from callbacks.gauge import Gauge, over_ranks
+from callbacks.gauge import Gauge
 
 
 class StreamScores(Gauge):
@@ -69,7 +70,7 @@ class StreamScores(Gauge):
         self._reduced, self._local = torch.tensor(state["sums"], dtype=torch.float64), None
 
     def _reduce(self) -> None:
-        self._reduced = self._reduced + over_ranks(self._zeros("cpu") if self._local is None else self._local)
+        self._reduced = self._reduced + ranks.over_ranks(self._zeros("cpu") if self._local is None else self._local)
         self._local = None
 
 

@@ -12,7 +12,7 @@ import psutil
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from callbacks.agree import of_all_ranks
+from ranks import of_all_ranks
 
 _LAST_WORDS = 5.0  # seconds that the other ranks have to print their stacks before this one's end brings them down
 _BLOCKED = 60.0  # seconds after which the interpreter itself counts as hung

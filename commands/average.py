@@ -18,15 +18,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 import flexbert
-from data.loader import tokenizer_folder
+from data.feed.loader import tokenizer_folder
 from flexbert import FlexBertConfig, build
 from flexbert.config import without_init
-from schema import ConfigError, RunError, parse_count
+from flexbert_core.schema import ConfigError, RunError, parse_count
+from recipe.config import RunConfig, read_recorded_config
+from recipe.origin import read_origin_record
+from recipe.phases import PhasePlan
 from training import report
-from training.checkpoint import checkpoint_name, list_checkpoints, verify_checkpoint
-from training.config import RunConfig, read_recorded_config
-from training.origin import read_origin_record
-from training.phases import PhasePlan
+from training.checkpoints.files import checkpoint_name, list_checkpoints, verify_checkpoint
 
 _WEIGHTS, _STATE = "model.safetensors", "state.json"
 

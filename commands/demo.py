@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from schema import plain_console
+from flexbert_core.schema import plain_console
 
 SENTENCES = (
     "Permission is hereby granted, free of charge, to any person obtaining a [MASK] of this software.",
@@ -24,13 +24,13 @@ def run_demo() -> None:
     start, console = time.monotonic(), plain_console()
     root = Path(__file__).parent.parent
     console.rule("1/3 prepare: text of this machine to token shards")
-    from data.preparation import load_prepare_config, prepare
+    from data.preparation.dataset import load_prepare_config, prepare
 
     prepare(load_prepare_config(root / "configs" / "data" / "demo.yaml", []))
 
     console.rule("2/3 train: python main.py train configs/demo.yaml")
+    from recipe.config import load_run_config
     from training import report
-    from training.config import load_run_config
     from training.trainer import train
 
     config = load_run_config(root / "configs" / "demo.yaml")

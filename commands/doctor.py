@@ -18,18 +18,18 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from data.loader import check_tokenizer, open_streams
-from data.shards import Stream
-from data.transfer import TransferError, is_url
+from commands.sizes import already_there, disk_need
+from data.feed.loader import check_tokenizer, open_streams
+from data.store.shards import Stream
+from data.store.transfer import TransferError, is_url
 from flexbert import FlexBertConfig
 from flexbert.parity import BACKENDS, disagreement
-from schema import ConfigError, RunError
+from flexbert_core.schema import ConfigError, RunError
+from recipe.config import RunConfig
+from recipe.phases import PhasePlan
 from training.branching import read_origin
-from training.checkpoint import list_checkpoints
-from training.config import RunConfig
-from training.phases import PhasePlan
-from training.remote_checkpoints import RemoteCheckpoints
-from training.sizes import already_there, disk_need
+from training.checkpoints.files import list_checkpoints
+from training.checkpoints.remote import RemoteCheckpoints
 from training.vocabulary import check_vocabulary
 
 ROOT = Path(__file__).parent.parent

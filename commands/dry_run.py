@@ -8,22 +8,22 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from data.loader import LoaderConfig, check_tokenizer, open_streams
-from data.mixture import MixtureOrder
-from data.shards import Stream
-from data.transfer import is_url
+from commands.sizes import disk_need
+from data.feed.loader import LoaderConfig, check_tokenizer, open_streams
+from data.feed.mixture import MixtureOrder
+from data.store.shards import Stream
+from data.store.transfer import is_url
 from flexbert.accounting import attention_weights_memory, flops_per_token, memory_estimate
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
+from recipe.config import PhaseConfig, RunConfig
+from recipe.phases import Phase, PhasePlan
+from recipe.slots import PARALLELISMS
+from training.begun import as_begun
 from training.branching import read_origin
-from training.checkpoint import list_checkpoints
-from training.config import PhaseConfig, RunConfig
+from training.checkpoints.files import list_checkpoints
 from training.folder import RunFolder
 from training.growing import check_source
-from training.parallelism import PARALLELISMS
-from training.phases import Phase, PhasePlan
-from training.recorded import as_begun
 from training.report import describe_model
-from training.sizes import disk_need
 from training.vocabulary import check_vocabulary
 
 

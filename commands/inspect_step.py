@@ -12,17 +12,17 @@ from rich.panel import Panel
 from rich.text import Text
 
 from callbacks.ledger import nearest_line
-from callbacks.lines import read_lines
-from data.batches import Assembler, join_pieces
-from data.lanes import Rows
-from data.loader import MixtureDataset, tokenizer_folder
-from data.masking import IGNORE, MaskingConfig
-from data.shards import Stream
+from callbacks.step_log import read_lines
+from data.feed.batches import Assembler, join_pieces
+from data.feed.lanes import Rows
+from data.feed.loader import MixtureDataset, tokenizer_folder
+from data.feed.masking import IGNORE, MaskingConfig
+from data.store.shards import Stream
 from data.tokenizer import corpus_tokenizer
-from schema import ConfigError
-from training.config import RunConfig
+from flexbert_core.schema import ConfigError
+from recipe.config import RunConfig
+from recipe.phases import PhasePlan
 from training.folder import RunFolder
-from training.phases import PhasePlan
 
 
 def inspect_step(path: Path, step: int, rows: int, as_json: bool, console: Console) -> None:

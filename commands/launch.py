@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from durable import write_file
-from schema import ConfigError, RunError, plain_console
-from training.config import RunConfig, load_run_config
-from training.dry_run import dry_run
+from commands.dry_run import dry_run
+from flexbert_core.durable import write_file
+from flexbert_core.schema import ConfigError, RunError, plain_console
+from recipe.config import RunConfig, load_run_config
+from recipe.phases import PhasePlan
 from training.effects import check_effects
-from training.phases import PhasePlan
 from training.signals import EXIT_PREEMPTED
 
 ROOT = Path(__file__).parent.parent

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from commands.schema import KINDS, MAY_CHANGE, Node, bare_names, presets, read_tree, slots, target
 from flexbert.config import FlexBertConfig
-from schema import ShownSlot
+from flexbert_core.schema import ShownSlot
 
 _INTRODUCTIONS = {
     "run": "What `main.py train` reads: `configs/*.yaml` and `configs/pretrain/`.",

@@ -14,17 +14,16 @@ YAML files are not always whole, so a definition comes in up to three forms:
 """
 
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from data.plan import PrepareConfig
+from data.preparation.config import PrepareConfig
 from flexbert.config import PRESETS, FlexBertConfig
-from schema import ConfigError, ShownSlot
-from training.config import RunConfig
+from flexbert_core.schema import ShownSlot
+from recipe.config import RunConfig
 
 # A new kind of file is one line here. Its JSON Schema is FOLDER/KIND.json, which the files name in their first line.
 KINDS: dict[str, type[BaseModel]] = {"run": RunConfig, "prepare": PrepareConfig, "model": FlexBertConfig}
@@ -36,29 +35,7 @@ MAY_CHANGE = "may_change"
 _INTERPOLATION = {"$ref": "#/$defs/interpolation"}
 
 
-def write_schema(markdown: bool, schemas: bool, output: Path | None) -> None:
-    """Print or write the Markdown page, or write the JSON Schemas. Raises ConfigError unless it is one of both."""
-    if markdown == schemas:
-        raise ConfigError("schema: give --markdown or --json" + (", not both" if markdown else ""))
-    if markdown:
-        from commands.reference import markdown as page
-
-        text = page()
-        if output is None:
-            sys.stdout.write(text)
-            return
-        files = {output: text}
-    else:
-        files = {(output or FOLDER) / f"{kind}.json": _lines(json_schema(kind)) for kind in KINDS}
-    for file, text in files.items():
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text)
-        except OSError as error:
-            raise ConfigError(f"--output: {error.filename or file}: {error.strerror}") from None
-
-
-def _lines(schema: Node) -> str:
+def as_lines(schema: Node) -> str:
     """As JSON with a line for each definition, so that a difference shows which one changed."""
     definitions = schema["$defs"].items()
     inner = ",\n".join(f"  {json.dumps(name)}: {json.dumps(each)}" for name, each in definitions)

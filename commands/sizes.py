@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexbert.accounting import count_parameters
-from training.config import RunConfig
-from training.phases import PhasePlan
+from recipe.config import RunConfig
+from recipe.phases import PhasePlan
 
 _NUMBER = 4  # bytes: everything is saved in float32, whatever the steps were computed in
 _MOMENTS = 2  # of a weight, in the optimizer's state; muon has one for matrices and takes less

@@ -13,13 +13,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from callbacks.lines import flat, shown
-from durable import holder
-from schema import RunError
-from training.checkpoint import list_checkpoints, tokens_of, verify_checkpoint
-from training.config import RunConfig
+from callbacks.step_log import flat, shown
+from flexbert_core.durable import holder
+from flexbert_core.schema import RunError
+from recipe.config import RunConfig
+from recipe.phases import PhasePlan
+from training.checkpoints.files import list_checkpoints, tokens_of, verify_checkpoint
 from training.folder import RunFolder
-from training.phases import PhasePlan
 
 _BLOCK = 1 << 16
 _LINES = 100  # of metrics.jsonl that are looked through for what other callbacks log

@@ -3,12 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data.loader import MixtureDataset, build_loader
-    from data.preparation import prepare
+    from data.feed.loader import MixtureDataset, build_loader
+    from data.preparation.dataset import prepare
 
 __all__ = ["MixtureDataset", "build_loader", "prepare"]
 
-_HOMES = {"MixtureDataset": "data.loader", "build_loader": "data.loader", "prepare": "data.preparation"}
+_HOMES = {
+    "MixtureDataset": "data.feed.loader",
+    "build_loader": "data.feed.loader",
+    "prepare": "data.preparation.dataset",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,12 +13,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from data.cache import CacheConfig
 from data.keyed import keyed_generator
-from data.shards import CHUNKS, MANIFEST, Stream, open_stream
+from data.store.cache import CacheConfig
+from data.store.manifest import CHUNKS, MANIFEST
+from data.store.shards import Stream, open_stream
+from data.store.transfer import is_url
 from data.tokenizer import corpus_tokenizer, tokenizer_facts
-from data.transfer import is_url
-from schema import ConfigError, RunError, plain_console
+from flexbert_core.schema import ConfigError, RunError, plain_console
 
 _BAR_COLUMNS = 40
 _SHOWN_TOKENS = 200
@@ -62,7 +63,7 @@ def _find_streams(path: Path) -> list[Path]:
 
 def _find_remote(url: str) -> list[str]:
     """The same behind a URL, as far as it can be listed."""
-    from data.remote import list_files
+    from data.store.remote import list_files
 
     url = url.rstrip("/")
     files = [name.split("/") for name in list_files(url, CacheConfig()) if name.count("/") <= 2]
@@ -210,7 +211,7 @@ def _tokenizer(stream: Stream) -> tuple[Path | None, str]:
 
 def _fetched(url: str) -> Path | None:
     """A local copy of a tokenizer's folder, None where there is none."""
-    from data.remote import TOKENIZER_FILES, RemoteFiles, fetch_tokenizer
+    from data.store.remote import TOKENIZER_FILES, RemoteFiles, fetch_tokenizer
 
     there = RemoteFiles(url, CacheConfig()).find(TOKENIZER_FILES[0]) is not None
     return fetch_tokenizer(url, CacheConfig()) if there else None

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from durable import new_folder
-from schema import Component, ConfigError, Count, Registry, RunError, Schema, UserPath
+from flexbert_core.durable import new_folder
+from flexbert_core.schema import Component, ConfigError, Count, Registry, RunError, Schema, UserPath
 
 TOKENIZERS = Registry("tokenizer")
 

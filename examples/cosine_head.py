@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flexbert import register
 from flexbert.heads import Head
 from flexbert.layers import Linear
-from schema import Component
+from flexbert_core.schema import Component
 
 if TYPE_CHECKING:
     from flexbert import FlexBertConfig

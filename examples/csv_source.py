@@ -7,9 +7,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from data.sources.base import SOURCES, DamagedError, Listing, Unit, file_unit, listing, read_bytes
-from data.sources.files import Fault, find_files
-from schema import Component, RunError, UserPath
+from data.preparation.sources.base import SOURCES, DamagedError, Listing, Unit, file_unit, listing, read_bytes
+from data.preparation.sources.files import Fault, find_files
+from flexbert_core.schema import Component, RunError, UserPath
 
 
 @SOURCES.register("csv")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flexbert import register
 from flexbert.losses import TokenScores
-from schema import Component
+from flexbert_core.schema import Component
 
 
 @register("loss", "focal")

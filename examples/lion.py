@@ -7,8 +7,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from schema import Component
-from training.optim import OPTIMIZERS, Decayed, parameter_groups
+from flexbert_core.schema import Component
+from training.optim.optimizers import OPTIMIZERS, Decayed, parameter_groups
 
 
 class _Lion(torch.optim.Optimizer):

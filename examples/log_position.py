@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from flexbert import register
 from flexbert.positions import Position
-from schema import Component
+from flexbert_core.schema import Component
 
 if TYPE_CHECKING:
     from flexbert import FlexBertConfig

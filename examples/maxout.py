@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from flexbert import register
 from flexbert.dropout import Dropout
 from flexbert.layers import Linear, OutputProjection
-from schema import Component
+from flexbert_core.schema import Component
 
 
 @register("mlp", "maxout")

@@ -7,7 +7,7 @@ from flexbert import register
 from flexbert.kernels.plan import AttentionPlan
 from flexbert.layers import Linear, OutputProjection
 from flexbert.positions import Positions
-from schema import Component
+from flexbert_core.schema import Component
 
 
 @register("attention", "mean")

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from flexbert import register
 from flexbert.init import Initializer
-from schema import Component
+from flexbert_core.schema import Component
 
 
 @register("init", "orthogonal")

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from training.schedules import SCHEDULES, ScheduleConfig
+from recipe.schedules import SCHEDULES, ScheduleConfig
 
 
 @SCHEDULES.register("power")

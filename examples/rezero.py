@@ -10,7 +10,7 @@ from flexbert import register
 from flexbert.kernels.plan import AttentionPlan
 from flexbert.positions import Positions
 from flexbert.registry import ATTENTIONS, MLPS
-from schema import Component
+from flexbert_core.schema import Component
 
 if TYPE_CHECKING:
     from flexbert import FlexBertConfig

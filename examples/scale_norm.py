@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from flexbert import register
-from schema import Component
+from flexbert_core.schema import Component
 
 
 @register("norm", "scale_norm")

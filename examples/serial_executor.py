@@ -5,8 +5,8 @@ from typing import Literal
 
 from datatrove.executor.local import LocalPipelineExecutor
 
-from data.executors.base import EXECUTORS, Executor, Stage, one_line
-from schema import Component, RunError
+from data.preparation.executors.base import EXECUTORS, Executor, Stage, one_line
+from flexbert_core.schema import Component, RunError
 
 
 @EXECUTORS.register("serial")

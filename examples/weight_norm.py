@@ -13,9 +13,9 @@ from composer.loggers import Logger
 from pydantic import Field
 from torch.distributed.tensor import DTensor
 
+from flexbert_core.schema import Component, Count
+from recipe.phases import PhasePlan
 from recipe.slots import CALLBACKS
-from schema import Component, Count
-from training.phases import PhasePlan
 
 
 @CALLBACKS.register("weight_norm")

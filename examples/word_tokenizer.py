@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from data.tokenizer import ROLES, TOKENIZERS, VOCAB_MULTIPLE
-from schema import Component, Count
+from flexbert_core.schema import Component, Count
 
 
 @TOKENIZERS.register("words")

@@ -23,7 +23,7 @@ from flexbert.registry import register, registered
 from flexbert.tasks import ClassificationOutput, FlexBertForSequenceClassification, FlexBertForTokenClassification
 
 if TYPE_CHECKING:
-    from flexbert.hf import from_hf, to_hf
+    from flexbert.hf.convert import from_hf, to_hf
 
 __all__ = [
     "ClassificationOutput",
@@ -44,7 +44,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # On demand: safetensors and transformers are needed at the border only.
     if name in ("from_hf", "to_hf"):
-        from flexbert import hf
+        from flexbert.hf import convert as hf
 
         return getattr(hf, name)
     raise AttributeError(f"module 'flexbert' has no attribute {name!r}")

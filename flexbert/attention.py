@@ -12,7 +12,7 @@ from flexbert.layers import Linear, OutputProjection, build_optional_norm
 from flexbert.positions import Positions
 from flexbert.registry import ATTENTIONS, NORMS, optional_slot
 from flexbert.rotary import Rotation, rotate
-from schema import MAY_CHANGE
+from flexbert_core.schema import MAY_CHANGE
 
 
 @ATTENTIONS.register("multihead")

@@ -14,7 +14,7 @@ from flexbert.kernels import AttentionPlan
 from flexbert.layers import add_residual, build_norm
 from flexbert.positions import Positions
 from flexbert.registry import ATTENTIONS, BLOCKS, MLPS
-from schema import Component
+from flexbert_core.schema import Component
 
 
 def _attention(model: FlexBertConfig, layer_index: int) -> nn.Module:

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from composing import load_node
 from flexbert.registry import (
     ATTENTIONS,
     BLOCKS,
@@ -20,7 +19,8 @@ from flexbert.registry import (
     ModelComponent,
     optional_slot,
 )
-from schema import Component, ConfigError, Schema, ShownSlot, did_you_mean, validate
+from flexbert_core.composing import load_node
+from flexbert_core.schema import Component, ConfigError, Schema, ShownSlot, did_you_mean, validate
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs" / "model"
 

@@ -9,7 +9,7 @@ from flexbert.config import FlexBertConfig
 from flexbert.dropout import Dropout
 from flexbert.layers import build_norm
 from flexbert.registry import EMBEDDINGS
-from schema import Component
+from flexbert_core.schema import Component
 
 
 @EMBEDDINGS.register("tokens")

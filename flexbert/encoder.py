@@ -15,7 +15,7 @@ from flexbert.layers import build_norm
 from flexbert.packed import check_packed, check_wanted, pad, round_up, unpad
 from flexbert.positions import RotaryPosition
 from flexbert.registry import BLOCKS, EMBEDDINGS, POSITIONS
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from flexbert.config import FlexBertConfig
 from flexbert.layers import Parts
 from flexbert.model import FlexBertForMaskedLM
 from flexbert.registry import INITS
-from schema import MAY_CHANGE, Component, ConfigError, UserPath
+from flexbert_core.schema import MAY_CHANGE, Component, ConfigError, UserPath
 
 log = logging.getLogger(__name__)
 

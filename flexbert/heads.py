@@ -14,7 +14,7 @@ from flexbert.config import FlexBertConfig, ModelComponent
 from flexbert.dropout import Dropout
 from flexbert.layers import Linear, build_norm
 from flexbert.registry import HEADS, Activation, build_activation
-from schema import Component
+from flexbert_core.schema import Component
 
 
 class Decoder(Linear):

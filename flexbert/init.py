@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flexbert.layers import OutputProjection
 from flexbert.registry import INITS
-from schema import Component
+from flexbert_core.schema import Component
 
 
 class Initializer:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flexbert.kernels import linear
 from flexbert.registry import NORMS
-from schema import Component
+from flexbert_core.schema import Component
 
 # How one axis of a weight divides: parts laid end to end, each of some shape. ((heads, head_dim),) * 3 is fused QKV. A
 # module says it of its outputs in `output_parts`, of its inputs in `input_parts`; without, an axis is one part.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexbert.kernels import factor, factor_, product, softmax_
 from flexbert.registry import LOSSES
-from schema import Component
+from flexbert_core.schema import Component
 
 # Logits alive at once. On CUDA large products matter more than memory; on the CPU more of them gain no time.
 _CHUNK_ELEMENTS = {"cuda": 2**26}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flexbert.dropout import Dropout
 from flexbert.layers import Linear, OutputProjection, build_optional_norm
 from flexbert.registry import MLPS, NORMS, Activation, build_activation, optional_slot
-from schema import Component
+from flexbert_core.schema import Component
 
 
 class _Config(Component):

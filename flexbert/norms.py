@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from flexbert.registry import NORMS
-from schema import Component
+from flexbert_core.schema import Component
 
 
 @NORMS.register("layernorm")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from flexbert.config import FlexBertConfig, ModelComponent
 from flexbert.registry import POSITIONS
 from flexbert.rotary import RotaryAngles, RotaryConfig, Rotation
-from schema import Component
+from flexbert_core.schema import Component
 
 
 class Positions(NamedTuple):

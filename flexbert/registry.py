@@ -24,7 +24,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer
 
-from schema import Component, ConfigError, Registry, Shown, ShownSlot, did_you_mean
+from flexbert_core.schema import Component, ConfigError, Registry, Shown, ShownSlot, did_you_mean
 
 T = TypeVar("T")
 
@@ -106,8 +106,8 @@ def optional_slot(registry: Registry) -> tuple[Any, ...]:
 def register(slot: str, name: str) -> Callable[[T], T]:
     """Class decorator: make a component known to YAML as `SLOT: NAME`. See the module's table for what a slot expects.
 
-    The class carries a `Config` derived from schema.Component, or from flexbert.config.ModelComponent for rules across
-    fields.
+    The class carries a `Config` derived from flexbert_core.schema.Component, or from flexbert.config.ModelComponent for
+    rules across fields.
     Raises ConfigError for an unknown slot, ValueError for a name that is taken or a Config that is none of these.
     """
     return _slot(slot).register(name)

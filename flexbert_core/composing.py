@@ -1,6 +1,6 @@
 """From YAML files, presets and overrides to one mapping of plain values.
 
-Shared by every room, like schema.py.
+Shared by every room, like flexbert_core/schema.py.
 """
 
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
-from schema import ConfigError, did_you_mean, expand_user
+from flexbert_core.schema import ConfigError, did_you_mean, expand_user
 
 # By dotted key, how a short form is written out in full.
 Spelled = Mapping[str, Callable[[Any], Any]]

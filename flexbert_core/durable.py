@@ -1,6 +1,6 @@
 """Writing that a crash cannot tear: a file or folder appears under its name whole and synced, or not at all.
 
-Shared by every room, like schema.py.
+Shared by every room, like flexbert_core/schema.py.
 """
 
 import fcntl
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from schema import RunError
+from flexbert_core.schema import RunError
 
 UNFINISHED = ".unfinished-"
 

@@ -176,7 +176,10 @@ class Registry:
             config = getattr(entry, "Config", None)
             if self.has_config and not (isinstance(config, type) and issubclass(config, Component)):
                 fault = "has no class Config" if config is None else "has a Config that is no Component"
-                raise ValueError(f"{self.slot_name} {name!r} {fault}: write `class Config(schema.Component):` in it")
+                raise ValueError(
+                    f"{self.slot_name} {name!r} {fault}: write `class Config(Component):` in it, with "
+                    "Component from flexbert_core.schema"
+                )
             self._entries[name] = entry
             return entry
 

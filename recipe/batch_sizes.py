@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
-from schema import Count, Schema
+from flexbert_core.schema import Count, Schema
 
 
 class BatchSizeWarmup(Schema):

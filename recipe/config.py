@@ -2,28 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from composing import load_node, merge
-from data.lanes import LongDocuments
-from data.loader import canonical_lanes
-from data.masking import MaskingConfig
-from data.mixture import DataConfig, StreamShare, check_one_rule, rule_of
-from data.transfer import is_url
+from data.feed.lanes import LongDocuments
+from data.feed.loader import canonical_lanes
+from data.feed.masking import MaskingConfig
+from data.feed.mixture import DataConfig, StreamShare, check_one_rule, rule_of
+from data.store.transfer import is_url
 from flexbert import FlexBertConfig
 from flexbert.config import load_preset, named_init
-from recipe.slots import ALGORITHMS, CALLBACKS, LOGGERS
-from schema import MAY_CHANGE, ConfigError, Count, Line, Schema, UserPath, did_you_mean, or_text, validate
-from training.batch_sizes import BatchSizeWarmup
-from training.imports import import_components
-from training.inheriting import inherit_masking
-from training.optim import OPTIMIZERS
-from training.origin import Origin, named_origin
-from training.parallelism import PARALLELISMS
-from training.recorded import as_recorded
-from training.schedules import SCHEDULES
+from flexbert_core.composing import load_node, merge
+from flexbert_core.schema import MAY_CHANGE, ConfigError, Count, Schema, UserPath, did_you_mean, or_text, validate
+from recipe.batch_sizes import BatchSizeWarmup
+from recipe.imports import import_components
+from recipe.inheriting import inherit_masking
+from recipe.origin import Origin, named_origin
+from recipe.recorded import as_recorded
+from recipe.schedules import SCHEDULES
+from recipe.sections import CheckpointConfig, EmaConfig, EvaluationConfig, TrainerConfig
+from recipe.slots import ALGORITHMS, CALLBACKS, LOGGERS, OPTIMIZERS
 
 
 class RopeTheta(Schema):
@@ -76,153 +75,6 @@ class PhaseConfig(Schema):
             )
         self.schedule.check(self.warmup)
         return self
-
-
-class SpikeGuardConfig(Schema):
-    """Rolls back when the loss jumps, and skips the steps that did it. `spike_guard: {}` switches it on."""
-
-    sigmas: float = Field(default=6.0, gt=0, description="standard deviations over the running mean (OLMo-core: 6)")
-    window: int = Field(default=128, ge=8, description="steps in mean and deviation; half of them must be there")
-    skip: int = Field(
-        default=16,
-        ge=1,
-        description="steps not trained on: the one that spiked and those before it (PaLM: 200 to 500, "
-        "arXiv 2204.02311, section 5.1)",
-    )
-
-    @model_validator(mode="after")
-    def _check_skip(self) -> "SpikeGuardConfig":
-        if self.skip > self.window // 2:
-            raise ValueError(f"skip of {self.skip} steps is over half the window of {self.window}: lower it")
-        return self
-
-
-def _parse_rows(value: Any) -> Any:
-    if value in (None, "auto") or (type(value) is int and value >= 1):
-        return value
-    raise ValueError(f"expected a number of rows, 1 or more, or auto, got {value!r}")
-
-
-_Rows = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"] | None, BeforeValidator(_parse_rows)]
-
-
-class TrainerConfig(Schema):
-    """How steps are computed; none of it changes what is trained on."""
-
-    precision: Literal["auto", "fp32", "amp_bf16"] = Field(default="auto", description="auto: bf16 on CUDA, else fp32")
-    parallelism: Annotated[Any, *PARALLELISMS.slot()] = Field(
-        default="ddp",
-        description="what each rank keeps of parameters and optimizer states: ddp all, fsdp2 its part",
-        json_schema_extra=MAY_CHANGE,
-    )
-    microbatch_size: _Rows = Field(
-        default=None,
-        description="rows per forward-backward on each rank; default: all of a step's; auto: on CUDA as many as fit, "
-        "found by halving when memory runs out, on the CPU all",
-        json_schema_extra=MAY_CHANGE,  # with attention.probs_dropout other masks are drawn, as with other ranks
-    )
-    compile: bool = Field(
-        default=False,
-        description="torch.compile each block; for CUDA: on the CPU it gains a few percent at most",
-        json_schema_extra=MAY_CHANGE,
-    )
-    activation_checkpointing: int = Field(
-        default=0,
-        ge=0,
-        description="every n-th block is computed again in backward, to save memory; 0: none is",
-        json_schema_extra=MAY_CHANGE,
-    )
-    gradient_clip_norm: float | None = Field(default=None, gt=0, description="global norm (ModernBERT: none)")
-    log_interval: int = Field(
-        default=10,
-        ge=1,
-        description="steps between lines of metrics.jsonl and the loggers",
-        json_schema_extra=MAY_CHANGE,
-    )
-    max_bad_steps: int = Field(
-        default=10,
-        ge=1,
-        description="steps in a row with a loss or gradient not finite (none applied) that end the run",
-        json_schema_extra=MAY_CHANGE,
-    )
-    spike_guard: SpikeGuardConfig | None = Field(
-        default=None,
-        description="absent: off; {}: on, with its defaults",
-        json_schema_extra=MAY_CHANGE,  # what it skipped is in the ledger, whatever it says now
-    )
-    hang_timeout: float = Field(
-        default=1800.0,
-        gt=0,
-        description="seconds without a step (evaluation, save and export in it) that end the run",
-        json_schema_extra=MAY_CHANGE,
-    )
-    peak_flops: float | None = Field(
-        default=None,
-        gt=0,
-        description="FLOP/s that one device can do at best, for mfu; default: flexbert.peaks by its name",
-        json_schema_extra=MAY_CHANGE,
-    )
-    price_per_hour: float | None = Field(
-        default=None,
-        ge=0,
-        description="of all machines together, in any currency: logs the cost so far and to the end",
-        json_schema_extra=MAY_CHANGE,
-    )
-
-
-def _writable(url: str) -> str:
-    if not is_url(url) or url.startswith(("http://", "https://")):
-        raise ValueError(f"expected a URL that can be written to, such as s3://bucket/path, got {url!r}")
-    return url
-
-
-class CheckpointConfig(Schema):
-    """When the state is saved. Milestones, one at the end of each phase, are kept for ever and exported."""
-
-    interval: Count = Field(default=1_000_000_000, gt=0, description="tokens between checkpoints")
-    keep: int = Field(default=2, ge=1, description="newest checkpoints kept besides those kept for ever")
-    keep_every: Count | None = Field(default=None, gt=0, description="tokens between checkpoints kept for ever")
-    keep_best: int = Field(
-        default=0, ge=0, description="of the lowest validation loss, kept too; over 0: every evaluation is saved"
-    )
-    max_failures: int = Field(
-        default=3, ge=1, description="writes in a row that fail and end the run; before, training goes on without"
-    )
-    remote: Annotated[Line, AfterValidator(_writable)] | None = Field(
-        default=None,
-        description="URL (s3://bucket/path, or of fsspec) where each checkpoint is copied, to URL/NAME; a run folder "
-        "without one that is whole and as new fetches the newest",
-    )
-
-
-class EvaluationConfig(Schema):
-    """Held-out loss and masked accuracy, per stream and over all, always on the same rows and masks."""
-
-    interval: Count | None = Field(
-        default=None, gt=0, description="tokens; absent: at milestones only", json_schema_extra=MAY_CHANGE
-    )
-    max_seq_len: int | None = Field(default=None, ge=8, description="slots per row; default: the first phase's")
-    max_rows: int | None = Field(default=None, ge=1, description="rows per stream at most; default: all")
-    batch_size: int = Field(default=16, ge=1, description="rows per forward on each rank", json_schema_extra=MAY_CHANGE)
-    masking: MaskingConfig = Field(default=MaskingConfig(rate=0.15), description="BERT's rate, whatever training uses")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _inherit_rate(cls, node: Any) -> Any:
-        default = {"rate": cls.model_fields["masking"].default.rate}
-        if isinstance(node, dict) and isinstance(node.get("masking"), dict):
-            return {**node, "masking": default | node["masking"]}
-        return node
-
-
-class EmaConfig(Schema):
-    """An exponential moving average of the weights, on when the run file has this section.
-
-    It is saved, evaluated (validation_ema) and exported (exports/tokens-N-ema) beside the weights, and moves nothing.
-    """
-
-    decay: float = Field(gt=0, lt=1, description="share of itself that the average keeps at an update, such as 0.999")
-    every: Count | None = Field(default=None, gt=0, description="tokens between updates; absent: after each step")
 
 
 def _local(folder: str) -> str:

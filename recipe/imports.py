@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from schema import ConfigError, expand_user
+from flexbert_core.schema import ConfigError, expand_user
 
 
 def import_components(node: dict[str, Any], config: Path) -> dict[str, Any]:

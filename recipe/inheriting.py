@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from data.masking import MaskingConfig
+from data.feed.masking import MaskingConfig
 
 
 def inherit_masking(node: dict[str, Any]) -> Any:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from schema import MAY_CHANGE, RunError, Schema, UserPath
+from flexbert_core.schema import MAY_CHANGE, RunError, Schema, UserPath
 
 
 class Origin(Schema):

@@ -4,13 +4,13 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
-from data.lanes import LongDocuments
-from data.loader import LoaderConfig, LoaderPhase
-from data.masking import MaskingConfig
-from data.mixture import StreamShare
-from training.batch_sizes import runs_of_steps
-from training.config import RunConfig
-from training.schedules import SCHEDULES, Schedule
+from data.feed.lanes import LongDocuments
+from data.feed.loader import LoaderConfig, LoaderPhase
+from data.feed.masking import MaskingConfig
+from data.feed.mixture import StreamShare
+from recipe.batch_sizes import runs_of_steps
+from recipe.config import RunConfig
+from recipe.schedules import SCHEDULES, Schedule
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Literal, Protocol
 
 from pydantic import Field
 
-from schema import Component, Registry
+from flexbert_core.schema import Component, Registry
 
 SCHEDULES = Registry("schedule")
 

@@ -2,18 +2,24 @@
 
 | slot | entry | constructed with |
 |---|---|---|
+| optimizer | a function or class that gives a torch.optim.Optimizer | model, lr |
+| parallelism | training.parallelism.Parallelism: what each rank keeps | world_size |
 | callbacks | composer.core.Callback: watches a run | plan, folder |
 | algorithms | composer.core.Algorithm: changes how a run trains | plan, folder |
 | loggers | composer.loggers.LoggerDestination: where metrics go | name, run, folder |
 
-plan: the run's PhasePlan. folder: runs/NAME, for files of its own. name: of the run. run: its resolved config, as plain
-values.
-A class with a nested `Config` (schema.Component) and the decorator `@CALLBACKS.register("name")` is an entry; so is a
-function with an attribute `Config`. It may stand in any file that the run file `imports`.
+model: the FlexBertForMaskedLM. lr: peak learning rate. plan: the run's PhasePlan. folder: runs/NAME, for files of its
+own. name: of the run. run: its resolved config, as plain values.
+A class with a nested `Config` (flexbert_core.schema.Component) and the decorator `@CALLBACKS.register("name")` is an
+entry; so is a function with an attribute `Config`. It may stand in any file that the run file `imports`.
 """
 
-from schema import Registry
+from flexbert_core.schema import Registry
 
+OPTIMIZERS = Registry("optimizer", filled_by="training.optim.optimizers")
+"""An entry with `works_on_shards = True` makes right steps where a rank holds a part of each tensor; under
+trainer.parallelism fsdp2 others are refused."""
+PARALLELISMS = Registry("parallelism", filled_by="training.parallelism")
 CALLBACKS = Registry("callbacks", filled_by="callbacks.entries")
 ALGORITHMS = Registry("algorithms", filled_by="callbacks.entries")
 LOGGERS = Registry("loggers", filled_by="callbacks.entries")

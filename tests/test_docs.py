@@ -12,21 +12,20 @@ import torch
 from omegaconf import OmegaConf
 
 from commands.reference import markdown
-from data.executors import EXECUTORS
-from data.filters import FILTERS
-from data.plan import load_prepare_config
-from data.sources import SOURCES
+from data.preparation.config import load_prepare_config
+from data.preparation.executors import EXECUTORS
+from data.preparation.filters import FILTERS
+from data.preparation.sources import SOURCES
 from data.tokenizer import TOKENIZERS
 from flexbert import FlexBertConfig
 from flexbert.accounting import count_parameters
 from flexbert.config import PRESETS
-from flexbert.hf import _hf_config
+from flexbert.hf.convert import _hf_config
 from flexbert.registry import SLOTS
-from schema import Registry
-from training.config import load_run_config
-from training.optim import OPTIMIZERS
-from training.parallelism import PARALLELISMS
-from training.schedules import SCHEDULES
+from flexbert_core.schema import Registry
+from recipe.config import load_run_config
+from recipe.schedules import SCHEDULES
+from recipe.slots import OPTIMIZERS, PARALLELISMS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]

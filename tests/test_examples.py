@@ -21,17 +21,17 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.plan import load_prepare_config
+from data.preparation.config import load_prepare_config
 from flexbert import FlexBertConfig, build
 from flexbert.registry import SLOTS
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
+from recipe.config import load_run_config
+from recipe.schedules import SCHEDULES
+from recipe.slots import OPTIMIZERS
 from tests.training.conftest import ranks, tiny_data
 from tests.training.ranks import Ranks
 from tests.training.runs import environment
 from tests.training.tiny import ROW, ROWS, write_config
-from training.config import load_run_config
-from training.optim import OPTIMIZERS
-from training.schedules import SCHEDULES
 
 __all__ = ["ranks", "tiny_data"]  # fixtures
 

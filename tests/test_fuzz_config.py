@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fuzz_config import fuzz, run_files
-from composing import load_node
-from schema import ConfigError, validate
-from training.config import RunConfig, expand_preset, load_run_config
+from flexbert_core.composing import load_node
+from flexbert_core.schema import ConfigError, validate
+from recipe.config import RunConfig, expand_preset, load_run_config
 
 
 def test_broken_run_files_are_refused_with_one_line() -> None:

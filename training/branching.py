@@ -13,19 +13,19 @@ from typing import Any
 
 import torch
 import xxhash
-from composer.utils import dist
 from torch import Tensor, nn
 
+import ranks
 from callbacks.ema import WeightAverage
-from data.loader import Loader, tokenizer_folder
+from data.feed.loader import Loader, tokenizer_folder
 from data.tokenizer import corpus_tokenizer
 from flexbert import FlexBertConfig, FlexBertForMaskedLM, from_hf
-from schema import ConfigError, RunError, did_you_mean
-from training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, restore
-from training.config import RunConfig, read_recorded_config
+from flexbert_core.schema import ConfigError, RunError, did_you_mean
+from recipe.config import RunConfig, read_recorded_config
+from recipe.phases import PhasePlan
+from training.checkpoints.files import Checkpoint, load_checkpoint, newest_checkpoint, restore
+from training.checkpoints.sharded import load_weights
 from training.ema import restore_average
-from training.phases import PhasePlan
-from training.shards import load_weights
 from training.vocabulary import with_rows
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class Start:
             load_weights(model, self.weights)
             return
         goes_on = ema is not None and restore_average(self.checkpoint, model, ema)
-        if goes_on != (ema is not None or bool(self.checkpoint.ema)) and dist.get_global_rank() == 0:
+        if goes_on != (ema is not None or bool(self.checkpoint.ema)) and ranks.rank() == 0:
             what = "has no moving average of the weights: this one's begins anew"
             if ema is None:
                 what = "has a moving average of the weights, which is left out: this run has no `ema`"
@@ -166,7 +166,7 @@ def _read_run(config: RunConfig, folder: Path) -> Start:
             f"optimizer: {config.optimizer.name!r} here, {parent.optimizer.name!r} in the state of {path}: give "
             "that, or say `from: {checkpoint: ..., weights_only: true}`"
         )
-    if weights_only and checkpoint.ema and config.ema is not None and dist.get_global_rank() == 0:
+    if weights_only and checkpoint.ema and config.ema is not None and ranks.rank() == 0:
         log.warning("from: %s: with weights_only the moving average of the weights begins anew", path)
     before = state.get("origin") or {"steps": 0, "tokens": 0}
     record = {

@@ -7,7 +7,7 @@ import torch
 from composer.models import ComposerModel
 from torch import Tensor
 
-from data.batches import Batch
+from data.feed.batches import Batch
 from flexbert import FlexBertForMaskedLM
 from flexbert.dropout import TokenKeys, keyed_dropout
 from training.parallelism import Parallelism

@@ -4,10 +4,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from callbacks.lines import read_lines
-from schema import ConfigError
+from callbacks.step_log import read_lines
+from flexbert_core.schema import ConfigError
+from recipe.phases import PhasePlan
 from training.folder import RunFolder
-from training.phases import PhasePlan
 
 log = logging.getLogger(__name__)
 _PANELS = ("loss\n(nats per masked token)", "learning rate", "rows per step", "RoPE theta", "slots per row")

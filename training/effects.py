@@ -3,9 +3,9 @@
 import logging
 import os
 
-from schema import ConfigError
-from training.config import RunConfig
-from training.phases import PhasePlan
+from flexbert_core.schema import ConfigError
+from recipe.config import RunConfig
+from recipe.phases import PhasePlan
 
 log = logging.getLogger(__name__)
 

@@ -3,8 +3,8 @@
 from torch import nn
 
 from callbacks.ema import WeightAverage
-from training.checkpoint import Checkpoint
-from training.shards import cut_like
+from training.checkpoints.files import Checkpoint
+from training.checkpoints.sharded import cut_like
 
 
 def restore_average(checkpoint: Checkpoint, model: nn.Module, ema: WeightAverage) -> bool:

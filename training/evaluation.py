@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer.utils import dist
 
-from data.batches import Batch
-from data.held_out import validation_batches
+import ranks
+from data.feed.batches import Batch
+from data.feed.held_out import validation_batches
+from data.feed.loader import open_streams
+from data.feed.masking import IGNORE
+from data.feed.mixture import DataConfig, stream_weights
 from data.keyed import torch_seed
-from data.loader import open_streams
-from data.masking import IGNORE
-from data.mixture import DataConfig, stream_weights
-from data.shards import Stream
+from data.store.shards import Stream
 from flexbert import FlexBertForMaskedLM
-from schema import ConfigError, RunError
-from training.config import EvaluationConfig
+from flexbert_core.schema import ConfigError, RunError
+from recipe.sections import EvaluationConfig
 
 log = logging.getLogger(__name__)
 _FIX = (
@@ -77,7 +77,7 @@ class Evaluator:
         streams, total = {}, torch.zeros(4, dtype=torch.float64)
         for name in self.streams:
             sums = torch.zeros(5, dtype=torch.float64)  # loss, correct, masked, unigram hits of stream and of mixture
-            for batch in self._batches(name, dist.get_global_rank(), dist.get_world_size()):
+            for batch in self._batches(name, ranks.rank(), ranks.world_size()):
                 loss, correct, masked = model.evaluate(
                     batch["input_ids"].to(device),
                     batch["cu_seqlens"].to(device),
@@ -87,9 +87,7 @@ class Evaluator:
                 labels = batch["labels"][batch["labels"] != IGNORE]
                 hits = [(labels == token).sum() for token in (self.frequent[name], self.frequent_overall)]
                 sums += torch.tensor([float(value) for value in (loss, correct, masked, *hits)], dtype=torch.float64)
-            sums = sums.to(device)  # NCCL reduces nothing else
-            dist.all_reduce(sums, "SUM")
-            sums = sums.cpu()
+            sums = ranks.over_ranks(sums)
             streams[name] = _means(sums[:4])
             total += sums[[0, 1, 2, 4]]
         model.train(was_training)
@@ -101,7 +99,7 @@ class Evaluator:
     def _say_unmasked(self, names: list[str]) -> None:
         """Once for each stream."""
         for name in names:
-            if name not in self._unmasked and dist.get_global_rank() == 0:
+            if name not in self._unmasked and ranks.rank() == 0:
                 log.warning("evaluation: no token of stream %s is masked, so it has no loss: %s", name, _FIX)
         self._unmasked.update(names)
 

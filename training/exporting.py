@@ -3,22 +3,20 @@
 import logging
 from pathlib import Path
 
-from composer.utils import dist
-
 import flexbert
-from callbacks.agree import from_rank_0
+import ranks
 from callbacks.ema import WeightAverage
 from callbacks.metrics_file import MetricsFile
-from data.loader import tokenizer_folder
-from flexbert.hf import check_exportable
+from data.feed.loader import tokenizer_folder
+from flexbert.hf.convert import check_exportable
 from flexbert.model import FlexBertForMaskedLM
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
+from recipe.config import RunConfig
+from recipe.origin import read_origin_record
+from recipe.phases import PhasePlan
 from training import report
-from training.checkpoint import checkpoint_name
-from training.config import RunConfig
-from training.origin import read_origin_record
-from training.phases import PhasePlan
-from training.shards import whole_model
+from training.checkpoints.files import checkpoint_name
+from training.checkpoints.sharded import whole_model
 
 log = logging.getLogger(__name__)
 
@@ -53,18 +51,18 @@ class Exporter:
                 self._write(step, self.path(step, "-ema"), "validation_ema", note)
 
     def _write(self, step: int, path: Path, evaluation: str, note: str | None) -> None:
-        if from_rank_0(path.exists()):
+        if ranks.from_rank_0(path.exists()):
             return
         try:
             check_exportable(self.config.model)
         except ConfigError as error:  # a component of `imports`; the checkpoint has the weights
-            if dist.get_global_rank() == 0:
+            if ranks.rank() == 0:
                 log.warning("no export of step %d: %s", step, error)
             return
-        model = whole_model(self.model, dist.get_global_rank() == 0)
+        model = whole_model(self.model, ranks.rank() == 0)
         if model is not None:
             facts = self.metrics.evaluation_at(step, evaluation)
             origin = read_origin_record(self.folder.parent)
             card = report.model_card(self.config, self.plan, self.plan.tokens_before(step), facts, note, origin)
             flexbert.to_hf(model, tokenizer_folder(self.config.data), path, card=card)
-        dist.barrier()
+        ranks.barrier()

@@ -6,21 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from composer.core import State
-from composer.utils import dist
 from torch.nn.parallel import DistributedDataParallel
 
-from callbacks.agree import from_rank_0, on_any_rank
+import ranks
 from callbacks.culprit import name_culprit
 from callbacks.guards import Spike, SpikeDetector, StepGuard
 from callbacks.ledger import Ledger, first_and_last, knows_rollbacks
-from data.batches import Batch
-from durable import remove_folder
-from schema import RunError
+from data.feed.batches import Batch
+from flexbert_core.durable import remove_folder
+from flexbert_core.schema import RunError
+from recipe.config import RunConfig
+from recipe.phases import PhasePlan
 from training import signals
-from training.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint, tokens_of
-from training.config import RunConfig
-from training.phases import PhasePlan
-from training.saving import Saver
+from training.checkpoints.files import Checkpoint, list_checkpoints, newest_checkpoint, tokens_of
+from training.checkpoints.saver import Saver
 
 COLLECTIVE_MARGIN = 60.0  # seconds by which a collective waits longer than the watchdog, which says more
 
@@ -49,7 +48,7 @@ class Faults:
     def checkpoint(self) -> Checkpoint | None:
         """The newest whole one of this run's history: one that knows nothing of a rollback to before it is of a
         history that was given up. Learns from the ledger what to skip. A collective."""
-        self.guard.skipped = skipped = from_rank_0(self.ledger.skips())
+        self.guard.skipped = skipped = ranks.from_rank_0(self.ledger.skips())
         return newest_checkpoint(self.saver.folder, lambda state: knows_rollbacks(state, skipped))
 
     def state_dict(self) -> dict[str, Any]:
@@ -61,7 +60,7 @@ class Faults:
 
     def check_start(self) -> None:
         """Raises SystemExit(EXIT_PREEMPTED) when a rank was asked to stop before the first step. A collective."""
-        if on_any_rank(signals.received()):
+        if ranks.on_any_rank(signals.received()):
             raise SystemExit(signals.EXIT_PREEMPTED)
 
     def check_predicted(self, step: int) -> None:
@@ -78,7 +77,7 @@ class Faults:
         collective."""
         spike = self.guard.spike
         self.rolled_back = spike is not None and self._roll_back(spike)
-        self.preempted = not self.rolled_back and on_any_rank(signals.received())
+        self.preempted = not self.rolled_back and ranks.on_any_rank(signals.received())
         if self.preempted:
             save(step)
         return self.rolled_back or self.preempted
@@ -93,7 +92,7 @@ class Faults:
         skip = range(spike.step - self.options.skip + 1, spike.step + 1)
         limit = self.plan.tokens_before(skip.start - 1)
         before = [path for path in list_checkpoints(self.saver.folder) if tokens_of(path) <= limit]
-        target = from_rank_0(before[-1].name if before else None)
+        target = ranks.from_rank_0(before[-1].name if before else None)
         what = f"LOSS SPIKE in step {spike.step}: {spike.loss:.4f}, mean {spike.mean:.4f}, sigma {spike.sigma:.4f}"
         if any(steps.stop + self.options.window > spike.step for steps in self.guard.skipped):
             self.say(f"{what}; steps just before were skipped already, so it is not their rows: training goes on")
@@ -101,13 +100,13 @@ class Faults:
             self.say(f"{what}; no checkpoint is older than the {len(skip)} steps to skip: training goes on")
         else:
             self.say(f"{what}; back to {target}, and steps {skip.start} to {spike.step} are skipped")
-            if dist.get_global_rank() == 0:
+            if ranks.rank() == 0:
                 step = bisect_left(range(self.plan.total_steps), tokens_of(Path(target)), key=self.plan.tokens_before)
                 self.ledger.write_skip(step, skip, spike._asdict())
                 for path in list_checkpoints(self.saver.folder):
                     if tokens_of(path) > limit:
                         remove_folder(path)
-            dist.barrier()
+            ranks.barrier()
             return True
         return False
 

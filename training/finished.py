@@ -6,11 +6,11 @@ from typing import Any
 
 from rich.console import Console
 
-from training.checkpoint import list_checkpoints
-from training.config import RunConfig
+from recipe.config import RunConfig
+from recipe.phases import PhasePlan
+from training.checkpoints.files import list_checkpoints
+from training.checkpoints.remote import RemoteCheckpoints
 from training.folder import RunFolder
-from training.phases import PhasePlan
-from training.remote_checkpoints import RemoteCheckpoints
 
 log = logging.getLogger(__name__)
 

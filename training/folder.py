@@ -13,11 +13,11 @@ from typing import Any, TextIO
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
-from durable import lock, remove_unfinished, write_file
-from schema import MAY_CHANGE, ConfigError
-from training.checkpoint import list_checkpoints
-from training.config import RunConfig, read_recorded_config
-from training.phases import PhasePlan
+from flexbert_core.durable import lock, remove_unfinished, write_file
+from flexbert_core.schema import MAY_CHANGE, ConfigError
+from recipe.config import RunConfig, read_recorded_config
+from recipe.phases import PhasePlan
+from training.checkpoints.files import list_checkpoints
 
 log = logging.getLogger(__name__)
 _PACKAGES = (

@@ -18,8 +18,8 @@ from callbacks.streams import StreamScores
 from flexbert import FlexBertForMaskedLM
 from flexbert.accounting import batch_flops
 from flexbert.peaks import peak_flops
-from training.config import RunConfig
-from training.phases import PhasePlan
+from recipe.config import RunConfig
+from recipe.phases import PhasePlan
 
 
 def build_gauges(

@@ -10,14 +10,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from composing import load_node
 from flexbert import FlexBertConfig, FlexBertForMaskedLM, build, from_hf
 from flexbert.config import without_init
 from flexbert.growing import Grow
-from schema import ConfigError, named, validate
-from training.config import RunConfig, read_recorded_config
-from training.phases import PhasePlan
-from training.shards import load_weights, unshared
+from flexbert_core.composing import load_node
+from flexbert_core.schema import ConfigError, named, validate
+from recipe.config import RunConfig, read_recorded_config
+from recipe.phases import PhasePlan
+from training.checkpoints.sharded import load_weights, unshared
 
 
 def check_source(config: FlexBertConfig) -> None:

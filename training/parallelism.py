@@ -5,14 +5,13 @@ the losses are the same to rounding.
 from typing import Any, Protocol
 
 import torch
-import torch.distributed
 from pydantic import Field
 from torch import Tensor
 
 from flexbert import FlexBertForMaskedLM
-from schema import Component, Registry
-
-PARALLELISMS = Registry("parallelism")
+from flexbert_core.schema import Component
+from ranks import average_of_ones
+from recipe.slots import PARALLELISMS
 
 
 class Parallelism(Protocol):
@@ -77,7 +76,7 @@ class FullySharded:
             return {}
         from composer.utils.parallelism import FSDP2Config
 
-        self._excess = _average_of_ones(next(model.parameters()).device)
+        self._excess = average_of_ones(next(model.parameters()).device)
         # Composer asks its model's child which modules become units of their own. The rest, with the token table that
         # embedding and decoder share, is one more.
         blocks = set(model.encoder.layers)
@@ -92,15 +91,6 @@ class FullySharded:
 
     def correct(self, loss: Tensor) -> Tensor:
         return loss if self._excess == 1 else _DivideGradient.apply(loss, self._excess)  # pyright: ignore[reportReturnType]
-
-
-def _average_of_ones(device: torch.device) -> float:
-    """What the backend makes of ones when asked to scatter their average, as fully_shard does with gradients: 1, but
-    the number of ranks in the gloo of torch 2.7, which sums without a word. A collective."""
-    ones = torch.ones(torch.distributed.get_world_size(), device=device)
-    average = torch.empty(1, device=device)
-    torch.distributed.reduce_scatter_tensor(average, ones, torch.distributed.ReduceOp.AVG)
-    return average.item()
 
 
 class _DivideGradient(torch.autograd.Function):

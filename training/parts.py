@@ -12,10 +12,10 @@ from composer.core import Algorithm, Callback, Time
 from composer.loggers import LoggerDestination
 from torch import Tensor
 
+from flexbert_core.schema import Component, ConfigError, Registry, RunError
+from recipe.config import RunConfig
+from recipe.phases import PhasePlan
 from recipe.slots import ALGORITHMS, CALLBACKS, LOGGERS
-from schema import Component, ConfigError, Registry, RunError
-from training.config import RunConfig
-from training.phases import PhasePlan
 
 
 class Parts:

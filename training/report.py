@@ -6,13 +6,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from callbacks.lines import shown
-from data.loader import tokenizer_folder
+from callbacks.step_log import shown
+from data.feed.loader import tokenizer_folder
 from flexbert.accounting import count_parameters
-from flexbert.hf import carries_code, check_exportable
-from schema import ConfigError
-from training.config import RunConfig
-from training.phases import PhasePlan
+from flexbert.hf.convert import carries_code, check_exportable
+from flexbert_core.schema import ConfigError
+from recipe.config import RunConfig
+from recipe.phases import PhasePlan
 
 
 def describe_model(config: RunConfig) -> str:

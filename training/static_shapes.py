@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from data.batches import Batch
-from data.masking import IGNORE
+from data.feed.batches import Batch
+from data.feed.masking import IGNORE
 
 
 def fill_slots(batch: Batch) -> Batch:

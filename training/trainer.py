@@ -14,28 +14,35 @@ from composer.trainer import Trainer
 from composer.utils import dist
 from rich.console import Console
 
+import ranks
 from callbacks.clock import Clock
 from callbacks.ema import WeightAverage
 from callbacks.ledger import Ledger
-from callbacks.lines import flat, read_lines, shown
 from callbacks.metrics_file import MetricsFile
 from callbacks.milestones import BetweenSteps
 from callbacks.progress import ProgressLine
 from callbacks.schedule import StepSchedule
+from callbacks.step_log import flat, read_lines, shown
 from callbacks.watchdog import Watchdog
+from data.feed.loader import Loader, build_loader
+from data.feed.workers import worker_death
 from data.keyed import torch_seed
-from data.loader import Loader, build_loader
-from data.workers import worker_death
-from durable import write_file
 from flexbert import build
 from flexbert.config import without_init
-from schema import ConfigError, RunError
+from flexbert_core.durable import write_file
+from flexbert_core.schema import ConfigError, RunError
+from recipe.config import RunConfig
+from recipe.phases import PhasePlan
+from recipe.slots import OPTIMIZERS
 from training import report, signals
 from training.allocator import keep_freed_memory
+from training.begun import as_begun
 from training.branching import read_origin
-from training.checkpoint import checkpoint_name, list_checkpoints, restore, take_snapshot
-from training.composed import MaskedLanguageModel, Microbatch, count_tokens, split_batch
-from training.config import RunConfig
+from training.checkpoints.files import checkpoint_name, list_checkpoints, restore, take_snapshot
+from training.checkpoints.remote import RemoteCheckpoints, fetch_newest
+from training.checkpoints.saver import Saver
+from training.checkpoints.sharded import reshard
+from training.composer_model import MaskedLanguageModel, Microbatch, count_tokens, split_batch
 from training.curves import draw_curves
 from training.ema import restore_average
 from training.evaluation import Evaluator
@@ -45,14 +52,8 @@ from training.finished import export_gone, settle_finished
 from training.folder import RunFolder
 from training.gauges import build_gauges
 from training.growing import read_source
-from training.optim import OPTIMIZERS
 from training.parallelism import PARALLELISMS, Parallelism
 from training.parts import Parts, pack, unpack
-from training.phases import PhasePlan
-from training.recorded import as_begun
-from training.remote_checkpoints import RemoteCheckpoints, fetch_newest
-from training.saving import Saver
-from training.shards import reshard
 from training.vocabulary import check_vocabulary
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class Run:
         self.config, self.console, self.watchdog = config, console, watchdog
         self.plan = PhasePlan(config)
         self.folder = RunFolder(config.folder)
-        self.rank, self.world_size = dist.get_global_rank(), dist.get_world_size()
+        self.rank, self.world_size = ranks.rank(), ranks.world_size()
         self.loader: Loader = build_loader(self.plan.loader_config(config), self.rank, self.world_size)
         train_streams = self.loader.dataset.streams
         manifest = train_streams[0].manifest
@@ -126,7 +127,7 @@ class Run:
         """Take the run folder and build Composer's trainer: nothing was written before this. A collective."""
         if self.rank == 0:
             self.folder.open(self.config)
-        dist.barrier()
+        ranks.barrier()
         self._trainer = self._build_trainer()
 
     def close(self) -> None:
@@ -461,7 +462,7 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
     Raises ConfigError before anything is written when config and data do not fit; RunError for damage met on the way.
     """
     folder = RunFolder(config.folder)
-    rank = dist.get_global_rank()
+    rank = ranks.rank()
     quiet_libraries()
     keep_freed_memory()
     config = as_begun(config, folder)

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.loader import tokenizer_folder
-from data.shards import Stream
+from data.feed.loader import tokenizer_folder
+from data.store.shards import Stream
 from data.tokenizer import VOCAB_MULTIPLE, corpus_tokenizer
-from schema import ConfigError
-from training.config import RunConfig
+from flexbert_core.schema import ConfigError
+from recipe.config import RunConfig
 
 _SPARE = 20.0  # under the lowest decoder bias: e^-20 of the softmax, and no cliff where label smoothing looks at it
 _TABLES, _BIAS = ("encoder.embedding.tokens.weight", "head.output.weight"), "head.decoder_bias"

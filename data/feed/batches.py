@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.lanes import RowKey, Rows
-from data.masking import IGNORE, Masker, MaskingConfig, RowNames, Targets
-from data.order import DocumentList
-from data.packing import SPECIAL_TOKENS_PER_SEQUENCE, Spans
-from data.shards import Stream
+from data.feed.lanes import RowKey, Rows
+from data.feed.masking import IGNORE, Masker, MaskingConfig, RowNames, Targets
+from data.feed.order import DocumentList
+from data.feed.packing import SPECIAL_TOKENS_PER_SEQUENCE, Spans
+from data.store.shards import Stream
 
 Batch = dict[str, Any]
 """input_ids, labels (total_tokens,) int64; cu_seqlens (documents + 1,) int32; max_seqlen int; sequences: documents of

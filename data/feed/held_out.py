@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data.batches import Assembler, Batch
+from data.feed.batches import Assembler, Batch
+from data.feed.lanes import RowKey, Rows
+from data.feed.masking import MaskingConfig
+from data.feed.order import DocumentList
+from data.feed.packing import Spans, pack
 from data.keyed import keyed_generator
-from data.lanes import RowKey, Rows
-from data.masking import MaskingConfig
-from data.order import DocumentList
-from data.packing import Spans, pack
-from data.shards import Stream
+from data.store.shards import Stream
 
 
 def validation_batches(

@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data.feed.order import DocumentList, Place, StreamLine, share_out
+from data.feed.packing import SPECIAL_TOKENS_PER_SEQUENCE, Plan, Spans, pack
 from data.keyed import keyed_generator
-from data.order import DocumentList, Place, StreamLine, share_out
-from data.packing import SPECIAL_TOKENS_PER_SEQUENCE, Plan, Spans, pack
 
 LongDocuments = Literal["split", "truncate", "drop"]
 

@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
 from pydantic import Field, model_validator
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data.batches import Assembler, Batch, PackedBatch
-from data.lanes import Lane, LaneCursor, LongDocuments, Mixture, Rows
-from data.masking import MaskingConfig
-from data.mixture import DataConfig, MixtureOrder, StreamShare, check_one_rule
-from data.shards import Stream, open_stream
+from data.feed.batches import Assembler, Batch, PackedBatch
+from data.feed.lanes import Lane, LaneCursor, LongDocuments, Mixture, Rows
+from data.feed.masking import MaskingConfig
+from data.feed.mixture import DataConfig, MixtureOrder, StreamShare, check_one_rule
+from data.feed.workers import Fork, Guarded, prepare_worker, with_plain_deaths
+from data.store.shards import Stream, open_stream
+from data.store.transfer import is_url
 from data.tokenizer import fingerprint
-from data.transfer import is_url
-from data.workers import Fork, Guarded, prepare_worker, with_plain_deaths
-from schema import ConfigError, Schema, did_you_mean
+from flexbert_core.schema import ConfigError, Schema, did_you_mean
+from ranks import of_all_ranks
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def tokenizer_folder(config: DataConfig) -> Path:
     """data.tokenizer on local disk. Raises ConfigError or RunError when it is a URL that cannot be read."""
     if not is_url(config.tokenizer):
         return Path(config.tokenizer)
-    from data.remote import fetch_tokenizer
+    from data.store.remote import fetch_tokenizer
 
     try:
         return fetch_tokenizer(config.tokenizer, config)
@@ -363,10 +363,7 @@ class Loader:
         # Of its own lanes: those that other ranks read stand, on this one, where they stood when it was resumed.
         own = self.dataset.own_lanes
         moved = {lane: cursor.to_list() for lane, cursor in self.dataset.cursors.items() if lane in own}
-        gathered: list[Any] = [moved]
-        if self.dataset.world_size > 1:
-            gathered = [None] * self.dataset.world_size
-            torch.distributed.all_gather_object(gathered, moved)
+        gathered = of_all_ranks(moved) if self.dataset.world_size > 1 else [moved]
         cursors = {lane: cursor for part in gathered for lane, cursor in part.items()}
         lanes = [cursors.get(lane, LaneCursor().to_list()) for lane in range(self.dataset.config.lanes)]
         return {"step": self.dataset.step, "lanes": lanes, "facts": self.dataset.facts()}

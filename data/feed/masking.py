@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from data.keyed import philox_key
-from schema import Schema
+from flexbert_core.schema import Schema
 
 IGNORE = -100
 

@@ -6,11 +6,11 @@ from functools import partial
 
 from pydantic import Field, model_validator
 
-from data.cache import CacheConfig
-from data.lanes import LongDocuments, Mixture
-from data.order import StreamLine
-from data.shards import Stream
-from schema import MAY_CHANGE, ConfigError, Count, Schema, UserPath
+from data.feed.lanes import LongDocuments, Mixture
+from data.feed.order import StreamLine
+from data.store.cache import CacheConfig
+from data.store.shards import Stream
+from flexbert_core.schema import MAY_CHANGE, ConfigError, Count, Schema, UserPath
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.keyed import keyed_generator
-from data.shards import Stream
-from schema import ConfigError
+from data.store.shards import Stream
+from flexbert_core.schema import ConfigError
 
 _CUT_OVER = 1024  # tokens
 _CACHED_PASSES = 3  # lanes stand in the same pass or in neighbouring ones

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset
 
-from schema import ConfigError, RunError
+from flexbert_core.schema import ConfigError, RunError
 
 
 class Guarded(IterableDataset):

@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.documents import DROPPED, SPLITS, ReadUnits, Select, numbered, save_arrays
-from data.duplicates import find_copies, keep_digests
-from data.filters import FILTERS, DocumentFilter
-from data.filters.base import Run
 from data.keyed import philox_key
-from data.plan import PrepareConfig
-from data.shards import chunk_documents
-from durable import write_file
-from schema import ConfigError
+from data.preparation.config import PrepareConfig
+from data.preparation.documents import DROPPED, SPLITS, ReadUnits, Select, numbered, save_arrays
+from data.preparation.duplicates import find_copies, keep_digests
+from data.preparation.filters import FILTERS, DocumentFilter
+from data.preparation.filters.base import Run
+from data.store.manifest import chunk_documents
+from flexbert_core.durable import write_file
+from flexbert_core.schema import ConfigError
 
 # Why a document is left out; 1 to 252: the number of the filter in the config, from 1; ODD.
 _KEPT, _OVER_BUDGET, _COPY = 0, 254, 255

@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from composing import load_node
-from data.documents import SPLITS
-from data.executors import EXECUTORS
-from data.filters import FILTERS
-from data.sources import SOURCES
+from data.preparation.documents import SPLITS
+from data.preparation.executors import EXECUTORS
+from data.preparation.filters import FILTERS
+from data.preparation.sources import SOURCES
 from data.tokenizer import TOKENIZERS
-from schema import Count, Schema, UserPath, validate
+from flexbert_core.composing import load_node
+from flexbert_core.schema import Count, Schema, UserPath, validate
 
 CONFIG_FILE = "prepare.json"
 

@@ -19,14 +19,15 @@ import numpy as np
 from datatrove.pipeline.base import PipelineStep
 from rich.console import Console
 
-from data.choice import TaskPlan, choose_documents
-from data.documents import ReadUnits, Scan, Select, TaskDocuments, load_task, numbered
-from data.executors import EXECUTORS, Executor, Stage
-from data.executors.local import Local
-from data.filters import FILTERS, DocumentFilter
 from data.keyed import keyed_generator
-from data.manifests import Reading, check_tokens, summary, write_manifest
-from data.output import (
+from data.preparation.choice import TaskPlan, choose_documents
+from data.preparation.config import CONFIG_FILE, PrepareConfig, load_prepare_config
+from data.preparation.documents import ReadUnits, Scan, Select, TaskDocuments, load_task, numbered
+from data.preparation.executors import EXECUTORS, Executor, Stage
+from data.preparation.executors.local import Local
+from data.preparation.filters import FILTERS, DocumentFilter
+from data.preparation.manifests import Reading, check_tokens, summary, write_manifest
+from data.preparation.output import (
     SOURCES_FILE,
     WORK,
     check_sources,
@@ -38,13 +39,12 @@ from data.output import (
     record,
     remove_all,
 )
-from data.pipeline import WriteShards
-from data.plan import CONFIG_FILE, PrepareConfig, load_prepare_config
-from data.sources import Listing, Unit
-from data.sources.text import shown
+from data.preparation.sources import Listing, Unit
+from data.preparation.sources.text import shown
+from data.preparation.writing import WriteShards
 from data.tokenizer import TOKENIZERS, save_tokenizer
-from durable import write_file
-from schema import ConfigError, RunError, plain_console
+from flexbert_core.durable import write_file
+from flexbert_core.schema import ConfigError, RunError, plain_console
 
 __all__ = ["PrepareConfig", "load_prepare_config", "prepare"]
 

@@ -22,11 +22,11 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from numpy.typing import NDArray
 
-from data.filters import DocumentFilter
-from data.sources import SOURCES, DamagedError, Fault, Unit
-from data.sources.text import mend_surrogates, shown
-from durable import write_file
-from schema import RunError
+from data.preparation.filters import DocumentFilter
+from data.preparation.sources import SOURCES, DamagedError, Fault, Unit
+from data.preparation.sources.text import mend_surrogates, shown
+from flexbert_core.durable import write_file
+from flexbert_core.schema import RunError
 
 SPLITS = ("train", "validation")
 ODD = 253

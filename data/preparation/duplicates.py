@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data.documents import numbered, save_array
+from data.preparation.documents import numbered, save_array
 
 PARTITION_DOCUMENTS = 2**22
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from data.choice import TaskPlan, filter_labels
-from data.documents import ODD, SPLITS, load_arrays, numbered
-from data.output import WORK
-from data.pipeline import token_dtype
-from data.plan import PrepareConfig
-from data.shards import CHUNKS, MANIFEST, StreamManifest, pack_chunks
-from data.sources.text import shown
+from data.preparation.choice import TaskPlan, filter_labels
+from data.preparation.config import PrepareConfig
+from data.preparation.documents import ODD, SPLITS, load_arrays, numbered
+from data.preparation.output import WORK
+from data.preparation.sources.text import shown
+from data.preparation.writing import token_dtype
+from data.store.manifest import CHUNKS, MANIFEST, StreamManifest, pack_chunks
 from data.tokenizer import tokenizer_facts
-from durable import write_file
-from schema import ConfigError
+from flexbert_core.durable import write_file
+from flexbert_core.schema import ConfigError
 
 # From this share on of tokens that a tokenizer does not know it is warned: of natural text in a language that it was
 # made for it is some hundredths of a percent.

@@ -14,14 +14,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from data.plan import CONFIG_FILE, PrepareConfig
-from data.shards import MANIFEST
-from data.sources import SOURCES, Listing
-from data.sources.files import is_remote
-from data.sources.local import sample
-from data.sources.text import shown
-from durable import lock, write_file
-from schema import ConfigError, RunError
+from data.preparation.config import CONFIG_FILE, PrepareConfig
+from data.preparation.sources import SOURCES, Listing
+from data.preparation.sources.files import is_remote
+from data.preparation.sources.local import sample
+from data.preparation.sources.text import shown
+from data.store.manifest import MANIFEST
+from flexbert_core.durable import lock, write_file
+from flexbert_core.schema import ConfigError, RunError
 
 WORK = ".work"
 SOURCES_FILE = "sources.json"

@@ -19,12 +19,12 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from numpy.typing import NDArray
 
-from data.documents import SPLITS, Meter, load_task, numbered, save_arrays
-from data.shards import describe_shard
-from data.sources.text import shown
+from data.preparation.documents import SPLITS, Meter, load_task, numbered, save_arrays
+from data.preparation.sources.text import shown
+from data.store.manifest import describe_shard
 from data.tokenizer import TokenizerFacts, cannot_encode, corpus_tokenizer, fingerprint, tokenizer_facts
-from durable import sync_folder, write_file
-from schema import RunError
+from flexbert_core.durable import sync_folder, write_file
+from flexbert_core.schema import RunError
 
 # Text given to the tokenizer at once. Its result takes some 100 times as much memory: larger batches leave the caches
 # and are slower; a document that is much longer is cut.

@@ -26,8 +26,8 @@ from typing import Annotated, NamedTuple
 import xxhash
 from pydantic import AfterValidator, Field
 
-from durable import new_folder
-from schema import MAY_CHANGE, ConfigError, RunError, Schema, Size, UserPath
+from flexbert_core.durable import new_folder
+from flexbert_core.schema import MAY_CHANGE, ConfigError, RunError, Schema, Size, UserPath
 
 log = logging.getLogger(__name__)
 

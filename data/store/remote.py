@@ -8,11 +8,11 @@ from typing import Any
 
 import xxhash
 
-from data.cache import CacheConfig, CachedShard, ShardCache
-from data.prefetch import Job, Prefetcher
-from data.shards import ShardInfo
-from data.transfer import Patience, Store, TransferError, open_store, with_retries
-from schema import ConfigError, RunError
+from data.store.cache import CacheConfig, CachedShard, ShardCache
+from data.store.manifest import ShardInfo
+from data.store.prefetch import Job, Prefetcher
+from data.store.transfer import Patience, Store, TransferError, open_store, with_retries
+from flexbert_core.schema import ConfigError, RunError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _AHEAD = 4  # a process fetches at most 1/4 of the cache's limit ahead of use

@@ -13,17 +13,17 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from durable import new_folder
 from flexbert.config import FlexBertConfig
 from flexbert.encoder import FlexBertEncoder
-from flexbert.hf_fields import OLDER_FIELDS, POSITION_OFFSET, Fields
-from flexbert.hf_mappings import MAPPINGS, Mapping, at_padding_id, config_of, lost_dropouts, misfits
-from flexbert.hf_read import OwnFields, read_fields, read_model, read_weights
-from flexbert.hf_state import from_hf_state, moved_table, require_numbers, to_hf_state
-from flexbert.hf_tokenizer import load_tokenizer, save_tokenizer, token_ids
-from flexbert.hf_verify import verify_export
+from flexbert.hf.fields import OLDER_FIELDS, POSITION_OFFSET, Fields
+from flexbert.hf.mappings import MAPPINGS, Mapping, at_padding_id, config_of, lost_dropouts, misfits
+from flexbert.hf.read import OwnFields, read_fields, read_model, read_weights
+from flexbert.hf.state import from_hf_state, moved_table, require_numbers, to_hf_state
+from flexbert.hf.tokenizer import load_tokenizer, save_tokenizer, token_ids
+from flexbert.hf.verify import verify_export
 from flexbert.model import FlexBertForMaskedLM, build
-from schema import ConfigError, named, validate
+from flexbert_core.durable import new_folder
+from flexbert_core.schema import ConfigError, named, validate
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ def _hf_config(config: FlexBertConfig, ids: dict[str, int | None]) -> tuple[Any,
         reasons.append(faults[0])
     check_exportable(config)
     log.info("the export carries its own modeling file: %s", "; ".join(reasons))
-    from flexbert import modeling_flexbert
+    from flexbert.hf import modeling_flexbert
 
     node = config.to_dict()
     node["init"] = {"name": "default"}  # says nothing about trained weights, and may name a folder of this machine
@@ -214,7 +214,7 @@ def carries_code(config: FlexBertConfig) -> bool:
 
 def check_exportable(config: FlexBertConfig) -> None:
     """Raise ConfigError for a component registered outside the package: an export could not compute it."""
-    from flexbert import modeling_flexbert
+    from flexbert.hf import modeling_flexbert
 
     def check(node: dict[str, Any], place: str) -> None:
         for slot, value in node.items():

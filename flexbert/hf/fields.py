@@ -6,7 +6,7 @@ version judges them: what one of them does not know it would drop without a word
 
 from typing import Any
 
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
 
 # What changes neither the trained weights' function nor their training here: settings of generation, of loading and of
 # output, and what belongs to other tasks' heads.

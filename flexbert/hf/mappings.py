@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from flexbert.config import TOKEN_IDS, FlexBertConfig
-from flexbert.hf_fields import ONLY, Fields, LayerFields
-from schema import ConfigError
+from flexbert.hf.fields import ONLY, Fields, LayerFields
+from flexbert_core.schema import ConfigError
 
 
 class Mapping(NamedTuple):

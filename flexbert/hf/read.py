@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flexbert.hf_fields import Fields
-from flexbert.hf_mappings import MAPPINGS, SIZES
-from flexbert.hf_state import float_state
-from schema import ConfigError, did_you_mean
+from flexbert.hf.fields import Fields
+from flexbert.hf.mappings import MAPPINGS, SIZES
+from flexbert.hf.state import float_state
+from flexbert_core.schema import ConfigError, did_you_mean
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping as Named
 import torch
 from torch import Tensor
 
-from flexbert.hf_mappings import Mapping
-from schema import ConfigError
+from flexbert.hf.mappings import Mapping
+from flexbert_core.schema import ConfigError
 
 log = logging.getLogger(__name__)
 

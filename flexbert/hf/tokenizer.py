@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flexbert.config import TOKEN_IDS, FlexBertConfig
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
 
 log = logging.getLogger(__name__)
 

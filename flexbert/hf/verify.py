@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flexbert.check_export import largest_difference
+from flexbert.hf.check_export import largest_difference
 from flexbert.model import FlexBertForMaskedLM
-from schema import RunError
+from flexbert_core.schema import RunError
 
 # Largest difference between our logits and the export's: float32, other kernels; measured below 1e-5 on every preset.
 LOGIT_TOLERANCE = 1e-4

@@ -18,7 +18,7 @@ from flexbert.kernels import cpu, gpu
 from flexbert.kernels.gpu import Window
 from flexbert.kernels.plan import AttentionPlan, Bucket
 from flexbert.packed import spread_rows
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 
 from callbacks import progress
+from recipe.config import load_run_config
+from recipe.phases import PhasePlan
 from tests.training.tiny import write_config
-from training.config import load_run_config
 from training.curves import draw_curves
-from training.phases import PhasePlan
 from training.trainer import train
 
 STEPS = 12

@@ -15,14 +15,14 @@ import torch
 from composer.callbacks import SpeedMonitor
 from composer.core import Time, Timestamp
 
-from callbacks.lines import flat, nested
-from schema import ConfigError
+from callbacks.step_log import flat, nested
+from commands.status import read_status
+from flexbert_core.schema import ConfigError
+from recipe.config import load_run_config, read_recorded_config
+from recipe.phases import PhasePlan
 from tests.training.runs import ROOT, command, environment, launched, run
 from tests.training.tiny import ROW, ROWS, write_config, write_data
-from training.config import load_run_config, read_recorded_config
 from training.parts import Parts, pack, unpack
-from training.phases import PhasePlan
-from training.status import read_status
 
 STEPS = 8
 INTERVAL = 2 * ROWS * ROW  # tokens of two steps

@@ -13,20 +13,20 @@ from safetensors.numpy import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from commands import doctor
+from commands.sizes import disk_need
 from data.tokenizer import fingerprint
 from flexbert import parity
 from flexbert.accounting import count_parameters
 from flexbert.kernels.attention import KERNELS
 from main import app
+from recipe.config import load_run_config
+from recipe.phases import PhasePlan
 from tests.data.servers import BUCKET, Bucket, free_port
 from tests.data.synthetic import documents, write_stream
-from tests.flexbert.test_hf_export import tokenizer_of
+from tests.flexbert.hf.test_export import tokenizer_of
 from tests.training.ranks import Ranks
 from tests.training.tiny import ROW, ROWS, write_config
-from training import doctor
-from training.config import load_run_config
-from training.phases import PhasePlan
-from training.sizes import disk_need
 
 RUN = """
 name: small

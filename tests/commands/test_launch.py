@@ -16,13 +16,13 @@ from typing import Any
 import psutil
 import pytest
 
+from commands.launch import SlurmOptions, launch_slurm
 from flexbert.config import TOKEN_IDS
-from schema import RunError
+from flexbert_core.schema import RunError
 from tests.training.ranks import Ranks
 from tests.training.runs import ROOT, environment, rank, run
 from tests.training.tiny import write_config
-from training.checkpoint import list_checkpoints, load_checkpoint
-from training.launch import SlurmOptions, launch_slurm
+from training.checkpoints.files import list_checkpoints, load_checkpoint
 from training.signals import EXIT_PREEMPTED
 
 pytest.importorskip("submitit", reason="submitit is in requirements.txt: install it")

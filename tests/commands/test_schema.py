@@ -17,11 +17,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from commands.reference import markdown
-from commands.schema import KINDS, write_schema
-from data.plan import load_prepare_config
+from commands.schema import KINDS
+from commands.write_schema import write_schema
+from data.preparation.config import load_prepare_config
 from flexbert import FlexBertConfig
-from schema import Component, ConfigError, Schema, ShownSlot
-from training.config import load_run_config
+from flexbert_core.schema import Component, ConfigError, Schema, ShownSlot
+from recipe.config import load_run_config
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -196,7 +197,7 @@ def test_a_file_with_defaults_may_be_a_part(tmp_path: Path) -> None:
 
 def test_imported_components_have_names_that_the_schema_cannot_know(tmp_path: Path) -> None:
     (tmp_path / "layers.py").write_text(
-        "import flexbert, torch\nfrom schema import Component\n"
+        "import flexbert, torch\nfrom flexbert_core.schema import Component\n"
         '@flexbert.register("norm", "of_test_schema")\nclass Norm(torch.nn.Identity):\n'
         "    class Config(Component):\n        pass\n    def __init__(self, config, *, hidden_size): super().__init__()\n"
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data import transfer
+from data.store import transfer
 from tests.data.remote import DOCUMENTS
 from tests.data.servers import Bucket, Proxy, run_moto, run_web, s3_environment
 from tests.data.synthetic import write_stream

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.cache import CacheConfig
-from data.shards import Stream
+from data.store.cache import CacheConfig
+from data.store.shards import Stream
 from tests.data.servers import BUCKET
 from tests.data.synthetic import documents
 
@@ -48,7 +48,7 @@ def assert_whole(stream: Stream) -> None:
 
 
 def in_fresh_process(code: str) -> str:
-    head = "from data.cache import CacheConfig\nfrom data.shards import open_stream\nfrom schema import ConfigError\n"
+    head = "from data.store.cache import CacheConfig\nfrom data.store.shards import open_stream\nfrom flexbert_core.schema import ConfigError\n"
     done = subprocess.run(
         [sys.executable, "-c", head + code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )

@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 from streaming import MDSWriter
 
-from data.shards import CHUNKS, describe_shard, pack_chunks
+from data.store.manifest import CHUNKS, describe_shard, pack_chunks
 
 TOKENIZER = b"not one that could be loaded"
 SPECIAL = {"unk": 0, "cls": 1, "sep": 2, "pad": 3, "mask": 4}

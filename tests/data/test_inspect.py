@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 
 from data.inspect import inspect
-from data.shards import open_stream
-from schema import ConfigError
-from tests.data.test_prepare import config_file, documents, run, write_jsonl
+from data.store.shards import open_stream
+from flexbert_core.schema import ConfigError
+from tests.data.preparation.test_prepare import config_file, documents, run, write_jsonl
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import AutoTokenizer
 
 from data.tokenizer import TOKENIZERS, TrainedTokenizer, corpus_tokenizer, save_tokenizer, tokenizer_facts
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. " * 3,

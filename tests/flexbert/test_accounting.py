@@ -18,7 +18,7 @@ from flexbert.accounting import (
 )
 from flexbert.heads import Head
 from flexbert.peaks import peak_flops
-from schema import Component
+from flexbert_core.schema import Component
 from tests.flexbert.conftest import batch_of, tiny
 
 

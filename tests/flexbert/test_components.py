@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexbert import build
 from flexbert.registry import POSITIONS
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
 from tests.flexbert.conftest import ODD_LENGTHS, batch_of, gradients, tiny
 from tests.flexbert.test_presets import Weights, gelu, layer_norm, linear, rms_norm, silu
 

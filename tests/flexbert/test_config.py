@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from flexbert import FlexBertConfig, build
 from flexbert.config import PRESETS
 from flexbert.registry import SLOTS
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
 from tests.flexbert.conftest import TINY, batch_of, tiny
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from flexbert import FlexBertConfig, FlexBertForMaskedLM, build, register
 from flexbert.growing import Grow, grow, layer_of, tiled_axis
 from flexbert.heads import Head
-from schema import Component, ConfigError
+from flexbert_core.schema import Component, ConfigError
 from tests.flexbert.conftest import ODD_LENGTHS, Batch, batch_of, tiny
+from tests.flexbert.hf.test_export import BERT
+from tests.flexbert.hf.test_remote import SINUSOIDAL, scrambled
 from tests.flexbert.test_components import SANDWICH
-from tests.flexbert.test_hf_export import BERT
-from tests.flexbert.test_hf_remote import SINUSOIDAL, scrambled
 
 
 @register("head", "test_tied")

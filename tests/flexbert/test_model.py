@@ -13,7 +13,7 @@ from flexbert import FlexBertConfig, build, losses
 from flexbert.losses import TokenScores, masked_cross_entropy
 from flexbert.registry import LOSSES
 from flexbert.rotary import Rotation, rotate
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
 from tests.flexbert.conftest import ODD_LENGTHS, batch_of, gradients, tiny
 
 

@@ -17,7 +17,7 @@ from flexbert.layers import OutputProjection
 from flexbert.losses import TokenScores
 from flexbert.positions import Position, Positions
 from flexbert.registry import ATTENTIONS, MLPS, SLOTS
-from schema import Component, ConfigError
+from flexbert_core.schema import Component, ConfigError
 from tests.flexbert.conftest import batch_of, gradients, tiny
 
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from transformers import BertForSequenceClassification, BertForTokenClassification
 
 from flexbert import build, from_hf
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
 from tests.flexbert.conftest import batch_of, gradients, tiny
-from tests.flexbert.test_hf_parity import reference_model
+from tests.flexbert.hf.test_parity import reference_model
 
 
 @pytest.mark.parametrize("task", ["classification", "tokens"])

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.loader import MixtureDataset
+from data.feed.loader import MixtureDataset
 from flexbert import FlexBertConfig
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
+from recipe.config import RunConfig, load_run_config
+from recipe.phases import PhasePlan
 from tests.data.synthetic import documents, write_stream, write_tokenizer
-from training.config import RunConfig, load_run_config
-from training.phases import PhasePlan
 
 MODEL = FlexBertConfig.from_yaml("modernbert-tiny")
 

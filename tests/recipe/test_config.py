@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from schema import ConfigError, parse_count
-from training.config import load_run_config
-from training.phases import PhasePlan
+from flexbert_core.schema import ConfigError, parse_count
+from recipe.config import load_run_config
+from recipe.phases import PhasePlan
 
 ROOT = Path(__file__).parent.parent.parent
 RUN = """

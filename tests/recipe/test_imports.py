@@ -9,10 +9,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from flexbert.registry import SLOTS
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
+from recipe.config import load_run_config, read_recorded_config
 from tests.training.runs import command, launched, run
 from tests.training.synthetic_runs import RUN, write_dataset
-from training.config import load_run_config, read_recorded_config
 
 MINE = """
 import torch
@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import nn
 
 from flexbert import register
-from schema import Component
+from flexbert_core.schema import Component
 
 
 @register("norm", "NAME_norm")

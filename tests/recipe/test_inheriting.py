@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
+from recipe.config import RunConfig, load_run_config, read_recorded_config
+from recipe.phases import PhasePlan
 from tests.training.tiny import ROW, ROWS, write_config
-from training.config import RunConfig, load_run_config, read_recorded_config
-from training.phases import PhasePlan
 
 
 def config_of(folder: Path, data: Path, maskings: list[Any], **sections: Any) -> RunConfig:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from composing import load_node
 from flexbert.config import FlexBertConfig
-from schema import ConfigError
-from training.config import RunConfig, load_run_config
+from flexbert_core.composing import load_node
+from flexbert_core.schema import ConfigError
+from recipe.config import RunConfig, load_run_config
 
 RUN = """
 name: demo

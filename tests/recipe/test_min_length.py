@@ -8,14 +8,14 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from commands.dry_run import dry_run
 from data.tokenizer import fingerprint
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
+from recipe.config import RunConfig
+from recipe.phases import PhasePlan
 from tests.data.synthetic import write_stream
 from tests.training.synthetic_runs import run_config, tokenizer_of
-from training.config import RunConfig
-from training.dry_run import dry_run
 from training.folder import RunFolder
-from training.phases import PhasePlan
 
 PHASE = {"tokens": "8K", "max_seq_len": 64, "global_batch_size": 8, "lr": 1e-3}
 

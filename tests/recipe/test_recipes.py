@@ -10,14 +10,14 @@ import pytest
 import torch
 from rich.console import Console
 
+from commands.dry_run import dry_run
 from flexbert import build
 from flexbert.accounting import count_parameters, flops_per_token
 from flexbert.config import without_init
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
+from recipe.config import RunConfig, load_run_config
+from recipe.phases import PhasePlan
 from tests.training.runs import command, run
-from training.config import RunConfig, load_run_config
-from training.dry_run import dry_run
-from training.phases import PhasePlan
 
 FOLDER = Path(__file__).parent.parent.parent / "configs" / "pretrain"
 RECIPES = sorted(FOLDER.glob("*.yaml"))

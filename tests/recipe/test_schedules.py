@@ -14,11 +14,11 @@ from transformers import (
     get_wsd_schedule,
 )
 
-from schema import ConfigError
-from tests.training.test_config import edited
-from training.config import load_run_config
-from training.phases import PhasePlan
-from training.schedules import SCHEDULES
+from flexbert_core.schema import ConfigError
+from recipe.config import load_run_config
+from recipe.phases import PhasePlan
+from recipe.schedules import SCHEDULES
+from tests.recipe.test_config import edited
 
 
 def rate(plan: PhasePlan, step: int) -> float:

@@ -13,8 +13,8 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from pydantic import Field
 
+from flexbert_core.schema import Component
 from recipe.slots import CALLBACKS
-from schema import Component
 
 WAITING, GO = "waiting", "go"
 

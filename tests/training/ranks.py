@@ -64,7 +64,7 @@ def _serve() -> None:
     from transformers import ModernBertForMaskedLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
-    import flexbert.hf_verify
+    import flexbert.hf.verify
     import main
     import training.trainer
 

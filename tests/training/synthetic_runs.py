@@ -6,9 +6,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from data.tokenizer import fingerprint
+from recipe.config import RunConfig, load_run_config
 from tests.data.synthetic import documents, write_stream
-from tests.flexbert.test_hf_export import tokenizer_of
-from training.config import RunConfig, load_run_config
+from tests.flexbert.hf.test_export import tokenizer_of
 
 RUN: dict[str, Any] = {
     "model": {

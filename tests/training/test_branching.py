@@ -17,13 +17,13 @@ from transformers import AutoModelForMaskedLM
 from typer.testing import CliRunner
 
 import main
-from data.loader import build_loader
-from schema import ConfigError
+from commands.inspect_step import inspect_step
+from data.feed.loader import build_loader
+from flexbert_core.schema import ConfigError
+from recipe.config import RunConfig, load_run_config
+from recipe.phases import PhasePlan
 from tests.training.runs import prepare_dataset
 from training.branching import read_origin
-from training.config import RunConfig, load_run_config
-from training.phases import PhasePlan
-from training.replay import inspect_step
 from training.trainer import train
 
 pytestmark = pytest.mark.slow

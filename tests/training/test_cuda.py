@@ -14,7 +14,7 @@ import torch
 
 from tests.training.runs import command, run, start
 from tests.training.tiny import ROW, ROWS, write_config
-from training.checkpoint import list_checkpoints
+from training.checkpoints.files import list_checkpoints
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

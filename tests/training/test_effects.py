@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
+from recipe.config import load_run_config
 from tests.training.runs import command, run
 from tests.training.tiny import ROW, ROWS, write_config
-from training.config import load_run_config
 from training.effects import check_effects
 
 GLOBAL = "model.attention={name: multihead, global_attn_every_n_layers: 1}"

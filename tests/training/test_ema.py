@@ -15,14 +15,14 @@ from torch import nn
 from transformers import AutoModelForMaskedLM
 
 from callbacks.ema import WeightAverage
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
+from recipe.config import RunConfig
 from tests.training.ranks import Ranks
 from tests.training.synthetic_runs import run_config, write_dataset
 from tests.training.test_processes import SAVED, STEPS, check_same, forget_after
 from tests.training.tiny import ROW, ROWS, write_config
 from training import trainer
-from training.checkpoint import list_checkpoints, newest_checkpoint
-from training.config import RunConfig
+from training.checkpoints.files import list_checkpoints, newest_checkpoint
 
 PHASES = [
     {"name": "first", "tokens": "6K", "max_seq_len": 64, "global_batch_size": 8, "lr": 1e-3},

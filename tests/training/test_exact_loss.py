@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data.feed.loader import build_loader
 from data.keyed import torch_seed
-from data.loader import build_loader
 from flexbert import build
 from flexbert.dropout import TokenKeys, keyed_dropout
+from recipe.config import load_run_config
+from recipe.phases import PhasePlan
 from tests.training.ranks import Ranks
 from tests.training.tiny import ROW, ROWS, write_config
-from training.config import load_run_config
-from training.phases import PhasePlan
 
 SEED = 5
 # The largest difference of an entry over the largest entry of its tensor; the worst measured is 6e-7.

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from callbacks.culprit import name_culprit
 from callbacks.guards import SpikeDetector, StepGuard
 from callbacks.ledger import nearest_line
-from schema import RunError
+from flexbert_core.schema import RunError
+from recipe.config import load_run_config
 from tests.training.runs import final_weights, metrics, prepare_dataset, write_config
 from training import signals
-from training.checkpoint import list_checkpoints
-from training.config import load_run_config
+from training.checkpoints.files import list_checkpoints
 from training.trainer import train
 
 ONE_PHASE = ["phases.0.tokens=40K", "phases.1.tokens=2K", "phases.2.tokens=2K"]

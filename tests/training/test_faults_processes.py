@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.training.runs import ROOT, environment, launched, metrics, prepare_dataset, rank, write_config
-from training.checkpoint import list_checkpoints, load_checkpoint
+from training.checkpoints.files import list_checkpoints, load_checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -9,10 +9,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from flexbert import FlexBertConfig, FlexBertForMaskedLM, build, to_hf
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
 from tests.flexbert.conftest import batch_of, tiny
-from tests.flexbert.test_hf_export import tokenizer_of
-from training.checkpoint import take_snapshot, write_checkpoint
+from tests.flexbert.hf.test_export import tokenizer_of
+from training.checkpoints.files import take_snapshot, write_checkpoint
 from training.growing import check_source, read_source
 
 

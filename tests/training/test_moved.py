@@ -10,10 +10,10 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 import main
-from schema import MAY_CHANGE, ConfigError
+from flexbert_core.schema import MAY_CHANGE, ConfigError
+from recipe.config import RunConfig, load_run_config
 from tests.training.ranks import Ranks
 from tests.training.tiny import write_config
-from training.config import RunConfig, load_run_config
 from training.folder import RunFolder
 
 

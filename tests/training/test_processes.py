@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from schema import Component, ConfigError
+from flexbert_core.schema import Component, ConfigError
+from recipe.config import load_run_config
+from recipe.slots import OPTIMIZERS
 from tests.training.ranks import Ranks
 from tests.training.runs import command, run
 from tests.training.tiny import ROW, ROWS, write_config
-from training.config import load_run_config
-from training.optim import OPTIMIZERS
 
 STEPS, SAVED = 6, 3
 

@@ -16,9 +16,12 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
-from data.batches import SEEN
-from data.loader import build_loader
+from commands.inspect_step import inspect_step
+from data.feed.batches import SEEN
+from data.feed.loader import build_loader
 from flexbert import FlexBertConfig, build, from_hf
+from recipe.config import load_run_config
+from recipe.phases import PhasePlan
 from tests.data.servers import Bucket, run_moto, s3_environment
 from tests.training.runs import (
     STEPS,
@@ -30,10 +33,7 @@ from tests.training.runs import (
     start,
     write_config,
 )
-from training.checkpoint import list_checkpoints, newest_checkpoint
-from training.config import load_run_config
-from training.phases import PhasePlan
-from training.replay import inspect_step
+from training.checkpoints.files import list_checkpoints, newest_checkpoint
 from training.static_shapes import fill_slots
 
 pytestmark = pytest.mark.slow

@@ -17,23 +17,23 @@ from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
+from commands.inspect_step import inspect_step
+from commands.status import read_status
+from data.feed.loader import build_loader
 from data.keyed import torch_seed
-from data.loader import build_loader
-from durable import holder
 from flexbert import build, register
 from flexbert.accounting import batch_flops
 from flexbert.losses import TokenScores
+from flexbert_core.durable import holder
+from flexbert_core.schema import Component
 from main import app
-from schema import Component
+from recipe.config import RunConfig, load_run_config
+from recipe.phases import PhasePlan
+from recipe.slots import OPTIMIZERS
 from tests.training.runs import command, environment, metrics, prepare_dataset, run, write_config
 from tests.training.synthetic_runs import RUN, run_config, write_dataset
 from tests.training.test_run import wait_for_step
-from training.checkpoint import list_checkpoints
-from training.config import RunConfig, load_run_config
-from training.optim import OPTIMIZERS
-from training.phases import PhasePlan
-from training.replay import inspect_step
-from training.status import read_status
+from training.checkpoints.files import list_checkpoints
 from training.trainer import train
 
 pytestmark = pytest.mark.slow

@@ -13,14 +13,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from schema import ConfigError, RunError
+from commands.inspect_step import inspect_step
+from commands.launch import SlurmOptions, launch_slurm, parse_sbatch
+from flexbert_core.schema import ConfigError, RunError
+from recipe.config import load_run_config
 from tests.training.runs import ROOT
 from tests.training.tiny import ROW, ROWS, write_config
-from training.checkpoint import list_checkpoints
-from training.config import load_run_config
-from training.launch import SlurmOptions, launch_slurm, parse_sbatch
-from training.replay import inspect_step
-from training.retention import facts_of
+from training.checkpoints.files import list_checkpoints
+from training.checkpoints.retention import facts_of
 from training.trainer import train
 
 EMA = {"decay": 0.6}

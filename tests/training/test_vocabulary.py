@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from flexbert import FlexBertForMaskedLM
+from recipe.config import load_run_config
 from tests.training.ranks import Ranks
 from tests.training.tiny import VOCABULARY, write_config
 from training.branching import read_origin
-from training.config import load_run_config
 
 MODELS: dict[str, Any] = {
     "bert": (BertForMaskedLM, BertConfig, "bert-base", {"pad_token_id": 0}),

@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from callbacks.agree import from_rank_0, on_any_rank
-from durable import new_folder, write_file
-from schema import RunError
-from training.shards import cut_like, load_weights, unshared, whole
+from flexbert_core.durable import new_folder, write_file
+from flexbert_core.schema import RunError
+from ranks import from_rank_0, on_any_rank
+from training.checkpoints.sharded import cut_like, load_weights, unshared, whole
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"

@@ -13,16 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from callbacks.agree import from_rank_0
 from callbacks.ledger import Ledger, knows_rollbacks
-from data.transfer import Patience, Store, TransferError, open_store, with_retries
-from durable import holder, new_folder, write_file
-from schema import ConfigError, RunError
-from training.checkpoint import MANIFEST, list_checkpoints, newest_whole, tokens_of, verify_checkpoint
-from training.config import CheckpointConfig, RunConfig
+from data.store.transfer import Patience, Store, TransferError, open_store, with_retries
+from flexbert_core.durable import holder, new_folder, write_file
+from flexbert_core.schema import ConfigError, RunError
+from ranks import from_rank_0
+from recipe.config import RunConfig
+from recipe.sections import CheckpointConfig
+from training.begun import as_begun
+from training.checkpoints.files import MANIFEST, list_checkpoints, newest_whole, tokens_of, verify_checkpoint
+from training.checkpoints.retention import Facts, facts_of, surplus
 from training.folder import RunFolder
-from training.recorded import as_begun
-from training.retention import Facts, facts_of, surplus
 
 log = logging.getLogger(__name__)
 _HISTORY = ("config.yaml", "origin.json", "ledger.jsonl", "metrics.jsonl")

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
-from training.config import CheckpointConfig
+from recipe.sections import CheckpointConfig
 
 K = TypeVar("K")
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from callbacks.agree import from_rank_0
-from durable import remove_folder
-from schema import RunError
-from training.checkpoint import Snapshot, list_checkpoints, write_checkpoint
-from training.config import CheckpointConfig
-from training.remote_checkpoints import NotCopiedError, RemoteCheckpoints
-from training.retention import Facts, facts_of, surplus
+from flexbert_core.durable import remove_folder
+from flexbert_core.schema import RunError
+from ranks import from_rank_0
+from recipe.sections import CheckpointConfig
+from training.checkpoints.files import Snapshot, list_checkpoints, write_checkpoint
+from training.checkpoints.remote import NotCopiedError, RemoteCheckpoints
+from training.checkpoints.retention import Facts, facts_of, surplus
 
 log = logging.getLogger(__name__)
 

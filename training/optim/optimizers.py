@@ -8,12 +8,8 @@ from pydantic import Field
 from torch import nn
 
 from flexbert.layers import block_matrices
-from schema import Component, Registry
-
-OPTIMIZERS = Registry("optimizer")
-"""An entry with `works_on_shards = True` makes right steps where a rank holds a part of each tensor; under
-trainer.parallelism fsdp2 others are refused."""
-
+from flexbert_core.schema import Component
+from recipe.slots import OPTIMIZERS
 
 Decayed = Literal["matrices", "no_embeddings", "all"]
 
@@ -66,7 +62,7 @@ class StableAdamW:
         )
 
     def __new__(cls, config: Config, *, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        from training.stable_adamw import ShardedStableAdamW as Implementation
+        from training.optim.stable_adamw import ShardedStableAdamW as Implementation
 
         return Implementation(
             parameter_groups(model, config),
@@ -152,7 +148,7 @@ class Muon:
         adamw_lr_factor: float = Field(default=1.0, gt=0, description="learning rate of the AdamW part over `lr`")
 
     def __new__(cls, config: Config, *, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        from training.muon import MuonWithAdamW
+        from training.optim.muon import MuonWithAdamW
 
         matrices = block_matrices(model)
         return MuonWithAdamW(

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed
 from optimi import StableAdamW
 from optimi.utils import debias_beta
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from ranks import add_up
 
 _foreach: Any = torch  # its operations on lists of tensors have no public names
 
@@ -54,7 +55,7 @@ class ShardedStableAdamW(StableAdamW):
             return
         mean_squares = torch.cat([part.mean_squares for part in parts])
         if sharded:
-            torch.distributed.all_reduce(mean_squares)
+            add_up(mean_squares)
         for part, means in zip(parts, mean_squares.split([len(part.params) for part in parts]), strict=True):
             group = part.group
             lrs = group["lr"] / means.sqrt().clamp_min(1.0)

@@ -15,11 +15,11 @@ from datatrove.pipeline.base import PipelineStep
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from schema import Registry, RunError, plain_console
+from flexbert_core.schema import Registry, RunError, plain_console
 
 EXECUTORS = Registry("executor")
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 """Where `data` can be imported from: processes on other machines start elsewhere."""
 
 _LINE_SECONDS = 5.0

@@ -16,8 +16,8 @@ import numpy as np
 from datatrove.executor.local import LocalPipelineExecutor
 from pydantic import Field
 
-from data.executors.base import EXECUTORS, Executor, Stage, display, one_line, quiet
-from schema import Component, RunError
+from data.preparation.executors.base import EXECUTORS, Executor, Stage, display, one_line, quiet
+from flexbert_core.schema import Component, RunError
 
 
 @EXECUTORS.register("local")
@@ -42,7 +42,7 @@ class Local(Executor):
             from multiprocess import forkserver
 
             os.environ["FLEXBERT_PREPARE_PID"] = str(os.getpid())  # for data.preload
-            forkserver.set_forkserver_preload(["data.preload", "data.pipeline", "streaming"])
+            forkserver.set_forkserver_preload(["data.preparation.preload", "data.preparation.writing", "streaming"])
             forkserver.ensure_running()
 
     def run(self, stage: Stage) -> None:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from datatrove.executor.ray import RayPipelineExecutor
 from pydantic import Field
 
-from data.executors.base import EXECUTORS, ROOT, Executor, RecordsFailures, Stage, display, quiet
-from schema import Component, ConfigError, RunError
+from data.preparation.executors.base import EXECUTORS, ROOT, Executor, RecordsFailures, Stage, display, quiet
+from flexbert_core.schema import Component, ConfigError, RunError
 
 
 @EXECUTORS.register("ray")

@@ -22,8 +22,8 @@ from datatrove.executor.base import DistributedEnvVars
 from datatrove.executor.slurm import SlurmPipelineExecutor
 from pydantic import Field
 
-from data.executors.base import EXECUTORS, ROOT, Executor, RecordsFailures, Stage, display, quiet
-from schema import Component, ConfigError, RunError
+from data.preparation.executors.base import EXECUTORS, ROOT, Executor, RecordsFailures, Stage, display, quiet
+from flexbert_core.schema import Component, ConfigError, RunError
 
 # A finished task's mark may reach this machine late, through a network file system.
 _SETTLE_SECONDS = 15.0

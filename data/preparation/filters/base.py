@@ -13,7 +13,7 @@ import numpy as np
 from datatrove.pipeline.base import PipelineStep
 from numpy.typing import NDArray
 
-from schema import Registry
+from flexbert_core.schema import Registry
 
 FILTERS = Registry("filter")
 

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from data.filters.base import FILTERS, DocumentFilter
-from schema import Component
+from data.preparation.filters.base import FILTERS, DocumentFilter
+from flexbert_core.schema import Component
 
 
 @FILTERS.register("length")

@@ -28,8 +28,8 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from numpy.typing import NDArray
 from pydantic import Field
 
-from data.filters.base import FILTERS, Run, StreamFilter
-from schema import Component
+from data.preparation.filters.base import FILTERS, Run, StreamFilter
+from flexbert_core.schema import Component
 
 # Scripts written without blanks count by character.
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, model_validator
 
-from data.filters.base import FILTERS, DocumentFilter
-from schema import Component
+from data.preparation.filters.base import FILTERS, DocumentFilter
+from flexbert_core.schema import Component
 
 
 def _check_pattern(pattern: str) -> str:

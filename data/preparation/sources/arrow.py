@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from data.sources.files import Fault
-from data.sources.text import kind_of, not_utf8, to_text
+from data.preparation.sources.files import Fault
+from data.preparation.sources.text import kind_of, not_utf8, to_text
 
 
 def holds_text(kind: Any) -> bool:

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, Protocol
 
 import zstandard
 
-from data.sources.files import Fault, File, Found, is_remote, open_raw, reason
-from data.sources.kinds import compression_of
-from data.sources.local import wrong_content
-from data.sources.text import shown
-from schema import Registry, RunError
+from data.preparation.sources.files import Fault, File, Found, is_remote, open_raw, reason
+from data.preparation.sources.kinds import compression_of
+from data.preparation.sources.local import wrong_content
+from data.preparation.sources.text import shown
+from flexbert_core.schema import Registry, RunError
 
 SOURCES = Registry("source")
 

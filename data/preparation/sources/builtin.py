@@ -11,10 +11,10 @@ from typing import Literal
 
 import numpy as np
 
-from data.sources.base import SOURCES, Listing, Unit, read_bytes
-from data.sources.files import Fault
-from data.sources.kinds import suffix_of
-from schema import Component, ConfigError, RunError
+from data.preparation.sources.base import SOURCES, Listing, Unit, read_bytes
+from data.preparation.sources.files import Fault
+from data.preparation.sources.kinds import suffix_of
+from flexbert_core.schema import Component, ConfigError, RunError
 
 _ROOTS = {
     "stdlib": Path(sysconfig.get_path("stdlib")),

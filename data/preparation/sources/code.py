@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from data.sources.base import SOURCES, Listing, Unit, file_unit, listing, readable
-from data.sources.files import Fault, find_files, open_raw
-from data.sources.text import to_text
-from schema import Component, Count, UserPath
+from data.preparation.sources.base import SOURCES, Listing, Unit, file_unit, listing, readable
+from data.preparation.sources.files import Fault, find_files, open_raw
+from data.preparation.sources.text import to_text
+from flexbert_core.schema import Component, Count, UserPath
 
 _SUFFIXES = [
     ".py",

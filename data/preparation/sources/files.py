@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.sources.kinds import COMPRESSED, Kinds, suffix_of
-from data.sources.local import LocalFinder, sample, wrong_content
-from data.sources.text import shown
-from schema import ConfigError
+from data.preparation.sources.kinds import COMPRESSED, Kinds, suffix_of
+from data.preparation.sources.local import LocalFinder, sample, wrong_content
+from data.preparation.sources.text import shown
+from flexbert_core.schema import ConfigError
 
 _BUFFER_BYTES = 4 * 2**20
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "S3_ENDPOINT_URL")

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from data.sources import arrow
-from data.sources.base import SOURCES, Listing, Unit, readable, texts
-from data.sources.files import Fault, File, reason
-from data.sources.local import sample
-from data.sources.text import shown
-from schema import Component, ConfigError, RunError, UserPath, did_you_mean
+from data.preparation.sources import arrow
+from data.preparation.sources.base import SOURCES, Listing, Unit, readable, texts
+from data.preparation.sources.files import Fault, File, reason
+from data.preparation.sources.local import sample
+from data.preparation.sources.text import shown
+from flexbert_core.schema import Component, ConfigError, RunError, UserPath, did_you_mean
 
 _ROWS_PER_UNIT, _ROWS_AT_ONCE = 4096, 256
 

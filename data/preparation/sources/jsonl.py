@@ -8,10 +8,10 @@ from typing import Any, Literal
 import orjson
 from pydantic import Field
 
-from data.sources.base import SOURCES, Listing, Unit, line_number, line_units, listing, read_lines, texts
-from data.sources.files import Fault, find_files
-from data.sources.text import kind_of, not_utf8, shown, to_text
-from schema import Component, ConfigError, RunError, UserPath, did_you_mean
+from data.preparation.sources.base import SOURCES, Listing, Unit, line_number, line_units, listing, read_lines, texts
+from data.preparation.sources.files import Fault, find_files
+from data.preparation.sources.text import kind_of, not_utf8, shown, to_text
+from flexbert_core.schema import Component, ConfigError, RunError, UserPath, did_you_mean
 
 
 @SOURCES.register("jsonl")

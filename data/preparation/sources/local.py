@@ -9,9 +9,9 @@ from fnmatch import translate
 
 import xxhash
 
-from data.sources.kinds import COMPRESSED, FORMATS, Kinds, compression_of, suffix_of
-from data.sources.text import shown
-from schema import ConfigError
+from data.preparation.sources.kinds import COMPRESSED, FORMATS, Kinds, compression_of, suffix_of
+from data.preparation.sources.text import shown
+from flexbert_core.schema import ConfigError
 
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 OTHER_NAME = "link to what is read by another name"

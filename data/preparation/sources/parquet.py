@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from data.sources import arrow
-from data.sources.base import SOURCES, DamagedError, Listing, Unit, readable, texts
-from data.sources.files import Fault, File, find_files, open_raw
-from data.sources.text import shown
-from schema import Component, ConfigError, RunError, UserPath, did_you_mean
+from data.preparation.sources import arrow
+from data.preparation.sources.base import SOURCES, DamagedError, Listing, Unit, readable, texts
+from data.preparation.sources.files import Fault, File, find_files, open_raw
+from data.preparation.sources.text import shown
+from flexbert_core.schema import Component, ConfigError, RunError, UserPath, did_you_mean
 
 
 @SOURCES.register("parquet")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from data.sources.base import (
+from data.preparation.sources.base import (
     SOURCES,
     Listing,
     Unit,
@@ -18,9 +18,9 @@ from data.sources.base import (
     read_bytes,
     read_lines,
 )
-from data.sources.files import Fault, find_files
-from data.sources.text import not_utf8, shown, to_text
-from schema import Component, RunError, UserPath
+from data.preparation.sources.files import Fault, find_files
+from data.preparation.sources.text import not_utf8, shown, to_text
+from flexbert_core.schema import Component, RunError, UserPath
 
 _BLANK_LINES = re.compile(r"\r?\n[ \t]*(?:\r?\n[ \t]*)+")
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches import SEEN, Batch
-from data.lanes import LaneCursor
-from data.loader import Loader, LoaderConfig, LoaderPhase, build_loader, canonical_lanes
-from data.masking import IGNORE, MaskingConfig
-from data.mixture import DataConfig, StreamConfig
-from data.shards import open_stream
-from data.workers import Event, worker_death
-from schema import ConfigError, RunError
+from data.feed.batches import SEEN, Batch
+from data.feed.lanes import LaneCursor
+from data.feed.loader import Loader, LoaderConfig, LoaderPhase, build_loader, canonical_lanes
+from data.feed.masking import IGNORE, MaskingConfig
+from data.feed.mixture import DataConfig, StreamConfig
+from data.feed.workers import Event, worker_death
+from data.store.shards import open_stream
+from flexbert_core.schema import ConfigError, RunError
 from tests.data.synthetic import SPECIAL, documents, write_stream, write_tokenizer
 
 STREAMS = {"prose": (0, 150, 400), "code": (1, 60, 900), "notes": (2, 40, 60)}

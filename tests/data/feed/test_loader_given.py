@@ -13,12 +13,12 @@ import pytest
 from pydantic import ValidationError
 from torch.utils.data import DataLoader
 
-from data.batches import join_pieces
-from data.loader import LoaderConfig, LoaderPhase, MixtureDataset, build_loader
-from data.masking import MaskingConfig
-from data.mixture import DataConfig, StreamConfig, StreamShare, stream_weights
-from data.shards import open_stream
-from schema import ConfigError, RunError
+from data.feed.batches import join_pieces
+from data.feed.loader import LoaderConfig, LoaderPhase, MixtureDataset, build_loader
+from data.feed.masking import MaskingConfig
+from data.feed.mixture import DataConfig, StreamConfig, StreamShare, stream_weights
+from data.store.shards import open_stream
+from flexbert_core.schema import ConfigError, RunError
 from tests.data.remote import settings
 from tests.data.servers import run_web
 from tests.data.synthetic import documents, write_stream, write_tokenizer

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from data.masking import IGNORE, Masker, MaskingConfig, RowNames, philox4x32
+from data.feed.masking import IGNORE, Masker, MaskingConfig, RowNames, philox4x32
 
 VOCAB, SPECIAL = 64, [0, 1, 2, 3, 4, 63]
 ROWS, LENGTH = 400, 510

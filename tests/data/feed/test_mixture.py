@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.batches import join_pieces
-from data.loader import LoaderConfig, LoaderPhase, MixtureDataset
-from data.masking import MaskingConfig
-from data.mixture import DataConfig, StreamConfig, StreamShare, stream_weights
-from schema import ConfigError
+from data.feed.batches import join_pieces
+from data.feed.loader import LoaderConfig, LoaderPhase, MixtureDataset
+from data.feed.masking import MaskingConfig
+from data.feed.mixture import DataConfig, StreamConfig, StreamShare, stream_weights
+from flexbert_core.schema import ConfigError
 from tests.data.synthetic import write_stream, write_tokenizer
 
 MEDIANS = {"tweets": 20, "web": 250, "wiki": 500, "papers": 2000, "books": 9000}

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from data.batches import SEEN, count_seen, join_pieces
-from data.loader import LoaderConfig, LoaderPhase, MixtureDataset, build_loader
-from data.masking import MaskingConfig
-from data.mixture import DataConfig, StreamConfig, StreamShare
-from data.packing import SPECIAL_TOKENS_PER_SEQUENCE
+from data.feed.batches import SEEN, count_seen, join_pieces
+from data.feed.loader import LoaderConfig, LoaderPhase, MixtureDataset, build_loader
+from data.feed.masking import MaskingConfig
+from data.feed.mixture import DataConfig, StreamConfig, StreamShare
+from data.feed.packing import SPECIAL_TOKENS_PER_SEQUENCE
 from tests.data.synthetic import write_stream, write_tokenizer
 
 NAMES = ("a", "b", "c")

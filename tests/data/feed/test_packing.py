@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.packing import SPECIAL_TOKENS_PER_SEQUENCE, Plan, Spans, pack
+from data.feed.packing import SPECIAL_TOKENS_PER_SEQUENCE, Plan, Spans, pack
 
 
 def whole(lengths: list[int]) -> Spans:

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.loader import LoaderConfig, LoaderPhase, build_loader
-from data.masking import MaskingConfig
-from data.mixture import DataConfig, StreamConfig
-from data.shards import open_stream
-from schema import RunError
+from data.feed.loader import LoaderConfig, LoaderPhase, build_loader
+from data.feed.masking import MaskingConfig
+from data.feed.mixture import DataConfig, StreamConfig
+from data.store.shards import open_stream
+from flexbert_core.schema import RunError
 from tests.data.servers import Bucket
 from tests.data.synthetic import documents, write_stream, write_tokenizer
 

@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data.lanes
-import data.order
+import data.feed.lanes
+import data.feed.order
+from data.feed.lanes import Lane
+from data.feed.loader import LoaderConfig, LoaderPhase, MixtureDataset
+from data.feed.masking import MaskingConfig
+from data.feed.mixture import DataConfig, StreamConfig
+from data.feed.packing import Spans
 from data.keyed import keyed_generator
-from data.lanes import Lane
-from data.loader import LoaderConfig, LoaderPhase, MixtureDataset
-from data.masking import MaskingConfig
-from data.mixture import DataConfig, StreamConfig
-from data.packing import Spans
-from data.shards import open_stream
+from data.store.shards import open_stream
 from tests.data.synthetic import write_stream, write_tokenizer
 
 LIMIT = 5.0
@@ -188,7 +188,7 @@ def test_planted_documents_unshuffled(folder: Path, monkeypatch: pytest.MonkeyPa
     def keyed(seed: int, purpose: str, *index: int) -> object:
         return Still() if purpose == "documents" else keyed_generator(seed, purpose, *index)
 
-    monkeypatch.setattr(data.lanes, "keyed_generator", keyed)
+    monkeypatch.setattr(data.feed.lanes, "keyed_generator", keyed)
     assert neighbour_z(collect(folder, 10, 2)) > 2 * LIMIT
 
 
@@ -205,7 +205,7 @@ def test_planted_rows_unshuffled(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     def keyed(seed: int, purpose: str, *index: int) -> ByTurns:
         return ByTurns([0, 1, 4, 5, 2, 3, 6, 7] if purpose == "documents" else [0])
 
-    monkeypatch.setattr(data.lanes, "keyed_generator", keyed)
+    monkeypatch.setattr(data.feed.lanes, "keyed_generator", keyed)
     assert lag_z(collect(folder, 20, 4)) > 2 * LIMIT
 
 
@@ -216,7 +216,7 @@ def test_planted_parts_unshuffled(folder: Path, monkeypatch: pytest.MonkeyPatch)
         def permutation(self, count: int) -> np.ndarray:
             return np.arange(count)
 
-    monkeypatch.setattr(data.order, "keyed_generator", lambda *_: Still())
+    monkeypatch.setattr(data.feed.order, "keyed_generator", lambda *_: Still())
     found = collect(folder, 10, 4)
     assert place_z(found) > 2 * LIMIT
 
@@ -227,7 +227,7 @@ def test_planted_key_without_the_pass(folder: Path, monkeypatch: pytest.MonkeyPa
     def keyed(seed: int, purpose: str, stream: int, number: int) -> np.random.Generator:
         return keyed_generator(seed, purpose, stream)
 
-    monkeypatch.setattr(data.order, "keyed_generator", keyed)
+    monkeypatch.setattr(data.feed.order, "keyed_generator", keyed)
     assert repeat_z(collect(folder, 20, 4)) > 2 * LIMIT
 
 
@@ -242,9 +242,9 @@ def test_planted_lane_that_gets_its_own_documents(folder: Path, monkeypatch: pyt
             quarter = count // LANES
             return np.concatenate([first + self.rng.permutation(quarter) for first in range(0, count, quarter)])
 
-    monkeypatch.setattr(data.order, "keyed_generator", lambda *key: Quarters(keyed_generator(*key)))
+    monkeypatch.setattr(data.feed.order, "keyed_generator", lambda *key: Quarters(keyed_generator(*key)))
     monkeypatch.setattr(
-        data.order.StreamLine,
+        data.feed.order.StreamLine,
         "stretch",
         lambda self, lane, number: (self.tokens * lane // self.lanes, self.tokens * (lane + 1) // self.lanes),
     )
@@ -256,5 +256,5 @@ def test_planted_lane_that_gets_its_own_documents(folder: Path, monkeypatch: pyt
 def test_rows_hold_four_documents() -> None:
     """The sums above rest on it."""
     spans = Spans(np.arange(8), np.zeros(8, np.int64), np.full(8, LENGTH))
-    plan = data.lanes.pack(spans, MAX_SEQ_LEN, np.random.default_rng(0))
+    plan = data.feed.lanes.pack(spans, MAX_SEQ_LEN, np.random.default_rng(0))
     assert np.diff(plan.row_starts).tolist() == [4, 4]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from data.preparation import load_prepare_config
-from schema import ConfigError, RunError
-from tests.data.test_prepare import config_file, documents, files, run, write_jsonl
+from data.preparation.dataset import load_prepare_config
+from flexbert_core.schema import ConfigError, RunError
+from tests.data.preparation.test_prepare import config_file, documents, files, run, write_jsonl
 
 # A cluster in a folder: JOBS/ID holds name and process of each job; sbatch runs its array tasks, one after the other, in
 # the background. What the real ones print and return (Slurm 23.11 manual pages) is all that the caller may rely on.
@@ -83,7 +83,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (programs / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_SLURM", str(jobs))
-    monkeypatch.setattr("data.executors.slurm._SETTLE_SECONDS", 1.0)
+    monkeypatch.setattr("data.preparation.executors.slurm._SETTLE_SECONDS", 1.0)
     return jobs
 
 
@@ -130,7 +130,7 @@ def small(corpus: Path, **changes: object) -> Path:
 
 def prepare_on(path: Path, *overrides: str) -> Path:
     """With the config's own executor."""
-    from data.preparation import prepare
+    from data.preparation.dataset import prepare
 
     config = load_prepare_config(path, list(overrides))
     prepare(config)
@@ -182,7 +182,7 @@ def test_slurm_refuses_the_job(corpus: Path, cluster: Path, tmp_path: Path) -> N
 
 SCRIPT = """
 import sys
-from data.preparation import load_prepare_config, prepare
+from data.preparation.dataset import load_prepare_config, prepare
 
 if __name__ == "__main__":
     prepare(load_prepare_config(sys.argv[1], [f"output={sys.argv[2]}"]))
@@ -258,7 +258,7 @@ def test_executor_is_no_part_of_the_dataset(
 
     output = f"output={tmp_path / 'out'}"
     with monkeypatch.context() as patch:
-        patch.setattr("data.preparation._make_tokenizer", stop)
+        patch.setattr("data.preparation.dataset._make_tokenizer", stop)
         with pytest.raises(KeyboardInterrupt):
             run(plain(corpus, executor=SLURM), output)
     assert files(prepare_on(plain(corpus, executor={"name": "local", "workers": 1}), output)) == expected_plain

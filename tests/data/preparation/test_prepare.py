@@ -11,11 +11,11 @@ from streaming.base.format import reader_from_json
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data.keyed import keyed_generator
-from data.pipeline import _cut
-from data.preparation import load_prepare_config, prepare
-from data.shards import open_stream
+from data.preparation.dataset import load_prepare_config, prepare
+from data.preparation.writing import _cut
+from data.store.shards import open_stream
 from data.tokenizer import corpus_tokenizer, tokenizer_facts
-from schema import ConfigError, RunError
+from flexbert_core.schema import ConfigError, RunError
 
 WORDS = [
     "alpha",
@@ -246,7 +246,7 @@ def test_cut_pieces_are_tokenised_as_the_whole(prepared: Path, monkeypatch: pyte
     text = "\n \n\n  indented\n\t\n  \n".join(documents(20))
     whole = tokenizer.encode(text, add_special_tokens=False).ids
     for characters in range(2000, 2040):
-        monkeypatch.setattr("data.pipeline._CUT_CHARACTERS", characters)
+        monkeypatch.setattr("data.preparation.writing._CUT_CHARACTERS", characters)
         pieces = _cut(text)
         assert len(pieces) > 5
         assert "".join(pieces) == text
@@ -330,7 +330,7 @@ def interrupt(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("data.preparation._make_tokenizer", stop)
+        patch.setattr("data.preparation.dataset._make_tokenizer", stop)
         with pytest.raises(KeyboardInterrupt):
             run(path)
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import yaml
 
-from data import duplicates
-from data.filters import FILTERS, DocumentFilter
-from data.filters.minhash import _Words
 from data.keyed import keyed_generator
-from data.preparation import load_prepare_config
-from data.shards import open_stream
-from schema import Component, ConfigError, RunError
-from tests.data.test_prepare import config_file, documents, files, read_texts, run
+from data.preparation import duplicates
+from data.preparation.dataset import load_prepare_config
+from data.preparation.filters import FILTERS, DocumentFilter
+from data.preparation.filters.minhash import _Words
+from data.store.shards import open_stream
+from flexbert_core.schema import Component, ConfigError, RunError
+from tests.data.preparation.test_prepare import config_file, documents, files, read_texts, run
 
 
 @FILTERS.register("test_every_nth")
@@ -217,7 +217,7 @@ def test_partitions_do_not_show(tmp_path: Path, partition: int, monkeypatch: pyt
             )
         streams[name] = {"source": {"name": "jsonl", "paths": [str(tmp_path / name)]}}
     monkeypatch.setattr(duplicates, "PARTITION_DOCUMENTS", partition)
-    monkeypatch.setattr("data.choice._BINS", 7)
+    monkeypatch.setattr("data.preparation.choice._BINS", 7)
     output = run(
         config_file(tmp_path, streams={**streams, "a": {**streams["a"], "max_bytes": "30K"}}, validation_fraction=0)
     )

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import zstandard
 
-from data.preparation import load_prepare_config, prepare
-from data.shards import StreamManifest, open_stream
-from schema import ConfigError, RunError
-from tests.data.test_prepare import config_file, documents, read_texts, write_jsonl
+from data.preparation.dataset import load_prepare_config, prepare
+from data.store.manifest import StreamManifest
+from data.store.shards import open_stream
+from flexbert_core.schema import ConfigError, RunError
+from tests.data.preparation.test_prepare import config_file, documents, read_texts, write_jsonl
 
 NOBODY = 65534
 

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.preparation import load_prepare_config, prepare
-from data.shards import open_stream
-from tests.data.test_prepare import config_file, documents, files, write_jsonl
+from data.preparation.dataset import load_prepare_config, prepare
+from data.store.shards import open_stream
+from tests.data.preparation.test_prepare import config_file, documents, files, write_jsonl
 
 SCRIPT = """
 import sys
-from schema import RunError
-from data.preparation import load_prepare_config, prepare
+from flexbert_core.schema import RunError
+from data.preparation.dataset import load_prepare_config, prepare
 
 if __name__ == "__main__":
     try:
@@ -139,7 +139,7 @@ def test_killed_again_and_again(corpus: Path, uninterrupted: dict[str, bytes], t
 PARENT = """
 import os, subprocess, sys, time
 os.environ["FLEXBERT_PREPARE_PID"] = sys.argv[1] or str(os.getpid())
-code = "import data.preload, time; print('tied', flush=True); time.sleep(600)"
+code = "import data.preparation.preload, time; print('tied', flush=True); time.sleep(600)"
 child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=sys.stdout)
 print(child.stdout.readline() or child.wait(), flush=True)
 time.sleep(600)

@@ -13,11 +13,12 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from benchmarks.fuzz_prepare import fuzz
 from data.inspect import inspect
-from data.shards import MANIFEST, open_stream
-from schema import ConfigError
+from data.store.manifest import MANIFEST
+from data.store.shards import open_stream
+from flexbert_core.schema import ConfigError
+from tests.data.preparation.test_prepare import documents, read_texts, write_jsonl
+from tests.data.preparation.test_prepare_found import error_of, jsonl_source, manifest_of, prepare_one
 from tests.data.test_inspect import shown
-from tests.data.test_prepare import documents, read_texts, write_jsonl
-from tests.data.test_prepare_found import error_of, jsonl_source, manifest_of, prepare_one
 
 GOOD = documents(20)
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import zstandard
 
-from data.sources import SOURCES, Fault
-from data.sources import base as sources_base
-from data.sources.builtin import is_readable
-from schema import ConfigError, RunError
+from data.preparation.sources import SOURCES, Fault
+from data.preparation.sources import base as sources_base
+from data.preparation.sources.builtin import is_readable
+from flexbert_core.schema import ConfigError, RunError
 
 ROWS = [{"text": f"row {number}: " + "word " * number, "other": number} for number in range(50)]
 TEXTS = [row["text"] for row in ROWS]

@@ -12,10 +12,10 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from data.sources import base as sources_base
-from data.sources import files as sources_files
-from schema import ConfigError, RunError
-from tests.data.test_sources import COMPRESS, ROWS, TEXTS, build, jsonl, read_all
+from data.preparation.sources import base as sources_base
+from data.preparation.sources import files as sources_files
+from flexbert_core.schema import ConfigError, RunError
+from tests.data.preparation.test_sources import COMPRESS, ROWS, TEXTS, build, jsonl, read_all
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from data.cache import PARTIAL, CachedShard, ShardCache
-from schema import ConfigError
+from data.store.cache import PARTIAL, CachedShard, ShardCache
+from flexbert_core.schema import ConfigError
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 def content(number: int) -> bytes:
@@ -153,7 +153,7 @@ def test_a_damaged_copy_is_replaced_once(tmp_path: Path, damage: bytes) -> None:
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from data.cache import CachedShard, ShardCache
+from data.store.cache import CachedShard, ShardCache
 def download(handle):
     if sys.argv[5] == "fork" and os.fork() == 0:
         time.sleep(100)

@@ -12,7 +12,7 @@ from tests.data.remote import until
 from tests.data.servers import Bucket
 from tests.data.synthetic import documents, write_stream
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 
 # Children are forked from one process that has imported everything, so that a life takes milliseconds. Each reads the
 # stream in its own order, with prefetch; each is killed at a random moment, most of them while they download.
@@ -20,9 +20,9 @@ SCRIPT = """
 import fcntl, json, os, random, signal, sys, time
 import boto3
 from pathlib import Path
-from data.cache import PARTIAL, CacheConfig
-from data.shards import open_stream
-from data.transfer import open_store
+from data.store.cache import PARTIAL, CacheConfig
+from data.store.shards import open_stream
+from data.store.transfer import open_store
 
 url, folder, limit, kills, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
 config = CacheConfig(cache=str(folder), cache_limit=limit)

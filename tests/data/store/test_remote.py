@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import xxhash
 
-from data.cache import CacheConfig
-from data.shards import open_stream
-from schema import ConfigError, RunError
+from data.store.cache import CacheConfig
+from data.store.shards import open_stream
+from flexbert_core.schema import ConfigError, RunError
 from tests.data.remote import DOCUMENTS, assert_whole, flip, in_fresh_process, key, read_all, settings, shards_in
 from tests.data.servers import BUCKET, PAGE, Bucket, Proxy
 from tests.data.synthetic import documents, write_stream

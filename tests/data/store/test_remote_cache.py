@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.shards import open_stream
-from schema import ConfigError, RunError
+from data.store.shards import open_stream
+from flexbert_core.schema import ConfigError, RunError
 from tests.data.remote import ROOT, assert_whole, bytes_in, key, settings, shards_in, until
 from tests.data.servers import Bucket, Proxy
 
@@ -113,8 +113,8 @@ def test_opening_waits_for_a_prefetch_and_gets_its_error(
 
 SLEEPER = """
 import sys, time
-from data.cache import CacheConfig
-from data.shards import open_stream
+from data.store.cache import CacheConfig
+from data.store.shards import open_stream
 stream = open_stream(sys.argv[1], CacheConfig(cache=sys.argv[2], download_timeout=100.0))
 stream.prefetch(range(4))
 print("started", flush=True)
@@ -153,8 +153,8 @@ def test_ends_promptly_while_downloads_hang(proxy: Proxy, url: str, tmp_path: Pa
 
 READER = """
 import random, sys
-from data.cache import CacheConfig
-from data.shards import open_stream
+from data.store.cache import CacheConfig
+from data.store.shards import open_stream
 url, cache, limit, seed = sys.argv[1:]
 stream = open_stream(url, CacheConfig(cache=cache, cache_limit=int(limit)))
 order = list(range(len(stream.manifest.shards)))

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.shards import open_stream
-from schema import RunError
+from data.store.shards import open_stream
+from flexbert_core.schema import RunError
 from tests.data.remote import DOCUMENTS, assert_whole, flip, in_fresh_process, key, settings, shards_in
 from tests.data.servers import BUCKET, Bucket, Proxy, free_port
 

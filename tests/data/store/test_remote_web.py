@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from data.inspect import inspect
-from data.remote import RemoteFiles, fetch_tokenizer
-from data.shards import open_stream
-from schema import ConfigError, RunError
+from data.store.remote import RemoteFiles, fetch_tokenizer
+from data.store.shards import open_stream
+from flexbert_core.schema import ConfigError, RunError
 from tests.data.remote import DOCUMENTS, assert_whole, settings
 from tests.data.servers import Proxy, free_port, run_web
 

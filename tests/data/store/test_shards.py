@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from streaming.base.format import reader_from_json
 
-from data.shards import Stream, chunk_documents, open_stream
-from schema import ConfigError, RunError
+from data.store.manifest import chunk_documents
+from data.store.shards import Stream, open_stream
+from flexbert_core.schema import ConfigError, RunError
 from tests.data.synthetic import documents, write_stream
 
 

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flexbert import build, from_hf, to_hf
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
 from tests.flexbert.conftest import tiny
-from tests.flexbert.hf_forms import older, rewrite
-from tests.flexbert.test_hf_export import tokenizer_of
-from tests.flexbert.test_hf_parity import reference_model
+from tests.flexbert.hf.forms import older, rewrite
+from tests.flexbert.hf.test_export import tokenizer_of
+from tests.flexbert.hf.test_parity import reference_model
 
 Damage = Callable[[Path], object]
 

@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForMaskedLM, AutoTokenizer, ElectraConfig, ElectraForMaskedLM, PreTrainedTokenizerFast
 
 from flexbert import build, from_hf, to_hf
-from flexbert.hf_mappings import MAPPINGS
-from schema import ConfigError, RunError
+from flexbert.hf.mappings import MAPPINGS
+from flexbert_core.schema import ConfigError, RunError
 from tests.flexbert.conftest import ODD_LENGTHS, batch_of, tiny
-from tests.flexbert.hf_forms import older
-from tests.flexbert.test_hf_parity import batch_for, one_by_one, reference_model
+from tests.flexbert.hf.forms import older
+from tests.flexbert.hf.test_parity import batch_for, one_by_one, reference_model
 
 SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "cls", "sep", "pad", "mask")}
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, BertModel
 
 from flexbert import FlexBertEncoder, from_hf
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
 
 TEXTS = [
     "The cat sits on the mat.",

@@ -18,11 +18,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from flexbert import FlexBertConfig, build, from_hf
-from flexbert import modeling_flexbert as modeling
 from flexbert.config import PRESETS
-from flexbert.hf import _hf_config
+from flexbert.hf import modeling_flexbert as modeling
+from flexbert.hf.convert import _hf_config
 from tests.flexbert.conftest import batch_of, gradients, tiny
-from tests.flexbert.test_hf_remote import PARALLEL, SANDWICH, in_transformers, scrambled
+from tests.flexbert.hf.test_remote import PARALLEL, SANDWICH, in_transformers, scrambled
 from tests.flexbert.test_presets import SIZES
 
 # Measured over all presets: 1.9e-5 on logits up to 10, with gte-en-mlm-base's NTK angles, elsewhere 1.1e-5; 5.2e-6 on

@@ -12,12 +12,12 @@ from torch import nn
 
 from flexbert import build, from_hf, to_hf
 from flexbert.activations import _FUNCTIONS
-from flexbert.hf import MODELING_FILE, _hf_config
-from flexbert.hf_mappings import MAPPINGS
+from flexbert.hf.convert import MODELING_FILE, _hf_config
+from flexbert.hf.mappings import MAPPINGS
 from flexbert.registry import SLOTS
-from schema import RunError
+from flexbert_core.schema import RunError
 from tests.flexbert.conftest import ODD_LENGTHS, batch_of, tiny
-from tests.flexbert.test_hf_export import BERT, IDS, tokenizer_of
+from tests.flexbert.hf.test_export import BERT, IDS, tokenizer_of
 
 # Measured worst case: 3.3e-6 on logits up to 9
 TOLERANCE = 1e-5
@@ -57,7 +57,7 @@ CASES = {"sandwich": SANDWICH, "parallel": PARALLEL, "sinusoidal": SINUSOIDAL, "
 
 def in_transformers(model: Any, **config: Any) -> Any:
     """The template's model with the same weights."""
-    from flexbert.modeling_flexbert import FlexBertConfig, FlexBertForMaskedLM
+    from flexbert.hf.modeling_flexbert import FlexBertConfig, FlexBertForMaskedLM
 
     theirs = FlexBertForMaskedLM(FlexBertConfig(model.config.to_dict(), **config))
     faults = theirs.load_state_dict(model.state_dict(), strict=False)
@@ -110,7 +110,7 @@ def test_token_types_and_hidden_states_of_the_modeling_file() -> None:
 
 
 def test_the_modeling_file_knows_every_component_of_the_package() -> None:
-    from flexbert.modeling_flexbert import ACTIVATIONS, SUPPORTED
+    from flexbert.hf.modeling_flexbert import ACTIVATIONS, SUPPORTED
 
     for slot, names in SUPPORTED.items():
         of_package = {name for name, entry in SLOTS[slot].entries.items() if entry.__module__.startswith("flexbert.")}
@@ -180,7 +180,7 @@ def test_an_export_whose_code_fails_is_not_published(tmp_path: Path, monkeypatch
     broken = tmp_path / "code" / "modeling_flexbert.py"
     broken.parent.mkdir()
     broken.write_text("import flexbert\n")
-    monkeypatch.setattr("flexbert.hf.MODELING_FILE", broken)
+    monkeypatch.setattr("flexbert.hf.convert.MODELING_FILE", broken)
     with pytest.raises(RunError, match=r"cannot load the export: .*flexbert.*: not published"):
         to_hf(build(tiny(**PARALLEL)), tokenizer_of(97), tmp_path / "export")
     assert [path.name for path in tmp_path.iterdir()] == ["code"]
@@ -195,7 +195,7 @@ def test_an_export_whose_code_computes_something_else_is_not_published(
     text = MODELING_FILE.read_text()
     assert "(distance <= window)" in text
     other.write_text(text.replace("(distance <= window)", "(distance < window)"))
-    monkeypatch.setattr("flexbert.hf.MODELING_FILE", other)
+    monkeypatch.setattr("flexbert.hf.convert.MODELING_FILE", other)
     with pytest.raises(RunError, match=r"export's logits differ from the model's by .*: not published"):
         to_hf(build(tiny(**PARALLEL)), tokenizer_of(97), tmp_path / "export")
     assert [path.name for path in tmp_path.iterdir()] == ["code"]

@@ -7,8 +7,8 @@ import torch
 
 from flexbert import FlexBertConfig, build, from_hf, to_hf
 from flexbert.config import PRESETS
-from tests.flexbert.test_hf_export import IDS, tokenizer_of
-from tests.flexbert.test_hf_remote import scrambled
+from tests.flexbert.hf.test_export import IDS, tokenizer_of
+from tests.flexbert.hf.test_remote import scrambled
 from tests.flexbert.test_presets import SIZES
 
 

@@ -11,11 +11,11 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertTokenizer, Pre
 
 from flexbert import build, to_hf
 from flexbert.config import PRESETS, FlexBertConfig
-from flexbert.hf_tokenizer import load_tokenizer, save_tokenizer
-from schema import ConfigError
+from flexbert.hf.tokenizer import load_tokenizer, save_tokenizer
+from flexbert_core.schema import ConfigError
 from tests.flexbert.conftest import tiny
-from tests.flexbert.hf_forms import rewrite
-from tests.flexbert.test_hf_export import BERT, tokenizer_of
+from tests.flexbert.hf.forms import rewrite
+from tests.flexbert.hf.test_export import BERT, tokenizer_of
 from tests.flexbert.test_presets import SIZES
 
 ROBERTA = {

@@ -18,12 +18,12 @@ from transformers import (
 )
 
 from flexbert import build, from_hf, to_hf
-from flexbert.hf_mappings import MAPPINGS
-from flexbert.hf_state import moved_table
-from schema import ConfigError
+from flexbert.hf.mappings import MAPPINGS
+from flexbert.hf.state import moved_table
+from flexbert_core.schema import ConfigError
 from tests.flexbert.conftest import tiny
-from tests.flexbert.test_hf_export import BERT, tokenizer_of
-from tests.flexbert.test_hf_parity import CLASSES, TOLERANCE, batch_for, one_by_one, reference_model
+from tests.flexbert.hf.test_export import BERT, tokenizer_of
+from tests.flexbert.hf.test_parity import CLASSES, TOLERANCE, batch_for, one_by_one, reference_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -14,11 +14,11 @@ from transformers import AutoModelForTokenClassification as ForTokens
 
 from flexbert import build, from_hf, to_hf
 from tests.flexbert.conftest import batch_of, tiny
-from tests.flexbert.test_hf_export import IDS, tokenizer_of
-from tests.flexbert.test_hf_own_model import inputs
-from tests.flexbert.test_hf_remote import PARALLEL, SANDWICH, scrambled
+from tests.flexbert.hf.test_export import IDS, tokenizer_of
+from tests.flexbert.hf.test_own_model import inputs
+from tests.flexbert.hf.test_remote import PARALLEL, SANDWICH, scrambled
 
-PYTHON_OF_4 = Path(__file__).parents[2] / ".venv" / "bin" / "python"
+PYTHON_OF_4 = Path(__file__).parents[3] / ".venv" / "bin" / "python"
 CONFIGS = {"untied": SANDWICH, "tied": PARALLEL}
 ARGUMENTS: Any = {"trust_remote_code": True, "local_files_only": True}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from flexbert import build
 from flexbert.kernels import AttentionPlan, attend, choose_backend, gpu, require_backend
 from flexbert.kernels.cpu import tiles
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
 from tests.flexbert.conftest import ODD_LENGTHS, batch_of, gradients, tiny
 from tests.flexbert.kernels.cases import LENGTHS, SLOPES, TOLERANCE, detached, qkv_of
 

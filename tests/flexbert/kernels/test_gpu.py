@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flexbert.kernels import AttentionPlan, attend, require_backend
-from schema import ConfigError
+from flexbert_core.schema import ConfigError
 from tests.flexbert.conftest import ODD_LENGTHS
 from tests.flexbert.kernels.cases import SLOPES, qkv_of
 

@@ -16,9 +16,11 @@ import torch
 import xxhash
 from torch import nn
 
-from durable import UNFINISHED, new_folder, remove_unfinished, write_file
-from schema import RunError
-from training.checkpoint import (
+from flexbert_core.durable import UNFINISHED, new_folder, remove_unfinished, write_file
+from flexbert_core.schema import RunError
+from recipe.sections import CheckpointConfig
+from recipe.slots import OPTIMIZERS
+from training.checkpoints.files import (
     Snapshot,
     list_checkpoints,
     load_checkpoint,
@@ -28,9 +30,7 @@ from training.checkpoint import (
     tokens_of,
     write_checkpoint,
 )
-from training.config import CheckpointConfig
-from training.optim import OPTIMIZERS
-from training.saving import Saver, remove_old_checkpoints
+from training.checkpoints.saver import Saver, remove_old_checkpoints
 
 
 class Tied(nn.Module):

@@ -12,16 +12,16 @@ import torch
 from rich.console import Console
 
 from callbacks.ledger import Ledger
-from callbacks.lines import read_lines
-from schema import ConfigError, RunError
+from callbacks.step_log import read_lines
+from flexbert_core.schema import ConfigError, RunError
+from recipe.config import load_run_config
 from tests.data.servers import BUCKET, Bucket, Proxy
 from tests.training.ranks import Ranks
 from tests.training.tiny import ROW, ROWS, write_config
 from training import trainer
-from training.checkpoint import Snapshot, list_checkpoints, load_checkpoint, tokens_of
-from training.config import load_run_config
-from training.remote_checkpoints import RemoteCheckpoints
-from training.saving import Saver
+from training.checkpoints.files import Snapshot, list_checkpoints, load_checkpoint, tokens_of
+from training.checkpoints.remote import RemoteCheckpoints
+from training.checkpoints.saver import Saver
 
 STEPS = 6
 SLOTS = ROWS * ROW

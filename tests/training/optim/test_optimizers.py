@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flexbert import FlexBertConfig, FlexBertForMaskedLM, build
 from flexbert.layers import block_matrices
-from training.checkpoint import load_checkpoint, restore, take_snapshot, write_checkpoint
-from training.muon import orthogonalise
-from training.optim import OPTIMIZERS
-from training.stable_adamw import ShardedStableAdamW
+from recipe.slots import OPTIMIZERS
+from training.checkpoints.files import load_checkpoint, restore, take_snapshot, write_checkpoint
+from training.optim.muon import orthogonalise
+from training.optim.stable_adamw import ShardedStableAdamW
 
 VOCABULARY = 40
 

@@ -1,0 +1,39 @@
+"""The config of a run that goes on, as it was begun."""
+
+import logging
+
+import ranks
+from recipe.config import RunConfig
+from recipe.schedules import falls
+from training.folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+def as_begun(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """`config` for a run that goes on in `folder`, where it leaves open what the run decided at its start: the order
+    of data.streams, which says nothing in YAML but numbers the streams; where schedules fall from; and `from` in other
+    words for the same. A new run's is as it is."""
+    if not (folder.path / "config.yaml").exists():
+        return config
+    before = folder.recorded_config()
+    names = [name for name in before.data.streams if name in config.data.streams]
+    names += [name for name in config.data.streams if name not in names]
+    data = config.data.model_copy(update={"streams": {name: config.data.streams[name] for name in names}})
+    phases = list(config.phases)
+    for number, (phase, was) in enumerate(zip(config.phases, before.phases, strict=False)):
+        here, there = phase.schedule, was.schedule
+        if here.name == there.name and falls(here.name) and "falls_from" not in here.model_fields_set:
+            if here.falls_from != there.falls_from and ranks.rank() == 0:
+                log.warning(
+                    "phases.%d.schedule: falls from the phase's %s, as this run was begun: falls_from=%s says so",
+                    number,
+                    there.falls_from,
+                    there.falls_from,
+                )
+            schedule = here.model_copy(update={"falls_from": there.falls_from})
+            phases[number] = phase.model_copy(update={"schedule": schedule})
+    origin = config.origin
+    if origin is not None and before.origin is not None and origin.meaning == before.origin.meaning:
+        origin = origin.model_copy(update={key: getattr(before.origin, key) for key in ("weights_only", "data")})
+    return config.model_copy(update={"data": data, "phases": phases, "origin": origin})
