@@ -22,7 +22,7 @@ from data.feed.loader import LoaderConfig, LoaderPhase, build_loader
 from data.feed.masking import MaskingConfig
 from data.feed.mixture import DataConfig, StreamConfig
 from flexbert_core.durable import write_file
-from tests.data.synthetic import documents, write_stream, write_tokenizer
+from tests.helpers.synthetic import documents, write_stream, write_tokenizer
 
 SAVE_EVERY = 200
 ORPHAN_SECONDS = 15  # a worker looks for its parent every five seconds

@@ -84,7 +84,7 @@ def real_text() -> Path:
 def six_hundred() -> Path:
     """Two streams of documents of 600 tokens in the mean (lognormal), 130 M tokens."""
     if not (SIX_HUNDRED / "b").is_dir():
-        from tests.data.synthetic import write_stream, write_tokenizer
+        from tests.helpers.synthetic import write_stream, write_tokenizer
 
         for number, name in enumerate("ab"):
             rng = np.random.Generator(np.random.Philox(number))

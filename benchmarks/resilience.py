@@ -29,7 +29,7 @@ from benchmarks.arguments import count, parser_of
 from benchmarks.kills import Victim
 from flexbert_core.durable import UNFINISHED
 from flexbert_core.schema import RunError
-from tests.training.runs import environment, final_weights, launched, metrics, prepare_dataset, rank, write_config
+from tests.helpers.runs import environment, final_weights, launched, metrics, prepare_dataset, rank, write_config
 from training.checkpoints.files import list_checkpoints, load_checkpoint
 
 STEPS = 160

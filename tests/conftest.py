@@ -1,8 +1,18 @@
-"""Settings of all tests."""
+"""Settings and fixtures of all tests."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+from data.store import transfer
+from tests.helpers.ranks import Ranks
+from tests.helpers.remote import DOCUMENTS
+from tests.helpers.servers import Bucket, Proxy, run_moto, run_web, s3_environment
+from tests.helpers.synthetic import write_stream
+from tests.helpers.tiny import write_data
 
 # The same examples at every run: a run of the tests says something about the code, not about the day's luck.
 # HYPOTHESIS_PROFILE=explore looks for new ones.
@@ -11,3 +21,78 @@ _TIMELESS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("fixed", derandomize=True, print_blob=True, **_TIMELESS)
 settings.register_profile("explore", print_blob=True, **_TIMELESS)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+@pytest.fixture(scope="session")
+def moto_server() -> Iterator[str]:
+    """Endpoint of an S3 server."""
+    with run_moto() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="session")
+def bucket(moto_server: str) -> Bucket:
+    """A bucket on it."""
+    return Bucket(moto_server)
+
+
+@pytest.fixture
+def s3(moto_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The environment in which that server is S3."""
+    for name, value in s3_environment(moto_server).items():
+        monkeypatch.setenv(name, value)
+    return moto_server
+
+
+@pytest.fixture
+def proxy(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """The same, but all goes through a proxy."""
+    proxy = Proxy(s3)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    yield proxy
+    proxy.stop()
+
+
+@pytest.fixture(scope="session")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the stream of tests.helpers.remote.DOCUMENTS."""
+    return write_stream(tmp_path_factory.mktemp("remote") / "prose", "train", DOCUMENTS)
+
+
+@pytest.fixture(scope="session")
+def url(local: Path, bucket: Bucket) -> str:
+    """The stream on S3; tests that damage it make their own."""
+    return bucket.upload(local, "whole/prose/train")
+
+
+@pytest.fixture
+def own(local: Path, bucket: Bucket, tmp_path: Path) -> str:
+    """A copy on S3 that the test may damage."""
+    return bucket.upload(local, f"{tmp_path.name}/prose/train")
+
+
+@pytest.fixture
+def web(local: Path) -> Iterator[str]:
+    """The stream on a plain web server."""
+    with run_web(local.parent.parent) as endpoint:
+        yield f"{endpoint}/prose/train"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed request is repeated at once."""
+    monkeypatch.setattr(transfer, "_FIRST_DELAY", 0.02)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Starts runs of any number of ranks."""
+    ranks = Ranks()
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Streams for them."""
+    return write_data(tmp_path_factory.mktemp("tiny"))

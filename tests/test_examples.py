@@ -28,12 +28,9 @@ from flexbert_core.schema import ConfigError
 from recipe.config import load_run_config
 from recipe.schedules import SCHEDULES
 from recipe.slots import OPTIMIZERS
-from tests.training.conftest import ranks, tiny_data
-from tests.training.ranks import Ranks
-from tests.training.runs import environment
-from tests.training.tiny import ROW, ROWS, write_config
-
-__all__ = ["ranks", "tiny_data"]  # fixtures
+from tests.helpers.ranks import Ranks
+from tests.helpers.runs import environment
+from tests.helpers.tiny import ROW, ROWS, write_config
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"

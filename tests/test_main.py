@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.synthetic import documents, write_stream
+from tests.helpers.synthetic import documents, write_stream
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,10 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import main
-from tests.training.conftest import tiny_data
-from tests.training.tiny import write_config
-
-__all__ = ["tiny_data"]
+from tests.helpers.tiny import write_config
 
 ROOT = Path(__file__).parent.parent
 FILES = [

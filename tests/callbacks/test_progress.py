@@ -11,7 +11,7 @@ from rich.console import Console
 from callbacks import progress
 from recipe.config import load_run_config
 from recipe.phases import PhasePlan
-from tests.training.tiny import write_config
+from tests.helpers.tiny import write_config
 from training.curves import draw_curves
 from training.trainer import train
 

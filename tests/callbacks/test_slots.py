@@ -20,8 +20,8 @@ from commands.status import read_status
 from flexbert_core.schema import ConfigError
 from recipe.config import load_run_config, read_recorded_config
 from recipe.phases import PhasePlan
-from tests.training.runs import ROOT, command, environment, launched, run
-from tests.training.tiny import ROW, ROWS, write_config, write_data
+from tests.helpers.runs import ROOT, command, environment, launched, run
+from tests.helpers.tiny import ROW, ROWS, write_config, write_data
 from training.parts import Parts, pack, unpack
 
 STEPS = 8

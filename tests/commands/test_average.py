@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 import main
 from flexbert import from_hf
-from tests.training.synthetic_runs import run_config, write_dataset
+from tests.helpers.synthetic_runs import run_config, write_dataset
 from training.trainer import train
 
 PHASES = [

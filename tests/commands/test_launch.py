@@ -19,9 +19,9 @@ import pytest
 from commands.launch import SlurmOptions, launch_slurm
 from flexbert.config import TOKEN_IDS
 from flexbert_core.schema import RunError
-from tests.training.ranks import Ranks
-from tests.training.runs import ROOT, environment, rank, run
-from tests.training.tiny import write_config
+from tests.helpers.ranks import Ranks
+from tests.helpers.runs import ROOT, environment, rank, run
+from tests.helpers.tiny import write_config
 from training.checkpoints.files import list_checkpoints, load_checkpoint
 from training.signals import EXIT_PREEMPTED
 

@@ -19,7 +19,7 @@ from flexbert.accounting import (
 from flexbert.heads import Head
 from flexbert.peaks import peak_flops
 from flexbert_core.schema import Component
-from tests.flexbert.conftest import batch_of, tiny
+from tests.helpers.models import batch_of, tiny
 
 
 @register("head", "test_parameter")

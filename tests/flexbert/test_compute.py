@@ -7,7 +7,7 @@ import torch
 
 from flexbert import build
 from flexbert.model import FlexBertForMaskedLM
-from tests.flexbert.conftest import Batch, batch_of, tiny
+from tests.helpers.models import Batch, batch_of, tiny
 
 
 def _step(model: FlexBertForMaskedLM, batch: Batch, dtype: torch.dtype | None = None) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ from flexbert import FlexBertConfig, build
 from flexbert.config import PRESETS
 from flexbert.registry import SLOTS
 from flexbert_core.schema import ConfigError
-from tests.flexbert.conftest import TINY, batch_of, tiny
+from tests.helpers.models import TINY, batch_of, tiny
 
 
 @pytest.mark.parametrize("preset", sorted(file.stem for file in PRESETS.glob("*.yaml")))

@@ -13,7 +13,7 @@ from torch import Tensor
 from flexbert import build
 from flexbert.dropout import Dropout, TokenKeys, keyed_dropout
 from flexbert.model import FlexBertForMaskedLM
-from tests.flexbert.conftest import Batch, batch_of, gradients, tiny
+from tests.helpers.models import Batch, batch_of, gradients, tiny
 
 ALL_SITES: dict[str, Any] = {
     "embedding": {"name": "tokens", "dropout": 0.2},

@@ -12,10 +12,10 @@ from flexbert import FlexBertConfig, FlexBertForMaskedLM, build, register
 from flexbert.growing import Grow, grow, layer_of, tiled_axis
 from flexbert.heads import Head
 from flexbert_core.schema import Component, ConfigError
-from tests.flexbert.conftest import ODD_LENGTHS, Batch, batch_of, tiny
 from tests.flexbert.hf.test_export import BERT
 from tests.flexbert.hf.test_remote import SINUSOIDAL, scrambled
 from tests.flexbert.test_components import SANDWICH
+from tests.helpers.models import ODD_LENGTHS, Batch, batch_of, tiny
 
 
 @register("head", "test_tied")

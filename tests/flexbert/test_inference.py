@@ -5,8 +5,8 @@ import torch
 
 from flexbert import FlexBertConfig, build
 from flexbert.kernels import AttentionPlan, attend
-from tests.flexbert.conftest import ODD_LENGTHS, batch_of, tiny
 from tests.flexbert.kernels.cases import LENGTHS, TOLERANCE, detached, qkv_of
+from tests.helpers.models import ODD_LENGTHS, batch_of, tiny
 
 
 @pytest.mark.parametrize("window", [(1, 1), (7, 7), (31, 31), (33, 33), (64, 64), (100, 100)], ids=str)

@@ -13,7 +13,7 @@ from flexbert import build, losses, rotary
 from flexbert.kernels import AttentionPlan, attend
 from flexbert.losses import masked_cross_entropy, masked_evaluation
 from flexbert.registry import NORMS
-from tests.flexbert.conftest import batch_of, tiny
+from tests.helpers.models import batch_of, tiny
 
 CHUNK = 2**13
 MASKED, VOCAB, WIDTH = 600, 500, 8

@@ -14,7 +14,7 @@ from flexbert.losses import TokenScores, masked_cross_entropy
 from flexbert.registry import LOSSES
 from flexbert.rotary import Rotation, rotate
 from flexbert_core.schema import ConfigError
-from tests.flexbert.conftest import ODD_LENGTHS, batch_of, gradients, tiny
+from tests.helpers.models import ODD_LENGTHS, batch_of, gradients, tiny
 
 
 def loss_inputs(with_bias: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:

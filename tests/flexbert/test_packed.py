@@ -7,7 +7,7 @@ import torch
 
 from flexbert import build
 from flexbert.packed import pad, spread_rows, unpad
-from tests.flexbert.conftest import ODD_LENGTHS, Batch, batch_of, gradients, tiny
+from tests.helpers.models import ODD_LENGTHS, Batch, batch_of, gradients, tiny
 
 # Measured worst case: 1.2e-6 at hidden states up to 3.3 (other batch shapes take other summation orders).
 TOLERANCE = 1e-5

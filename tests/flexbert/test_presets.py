@@ -17,8 +17,8 @@ from flexbert import FlexBertConfig, build
 from flexbert.accounting import count_parameters
 from flexbert.config import PRESETS
 from flexbert.positions import alibi_slopes
-from tests.flexbert.conftest import batch_of, gradients
 from tests.flexbert.hf.test_parity import RELEASED
+from tests.helpers.models import batch_of, gradients
 
 # Measured worst case over all presets: 4.1e-5 on logits up to 6.1 (gte-en-mlm-base; float32 against the same formulas in
 # float64: 2.4e-5 ours, 2.0e-5 the reference), 1.2e-6 on gradients up to 1.6.

@@ -18,7 +18,7 @@ from flexbert.losses import TokenScores
 from flexbert.positions import Position, Positions
 from flexbert.registry import ATTENTIONS, MLPS, SLOTS
 from flexbert_core.schema import Component, ConfigError
-from tests.flexbert.conftest import batch_of, gradients, tiny
+from tests.helpers.models import batch_of, gradients, tiny
 
 
 @register("norm", "test_scale")

@@ -15,7 +15,7 @@ from flexbert.dropout import TokenKeys, keyed_dropout
 from flexbert.kernels import gpu
 from flexbert.model import FlexBertForMaskedLM
 from flexbert.packed import check_packed, unpad
-from tests.flexbert.conftest import batch_of, tiny
+from tests.helpers.models import batch_of, tiny
 
 MODEL = {
     "num_hidden_layers": 4,

@@ -9,8 +9,8 @@ from transformers import BertForSequenceClassification, BertForTokenClassificati
 
 from flexbert import build, from_hf
 from flexbert_core.schema import ConfigError
-from tests.flexbert.conftest import batch_of, gradients, tiny
 from tests.flexbert.hf.test_parity import reference_model
+from tests.helpers.models import batch_of, gradients, tiny
 
 
 @pytest.mark.parametrize("task", ["classification", "tokens"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flexbert import FlexBertConfig, build
-from tests.flexbert.conftest import batch_of, tiny
+from tests.helpers.models import batch_of, tiny
 
 GLOBAL = {"name": "multihead", "global_attn_every_n_layers": 1}
 ROPE = {"name": "rope", "global_theta": 5000.0}

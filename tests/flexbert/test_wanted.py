@@ -11,8 +11,8 @@ from flexbert.dropout import TokenKeys, keyed_dropout
 from flexbert.kernels import AttentionPlan, attend
 from flexbert.model import FlexBertForMaskedLM
 from flexbert.packed import round_up
-from tests.flexbert.conftest import ODD_LENGTHS, batch_of, gradients, tiny
 from tests.flexbert.kernels.cases import LENGTHS, SLOPES, TOLERANCE, qkv_of
+from tests.helpers.models import ODD_LENGTHS, batch_of, gradients, tiny
 
 BLOCKS = ("prenorm", "postnorm", "parallel", "sandwich")
 

@@ -15,7 +15,7 @@ from flexbert import FlexBertConfig
 from flexbert_core.schema import ConfigError
 from recipe.config import RunConfig, load_run_config
 from recipe.phases import PhasePlan
-from tests.data.synthetic import documents, write_stream, write_tokenizer
+from tests.helpers.synthetic import documents, write_stream, write_tokenizer
 
 MODEL = FlexBertConfig.from_yaml("modernbert-tiny")
 

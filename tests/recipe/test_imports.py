@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from flexbert.registry import SLOTS
 from flexbert_core.schema import ConfigError
 from recipe.config import load_run_config, read_recorded_config
-from tests.training.runs import command, launched, run
-from tests.training.synthetic_runs import RUN, write_dataset
+from tests.helpers.runs import command, launched, run
+from tests.helpers.synthetic_runs import RUN, write_dataset
 
 MINE = """
 import torch

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from flexbert_core.schema import ConfigError
 from recipe.config import RunConfig, load_run_config, read_recorded_config
 from recipe.phases import PhasePlan
-from tests.training.tiny import ROW, ROWS, write_config
+from tests.helpers.tiny import ROW, ROWS, write_config
 
 
 def config_of(folder: Path, data: Path, maskings: list[Any], **sections: Any) -> RunConfig:

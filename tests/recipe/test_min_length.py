@@ -13,8 +13,8 @@ from data.tokenizer import fingerprint
 from flexbert_core.schema import ConfigError
 from recipe.config import RunConfig
 from recipe.phases import PhasePlan
-from tests.data.synthetic import write_stream
-from tests.training.synthetic_runs import run_config, tokenizer_of
+from tests.helpers.synthetic import write_stream
+from tests.helpers.synthetic_runs import run_config, tokenizer_of
 from training.folder import RunFolder
 
 PHASE = {"tokens": "8K", "max_seq_len": 64, "global_batch_size": 8, "lr": 1e-3}

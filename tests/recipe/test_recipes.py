@@ -17,7 +17,7 @@ from flexbert.config import without_init
 from flexbert_core.schema import ConfigError
 from recipe.config import RunConfig, load_run_config
 from recipe.phases import PhasePlan
-from tests.training.runs import command, run
+from tests.helpers.runs import command, run
 
 FOLDER = Path(__file__).parent.parent.parent / "configs" / "pretrain"
 RECIPES = sorted(FOLDER.glob("*.yaml"))

@@ -22,7 +22,7 @@ from data.feed.loader import build_loader
 from flexbert_core.schema import ConfigError
 from recipe.config import RunConfig, load_run_config
 from recipe.phases import PhasePlan
-from tests.training.runs import prepare_dataset
+from tests.helpers.runs import prepare_dataset
 from training.branching import read_origin
 from training.trainer import train
 

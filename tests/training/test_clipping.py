@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from tests.training.synthetic_runs import RUN, run_config, write_dataset
+from tests.helpers.synthetic_runs import RUN, run_config, write_dataset
 from training import trainer
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.runs import command, run, start
-from tests.training.tiny import ROW, ROWS, write_config
+from tests.helpers.runs import command, run, start
+from tests.helpers.tiny import ROW, ROWS, write_config
 from training.checkpoints.files import list_checkpoints
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -7,8 +7,8 @@ import pytest
 
 from flexbert_core.schema import ConfigError
 from recipe.config import load_run_config
-from tests.training.runs import command, run
-from tests.training.tiny import ROW, ROWS, write_config
+from tests.helpers.runs import command, run
+from tests.helpers.tiny import ROW, ROWS, write_config
 from training.effects import check_effects
 
 GLOBAL = "model.attention={name: multihead, global_attn_every_n_layers: 1}"

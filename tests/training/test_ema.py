@@ -17,10 +17,10 @@ from transformers import AutoModelForMaskedLM
 from callbacks.ema import WeightAverage
 from flexbert_core.schema import ConfigError
 from recipe.config import RunConfig
-from tests.training.ranks import Ranks
-from tests.training.synthetic_runs import run_config, write_dataset
+from tests.helpers.ranks import Ranks
+from tests.helpers.synthetic_runs import run_config, write_dataset
+from tests.helpers.tiny import ROW, ROWS, write_config
 from tests.training.test_processes import SAVED, STEPS, check_same, forget_after
-from tests.training.tiny import ROW, ROWS, write_config
 from training import trainer
 from training.checkpoints.files import list_checkpoints, newest_checkpoint
 

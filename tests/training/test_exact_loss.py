@@ -21,8 +21,8 @@ from flexbert import build
 from flexbert.dropout import TokenKeys, keyed_dropout
 from recipe.config import load_run_config
 from recipe.phases import PhasePlan
-from tests.training.ranks import Ranks
-from tests.training.tiny import ROW, ROWS, write_config
+from tests.helpers.ranks import Ranks
+from tests.helpers.tiny import ROW, ROWS, write_config
 
 SEED = 5
 # The largest difference of an entry over the largest entry of its tensor; the worst measured is 6e-7.

@@ -24,7 +24,7 @@ from callbacks.guards import SpikeDetector, StepGuard
 from callbacks.ledger import nearest_line
 from flexbert_core.schema import RunError
 from recipe.config import load_run_config
-from tests.training.runs import final_weights, metrics, prepare_dataset, write_config
+from tests.helpers.runs import final_weights, metrics, prepare_dataset, write_config
 from training import signals
 from training.checkpoints.files import list_checkpoints
 from training.trainer import train

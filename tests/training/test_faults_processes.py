@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.training.runs import ROOT, environment, launched, metrics, prepare_dataset, rank, write_config
+from tests.helpers.runs import ROOT, environment, launched, metrics, prepare_dataset, rank, write_config
 from training.checkpoints.files import list_checkpoints, load_checkpoint
 
 pytestmark = pytest.mark.slow

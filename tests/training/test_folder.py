@@ -8,8 +8,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.training.ranks import Ranks
-from tests.training.tiny import write_config
+from tests.helpers.ranks import Ranks
+from tests.helpers.tiny import write_config
 
 
 def error_of(ranks: Ranks, *arguments: str) -> str:

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 import main
 from flexbert_core.schema import MAY_CHANGE, ConfigError
 from recipe.config import RunConfig, load_run_config
-from tests.training.ranks import Ranks
-from tests.training.tiny import write_config
+from tests.helpers.ranks import Ranks
+from tests.helpers.tiny import write_config
 from training.folder import RunFolder
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.ranks import Ranks
-from tests.training.tiny import ROW, ROWS, write_config
+from tests.helpers.ranks import Ranks
+from tests.helpers.tiny import ROW, ROWS, write_config
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

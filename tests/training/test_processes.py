@@ -15,9 +15,9 @@ from torch import Tensor
 from flexbert_core.schema import Component, ConfigError
 from recipe.config import load_run_config
 from recipe.slots import OPTIMIZERS
-from tests.training.ranks import Ranks
-from tests.training.runs import command, run
-from tests.training.tiny import ROW, ROWS, write_config
+from tests.helpers.ranks import Ranks
+from tests.helpers.runs import command, run
+from tests.helpers.tiny import ROW, ROWS, write_config
 
 STEPS, SAVED = 6, 3
 

@@ -22,8 +22,7 @@ from data.feed.loader import build_loader
 from flexbert import FlexBertConfig, build, from_hf
 from recipe.config import load_run_config
 from recipe.phases import PhasePlan
-from tests.data.servers import Bucket, run_moto, s3_environment
-from tests.training.runs import (
+from tests.helpers.runs import (
     STEPS,
     command,
     final_weights,
@@ -33,6 +32,7 @@ from tests.training.runs import (
     start,
     write_config,
 )
+from tests.helpers.servers import Bucket, run_moto, s3_environment
 from training.checkpoints.files import list_checkpoints, newest_checkpoint
 from training.static_shapes import fill_slots
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flexbert import build
-from tests.flexbert.conftest import tiny
+from tests.helpers.models import tiny
 from training.static_shapes import fill_slots
 
 

@@ -17,8 +17,8 @@ from commands.inspect_step import inspect_step
 from commands.launch import SlurmOptions, launch_slurm, parse_sbatch
 from flexbert_core.schema import ConfigError, RunError
 from recipe.config import load_run_config
-from tests.training.runs import ROOT
-from tests.training.tiny import ROW, ROWS, write_config
+from tests.helpers.runs import ROOT
+from tests.helpers.tiny import ROW, ROWS, write_config
 from training.checkpoints.files import list_checkpoints
 from training.checkpoints.retention import facts_of
 from training.trainer import train

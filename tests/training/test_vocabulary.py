@@ -18,8 +18,8 @@ from transformers import (
 
 from flexbert import FlexBertForMaskedLM
 from recipe.config import load_run_config
-from tests.training.ranks import Ranks
-from tests.training.tiny import VOCABULARY, write_config
+from tests.helpers.ranks import Ranks
+from tests.helpers.tiny import VOCABULARY, write_config
 from training.branching import read_origin
 
 MODELS: dict[str, Any] = {

@@ -21,7 +21,7 @@ from data.feed.mixture import DataConfig, StreamConfig
 from data.feed.workers import Event, worker_death
 from data.store.shards import open_stream
 from flexbert_core.schema import ConfigError, RunError
-from tests.data.synthetic import SPECIAL, documents, write_stream, write_tokenizer
+from tests.helpers.synthetic import SPECIAL, documents, write_stream, write_tokenizer
 
 STREAMS = {"prose": (0, 150, 400), "code": (1, 60, 900), "notes": (2, 40, 60)}
 

@@ -19,9 +19,9 @@ from data.feed.masking import MaskingConfig
 from data.feed.mixture import DataConfig, StreamConfig, StreamShare, stream_weights
 from data.store.shards import open_stream
 from flexbert_core.schema import ConfigError, RunError
-from tests.data.remote import settings
-from tests.data.servers import run_web
-from tests.data.synthetic import documents, write_stream, write_tokenizer
+from tests.helpers.remote import settings
+from tests.helpers.servers import run_web
+from tests.helpers.synthetic import documents, write_stream, write_tokenizer
 
 # Documents by length: most of a's tokens lie in short ones, a few of c's in long ones.
 LENGTHS = {"a": [20] * 900 + [200] * 40, "b": [100] * 160, "c": [90] * 100 + [500] * 6}

@@ -12,7 +12,7 @@ from data.feed.loader import LoaderConfig, LoaderPhase, MixtureDataset
 from data.feed.masking import MaskingConfig
 from data.feed.mixture import DataConfig, StreamConfig, StreamShare, stream_weights
 from flexbert_core.schema import ConfigError
-from tests.data.synthetic import write_stream, write_tokenizer
+from tests.helpers.synthetic import write_stream, write_tokenizer
 
 MEDIANS = {"tweets": 20, "web": 250, "wiki": 500, "papers": 2000, "books": 9000}
 TOKENS = {"tweets": 300_000, "web": 3_000_000, "wiki": 1_500_000, "papers": 1_500_000, "books": 1_500_000}

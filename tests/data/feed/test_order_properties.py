@@ -21,7 +21,7 @@ from data.feed.loader import LoaderConfig, LoaderPhase, MixtureDataset, build_lo
 from data.feed.masking import MaskingConfig
 from data.feed.mixture import DataConfig, StreamConfig, StreamShare
 from data.feed.packing import SPECIAL_TOKENS_PER_SEQUENCE
-from tests.data.synthetic import write_stream, write_tokenizer
+from tests.helpers.synthetic import write_stream, write_tokenizer
 
 NAMES = ("a", "b", "c")
 Token = tuple[int, int, int]

@@ -11,8 +11,8 @@ from data.feed.masking import MaskingConfig
 from data.feed.mixture import DataConfig, StreamConfig
 from data.store.shards import open_stream
 from flexbert_core.schema import RunError
-from tests.data.servers import Bucket
-from tests.data.synthetic import documents, write_stream, write_tokenizer
+from tests.helpers.servers import Bucket
+from tests.helpers.synthetic import documents, write_stream, write_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from data.feed.mixture import DataConfig, StreamConfig
 from data.feed.packing import Spans
 from data.keyed import keyed_generator
 from data.store.shards import open_stream
-from tests.data.synthetic import write_stream, write_tokenizer
+from tests.helpers.synthetic import write_stream, write_tokenizer
 
 LIMIT = 5.0
 DOCUMENTS, LENGTH, MAX_SEQ_LEN, LANES = 512, 14, 64, 4  # four documents fill a row

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.remote import until
-from tests.data.servers import Bucket
-from tests.data.synthetic import documents, write_stream
+from tests.helpers.remote import until
+from tests.helpers.servers import Bucket
+from tests.helpers.synthetic import documents, write_stream
 
 ROOT = Path(__file__).parents[3]
 

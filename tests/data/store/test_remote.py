@@ -15,9 +15,9 @@ import xxhash
 from data.store.cache import CacheConfig
 from data.store.shards import open_stream
 from flexbert_core.schema import ConfigError, RunError
-from tests.data.remote import DOCUMENTS, assert_whole, flip, in_fresh_process, key, read_all, settings, shards_in
-from tests.data.servers import BUCKET, PAGE, Bucket, Proxy
-from tests.data.synthetic import documents, write_stream
+from tests.helpers.remote import DOCUMENTS, assert_whole, flip, in_fresh_process, key, read_all, settings, shards_in
+from tests.helpers.servers import BUCKET, PAGE, Bucket, Proxy
+from tests.helpers.synthetic import documents, write_stream
 
 pytestmark = pytest.mark.usefixtures("quick")
 

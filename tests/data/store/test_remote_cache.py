@@ -15,8 +15,8 @@ import pytest
 
 from data.store.shards import open_stream
 from flexbert_core.schema import ConfigError, RunError
-from tests.data.remote import ROOT, assert_whole, bytes_in, key, settings, shards_in, until
-from tests.data.servers import Bucket, Proxy
+from tests.helpers.remote import ROOT, assert_whole, bytes_in, key, settings, shards_in, until
+from tests.helpers.servers import Bucket, Proxy
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -12,8 +12,8 @@ import pytest
 
 from data.store.shards import open_stream
 from flexbert_core.schema import RunError
-from tests.data.remote import DOCUMENTS, assert_whole, flip, in_fresh_process, key, settings, shards_in
-from tests.data.servers import BUCKET, Bucket, Proxy, free_port
+from tests.helpers.remote import DOCUMENTS, assert_whole, flip, in_fresh_process, key, settings, shards_in
+from tests.helpers.servers import BUCKET, Bucket, Proxy, free_port
 
 pytestmark = pytest.mark.usefixtures("quick")
 

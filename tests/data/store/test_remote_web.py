@@ -11,8 +11,8 @@ from data.inspect import inspect
 from data.store.remote import RemoteFiles, fetch_tokenizer
 from data.store.shards import open_stream
 from flexbert_core.schema import ConfigError, RunError
-from tests.data.remote import DOCUMENTS, assert_whole, settings
-from tests.data.servers import Proxy, free_port, run_web
+from tests.helpers.remote import DOCUMENTS, assert_whole, settings
+from tests.helpers.servers import Proxy, free_port, run_web
 
 pytestmark = [
     pytest.mark.usefixtures("quick"),

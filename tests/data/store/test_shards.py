@@ -12,7 +12,7 @@ from streaming.base.format import reader_from_json
 from data.store.manifest import chunk_documents
 from data.store.shards import Stream, open_stream
 from flexbert_core.schema import ConfigError, RunError
-from tests.data.synthetic import documents, write_stream
+from tests.helpers.synthetic import documents, write_stream
 
 
 @pytest.mark.parametrize("vocab_size", [512, 100_000])

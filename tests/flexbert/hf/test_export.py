@@ -14,9 +14,9 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, ElectraConfig, Ele
 from flexbert import build, from_hf, to_hf
 from flexbert.hf.mappings import MAPPINGS
 from flexbert_core.schema import ConfigError, RunError
-from tests.flexbert.conftest import ODD_LENGTHS, batch_of, tiny
-from tests.flexbert.hf.forms import older
 from tests.flexbert.hf.test_parity import batch_for, one_by_one, reference_model
+from tests.helpers.hf_forms import older
+from tests.helpers.models import ODD_LENGTHS, batch_of, tiny
 
 SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "cls", "sep", "pad", "mask")}
 

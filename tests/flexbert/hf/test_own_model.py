@@ -21,9 +21,9 @@ from flexbert import FlexBertConfig, build, from_hf
 from flexbert.config import PRESETS
 from flexbert.hf import modeling_flexbert as modeling
 from flexbert.hf.convert import _hf_config
-from tests.flexbert.conftest import batch_of, gradients, tiny
 from tests.flexbert.hf.test_remote import PARALLEL, SANDWICH, in_transformers, scrambled
 from tests.flexbert.test_presets import SIZES
+from tests.helpers.models import batch_of, gradients, tiny
 
 # Measured over all presets: 1.9e-5 on logits up to 10, with gte-en-mlm-base's NTK angles, elsewhere 1.1e-5; 5.2e-6 on
 # gradients.

@@ -18,8 +18,8 @@ from transformers import (
 from flexbert import FlexBertConfig, FlexBertForMaskedLM, build, from_hf
 from flexbert.hf.mappings import MAPPINGS
 from flexbert.hf.state import hf_names
-from tests.flexbert.conftest import ODD_LENGTHS, Batch, batch_of, gradients
-from tests.flexbert.hf.forms import older
+from tests.helpers.hf_forms import older
+from tests.helpers.models import ODD_LENGTHS, Batch, batch_of, gradients
 
 # Measured worst case over all cases here: 3.1e-6 on logits up to 6.2, 1.2e-7 on gradients up to 0.15.
 TOLERANCE = 1e-5

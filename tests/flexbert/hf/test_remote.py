@@ -16,8 +16,8 @@ from flexbert.hf.convert import MODELING_FILE, _hf_config
 from flexbert.hf.mappings import MAPPINGS
 from flexbert.registry import SLOTS
 from flexbert_core.schema import RunError
-from tests.flexbert.conftest import ODD_LENGTHS, batch_of, tiny
 from tests.flexbert.hf.test_export import BERT, IDS, tokenizer_of
+from tests.helpers.models import ODD_LENGTHS, batch_of, tiny
 
 # Measured worst case: 3.3e-6 on logits up to 9
 TOLERANCE = 1e-5

@@ -21,9 +21,9 @@ from flexbert import build, from_hf, to_hf
 from flexbert.hf.mappings import MAPPINGS
 from flexbert.hf.state import moved_table
 from flexbert_core.schema import ConfigError
-from tests.flexbert.conftest import tiny
 from tests.flexbert.hf.test_export import BERT, tokenizer_of
 from tests.flexbert.hf.test_parity import CLASSES, TOLERANCE, batch_for, one_by_one, reference_model
+from tests.helpers.models import tiny
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tests.flexbert.conftest import ODD_LENGTHS
+from tests.helpers.models import ODD_LENGTHS
 
 # Measured worst case over all cases here: 3.0e-6 (8192 keys), else 1.2e-6, on values up to 6.5.
 TOLERANCE = 1e-5

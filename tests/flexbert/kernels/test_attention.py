@@ -11,8 +11,8 @@ from flexbert import build
 from flexbert.kernels import AttentionPlan, attend, choose_backend, gpu, require_backend
 from flexbert.kernels.cpu import tiles
 from flexbert_core.schema import ConfigError
-from tests.flexbert.conftest import ODD_LENGTHS, batch_of, gradients, tiny
 from tests.flexbert.kernels.cases import LENGTHS, SLOPES, TOLERANCE, detached, qkv_of
+from tests.helpers.models import ODD_LENGTHS, batch_of, gradients, tiny
 
 
 def run(backend: Any, lengths: tuple[int, ...], window: tuple[int, int], slopes: Tensor | None = None) -> list[Tensor]:

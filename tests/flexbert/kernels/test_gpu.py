@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flexbert.kernels import AttentionPlan, attend, require_backend
 from flexbert_core.schema import ConfigError
-from tests.flexbert.conftest import ODD_LENGTHS
 from tests.flexbert.kernels.cases import SLOPES, qkv_of
+from tests.helpers.models import ODD_LENGTHS
 
 pytestmark = [
     pytest.mark.gpu,

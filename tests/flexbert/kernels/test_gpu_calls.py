@@ -13,8 +13,8 @@ from flexbert import build
 from flexbert.kernels import AttentionPlan, attend, gpu
 from flexbert.kernels.attention import KERNELS
 from flexbert_core.schema import ConfigError
-from tests.flexbert.conftest import ODD_LENGTHS, batch_of, tiny
 from tests.flexbert.kernels.cases import LENGTHS, SLOPES, TOLERANCE, detached, qkv_of
+from tests.helpers.models import ODD_LENGTHS, batch_of, tiny
 
 
 def _varlen(

@@ -15,9 +15,9 @@ from callbacks.ledger import Ledger
 from callbacks.step_log import read_lines
 from flexbert_core.schema import ConfigError, RunError
 from recipe.config import load_run_config
-from tests.data.servers import BUCKET, Bucket, Proxy
-from tests.training.ranks import Ranks
-from tests.training.tiny import ROW, ROWS, write_config
+from tests.helpers.ranks import Ranks
+from tests.helpers.servers import BUCKET, Bucket, Proxy
+from tests.helpers.tiny import ROW, ROWS, write_config
 from training import trainer
 from training.checkpoints.files import Snapshot, list_checkpoints, load_checkpoint, tokens_of
 from training.checkpoints.remote import RemoteCheckpoints

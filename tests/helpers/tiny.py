@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from data.tokenizer import fingerprint
-from tests.data.synthetic import SPECIAL, write_stream
+from tests.helpers.synthetic import SPECIAL, write_stream
 
 ROW, ROWS, VOCABULARY = 32, 8, 64
 _ORDINARY = {"full": 1.0, "sparse": 1 / 8, "empty": 0.0}

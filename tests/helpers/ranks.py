@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.training.runs import ROOT, environment
+from tests.helpers.runs import ROOT, environment
 
 _SECONDS = 300
 
@@ -21,7 +21,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.training.ranks"],
+            [sys.executable, "-m", "tests.helpers.ranks"],
             cwd=ROOT,
             env=environment(),
             stdin=subprocess.PIPE,

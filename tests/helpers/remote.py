@@ -11,8 +11,8 @@ import numpy as np
 
 from data.store.cache import CacheConfig
 from data.store.shards import Stream
-from tests.data.servers import BUCKET
-from tests.data.synthetic import documents
+from tests.helpers.servers import BUCKET
+from tests.helpers.synthetic import documents
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = documents(3, 300, 300)
