@@ -151,7 +151,7 @@ def _as_nobody(tree: Tree) -> Iterator[None]:
 def _may_fail(tree: Tree, glob: bool) -> bool:
     there = tree.read_files()
     broken = any(os.path.islink(path) and not os.path.exists(path) for path in tree.entries()[0])  # noqa: PTH110, PTH114
-    hopeless = not any(content.texts for content in there.values())
+    hopeless = not any(text for content in there.values() for text in content.texts or ())
     odd = any(content.odd or content.whole or content.texts is None for content in there.values())
     few = sum(len(content.texts or ()) for content in there.values()) < 60  # may leave a split empty
     return bool(tree.locked) or broken or hopeless or few or glob or (odd and tree.on_error == "fail")

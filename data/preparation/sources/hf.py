@@ -111,6 +111,10 @@ class HuggingFaceDataset:
             raise ConfigError(f"path: {path} is no folder written by save_to_disk (for a name on the hub use `hub`)")
         try:
             dataset = datasets.load_from_disk(str(path))
+        except IndexError:  # what save_to_disk writes of a dataset without rows, it cannot load
+            raise ConfigError(
+                f"path: {shown(str(path))}: lists no data files, so it holds no rows: leave it out"
+            ) from None
         except Exception as error:  # files that are missing or damaged: it raises what its parsers raise
             raise RunError(f"{shown(str(path))}: cannot be read: {reason(str(path), error)}") from None
         if isinstance(dataset, datasets.DatasetDict):

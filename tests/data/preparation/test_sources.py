@@ -154,12 +154,14 @@ def test_saved_dataset(tmp_path: Path) -> None:
     dataset = datasets.Dataset.from_list(ROWS)
     dataset.save_to_disk(str(tmp_path / "one"))
     datasets.DatasetDict({"train": dataset, "test": dataset.select([0])}).save_to_disk(str(tmp_path / "many"))
+    dataset.select([]).save_to_disk(str(tmp_path / "none"))
     assert read_all({"name": "datasets", "path": str(tmp_path / "one")}) == TEXTS
     assert read_all({"name": "datasets", "path": str(tmp_path / "many"), "split": "test"}) == TEXTS[:1]
     for node, message in [
         ({"path": str(tmp_path / "many"), "split": "tset"}, "split: .*many has no split 'tset', did you mean 'test'"),
         ({"path": str(tmp_path / "one"), "text_column": "txt"}, "text_column: no column 'txt', did you mean 'text'"),
         ({"path": str(tmp_path)}, "is no folder written by save_to_disk"),
+        ({"path": str(tmp_path / "none")}, "none: lists no data files, so it holds no rows: leave it out"),
     ]:
         with pytest.raises(ConfigError, match=message):
             build({"name": "datasets", **node}).find()
