@@ -19,7 +19,6 @@ import xxhash
 from rich.progress import Progress
 
 from data.feed.loader import LoaderConfig, LoaderPhase, build_loader
-from data.feed.masking import MaskingConfig
 from data.feed.mixture import DataConfig, StreamConfig
 from flexbert_core.durable import write_file
 from tests.helpers.synthetic import documents, write_stream, write_tokenizer
@@ -33,7 +32,7 @@ def configuration(folder: Path, steps: int) -> LoaderConfig:
     data = DataConfig(tokenizer=write_tokenizer(folder), streams=streams, num_workers=2, block_documents=200)
     lengths, rows = (64, 256, 128), (16, 8, 32)
     phases = [
-        LoaderPhase(steps=steps // 3, global_batch_size=count, max_seq_len=length, masking=MaskingConfig())
+        LoaderPhase(steps=steps // 3, global_batch_size=count, max_seq_len=length)
         for length, count in zip(lengths, rows, strict=True)
     ]
     return LoaderConfig(seed=17, data=data, phases=phases)

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from benchmarks.arguments import parser_of
 from data.feed.loader import LoaderConfig, LoaderPhase, MixtureDataset, build_loader
-from data.feed.masking import MaskingConfig
 from data.feed.mixture import DataConfig, StreamConfig
 from data.feed.packing import SPECIAL_TOKENS_PER_SEQUENCE, Spans, cut
 from data.preparation.config import PrepareConfig
@@ -99,7 +98,7 @@ def configuration(dataset: Path, rows: int, max_seq_len: int, lanes: int | None,
     names = sorted(path.name for path in dataset.iterdir() if (path / "train").is_dir())
     streams = {name: StreamConfig(path=str(dataset / name)) for name in names}
     data = DataConfig(tokenizer=str(dataset / "tokenizer"), streams=streams, lanes=lanes, num_workers=workers)
-    phase = LoaderPhase(steps=10**6, global_batch_size=rows, max_seq_len=max_seq_len, masking=MaskingConfig())
+    phase = LoaderPhase(steps=10**6, global_batch_size=rows, max_seq_len=max_seq_len)
     return LoaderConfig(seed=17, data=data, phases=[phase])
 
 

@@ -24,7 +24,6 @@ from rich.progress import track
 from benchmarks.arguments import parser_of
 from data.feed.lanes import LaneCursor
 from data.feed.loader import LoaderConfig, LoaderPhase, MixtureDataset
-from data.feed.masking import MaskingConfig
 from data.feed.mixture import DataConfig, StreamConfig
 from data.feed.order import Place
 from data.store.manifest import CHUNKS, MANIFEST, ShardInfo, pack_chunks
@@ -141,7 +140,7 @@ class SimulatedStream(Stream):
 
 def config(folder: Path) -> LoaderConfig:
     data = DataConfig(tokenizer="none", streams={"simulated": StreamConfig(path=str(folder))}, lanes=LANES)
-    phase = LoaderPhase(steps=10**6, global_batch_size=ROWS, max_seq_len=LENGTH, masking=MaskingConfig())
+    phase = LoaderPhase(steps=10**6, global_batch_size=ROWS, max_seq_len=LENGTH)
     return LoaderConfig(seed=17, data=data, phases=[phase])
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ class Printer:
         """spike: the step for whose loss this one was skipped."""
         self.spike = spike
         self.names, self.streams, self.console, self.as_json = list(config.data.streams), streams, console, as_json
-        self.assembler = Assembler(streams, config.seed)
+        self.assembler = Assembler(streams, config.seed, partial(tokenizer_folder, config.data))
         self.tokenizer = corpus_tokenizer(tokenizer_folder(config.data))
         self.mask = streams[0].manifest.mask_token_id
 

@@ -217,6 +217,8 @@ class _Builder:
             yield {"const": entry, "description": " ".join(told.split())}
         for entry in sorted(entries):
             yield self.reference(f"{name}.{entry}", form)
+        if slot.default is not None:
+            yield self.reference(f"{name}.{slot.default}", "partial")
         for key, entry in slot.implied.items():
             yield {"allOf": [self.reference(f"{name}.{entry}", "partial"), {"required": [key]}]}
         if form == "open":

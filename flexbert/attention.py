@@ -10,7 +10,7 @@ from flexbert.dropout import Dropout
 from flexbert.kernels import AttentionPlan, Backend, attend
 from flexbert.layers import Linear, OutputProjection, build_optional_norm
 from flexbert.positions import Positions
-from flexbert.registry import ATTENTIONS, NORMS, optional_slot
+from flexbert.registry import ATTENTIONS, NORMS
 from flexbert.rotary import Rotation, rotate
 from flexbert_core.schema import MAY_CHANGE
 
@@ -41,10 +41,10 @@ class MultiHeadAttention(nn.Module):
         fused: bool = Field(True, description="one matrix Wqkv, not Wq, Wk and Wv: faster, the same function")
         qkv_bias: bool = Field(False, description="bias of the query, key and value projections")
         out_bias: bool = Field(False, description="bias of the output projection")
-        qk_norm: Annotated[Any, *optional_slot(NORMS)] = Field(
+        qk_norm: Annotated[Any, *NORMS.slot(optional=True)] = Field(
             None, description="norm of each head's queries and keys, before positions; null: none"
         )
-        inner_norm: Annotated[Any, *optional_slot(NORMS)] = Field(
+        inner_norm: Annotated[Any, *NORMS.slot(optional=True)] = Field(
             None, description="norm before Wo, as in sub-LN (arXiv 2210.06423); null: none"
         )
         probs_dropout: float = Field(

@@ -17,7 +17,6 @@ from flexbert.registry import (
     NORMS,
     POSITIONS,
     ModelComponent,
-    optional_slot,
 )
 from flexbert_core.composing import load_node
 from flexbert_core.schema import Component, ConfigError, Schema, ShownSlot, did_you_mean, validate
@@ -39,9 +38,9 @@ class InitialLayers(Schema):
     """What the first layers have in place of what the model says; null: as the model says."""
 
     count: int = Field(1, ge=1, description="layers from the first on that differ")
-    attention: Annotated[Any, *optional_slot(ATTENTIONS)] = Field(None, description="attention half of their blocks")
-    mlp: Annotated[Any, *optional_slot(MLPS)] = Field(None, description="feed-forward half of their blocks")
-    block: Annotated[Any, *optional_slot(BLOCKS)] = Field(None, description="how their halves join the residual stream")
+    attention: Annotated[Any, *ATTENTIONS.slot(optional=True)] = Field(None, description="attention of their blocks")
+    mlp: Annotated[Any, *MLPS.slot(optional=True)] = Field(None, description="feed-forward half of their blocks")
+    block: Annotated[Any, *BLOCKS.slot(optional=True)] = Field(None, description="how halves join the residual stream")
 
 
 def _components(component: Any, place: str = "") -> Iterator[tuple[str, ModelComponent]]:

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from flexbert.dropout import Dropout
 from flexbert.layers import Linear, OutputProjection, build_optional_norm
-from flexbert.registry import MLPS, NORMS, Activation, build_activation, optional_slot
+from flexbert.registry import MLPS, NORMS, Activation, build_activation
 from flexbert_core.schema import Component
 
 
 class _Config(Component):
     in_bias: bool = Field(False, description="bias of the input projection Wi")
     out_bias: bool = Field(False, description="bias of the output projection Wo")
-    inner_norm: Annotated[Any, *optional_slot(NORMS)] = Field(
+    inner_norm: Annotated[Any, *NORMS.slot(optional=True)] = Field(
         None, description="norm before Wo, as in sub-LN (arXiv 2210.06423); null: none"
     )
     inner_dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability between gate and Wo")

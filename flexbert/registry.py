@@ -22,9 +22,9 @@ T packed tokens, M masked ones, D hidden, V vocabulary.
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, PlainSerializer
+from pydantic import AfterValidator
 
-from flexbert_core.schema import Component, ConfigError, Registry, Shown, ShownSlot, did_you_mean
+from flexbert_core.schema import Component, ConfigError, Registry, Shown, did_you_mean
 
 T = TypeVar("T")
 
@@ -92,15 +92,6 @@ def build_activation(name: str) -> Any:
     """The function, or a fresh module, that an Activation field names."""
     entry = ACTIVATIONS.entries[name]
     return entry() if isinstance(entry, type) else entry
-
-
-def optional_slot(registry: Registry) -> tuple[Any, ...]:
-    """Like registry.slot(), for a field that may also be null: no such component."""
-    return (
-        BeforeValidator(lambda node: None if node is None else registry.parse(node)),
-        PlainSerializer(lambda config: None if config is None else config.model_dump()),
-        ShownSlot(registry, optional=True),
-    )
 
 
 def register(slot: str, name: str) -> Callable[[T], T]:

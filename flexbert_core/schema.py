@@ -136,11 +136,18 @@ class Shown:
 class ShownSlot:
     """Metadata of a field that names an entry of a registry: commands/schema.py makes a choice by name of it.
 
-    implied: keys that stand for a name: a mapping that holds one of them needs no `name`.
+    optional: null stands for no entry. implied: keys that stand for a name: a mapping that holds one of them needs no
+    `name`. default: the entry of a mapping without `name`.
     """
 
-    def __init__(self, registry: "Registry", optional: bool = False, implied: Mapping[str, str] | None = None) -> None:
-        self.registry, self.optional, self.implied = registry, optional, dict(implied or {})
+    def __init__(
+        self,
+        registry: "Registry",
+        optional: bool = False,
+        implied: Mapping[str, str] | None = None,
+        default: str | None = None,
+    ) -> None:
+        self.registry, self.optional, self.implied, self.default = registry, optional, dict(implied or {}), default
 
     def __get_pydantic_json_schema__(self, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {"x-slot": self}
@@ -149,10 +156,17 @@ class ShownSlot:
 class Registry:
     """Named implementations of one slot. has_config: false for entries that are all said by their name."""
 
-    def __init__(self, slot_name: str, has_config: bool = True, filled_by: str | None = None) -> None:
-        """filled_by: a module that registers entries, imported when the slot is first looked into. So the room of a
+    def __init__(
+        self,
+        slot_name: str,
+        has_config: bool = True,
+        filled_by: str | None = None,
+        base: type[Component] = Component,
+    ) -> None:
+        """base: what each entry's `Config` derives from: the fields that others read of any entry of this slot.
+        filled_by: a module that registers entries, imported when the slot is first looked into. So the room of a
         schema need not import the rooms of the components that it names."""
-        self.slot_name, self.has_config = slot_name, has_config
+        self.slot_name, self.has_config, self.base = slot_name, has_config, base
         self._entries: dict[str, Any] = {}
         self._filled_by = filled_by
 
@@ -165,7 +179,7 @@ class Registry:
         return self._entries
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator. The entry must carry a `Config` derived from Component.
+        """Decorator. The entry must carry a `Config` derived from the slot's base.
 
         Raises ValueError without one, and for a name that is taken.
         """
@@ -174,31 +188,41 @@ class Registry:
             if name in self._entries:
                 raise ValueError(f"{self.slot_name} {name!r} is registered twice")
             config = getattr(entry, "Config", None)
-            if self.has_config and not (isinstance(config, type) and issubclass(config, Component)):
-                fault = "has no class Config" if config is None else "has a Config that is no Component"
+            if self.has_config and not (isinstance(config, type) and issubclass(config, self.base)):
+                fault = "has no class Config" if config is None else f"has a Config that is no {self.base.__name__}"
+                place = f"from {self.base.__module__}"
                 raise ValueError(
-                    f"{self.slot_name} {name!r} {fault}: write `class Config(Component):` in it, with "
-                    "Component from flexbert_core.schema"
+                    f"{self.slot_name} {name!r} {fault}: write `class Config({self.base.__name__}):` in it ({place})"
                 )
             self._entries[name] = entry
             return entry
 
         return add
 
-    def parse(self, node: Any) -> Component:
-        """Validate a name, or a mapping with `name`, against the entry's own Config."""
+    def parse(self, node: Any, default: str | None = None) -> Component:
+        """Validate a name, or a mapping with `name`, against the entry's own Config. default: the name of a mapping
+        without one."""
         if isinstance(node, BaseModel):
             node = node.model_dump()
         if not isinstance(node, dict):
             node = {"name": node}
+        if default is not None:
+            node = {"name": default, **node}
         name = str(node.get("name"))
         if name not in self.entries:
             raise ValueError(f"unknown {self.slot_name} {name!r}, {did_you_mean(name, self.entries)}")
         return self.entries[name].Config.model_validate(node)
 
-    def slot(self) -> tuple[Any, ...]:
-        """Annotation metadata for a config field that holds one entry of this registry: `Annotated[Any, *R.slot()]`."""
-        return BeforeValidator(self.parse), PlainSerializer(lambda config: config.model_dump()), ShownSlot(self)
+    def slot(self, optional: bool = False, default: str | None = None) -> tuple[Any, ...]:
+        """Annotation metadata for a config field that holds one entry of this registry: `Annotated[Any, *R.slot()]`.
+
+        optional: or null, for none. default: the entry of a mapping without `name`.
+        """
+        return (
+            BeforeValidator(lambda node: None if optional and node is None else self.parse(node, default)),
+            PlainSerializer(lambda config: None if config is None else config.model_dump()),
+            ShownSlot(self, optional, default=default),
+        )
 
     def build(self, config: Component, **runtime: Any) -> Any:
         """Construct the entry named by `config`; runtime facts (hidden_size, layer_index, ...) are keywords."""

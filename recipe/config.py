@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from data.feed.lanes import LongDocuments
 from data.feed.loader import canonical_lanes
-from data.feed.masking import MaskingConfig
+from data.feed.masking import DEFAULT, MASKINGS
 from data.feed.mixture import DataConfig, StreamShare, check_one_rule, rule_of
 from data.store.transfer import is_url
 from flexbert import FlexBertConfig
@@ -54,7 +54,7 @@ class PhaseConfig(Schema):
         default="constant", description="shape of lr over the phase after warmup; not inherited"
     )
     rope_theta: RopeTheta = Field(default=RopeTheta(), description="raised when the context is extended")
-    masking: MaskingConfig | None = Field(
+    masking: Annotated[Any, *MASKINGS.slot(optional=True, default=DEFAULT)] = Field(
         default=None, description="which tokens the model restores; absent keys stay as in the phase before"
     )
     streams: dict[str, StreamShare] | None = Field(
@@ -110,7 +110,9 @@ class RunConfig(Schema):
     )
     model: FlexBertConfig = Field(description="a preset of configs/model, or `preset` with overrides, or all fields")
     data: DataConfig = Field(description="the streams, their mixture, the tokenizer, and how they are read")
-    masking: MaskingConfig = Field(default=MaskingConfig(), description="for phases that do not say otherwise")
+    masking: Annotated[Any, *MASKINGS.slot(default=DEFAULT)] = Field(
+        default=DEFAULT, description="which tokens the model restores, in phases that do not say otherwise"
+    )
     phases: list[PhaseConfig] = Field(min_length=1, description="what is trained, in this order")
     optimizer: Annotated[Any, *OPTIMIZERS.slot()] = Field(
         default="stableadamw", description="how a gradient becomes a step (ModernBERT: stableadamw)"

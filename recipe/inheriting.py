@@ -2,32 +2,40 @@
 
 from typing import Any
 
-from data.feed.masking import MaskingConfig
+from pydantic import BaseModel
+
+from data.feed.masking import DEFAULT, MASKINGS
+from flexbert_core.composing import merge
 
 
 def inherit_masking(node: dict[str, Any]) -> Any:
     """The phases of a run file, not yet checked; where one has `masking`, the keys that it leaves out are those of the
-    phase before, of the run for the first. What is no section is left to the check."""
-    phases, known = node["phases"], _keys(node.get("masking"))
+    phase before, of the run for the first, unless it names another masking. What is no section is left to the check."""
+    phases = node["phases"]
+    known = _known(merge({"name": DEFAULT}, _plain(node.get("masking") or {}), place=_PLACE))
     if not isinstance(phases, list):
         return phases
     whole = []
     for phase in phases:
         if isinstance(phase, dict) and phase.get("masking") is not None:
-            given = phase["masking"]
-            if isinstance(given, MaskingConfig):
-                given = given.model_dump(exclude_unset=True)
-            if isinstance(given, dict):
-                phase = {**phase, "masking": known | given}
-                known = _keys(phase["masking"])
+            phase = {**phase, "masking": merge(known, _plain(phase["masking"]), place=_PLACE)}
+            known = _known(phase["masking"])
         whole.append(phase)
     return whole
 
 
-def _keys(masking: Any) -> dict[str, Any]:
-    """Of a section, those that the schema knows."""
-    if isinstance(masking, MaskingConfig):
-        masking = masking.model_dump(exclude_unset=True)
-    return (
-        {key: masking[key] for key in MaskingConfig.model_fields if key in masking} if isinstance(masking, dict) else {}
-    )
+_PLACE = ("masking",)
+
+
+def _plain(masking: Any) -> Any:
+    return masking.model_dump(exclude_unset=True) if isinstance(masking, BaseModel) else masking
+
+
+def _known(masking: Any) -> dict[str, Any]:
+    """Of a section, the keys that its entry knows: a wrong one is told once, where it stands."""
+    if isinstance(masking, str):
+        masking = {"name": masking}
+    if not isinstance(masking, dict):
+        return {"name": DEFAULT}
+    entry = MASKINGS.entries.get(str(masking.get("name")))
+    return {key: value for key, value in masking.items() if entry is None or key in entry.Config.model_fields}

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from data.feed.masking import MaskingConfig
+from data.feed.masking import DEFAULT, MASKINGS
 from data.store.transfer import is_url
 from flexbert_core.schema import MAY_CHANGE, Count, Line, Schema
 from recipe.slots import PARALLELISMS
@@ -136,14 +136,16 @@ class EvaluationConfig(Schema):
     max_seq_len: int | None = Field(default=None, ge=8, description="slots per row; default: the first phase's")
     max_rows: int | None = Field(default=None, ge=1, description="rows per stream at most; default: all")
     batch_size: int = Field(default=16, ge=1, description="rows per forward on each rank", json_schema_extra=MAY_CHANGE)
-    masking: MaskingConfig = Field(default=MaskingConfig(rate=0.15), description="BERT's rate, whatever training uses")
+    masking: Annotated[Any, *MASKINGS.slot(default=DEFAULT)] = Field(
+        default={"rate": 0.15}, description="BERT's rate where it says none, whatever training uses"
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _inherit_rate(cls, node: Any) -> Any:
-        default = {"rate": cls.model_fields["masking"].default.rate}
-        if isinstance(node, dict) and isinstance(node.get("masking"), dict):
-            return {**node, "masking": default | node["masking"]}
+        if isinstance(node, dict) and isinstance(node.get("masking"), dict | str):
+            given = {"name": node["masking"]} if isinstance(node["masking"], str) else node["masking"]
+            return {**node, "masking": cls.model_fields["masking"].default | given}
         return node
 
 

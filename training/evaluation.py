@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import ranks
 from data.feed.batches import Batch
 from data.feed.held_out import validation_batches
-from data.feed.loader import open_streams
+from data.feed.loader import open_streams, tokenizer_folder
 from data.feed.masking import IGNORE
 from data.feed.mixture import DataConfig, stream_weights
 from data.keyed import torch_seed
@@ -38,6 +39,7 @@ class Evaluator:
         self.config = config
         self.max_seq_len = config.max_seq_len or max_seq_len
         self.seed = torch_seed(seed, "validation")
+        self.tokenizer = partial(tokenizer_folder, data)
         self.streams = dict(zip(data.streams, open_streams(data, "validation"), strict=True))
         self.fingerprints = {name: stream.fingerprint for name, stream in self.streams.items()}
         counts = [np.load(BytesIO(stream.files.read("token_counts.npy"))).astype(float) for stream in train_streams]
@@ -59,6 +61,7 @@ class Evaluator:
             self.config.max_rows,
             self.seed,
             self.config.masking,
+            self.tokenizer,
             rank,
             world_size,
         )

@@ -1,7 +1,8 @@
 """Rows to batches: tokens are read and masked, and what was seen is counted."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from data.feed.lanes import RowKey, Rows
-from data.feed.masking import IGNORE, Masker, MaskingConfig, RowNames, Targets
+from data.feed.masking import IGNORE, MASKINGS, Masking, MaskingConfig, Targets, Vocabulary
 from data.feed.order import DocumentList
 from data.feed.packing import SPECIAL_TOKENS_PER_SEQUENCE, Spans
+from data.feed.philox import RowNames
+from data.keyed import philox_key
 from data.store.shards import Stream
+from flexbert_core.schema import RunError
 
 Batch = dict[str, Any]
 """input_ids, labels (total_tokens,) int64; cu_seqlens (documents + 1,) int32; max_seqlen int; sequences: documents of
@@ -84,14 +88,19 @@ def join_pieces(rows: Sequence[Rows]) -> tuple[DocumentList, Spans]:
 class Assembler:
     """Rows to batches: reads tokens, adds [CLS] and [SEP], masks."""
 
-    def __init__(self, streams: Sequence[Stream], seed: int) -> None:
-        self.streams = streams
+    def __init__(self, streams: Sequence[Stream], seed: int, tokenizer: Callable[[], Path]) -> None:
+        """tokenizer: gives its folder on local disk, to a masking that asks."""
+        self.streams, self.seed = streams, seed
         manifest = streams[0].manifest
         self.cls, self.sep, self.dtype = manifest.cls_token_id, manifest.sep_token_id, streams[0].dtype
-        self.masker = Masker(seed, manifest.mask_token_id, manifest.special_ids, manifest.vocab_size)
+        special = np.zeros(manifest.vocab_size, bool)
+        special[manifest.special_ids] = True
+        self.vocabulary = Vocabulary(manifest.mask_token_id, special, np.flatnonzero(~special), tokenizer)
+        self._maskings = dict[str, Masking]()
 
     def batch(self, rows: Sequence[Rows], max_seq_len: int, masking: MaskingConfig) -> PackedBatch:
-        """Lay the rows end to end. No rows give an empty batch. Raises RunError for a damaged shard."""
+        """Lay the rows end to end. No rows give an empty batch. Raises RunError for a damaged shard, and for targets
+        that are none."""
         documents, pieces = join_pieces(rows)
         lengths = pieces.stop - pieces.start + SPECIAL_TOKENS_PER_SEQUENCE
         ends = np.cumsum(lengths)
@@ -107,7 +116,8 @@ class Assembler:
             np.concatenate([np.zeros(0), *(np.arange(p.first, p.first + p.count) for p in rows)]).astype(np.uint32),
         )
         row_ends = ends[np.cumsum(sequences) - 1]
-        targets = self.masker.mask(ids, row_ends, names, masking)
+        targets = self._masking(masking).mask(ids, row_ends, names)
+        _check(targets, len(ids), masking.name)
         return PackedBatch(
             ids=ids,
             targets=targets,
@@ -122,7 +132,14 @@ class Assembler:
         )
 
     def _key(self, key: RowKey) -> int:
-        return self.masker.key(key.lane, key.block, key.carry)
+        return int(philox_key(self.seed, "mask", key.lane, key.block, key.carry)[0])
+
+    def _masking(self, config: MaskingConfig) -> Masking:
+        """Built once for each config: phases have their own."""
+        key = config.model_dump_json()
+        if key not in self._maskings:
+            self._maskings[key] = MASKINGS.build(config, vocabulary=self.vocabulary)
+        return self._maskings[key]
 
     def _read(
         self, documents: DocumentList, pieces: Spans, ids: NDArray[np.unsignedinteger], places: NDArray[np.int64]
@@ -135,3 +152,13 @@ class Assembler:
         columns = (documents.stream, documents.shard, documents.index, first_byte, begin, end)
         for stream, shard, index, byte, at, to in zip(*(column.tolist() for column in columns), strict=True):
             self.streams[stream].read_into(shard, index, byte, out[at:to])
+
+
+def _check(targets: Targets, tokens: int, name: str) -> None:
+    """Raises RunError where a masking gives what is no set of positions in order: labels would be wrong silently."""
+    position = targets.position
+    ordered = bool((position[1:] > position[:-1]).all())
+    if len(position) and not (position[0] >= 0 and position[-1] < tokens and ordered):
+        raise RunError(f"masking {name!r}: its positions must ascend, each once, from 0 to under {tokens}")
+    if position.shape != targets.token.shape:
+        raise RunError(f"masking {name!r}: gives {len(targets.token)} tokens for {len(position)} positions")

@@ -1,6 +1,7 @@
 """Batches of a held-out stream."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +21,7 @@ def validation_batches(
     max_rows: int | None,
     seed: int,
     masking: MaskingConfig,
+    tokenizer: Callable[[], Path],
     rank: int,
     world_size: int,
 ) -> Iterator[Batch]:
@@ -30,7 +32,7 @@ def validation_batches(
     documents = _all_documents(stream)
     spans = Spans(np.arange(len(documents.length)), np.zeros(len(documents.length), np.int64), documents.length)
     plan = pack(spans, max_seq_len, keyed_generator(seed, "validation rows"))
-    assembler = Assembler([stream], seed)
+    assembler = Assembler([stream], seed, tokenizer)
     count = plan.num_rows if max_rows is None else min(max_rows, plan.num_rows)
     for begin in range(0, count, rows_per_batch * world_size):
         first = min(begin + rank * rows_per_batch, count)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.feed.batches import Assembler, Batch, PackedBatch
 from data.feed.lanes import Lane, LaneCursor, LongDocuments, Mixture, Rows
-from data.feed.masking import MaskingConfig
+from data.feed.masking import DEFAULT, MASKINGS
 from data.feed.mixture import DataConfig, MixtureOrder, StreamShare, check_one_rule
 from data.feed.workers import Fork, Guarded, prepare_worker, with_plain_deaths
 from data.store.shards import Stream, open_stream
@@ -46,7 +46,9 @@ class LoaderPhase(Schema):
     steps: int = Field(ge=0)
     global_batch_size: int = Field(ge=1, description="rows per step over all ranks")
     max_seq_len: int = Field(ge=3, description="slots per row: [CLS], [SEP] and at least one token")
-    masking: MaskingConfig
+    masking: Annotated[Any, *MASKINGS.slot(default=DEFAULT)] = Field(
+        default=DEFAULT, description="which tokens the model restores"
+    )
     streams: dict[str, StreamShare] | None = Field(
         default=None, min_length=1, description="the mixture, min_length by default as in data; default: data's"
     )
@@ -269,7 +271,7 @@ class MixtureDataset(IterableDataset):
         """In a DataLoader's worker w of K: those of groups of steps w, w + K, ...; elsewhere all."""
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        assembler = Assembler(self.streams, self.config.seed)
+        assembler = Assembler(self.streams, self.config.seed, partial(tokenizer_folder, self.config.data))
         first = self.step
         for step, phase, rows, lanes in self.plan():
             if (step - first) // group % workers == worker:

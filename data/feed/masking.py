@@ -1,48 +1,47 @@
-"""Masking keyed by row: the same row gets the same mask on any rank, worker or restart (BERT's masked-token task).
+"""Slot `masking`: which tokens a model must restore, and what stands in their place.
 
-Random numbers come from Philox4x32-10, a counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy
-as 1, 2, 3", table 2 and section 3.3): key = the plan a row belongs to, counter = (position, row, purpose).
+A masking is keyed by row: it is a function of (seed, name of the row), so the same row gets the same mask on any rank,
+in any worker, after any restart. An entry draws with `data.feed.philox.draws`, never from a generator of its own.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from data.keyed import philox_key
-from flexbert_core.schema import Schema
+from data.feed.philox import RowNames, draws, philox4x32
+from flexbert_core.schema import Component, Registry
 
 IGNORE = -100
+DEFAULT = "tokens"
+"""The masking of a section that names none."""
 
-_SELECT, _REPLACE = 0, 1  # purposes
+_SELECT, _REPLACE, _FATE = 0, 1, 2  # purposes of draws
 
 
-class MaskingConfig(Schema):
-    """Which tokens the model must restore. Fractions in [0, 1]. Sources: BERT (80/10/10), ModernBERT (rate 0.3)."""
+class MaskingConfig(Component):
+    """What the Config of every masking has."""
 
-    rate: float = Field(default=0.3, gt=0, le=1, description="probability that a token is selected")
-    mask_fraction: float = Field(
-        default=0.8, ge=0, le=1, description="of the selected tokens, the share that becomes [MASK]"
-    )
-    random_fraction: float = Field(
-        default=0.1, ge=0, le=1, description="of the selected tokens, the share that becomes a random token"
-    )
+    rate: float = Field(default=0.3, gt=0, le=1, description="share of the tokens that are selected, as expected")
 
-    @model_validator(mode="after")
-    def _check_split(self) -> "MaskingConfig":
-        if self.mask_fraction + self.random_fraction > 1:
-            raise ValueError("mask_fraction + random_fraction must be at most 1 (the rest keeps its token)")
-        return self
+
+MASKINGS = Registry("masking", base=MaskingConfig)
 
 
 @dataclass(frozen=True)
-class RowNames:
-    """Names of the rows of a batch, which decide their masks: key of each row's plan, and its number there, (rows,)."""
+class Vocabulary:
+    """What a masking may know of the tokens. special: (vocab_size,), which are never selected. replacements: ids of the
+    others, ascending. tokenizer: its folder on local disk."""
 
-    key: NDArray[np.uint64]
-    number: NDArray[np.uint32]
+    mask_token_id: int
+    special: NDArray[np.bool_]
+    replacements: NDArray[np.int64]
+    tokenizer: Callable[[], Path]
 
 
 @dataclass(frozen=True)
@@ -53,70 +52,86 @@ class Targets:
     token: NDArray[np.unsignedinteger]
 
 
-class Masker:
-    """Draws the masks of rows. Holds no state between calls."""
+class Masking(Protocol):
+    """What an entry offers; it is constructed with (config, vocabulary=Vocabulary). It holds no state between calls."""
 
-    def __init__(self, seed: int, mask_token_id: int, special_ids: list[int], vocab_size: int) -> None:
-        self.seed = seed
-        self.mask_token_id = mask_token_id
-        self.special = np.zeros(vocab_size, bool)
-        self.special[special_ids] = True
-        self.replacements = np.flatnonzero(~self.special)
+    def mask(self, input_ids: NDArray[np.unsignedinteger], row_ends: NDArray[np.int64], rows: RowNames) -> Targets:
+        """Mask rows laid end to end, in place. input_ids: (tokens,) uint16 or uint32; row_ends: (rows,) int64."""
+        ...
 
-    def key(self, lane: int, block: int, carry: int) -> int:
-        """The 64-bit Philox key of a plan's rows."""
-        return int(philox_key(self.seed, "mask", lane, block, carry)[0])
 
-    def mask(
-        self, input_ids: NDArray[np.unsignedinteger], row_ends: NDArray[np.int64], rows: RowNames, config: MaskingConfig
-    ) -> Targets:
-        """Mask rows laid end to end, in place. input_ids: (tokens,) uint16 or uint32; row_ends: (rows,) int64.
+class HidingConfig(MaskingConfig):
+    """Of a masking that puts [MASK], a random token or the token itself in a selected token's place (BERT 80/10/10)."""
 
-        One number decides each token's fate; special tokens are never selected. Random replacements are uniform over
-        the vocabulary less the special ids, to one part in 2 ** 32.
-        """
+    mask_fraction: float = Field(
+        default=0.8, ge=0, le=1, description="of the selected tokens, the share that becomes [MASK]"
+    )
+    random_fraction: float = Field(
+        default=0.1, ge=0, le=1, description="of the selected tokens, the share that becomes a random token"
+    )
+
+    @model_validator(mode="after")
+    def _check_split(self) -> "HidingConfig":
+        if self.mask_fraction + self.random_fraction > 1:
+            raise ValueError("mask_fraction + random_fraction must be at most 1 (the rest keeps its token)")
+        return self
+
+
+@MASKINGS.register(DEFAULT)
+class TokenMasking:
+    """Each token is selected by itself (BERT, arXiv 1810.04805, section 3.1; ModernBERT: rate 0.3)."""
+
+    class Config(HidingConfig):
+        pass
+
+    def __init__(self, config: Config, *, vocabulary: Vocabulary) -> None:
         low = config.rate * config.mask_fraction
         edges = np.array([low, low + config.rate * config.random_fraction, config.rate])
-        thresholds = np.round(edges * 2.0**32).astype(np.uint64)
+        self.thresholds, self.vocabulary = np.round(edges * 2.0**32).astype(np.uint64), vocabulary
+
+    def mask(self, input_ids: NDArray[np.unsignedinteger], row_ends: NDArray[np.int64], rows: RowNames) -> Targets:
+        """One number decides each token's fate; special tokens are never selected. Random replacements are uniform
+        over the vocabulary less the special ids, to one part in 2 ** 32."""
         position = np.empty(len(input_ids), np.int32)
         token = np.empty_like(input_ids)
-        count = _mask_rows(
+        count = _select_and_hide(
             input_ids,
             row_ends,
             rows.key,
             rows.number,
-            thresholds,
-            self.special,
-            self.replacements,
-            self.mask_token_id,
+            self.thresholds,
+            self.vocabulary.special,
+            self.vocabulary.replacements,
+            self.vocabulary.mask_token_id,
             position,
             token,
         )
         return Targets(position[:count], token[:count])
 
 
-@numba.njit(cache=True, inline="always")
-def philox4x32(
-    c0: np.uint32, c1: np.uint32, c2: np.uint32, c3: np.uint32, key: np.uint64
-) -> tuple[np.uint32, np.uint32, np.uint32, np.uint32]:
-    """Ten rounds: four 32-bit numbers for a 128-bit counter under a 64-bit key (low word first)."""
-    k0, k1 = np.uint32(key & np.uint64(0xFFFFFFFF)), np.uint32(key >> np.uint64(32))
-    for _ in range(10):
-        first = np.uint64(0xD2511F53) * np.uint64(c0)
-        second = np.uint64(0xCD9E8D57) * np.uint64(c2)
-        c0, c1, c2, c3 = (
-            np.uint32(np.uint32(second >> np.uint64(32)) ^ c1 ^ k0),
-            np.uint32(second & np.uint64(0xFFFFFFFF)),
-            np.uint32(np.uint32(first >> np.uint64(32)) ^ c3 ^ k1),
-            np.uint32(first & np.uint64(0xFFFFFFFF)),
-        )
-        k0 = np.uint32((np.uint64(k0) + np.uint64(0x9E3779B9)) & np.uint64(0xFFFFFFFF))
-        k1 = np.uint32((np.uint64(k1) + np.uint64(0xBB67AE85)) & np.uint64(0xFFFFFFFF))
-    return c0, c1, c2, c3
+def hide(
+    input_ids: NDArray[np.unsignedinteger],
+    row_ends: NDArray[np.int64],
+    rows: RowNames,
+    selected: NDArray[np.bool_],
+    config: HidingConfig,
+    vocabulary: Vocabulary,
+) -> Targets:
+    """Put [MASK], random tokens or the tokens themselves in the place of the selected ones, as the config's fractions
+    say, each by a draw of its own. Special tokens are left out. selected: (tokens,). Changes input_ids."""
+    position = np.flatnonzero(selected & ~vocabulary.special[input_ids]).astype(np.int32)
+    token = input_ids[position]
+    fate = draws(row_ends, rows, _FATE)[position] / 2.0**32
+    masked = fate < config.mask_fraction
+    random = ~masked & (fate < config.mask_fraction + config.random_fraction)
+    choice = draws(row_ends, rows, _REPLACE)[position[random]].astype(np.uint64) * len(vocabulary.replacements) >> 32
+    input_ids[position[masked]] = vocabulary.mask_token_id
+    input_ids[position[random]] = vocabulary.replacements[choice]
+    return Targets(position, token)
 
 
 @numba.njit(cache=True)
-def _mask_rows(
+def _select_and_hide(
     ids: NDArray[np.unsignedinteger],
     row_ends: NDArray[np.int64],
     keys: NDArray[np.uint64],

@@ -260,7 +260,7 @@ def test_reference_has_every_key() -> None:
     for key in ("trainer.spike_guard.sigmas", "data.streams.NAME.weight", "phases[].rope_theta.global_layers"):
         assert f"| `{key}` |" in page
     assert "| `trainer.max_bad_steps` | integer, at least 1 | `10` |" in page
-    assert "| `evaluation.masking.rate` | number, over 0, at most 1 | `0.15` |" in page
+    assert "| `checkpoint.keep` | integer, at least 1 | `2` |" in page
     assert "| `phases[].tokens` | integer, over 0 or text such as `50B` | required |" in page
 
 

@@ -23,10 +23,8 @@ def config_of(folder: Path, data: Path, maskings: list[Any], **sections: Any) ->
 
 
 def resolved(config: RunConfig) -> list[tuple[float, float, float]]:
-    return [
-        (phase.masking.rate, phase.masking.mask_fraction, phase.masking.random_fraction)
-        for phase in PhasePlan(config).phases
-    ]
+    maskings: list[Any] = [phase.masking for phase in PhasePlan(config).phases]
+    return [(masking.rate, masking.mask_fraction, masking.random_fraction) for masking in maskings]
 
 
 @pytest.mark.parametrize(

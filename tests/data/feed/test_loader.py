@@ -16,7 +16,7 @@ import torch
 from data.feed.batches import SEEN, Batch
 from data.feed.lanes import LaneCursor
 from data.feed.loader import Loader, LoaderConfig, LoaderPhase, build_loader, canonical_lanes
-from data.feed.masking import IGNORE, MaskingConfig
+from data.feed.masking import IGNORE
 from data.feed.mixture import DataConfig, StreamConfig
 from data.feed.workers import Event, worker_death
 from data.store.shards import open_stream
@@ -44,9 +44,7 @@ def config(
         seed=3,
         data=DataConfig(tokenizer=write_tokenizer(folder), streams=streams, **settings),
         phases=[
-            LoaderPhase(
-                steps=steps, global_batch_size=rows, max_seq_len=length, masking=MaskingConfig(rate=0.2 + 0.1 * number)
-            )
+            LoaderPhase(steps=steps, global_batch_size=rows, max_seq_len=length, masking={"rate": 0.2 + 0.1 * number})
             for number, (steps, rows, length) in enumerate(phases)
         ],
     )

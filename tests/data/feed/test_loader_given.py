@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 
 from data.feed.batches import join_pieces
 from data.feed.loader import LoaderConfig, LoaderPhase, MixtureDataset, build_loader
-from data.feed.masking import MaskingConfig
 from data.feed.mixture import DataConfig, StreamConfig, StreamShare, stream_weights
 from data.store.shards import open_stream
 from flexbert_core.schema import ConfigError, RunError
@@ -49,7 +48,7 @@ def config(
 
 def phase(steps: int, **options: Any) -> LoaderPhase:
     given = {"global_batch_size": 4, "max_seq_len": 128, **options}
-    return LoaderPhase(steps=steps, masking=MaskingConfig(), **given)
+    return LoaderPhase(steps=steps, **given)
 
 
 # What is shown of each document, in plain Python: a row has room for 126 tokens.

@@ -1,14 +1,37 @@
 """Keyed masking: the published generator and split, special tokens untouched, equal for equal names."""
 
+from pathlib import Path
+from typing import Any
+
 import numba
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from data.feed.masking import IGNORE, Masker, MaskingConfig, RowNames, philox4x32
+from data.feed.masking import IGNORE, MASKINGS, HidingConfig, Masking, Targets, TokenMasking, Vocabulary, hide
+from data.feed.philox import RowNames, draws, philox4x32
+from data.keyed import philox_key
 
 VOCAB, SPECIAL = 64, [0, 1, 2, 3, 4, 63]
 ROWS, LENGTH = 400, 510
+_IS_SPECIAL = np.isin(np.arange(VOCAB), SPECIAL)
+VOCABULARY = Vocabulary(4, _IS_SPECIAL, np.flatnonzero(~_IS_SPECIAL), tokenizer=Path)
+
+
+def tokens(**options: Any) -> TokenMasking.Config:
+    return TokenMasking.Config(name="tokens", **options)
+
+
+class Hiding:
+    """What `hide` does with tokens that are selected one by one."""
+
+    def __init__(self, config: HidingConfig) -> None:
+        self.config = config
+
+    def mask(self, input_ids: NDArray[np.unsignedinteger], row_ends: NDArray[np.int64], rows: RowNames) -> Targets:
+        selected = draws(row_ends, rows, 16) < self.config.rate * 2.0**32
+        return hide(input_ids, row_ends, rows, selected, self.config, VOCABULARY)
 
 
 @numba.njit
@@ -37,12 +60,13 @@ def names(count: int, key: int = 11, first: int = 0) -> RowNames:
 
 
 def apply(
-    ids: np.ndarray, rows: RowNames, config: MaskingConfig, seed: int = 7, dtype: str = "uint16"
+    ids: np.ndarray, rows: RowNames, config: HidingConfig, dtype: str = "uint16", masking: Masking | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Masked ids and labels, both of the shape of ids (rows, length)."""
     flat = ids.reshape(-1).astype(dtype)
     ends = np.arange(1, len(ids) + 1) * ids.shape[1]
-    targets = Masker(seed, 4, SPECIAL, VOCAB).mask(flat, ends, rows, config)
+    used: Masking = masking or MASKINGS.build(config, vocabulary=VOCABULARY)
+    targets = used.mask(flat, ends, rows)
     labels = np.full(ids.size, IGNORE)
     labels[targets.position] = targets.token
     assert (np.diff(targets.position) > 0).all()
@@ -55,13 +79,13 @@ def near(hits: int, trials: int, probability: float) -> bool:
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+@pytest.mark.parametrize("through_hide", [False, True])
 @pytest.mark.parametrize(
-    "config",
-    [MaskingConfig(), MaskingConfig(rate=0.15, mask_fraction=0.5, random_fraction=0.5), MaskingConfig(rate=1.0)],
+    "config", [tokens(), tokens(rate=0.15, mask_fraction=0.5, random_fraction=0.5), tokens(rate=1.0)]
 )
-def test_rates_and_split(config: MaskingConfig, dtype: str) -> None:
+def test_rates_and_split(config: HidingConfig, dtype: str, through_hide: bool) -> None:
     ids = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH))
-    masked, labels = apply(ids, names(ROWS), config, dtype=dtype)
+    masked, labels = apply(ids, names(ROWS), config, dtype, Hiding(config) if through_hide else None)
     special = np.isin(ids, SPECIAL)
     selected = labels != IGNORE
     assert not selected[special].any()
@@ -80,7 +104,7 @@ def test_rates_and_split(config: MaskingConfig, dtype: str) -> None:
 
 def test_every_position_is_selected_alike() -> None:
     ids = np.full((20_000, 13), 9)
-    _, labels = apply(ids, names(20_000), MaskingConfig())
+    _, labels = apply(ids, names(20_000), tokens())
     hits = (labels != IGNORE).sum(0)
     assert all(near(int(count), 20_000, 0.3) for count in hits)
     together = ((labels[:, :-1] != IGNORE) & (labels[:, 1:] != IGNORE)).sum(0)
@@ -89,10 +113,11 @@ def test_every_position_is_selected_alike() -> None:
     assert all(near(int(count), 19_999, 0.09) for count in below)
 
 
-def test_replacements_are_uniform_over_ordinary_tokens() -> None:
-    config = MaskingConfig(rate=1.0, mask_fraction=0.0, random_fraction=1.0)
+@pytest.mark.parametrize("through_hide", [False, True])
+def test_replacements_are_uniform_over_ordinary_tokens(through_hide: bool) -> None:
+    config = tokens(rate=1.0, mask_fraction=0.0, random_fraction=1.0)
     ids = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH))
-    masked, _ = apply(ids, names(ROWS), config)
+    masked, _ = apply(ids, names(ROWS), config, masking=Hiding(config) if through_hide else None)
     drawn = masked[~np.isin(ids, SPECIAL)]
     assert not np.isin(drawn, SPECIAL).any()
     counts = np.bincount(drawn, minlength=VOCAB)[[token for token in range(VOCAB) if token not in SPECIAL]]
@@ -103,31 +128,39 @@ def test_replacements_are_uniform_over_ordinary_tokens() -> None:
 
 def test_the_name_decides() -> None:
     ids = np.arange(5, 60).repeat(4)[None]
-    config = MaskingConfig()
+    config = tokens()
     first = apply(ids, names(1, first=3), config)
     # The same row among others, which are of other lengths, is masked the same.
-    masker, flat = (
-        Masker(7, 4, SPECIAL, VOCAB),
-        np.concatenate([np.full(7, 9), ids[0], np.full(1, 9)]).astype(np.uint16),
-    )
+    flat = np.concatenate([np.full(7, 9), ids[0], np.full(1, 9)]).astype(np.uint16)
     rows = RowNames(np.array([11, 11, 5], np.uint64), np.array([2, 3, 3], np.uint32))
-    masker.mask(flat, np.array([7, 7 + ids.size, 8 + ids.size]), rows, config)
+    masking = MASKINGS.build(config, vocabulary=VOCABULARY)
+    masking.mask(flat, np.array([7, 7 + ids.size, 8 + ids.size]), rows)
     np.testing.assert_array_equal(flat[7:-1], first[0][0])
     others = [names(1, first=4), names(1, key=12, first=3), names(1, key=11 + 2**40, first=3)]
     different = [apply(ids, other, config)[1] for other in others]
     assert all((labels != first[1]).any() for labels in different)
-    keys = {
-        Masker(seed, 4, SPECIAL, VOCAB).key(*place) for seed in (7, 8) for place in [(0, 1, 2), (1, 0, 2), (0, 2, 1)]
-    }
-    assert len(keys) == 6
+    places = [(0, 1, 2), (1, 0, 2), (0, 2, 1)]
+    assert len({int(philox_key(seed, "mask", *place)[0]) for seed in (7, 8) for place in places}) == 6
+
+
+def test_draws_are_those_of_the_generator() -> None:
+    """Four numbers of a counter serve four tokens of a row, whatever rows stand before it."""
+    ends = np.array([1, 8, 8, 14])
+    rows = RowNames(np.array([3, 2**40, 5, 6], np.uint64), np.array([9, 0, 1, 2**31], np.uint32))
+    found, begin = draws(ends, rows, 17), 0
+    for end, key, number in zip(ends.tolist(), rows.key, rows.number, strict=True):
+        four = [draw(np.array([place, number, 17, 0], np.uint32), key) for place in range(2)]
+        np.testing.assert_array_equal(found[begin:end], np.concatenate(four)[: end - begin])
+        begin = end
 
 
 def test_no_rows() -> None:
     rows = RowNames(np.zeros(0, np.uint64), np.zeros(0, np.uint32))
-    targets = Masker(7, 4, SPECIAL, VOCAB).mask(np.zeros(0, np.uint16), np.zeros(0, np.int64), rows, MaskingConfig())
-    assert len(targets.position) == len(targets.token) == 0
+    for masking in (MASKINGS.build(tokens(), vocabulary=VOCABULARY), Hiding(tokens())):
+        targets = masking.mask(np.zeros(0, np.uint16), np.zeros(0, np.int64), rows)
+        assert len(targets.position) == len(targets.token) == 0
 
 
 def test_split_over_one_is_refused() -> None:
     with pytest.raises(ValidationError, match="must be at most 1"):
-        MaskingConfig(mask_fraction=0.8, random_fraction=0.3)
+        tokens(mask_fraction=0.8, random_fraction=0.3)

@@ -9,7 +9,6 @@ import pytest
 
 from data.feed.batches import join_pieces
 from data.feed.loader import LoaderConfig, LoaderPhase, MixtureDataset
-from data.feed.masking import MaskingConfig
 from data.feed.mixture import DataConfig, StreamConfig, StreamShare, stream_weights
 from flexbert_core.schema import ConfigError
 from tests.helpers.synthetic import write_stream, write_tokenizer
@@ -38,7 +37,7 @@ def dataset(folder: Path, shares: dict[str, dict[str, Any]], phases: list[Loader
 
 
 def phase(steps: int, **options: Any) -> LoaderPhase:
-    return LoaderPhase(steps=steps, global_batch_size=ROWS, max_seq_len=LENGTH, masking=MaskingConfig(), **options)
+    return LoaderPhase(steps=steps, global_batch_size=ROWS, max_seq_len=LENGTH, **options)
 
 
 def tokens_by_row(mixture: MixtureDataset, steps: int) -> np.ndarray:

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from data.feed.batches import SEEN, count_seen, join_pieces
 from data.feed.loader import LoaderConfig, LoaderPhase, MixtureDataset, build_loader
-from data.feed.masking import MaskingConfig
 from data.feed.mixture import DataConfig, StreamConfig, StreamShare
 from data.feed.packing import SPECIAL_TOKENS_PER_SEQUENCE
 from tests.helpers.synthetic import write_stream, write_tokenizer
@@ -65,7 +64,7 @@ def dataset_of(
 
 
 def phase(steps: int, rows: int, length: int, **options: Any) -> LoaderPhase:
-    return LoaderPhase(steps=steps, global_batch_size=rows, max_seq_len=length, masking=MaskingConfig(), **options)
+    return LoaderPhase(steps=steps, global_batch_size=rows, max_seq_len=length, **options)
 
 
 def pieces_of(found: Corpus, dataset: MixtureDataset, rows: list[Any]) -> list[tuple[int, int, int, int, int]]:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from data.feed.loader import LoaderConfig, LoaderPhase, build_loader
-from data.feed.masking import MaskingConfig
 from data.feed.mixture import DataConfig, StreamConfig
 from data.store.shards import open_stream
 from flexbert_core.schema import RunError
@@ -33,7 +32,7 @@ def config(path: str, cache: Path, limit: int = 10**9, workers: int = 0, lanes: 
         shuffle_shards=2,
         lanes=lanes,
     )
-    phase = LoaderPhase(steps=40, global_batch_size=8, max_seq_len=64, masking=MaskingConfig())
+    phase = LoaderPhase(steps=40, global_batch_size=8, max_seq_len=64)
     return LoaderConfig(seed=3, data=data, phases=[phase])
 
 

@@ -19,7 +19,6 @@ import data.feed.lanes
 import data.feed.order
 from data.feed.lanes import Lane
 from data.feed.loader import LoaderConfig, LoaderPhase, MixtureDataset
-from data.feed.masking import MaskingConfig
 from data.feed.mixture import DataConfig, StreamConfig
 from data.feed.packing import Spans
 from data.keyed import keyed_generator
@@ -49,7 +48,7 @@ def lanes(folder: Path, seed: int, shuffle_shards: int | None = None) -> tuple[l
         part_documents=4,
         shuffle_shards=shuffle_shards,
     )
-    phase = LoaderPhase(steps=10**6, global_batch_size=LANES, max_seq_len=MAX_SEQ_LEN, masking=MaskingConfig())
+    phase = LoaderPhase(steps=10**6, global_batch_size=LANES, max_seq_len=MAX_SEQ_LEN)
     dataset = MixtureDataset(LoaderConfig(seed=seed, data=data, phases=[phase]), 0, 1)
     return [Lane(dataset.order.lines, seed, lane) for lane in range(LANES)], dataset
 
