@@ -23,7 +23,8 @@ class StreamScores(Gauge):
     | streams.NAME.masked_accuracy, .masked_tokens | the same of the stream; their number | same |
 
     A stream without masked tokens in the window is left out. Steps that were not applied (a loss that is not finite)
-    are not counted. A loss component that does not fill in its scores has null here. Dropout is on: the same text
+    are not counted. A loss component that does not fill in its scores has null here, and of
+    an objective without scores nothing is logged. Dropout is on: the same text
     scores better in evaluation.
     """
 
@@ -41,7 +42,10 @@ class StreamScores(Gauge):
         self._step = None  # Composer begins a step anew when it was out of memory
 
     def after_loss(self, state: State, logger: Logger) -> None:
-        losses, hits = state.outputs.scores  # pyright: ignore[reportAttributeAccessIssue]
+        scores = state.outputs.scores  # pyright: ignore[reportAttributeAccessIssue]
+        if scores is None:
+            return
+        losses, hits = scores
         streams = state.batch["masked_streams"].long()
         if self._step is None:
             self._step = self._zeros(losses.device)

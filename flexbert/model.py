@@ -1,7 +1,8 @@
 """Models for a task, and `build`, the way to make one.   T packed tokens, M masked ones, D hidden, V vocabulary."""
 
 import logging
-from typing import Any, Literal, NamedTuple, overload
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from flexbert.tasks import IGNORE, FlexBertForSequenceClassification, FlexBertFo
 from flexbert_core.schema import ConfigError, did_you_mean
 
 log = logging.getLogger(__name__)
+R = TypeVar("R")
 
 
 class MaskedLMOutput(NamedTuple):
@@ -65,15 +67,36 @@ class FlexBertForMaskedLM(nn.Module):
         """
         if labels is None and num_masked is not None:
             raise ValueError(f"num_masked: {num_masked} without labels, of which it is the number: give labels too")
-        weight, bias = self.head.decoder(self.encoder.token_table)
         if labels is None:
+            weight, bias = self.head.decoder(self.encoder.token_table)
             hidden_states = self.encoder(input_ids, cu_seqlens, max_seqlen, token_type_ids)
             return MaskedLMOutput(None, linear(self.head(hidden_states), weight, bias), hidden_states)
+        loss, count, scores = self.masked_loss(input_ids, cu_seqlens, max_seqlen, labels, token_type_ids, num_masked)
+        return MaskedLMOutput(loss / max(count, 1), None, None, scores)
+
+    def masked_loss(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        labels: Tensor,
+        token_type_ids: Tensor | None = None,
+        num_masked: int | None = None,
+    ) -> tuple[Tensor, int, TokenScores]:
+        """The loss of masked tokens as a sum (float32 scalar, nats), their number, and the scores of each.
+
+        Arguments, and what is raised, as in `forward`.
+        """
+        weight, bias = self.head.decoder(self.encoder.token_table)
         index, targets = _masked(input_ids, labels, num_masked)
         hidden_states = self.encoder(input_ids, cu_seqlens, max_seqlen, token_type_ids, index)
         scores = TokenScores.empty(targets)
-        loss = self.loss(self.head(hidden_states), weight, bias, targets, scores) / max(len(targets), 1)
-        return MaskedLMOutput(loss, None, None, scores)
+        return self.loss(self.head(hidden_states), weight, bias, targets, scores), len(targets), scores
+
+    def within(self, function: Callable[["FlexBertForMaskedLM"], R]) -> R:
+        """What the function makes of this model. Where ranks hold parts of the parameters (FSDP2), they are whole in
+        here, so code that calls parts of the model, and not its forward, belongs here."""
+        return function(self)
 
     @torch.no_grad()
     def evaluate(

@@ -22,7 +22,7 @@ from recipe.origin import Origin, named_origin
 from recipe.recorded import as_recorded
 from recipe.schedules import SCHEDULES
 from recipe.sections import CheckpointConfig, EmaConfig, EvaluationConfig, TrainerConfig
-from recipe.slots import ALGORITHMS, CALLBACKS, LOGGERS, OPTIMIZERS
+from recipe.slots import ALGORITHMS, CALLBACKS, EVALUATIONS, LOGGERS, OBJECTIVES, OPTIMIZERS
 
 
 class RopeTheta(Schema):
@@ -114,6 +114,9 @@ class RunConfig(Schema):
         default=DEFAULT, description="which tokens the model restores, in phases that do not say otherwise"
     )
     phases: list[PhaseConfig] = Field(min_length=1, description="what is trained, in this order")
+    objective: Annotated[Any, *OBJECTIVES.slot()] = Field(
+        default="mlm", description="what the model is trained to do: the loss of a batch"
+    )
     optimizer: Annotated[Any, *OPTIMIZERS.slot()] = Field(
         default="stableadamw", description="how a gradient becomes a step (ModernBERT: stableadamw)"
     )
@@ -125,6 +128,11 @@ class RunConfig(Schema):
     )
     evaluation: EvaluationConfig = Field(
         default=EvaluationConfig(), description="when and on what the held-out loss is measured"
+    )
+    evaluations: list[Annotated[Any, *EVALUATIONS.slot()]] = Field(
+        default=[],
+        description="what else is measured whenever the held-out loss is, in this order",
+        json_schema_extra=MAY_CHANGE,
     )
     ema: EmaConfig | None = Field(default=None, description="an average of the weights; absent: none is kept")
     callbacks: list[Annotated[Any, *CALLBACKS.slot()]] = Field(

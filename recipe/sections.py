@@ -127,12 +127,9 @@ class CheckpointConfig(Schema):
     )
 
 
-class EvaluationConfig(Schema):
-    """Held-out loss and masked accuracy, per stream and over all, always on the same rows and masks."""
+class HeldOutConfig(Schema):
+    """On what the held-out loss is measured."""
 
-    interval: Count | None = Field(
-        default=None, gt=0, description="tokens; absent: at milestones only", json_schema_extra=MAY_CHANGE
-    )
     max_seq_len: int | None = Field(default=None, ge=8, description="slots per row; default: the first phase's")
     max_rows: int | None = Field(default=None, ge=1, description="rows per stream at most; default: all")
     batch_size: int = Field(default=16, ge=1, description="rows per forward on each rank", json_schema_extra=MAY_CHANGE)
@@ -147,6 +144,14 @@ class EvaluationConfig(Schema):
             given = {"name": node["masking"]} if isinstance(node["masking"], str) else node["masking"]
             return {**node, "masking": cls.model_fields["masking"].default | given}
         return node
+
+
+class EvaluationConfig(HeldOutConfig):
+    """Held-out loss and masked accuracy, per stream and over all, always on the same rows and masks."""
+
+    interval: Count | None = Field(
+        default=None, gt=0, description="tokens; absent: at milestones only", json_schema_extra=MAY_CHANGE
+    )
 
 
 class EmaConfig(Schema):

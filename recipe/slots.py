@@ -4,12 +4,15 @@
 |---|---|---|
 | optimizer | a function or class that gives a torch.optim.Optimizer | model, lr |
 | parallelism | training.parallelism.Parallelism: what each rank keeps | world_size |
+| objective | training.objectives.Objective: the loss of a batch | plan |
+| evaluations | training.evaluations.Evaluation: scores of the model | run, plan, streams, folder |
 | callbacks | composer.core.Callback: watches a run | plan, folder |
 | algorithms | composer.core.Algorithm: changes how a run trains | plan, folder |
 | loggers | composer.loggers.LoggerDestination: where metrics go | name, run, folder |
 
 model: the FlexBertForMaskedLM. lr: peak learning rate. plan: the run's PhasePlan. folder: runs/NAME, for files of its
-own. name: of the run. run: its resolved config, as plain values.
+own. name: of the run. run: its resolved config, as plain values, for evaluations as the RunConfig. streams: the opened
+training streams.
 A class with a nested `Config` (flexbert_core.schema.Component) and the decorator `@CALLBACKS.register("name")` is an
 entry; so is a function with an attribute `Config`. It may stand in any file that the run file `imports`.
 """
@@ -20,6 +23,8 @@ OPTIMIZERS = Registry("optimizer", filled_by="training.optim.optimizers")
 """An entry with `works_on_shards = True` makes right steps where a rank holds a part of each tensor; under
 trainer.parallelism fsdp2 others are refused."""
 PARALLELISMS = Registry("parallelism", filled_by="training.parallelism")
+OBJECTIVES = Registry("objective", filled_by="training.objectives")
+EVALUATIONS = Registry("evaluations", filled_by="training.evaluations")
 CALLBACKS = Registry("callbacks", filled_by="callbacks.entries")
 ALGORITHMS = Registry("algorithms", filled_by="callbacks.entries")
 LOGGERS = Registry("loggers", filled_by="callbacks.entries")

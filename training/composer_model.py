@@ -10,16 +10,19 @@ from torch import Tensor
 from data.feed.batches import Batch
 from flexbert import FlexBertForMaskedLM
 from flexbert.dropout import TokenKeys, keyed_dropout
+from flexbert_core.schema import RunError
+from training.objectives import Loss, Objective
 from training.parallelism import Parallelism
 from training.static_shapes import fill_slots
 
 
-class MaskedLanguageModel(ComposerModel):
+class PretrainingModel(ComposerModel):
     """The encoder as Composer sees it: one child, fed with the loader's batches."""
 
     def __init__(
         self,
         model: FlexBertForMaskedLM,
+        objective: Objective,
         parallelism: Parallelism,
         autocast: Callable[[], Any],
         static_shapes: bool,
@@ -28,27 +31,34 @@ class MaskedLanguageModel(ComposerModel):
         """autocast: a context for the forward. Composer refuses its own on the CPU; so both devices run the same.
         dropout_seed: 63 bits, of the step under way, the same on all ranks."""
         super().__init__()
-        self.model, self.static_shapes, self.dropout_seed = model, static_shapes, dropout_seed
+        self.model, self.objective = model, objective
+        self.static_shapes, self.dropout_seed = static_shapes, dropout_seed
         self.parallelism, self.autocast = parallelism, autocast
 
-    def forward(self, batch: Batch) -> Any:
+    def forward(self, batch: Batch) -> Loss:
         if self.static_shapes and self.training:
             batch = fill_slots(batch)
         tokens = len(batch["input_ids"])
         keys = TokenKeys(self.dropout_seed(), batch["first_row"], batch["row_bounds"], tokens)
         with self.autocast(), keyed_dropout(keys):
-            return self.model(
-                batch["input_ids"],
-                batch["cu_seqlens"],
-                batch["max_seqlen"],
-                labels=batch["labels"],
-                num_masked=batch["masked"],
-            )
+            return self.model.within(lambda model: self.objective.loss(model, batch))
 
-    def loss(self, outputs: Any, batch: Batch) -> Tensor:
-        """Mean over the microbatch's masked tokens; Composer weighs it by their count, so the step's loss and gradient
-        are exactly the mean over the global batch, however it is split."""
-        return self.parallelism.correct(outputs.loss)
+    def loss(self, outputs: Loss, batch: Batch) -> Tensor:
+        """Mean over the microbatch's targets; Composer weighs it by their count, so the step's loss and gradient are
+        exactly the mean over the global batch, however it is split. Raises RunError for another count than was said."""
+        expected = self.objective.count(batch)
+        if outputs.count != expected:
+            raise RunError(f"objective: its loss is over {outputs.count} targets, its count says {expected}")
+        return self.parallelism.correct(outputs.sum / max(outputs.count, 1))
+
+    def count_tokens(self, batch: Batch) -> dict[str, int]:
+        """Composer's two counts of a batch.
+
+        It divides by the global sum of the second, which may be 0 targets. So a batch counts for a 2^32th of a target
+        besides: then weights are off by less than 1e-9, float32 rounds at 6e-8, and a sum of zeros is divided by
+        something.
+        """
+        return {"total": len(batch["input_ids"]), "loss_generating": self.objective.count(batch) * 2**32 + 1}
 
 
 class Microbatch(dict[str, Any]):
@@ -87,17 +97,9 @@ def split_batch(batch: Batch, rows: int | float) -> list[Batch]:
                 "first_row": batch["first_row"] + first,
                 "slots": (last - first) * slots_per_row,
                 "masked": last_masked - first_masked,
+                "tokens": end - begin,
                 "masked_streams": batch["masked_streams"][first_masked:last_masked],
             }
         )
         first_masked = last_masked
     return parts
-
-
-def count_tokens(batch: Batch) -> dict[str, int]:
-    """Composer's two counts of a batch.
-
-    It divides by the global sum of the second, which may be 0 masked tokens. So a batch counts for a 2^32th of a token
-    besides: then weights are off by less than 1e-9, float32 rounds at 6e-8, and a sum of zeros is divided by something.
-    """
-    return {"total": len(batch["input_ids"]), "loss_generating": batch["masked"] * 2**32 + 1}

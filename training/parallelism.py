@@ -88,6 +88,7 @@ class FullySharded:
         from torch.distributed.fsdp import register_fsdp_forward_method
 
         register_fsdp_forward_method(model, "evaluate")
+        register_fsdp_forward_method(model, "within")
 
     def correct(self, loss: Tensor) -> Tensor:
         return loss if self._excess == 1 else _DivideGradient.apply(loss, self._excess)  # pyright: ignore[reportReturnType]

@@ -24,12 +24,14 @@ class Parts:
     def __init__(self, config: RunConfig, plan: PhasePlan, folder: Path) -> None:
         """folder: runs/NAME. Raises ConfigError, starting with the key, for one that refuses its arguments."""
         self._folder = folder
-        self.callbacks: list[Callback] = _build("callbacks", CALLBACKS, config.callbacks, plan=plan, folder=folder)
-        self.algorithms: list[Algorithm] = _build("algorithms", ALGORITHMS, config.algorithms, plan=plan, folder=folder)
+        self.callbacks: list[Callback] = build_parts("callbacks", CALLBACKS, config.callbacks, plan=plan, folder=folder)
+        self.algorithms: list[Algorithm] = build_parts(
+            "algorithms", ALGORITHMS, config.algorithms, plan=plan, folder=folder
+        )
         facts = {"name": config.name, "run": config.model_dump(mode="json"), "folder": folder}
-        self.loggers: list[LoggerDestination] = _build("loggers", LOGGERS, config.loggers, **facts)
+        self.loggers: list[LoggerDestination] = build_parts("loggers", LOGGERS, config.loggers, **facts)
         named = zip([*config.callbacks, *config.algorithms], [*self.callbacks, *self.algorithms], strict=True)
-        self._stateful = _by_name([(_name(entry), part) for entry, part in named])
+        self._stateful = by_name([(_name(entry), part) for entry, part in named])
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The states by name of the part: JSON values, and the tensors in them. Called on all ranks; as with Composer's
@@ -52,7 +54,8 @@ class Parts:
                 part.load_state_dict(unpack(states[name], tensors))
 
 
-def _build(key: str, registry: Registry, configs: list[Component], **runtime: Any) -> list[Any]:
+def build_parts(key: str, registry: Registry, configs: list[Component], **runtime: Any) -> list[Any]:
+    """The entries that a list of a run file names. Raises ConfigError, starting with the key, for one that refuses."""
     parts = []
     for number, config in enumerate(configs):
         try:
@@ -67,7 +70,7 @@ def _name(config: Component) -> str:
     return "/".join([config.name, *([config.class_name] if hasattr(config, "class_name") else [])])  # pyright: ignore
 
 
-def _by_name(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def by_name(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The second of a name gets `#2`."""
     named: dict[str, Any] = {}
     for name, part in pairs:

@@ -21,9 +21,9 @@ from flexbert_core.schema import RunError
 Batch = dict[str, Any]
 """input_ids, labels (total_tokens,) int64; cu_seqlens (documents + 1,) int32; max_seqlen int; sequences: documents of
 each row, list of ints; row_bounds: (rows + 1,) int32, starts of the rows, then total_tokens; first_row: place of the
-first row in the global batch, int (0 outside training); slots: rows x max_seq_len, int; masked: number of labels not
-ignored, int; masked_streams: (masked,) int16, the stream of each; seen: (streams, len(SEEN)) int64 numpy array.
-Training batches also carry cursors: {lane: LaneCursor as a list} after the batch."""
+first row in the global batch, int (0 outside training); slots: rows x max_seq_len, int; tokens: total_tokens, int;
+masked: number of labels not ignored, int; masked_streams: (masked,) int16, the stream of each; seen: (streams,
+len(SEEN)) int64 numpy array. Training batches also carry cursors: {lane: LaneCursor as a list} after the batch."""
 
 SEEN = ("tokens", "sequences", "documents", "unique_documents", "repeated_tokens")
 """What is counted of each stream. tokens: of the text. sequences: pieces, each with a [CLS] and a [SEP] of its own.
@@ -69,6 +69,7 @@ class PackedBatch:
             "first_row": self.first_row,
             "slots": self.slots,
             "masked": len(self.targets.position),
+            "tokens": len(self.ids),
             "masked_streams": torch.from_numpy(np.repeat(self.streams, self.lengths)[self.targets.position]),
             "seen": self.seen,
             "cursors": self.cursors,

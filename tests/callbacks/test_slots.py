@@ -27,7 +27,7 @@ from training.parts import Parts, pack, unpack
 STEPS = 8
 INTERVAL = 2 * ROWS * ROW  # tokens of two steps
 MINE: dict[str, Any] = {
-    "imports": [str(ROOT / "examples" / "weight_norm.py"), str(ROOT / "tests" / "training" / "gate.py")],
+    "imports": [str(ROOT / "examples" / "weight_norm.py"), str(ROOT / "tests" / "helpers" / "gate.py")],
     "callbacks": [{"name": "weight_norm", "interval": INTERVAL}],
 }
 

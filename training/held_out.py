@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,15 @@ from data.feed.batches import Batch
 from data.feed.held_out import validation_batches
 from data.feed.loader import open_streams, tokenizer_folder
 from data.feed.masking import IGNORE
-from data.feed.mixture import DataConfig, stream_weights
+from data.feed.mixture import stream_weights
 from data.keyed import torch_seed
 from data.store.shards import Stream
 from flexbert import FlexBertForMaskedLM
-from flexbert_core.schema import ConfigError, RunError
-from recipe.sections import EvaluationConfig
+from flexbert_core.schema import Component, ConfigError, RunError
+from recipe.config import RunConfig
+from recipe.phases import PhasePlan
+from recipe.sections import HeldOutConfig
+from recipe.slots import EVALUATIONS
 
 log = logging.getLogger(__name__)
 _FIX = (
@@ -28,17 +32,22 @@ _FIX = (
 )
 
 
-class Evaluator:
-    """Evaluates a model on the validation split of every stream, on the same rows and masks every time."""
+@EVALUATIONS.register("held_out")
+class HeldOut:
+    """Loss and masked accuracy on the validation split of every stream, on the same rows and masks every time. The
+    section `evaluation` is the first of these; more of them measure at other lengths, rates or maskings."""
+
+    class Config(HeldOutConfig, Component):
+        pass
 
     def __init__(
-        self, config: EvaluationConfig, data: DataConfig, train_streams: Sequence[Stream], max_seq_len: int, seed: int
+        self, config: HeldOutConfig, *, run: RunConfig, plan: PhasePlan, streams: Sequence[Stream], folder: Path
     ) -> None:
-        """max_seq_len: slots per row where the config leaves it open. Raises ConfigError for a missing split,
-        or when no token would be masked."""
+        """streams: those of training. Raises ConfigError for a missing split, or when no token would be masked."""
+        data, train_streams = run.data, streams
         self.config = config
-        self.max_seq_len = config.max_seq_len or max_seq_len
-        self.seed = torch_seed(seed, "validation")
+        self.max_seq_len = config.max_seq_len or plan.phases[0].max_seq_len
+        self.seed = torch_seed(run.seed, "validation")
         self.tokenizer = partial(tokenizer_folder, data)
         self.streams = dict(zip(data.streams, open_streams(data, "validation"), strict=True))
         self.fingerprints = {name: stream.fingerprint for name, stream in self.streams.items()}
@@ -67,7 +76,7 @@ class Evaluator:
         )
 
     @torch.no_grad()
-    def evaluate(self, model: FlexBertForMaskedLM) -> dict[str, Any]:
+    def run(self, model: FlexBertForMaskedLM, step: int) -> dict[str, Any]:
         """{"loss": nats, "masked_accuracy", "unigram_accuracy", "masked_tokens", "streams": {name: the same four}}.
 
         Means over masked tokens; None for a stream without any, which is said. Raises RunError when there is none at
@@ -75,8 +84,6 @@ class Evaluator:
         stream, and of the mixture for the overall figure), on the same masked tokens. A collective over ranks.
         """
         device = next(model.parameters()).device
-        was_training = model.training
-        model.eval()
         streams, total = {}, torch.zeros(4, dtype=torch.float64)
         for name in self.streams:
             sums = torch.zeros(5, dtype=torch.float64)  # loss, correct, masked, unigram hits of stream and of mixture
@@ -93,7 +100,6 @@ class Evaluator:
             sums = ranks.over_ranks(sums)
             streams[name] = _means(sums[:4])
             total += sums[[0, 1, 2, 4]]
-        model.train(was_training)
         self._say_unmasked([name for name, means in streams.items() if not means["masked_tokens"]])
         if not total[2]:
             raise RunError(f"evaluation: no token of the held-out text is masked, so there is no loss: {_FIX}")
