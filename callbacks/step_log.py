@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flexbert_core.composing import leaves
+
 
 def append_line(file: Path, line: dict[str, Any]) -> None:
     """Add a line."""
@@ -34,13 +36,9 @@ def flat(node: Mapping[str, Any], prefix: str) -> dict[str, float]:
 
     None, which says that a number is not known, becomes NaN.
     """
-    values: dict[str, float] = {}
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            values |= flat(value, f"{prefix}/{key}")
-        elif value is None or isinstance(value, int | float):
-            values[f"{prefix}/{key}"] = math.nan if value is None else value
-    return values
+    numbers = leaves(node, "/", prefix).items()
+    known = {name: value for name, value in numbers if value is None or isinstance(value, int | float)}
+    return {name: math.nan if value is None else value for name, value in known.items()}
 
 
 def nested(metrics: Mapping[str, Any]) -> dict[str, Any]:

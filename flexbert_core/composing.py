@@ -81,6 +81,15 @@ def merge(base: Any, over: Any, spelled: Spelled = MappingProxyType({}), place: 
     return merged
 
 
+def leaves(node: Mapping[str, Any], between: str = ".", prefix: str = "") -> dict[str, Any]:
+    """What nested mappings hold at their ends, under the keys that lead there, joined: `a.b.c`."""
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        place = f"{prefix}{between}{key}" if prefix else str(key)
+        found |= leaves(value, between, place) if isinstance(value, Mapping) else {place: value}
+    return found
+
+
 def _as_component(node: Any) -> Any:
     return {"name": node} if isinstance(node, str) else node
 

@@ -20,6 +20,7 @@ from callbacks.ema import WeightAverage
 from data.feed.loader import Loader, tokenizer_folder
 from data.tokenizer import corpus_tokenizer
 from flexbert import FlexBertConfig, FlexBertForMaskedLM, from_hf
+from flexbert_core.composing import leaves
 from flexbert_core.schema import ConfigError, RunError, did_you_mean
 from recipe.config import RunConfig, read_recorded_config
 from recipe.phases import PhasePlan
@@ -202,7 +203,7 @@ def _check_model(
     trained: theirs with the RoPE thetas that were last in use.
     """
     ours = config.model
-    here, there = _leaves(ours.to_dict()), _leaves(theirs.to_dict())
+    here, there = leaves(ours.to_dict()), leaves(theirs.to_dict())
     differing = [key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
     for key in differing:
         if key in _SIZES or (key.endswith(".name") and not key.startswith(_HARMLESS)):
@@ -239,13 +240,6 @@ def _check_vocabulary(folder: Path, ours: Path) -> None:
             f"data.tokenizer: {ours}: is not the tokenizer of {folder}: {token!r} is {here.get(token)} here, "
             f"{there.get(token)} there: prepare the streams with that one"
         )
-
-
-def _leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in node.items():
-        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return leaves
 
 
 def _hash(files: list[Path]) -> str:

@@ -46,6 +46,22 @@ def build_gauges(
     ]
 
 
+def gauges_state(clock: Clock, gauges: list[Gauge]) -> dict[str, Any]:
+    """JSON values of what a line in the making has counted. A collective."""
+    loss, *others = gauges
+    states = {type(gauge).__name__: gauge.state_dict() for gauge in others}
+    return {"train_seconds": clock.train_seconds, "window": loss.state_dict(), "gauges": states}
+
+
+def load_gauges(clock: Clock, gauges: list[Gauge], state: dict[str, Any]) -> None:
+    """Go on counting from there."""
+    loss, *others = gauges
+    clock.train_seconds = state["train_seconds"]
+    loss.load_state_dict(state["window"])
+    for gauge in others:
+        gauge.load_state_dict(state["gauges"].get(type(gauge).__name__, {}))
+
+
 def _rope_theta(model: FlexBertForMaskedLM) -> dict[str, Any]:
     """rope_theta: {global, local}, as the model has them now; nothing for other positions."""
     position = model.config.position

@@ -43,7 +43,7 @@ from training.evaluations import Evaluations
 from training.exporting import Exporter
 from training.faults import Faults
 from training.folder import RunFolder
-from training.gauges import build_gauges
+from training.gauges import build_gauges, gauges_state, load_gauges
 from training.growing import read_source
 from training.objectives import Objective
 from training.parallelism import PARALLELISMS, Parallelism
@@ -232,7 +232,7 @@ class Run:
         restore(checkpoint, self.model, self.optimizer)
         self.loader.load_state_dict(state["loader"])
         self.ledger.load_state_dict(state["ledger"])
-        self._load_metrics(state["metrics"])
+        load_gauges(self.clock, self.gauges, state["metrics"])
         self.parts.load_state_dict(state.get("parts", {}), checkpoint.parts)
         if self.ema is not None:
             restore_average(checkpoint, self.model, self.ema)
@@ -249,19 +249,6 @@ class Run:
             self.metrics.trim(step)
             self.ledger.trim(step)
         return step
-
-    def _metrics_state(self) -> dict[str, Any]:
-        """JSON values of what a line in the making has counted. A collective."""
-        loss, *others = self.gauges
-        gauges = {type(gauge).__name__: gauge.state_dict() for gauge in others}
-        return {"train_seconds": self.clock.train_seconds, "window": loss.state_dict(), "gauges": gauges}
-
-    def _load_metrics(self, state: dict[str, Any]) -> None:
-        loss, *others = self.gauges
-        self.clock.train_seconds = state["train_seconds"]
-        loss.load_state_dict(state["window"])
-        for gauge in others:
-            gauge.load_state_dict(state["gauges"].get(type(gauge).__name__, {}))
 
     def _timestamp(self, step: int, state: dict[str, Any]) -> Timestamp:
         """Composer's clock after `step` steps, so that what counts in its tokens or samples goes on."""
@@ -347,7 +334,7 @@ class Run:
             "step": step,
             "loader": self.loader.state_dict(),
             "ledger": self.ledger.state_dict(),
-            "metrics": self._metrics_state(),
+            "metrics": gauges_state(self.clock, self.gauges),
             "parts": parts,
             "timestamp": timestamp,
             "data": self.fingerprints,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from flexbert.config import TOKEN_IDS, FlexBertConfig
 from flexbert.hf.fields import ONLY, Fields, LayerFields
+from flexbert_core.composing import leaves
 from flexbert_core.schema import ConfigError
 
 
@@ -321,7 +322,7 @@ def at_padding_id(config: FlexBertConfig, pad_token_id: int | None) -> FlexBertC
 
 def lost_dropouts(config: FlexBertConfig, hf_config: Any) -> list[str]:
     """`slot.field` of each dropout that is another one in the config of an export."""
-    ours, theirs = _leaves(config.to_dict()), _leaves(_back(hf_config).to_dict())
+    ours, theirs = leaves(config.to_dict()), leaves(_back(hf_config).to_dict())
     return [name for name, value in ours.items() if name.endswith("dropout") and theirs.get(name) != value]
 
 
@@ -332,17 +333,10 @@ def _back(hf_config: Any) -> FlexBertConfig:
 
 def _function(node: dict[str, Any]) -> dict[str, Any]:
     """`slot.field` -> value of everything that trained weights' function depends on."""
-    flat = _leaves({name: value for name, value in node.items() if name not in _NOT_THE_FUNCTION})
+    flat = leaves({name: value for name, value in node.items() if name not in _NOT_THE_FUNCTION})
     fields = {name: name.split(".")[-1] for name in flat}
     return {
         name: flat[name]
         for name, field in fields.items()
         if field not in _NOT_THE_FUNCTION and not field.endswith("dropout")
     }
-
-
-def _leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

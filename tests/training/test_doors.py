@@ -1,0 +1,260 @@
+"""Masking, objective and evaluations from outside: each equals its formula, trains, and goes on after a kill."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from commands.status import read_status
+from data.feed.held_out import validation_batches
+from data.feed.loader import build_loader
+from data.feed.masking import MASKINGS, Vocabulary
+from data.feed.philox import RowNames
+from data.keyed import torch_seed
+from data.store.shards import open_stream
+from flexbert import build
+from flexbert_core.schema import ConfigError, RunError
+from recipe.config import load_run_config
+from recipe.phases import PhasePlan
+from recipe.slots import EVALUATIONS, OBJECTIVES
+from tests.helpers.ranks import Ranks
+from tests.helpers.runs import ROOT
+from tests.helpers.tiny import ROW, ROWS, write_config
+from training.evaluations import Evaluations
+
+STEPS = 4
+DOORS: dict[str, Any] = {
+    "imports": [str(ROOT / "examples" / f"{name}.py") for name in ("span_masking", "every_token", "mean_similarity")],
+    "masking": {"name": "spans", "rate": 0.25},
+    "objective": {"name": "every_token", "weight": 0.1},
+    "evaluations": [
+        {"name": "mean_similarity", "rows": 3},
+        {"name": "held_out", "masking": {"name": "spans", "rate": 0.4}},
+    ],
+    "evaluation": {"max_rows": 4, "interval": 2 * ROWS * ROW},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registries_as_before() -> Iterator[None]:
+    """What the examples register in this process is of no concern to the tests that come later."""
+    registries = (MASKINGS, OBJECTIVES, EVALUATIONS)
+    before = [dict(registry.entries) for registry in registries]
+    yield
+    for registry, entries in zip(registries, before, strict=True):
+        registry.entries.clear()
+        registry.entries.update(entries)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path, steps: int = STEPS) -> dict[str, Tensor]:
+    return load_file(folder / "run" / "checkpoints" / f"tokens-{steps * ROWS * ROW}" / "model.safetensors")
+
+
+def saved_model(folder: Path, steps: int) -> Any:
+    model = build(load_run_config(folder / "train.yaml").model)
+    model.load_state_dict(weights(folder, steps), strict=False)  # a tied decoder has one name there
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def straight(ranks: Ranks, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("straight")
+    ranks.train(1, str(write_config(folder, tiny_data, STEPS, "full", "sparse", **DOORS)))
+    return folder
+
+
+def test_the_objective_is_its_formula(tiny_data: Path, tmp_path: Path) -> None:
+    config = load_run_config(write_config(tmp_path, tiny_data, STEPS, "full", "sparse", **DOORS))
+    plan = PhasePlan(config)
+    objective = OBJECTIVES.build(config.objective, plan=plan)
+    model = build(config.model, seed=1)
+    batch = next(iter(build_loader(plan.loader_config(config))))
+    loss = objective.loss(model, batch)
+    assert (loss.count, objective.count(batch), loss.scores) == (len(batch["input_ids"]),) * 2 + (None,)
+    loss.sum.backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    logits: Any = model(batch["input_ids"], batch["cu_seqlens"], batch["max_seqlen"]).logits
+    expected = torch.zeros(())
+    for row, token, label in zip(logits.log_softmax(1), batch["input_ids"], batch["labels"], strict=True):
+        expected = expected - (row[label] if label >= 0 else 0.1 * row[token])
+    torch.testing.assert_close(loss.sum, expected)
+    expected.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rate", [0.15, 0.6, 1.0])
+def test_spans_have_their_rate_and_end_with_a_document(rate: float) -> None:
+    special = np.arange(64) < 5
+    vocabulary = Vocabulary(4, special, np.flatnonzero(~special), Path)
+    masking = MASKINGS.build(MASKINGS.parse({"name": "spans", "rate": rate}), vocabulary=vocabulary)
+    ids = np.full((300, 400), 9, np.uint16)
+    ids[:, ::80], ids[:, 79::80] = 2, 3  # documents of 78 tokens
+    rows = RowNames(np.full(300, 5, np.uint64), np.arange(300, dtype=np.uint32))
+    targets = masking.mask(ids.reshape(-1), np.arange(1, 301) * 400, rows)
+    selected = np.zeros(ids.size, bool)
+    selected[targets.position] = True
+    places = selected.reshape(-1, 80)
+    assert not places[:, [0, 79]].any()
+    # Behind its first tokens a document knows no border: the share is the rate, within six standard deviations of
+    # spans of 10 tokens, the longest, that are drawn together.
+    inner = places[:, 11:79]
+    assert abs(inner.mean() - rate) <= 6 * math.sqrt(rate * (1 - rate) * 10 / inner.size) + 1e-12
+    if rate < 1:
+        together = (inner[:, 1:] & inner[:, :-1]).mean()
+        assert together > 1.2 * rate**2, "neighbours are selected together"
+        assert not selected.reshape(300, 400)[0].all()
+
+
+def test_evaluations_are_in_the_metrics_and_right(straight: Path) -> None:
+    measured = {line["step"]: line["evaluations"] for line in lines(straight) if "evaluations" in line}
+    assert measured.keys() == {2, 4}
+    config = load_run_config(straight / "train.yaml")
+    for step, scores in measured.items():
+        model = saved_model(straight, step)
+        for name in ("full", "sparse"):
+            stream = open_stream(f"{config.data.streams[name].path}/validation")
+            batches = validation_batches(stream, ROW, 1, 3, config.seed, config.evaluation.masking, Path, 0, 1)
+            means = []
+            for batch in batches:
+                states = model.encoder(batch["input_ids"], batch["cu_seqlens"], batch["max_seqlen"])
+                bounds = batch["cu_seqlens"].tolist()
+                means += [states[a:b].mean(0) for a, b in pairwise(bounds)]
+            pairs = [F.cosine_similarity(a, b, dim=0) for a in means for b in means if a is not b]
+            assert scores["mean_similarity"][name] == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-5)
+        validation = next(line["validation"] for line in lines(straight) if line["step"] == step)
+        other = scores["held_out"]
+        # The same text with more of it masked: 0.4 and 0.15 of it.
+        assert 1.5 < other["masked_tokens"] / validation["masked_tokens"] < 4
+        assert other["loss"] != validation["loss"]
+    others = read_status(straight / "run")["others"]
+    assert others["evaluations/mean_similarity/full"] == measured[4]["mean_similarity"]["full"]
+
+
+def test_of_an_objective_without_scores_no_streams_are_shown(straight: Path) -> None:
+    trained = [line for line in lines(straight) if "loss" in line]
+    assert len(trained) == STEPS
+    assert all(math.isfinite(line["loss"]) and "streams" not in line for line in trained)
+    assert (straight / "run" / "exports" / f"tokens-{STEPS * ROWS * ROW}" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("processes", "trainer"),
+    [
+        (1, {"microbatch_size": 3}),
+        (2, {}),
+        pytest.param(2, {"parallelism": "fsdp2", "microbatch_size": 1}, marks=pytest.mark.slow),
+        pytest.param(1, {"compile": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_however_a_step_is_split_it_is_the_same(
+    straight: Path, ranks: Ranks, tiny_data: Path, tmp_path: Path, processes: int, trainer: dict[str, Any]
+) -> None:
+    """The count of targets is the objective's own, so microbatches and ranks are weighed by it."""
+    changes = {**DOORS, "trainer": {"log_interval": 1, **trainer}}
+    ranks.train(processes, str(write_config(tmp_path, tiny_data, STEPS, "full", "sparse", **changes)))
+    for ours, theirs in zip(lines(tmp_path), lines(straight), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        if "evaluations" in ours:
+            assert ours["evaluations"]["mean_similarity"] == pytest.approx(
+                theirs["evaluations"]["mean_similarity"], abs=1e-4
+            )
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_as_if_never_killed(straight: Path, ranks: Ranks, tiny_data: Path, tmp_path: Path, processes: int) -> None:
+    file = write_config(tmp_path, tiny_data, STEPS, "full", "sparse", **DOORS)
+    ranks.train(processes, str(file))
+    first = weights(tmp_path)
+    for step in (3, 4):  # as a run is that was killed after its second checkpoint
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"tokens-{step * ROWS * ROW}")
+    (tmp_path / "run" / "summary.json").unlink()
+    ranks.train(processes, str(file))
+    assert all(torch.equal(tensor, first[name]) for name, tensor in weights(tmp_path).items())
+    assert [line["step"] for line in lines(tmp_path) if "evaluations" in line] == [2, 4]
+    if processes == 1:
+        assert all(torch.equal(tensor, first[name]) for name, tensor in weights(straight).items())
+
+
+class Wrong:
+    """An evaluation that gives what it is told to."""
+
+    def __init__(self, scores: Any) -> None:
+        self.scores = scores
+
+    def run(self, model: Any, step: int) -> Any:
+        return self.scores
+
+
+@pytest.mark.parametrize(
+    ("scores", "line"),
+    [
+        (3.0, "evaluations: wrong: run() gives a float: give numbers by name"),
+        ({"a": torch.ones(())}, "evaluations: wrong: a is a Tensor: give a plain number, or null"),
+        ({"a": {"b": "good"}}, "evaluations: wrong: a: b is a str: give a plain number, or null"),
+    ],
+)
+def test_what_is_no_score_is_told(tiny_data: Path, tmp_path: Path, scores: Any, line: str) -> None:
+    config = load_run_config(write_config(tmp_path, tiny_data, STEPS, "full"))
+    plan, model = PhasePlan(config), build(config.model, seed=torch_seed(config.seed, "init"))
+    streams = build_loader(plan.loader_config(config)).dataset.streams
+    from contextlib import nullcontext
+
+    class Nowhere:
+        def log_metrics(self, metrics: dict[str, float]) -> None:
+            pass
+
+    evaluations = Evaluations(config, plan, streams, model, None, nullcontext, lambda text: None)
+    evaluations.others["wrong"] = Wrong(scores)
+    with pytest.raises(RunError) as error:
+        evaluations.run(1, Nowhere())  # pyright: ignore[reportArgumentType]
+    assert str(error.value) == line
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"masking": "spns"}, "masking: unknown masking 'spns', did you mean 'spans'?"),
+        ({"masking": {"name": "spans", "p": 2}}, "masking.p: should be less than or equal to 1, got 2"),
+        ({"objective": "mml"}, "objective: unknown objective 'mml', did you mean 'mlm'?"),
+        ({"evaluations": ["held-out"]}, "evaluations.0: unknown evaluations 'held-out', did you mean 'held_out'?"),
+        ({"evaluation": {"masking": "spans", "rate": 0.1}}, "evaluation: unknown key 'rate'"),
+    ],
+)
+def test_wrong_names_and_options_are_one_line(
+    tiny_data: Path, tmp_path: Path, changes: dict[str, Any], line: str
+) -> None:
+    file = write_config(tmp_path, tiny_data, STEPS, "full", **{**DOORS, **changes})
+    with pytest.raises(ConfigError) as error:
+        load_run_config(file)
+    assert line in str(error.value)
+
+
+def test_a_phase_takes_over_a_masking_of_the_same_name_only(tiny_data: Path, tmp_path: Path) -> None:
+    shape = {"tokens": ROWS * ROW, "max_seq_len": ROW, "global_batch_size": ROWS, "lr": 1e-2}
+    maskings: list[Any] = [{"rate": 0.5}, {"name": "tokens", "mask_fraction": 0.7}, "spans", None]
+    phases = [{"name": f"p{n}", **shape, "masking": masking} for n, masking in enumerate(maskings)]
+    changes = {**DOORS, "masking": {"name": "spans", "p": 0.5, "rate": 0.2}, "phases": phases}
+    plan = PhasePlan(load_run_config(write_config(tmp_path, tiny_data, STEPS, "full", **changes)))
+    found = [phase.masking.model_dump(exclude_defaults=True) for phase in plan.phases]
+    assert found == [
+        {"name": "spans", "rate": 0.5, "p": 0.5},
+        {"name": "tokens", "mask_fraction": 0.7},
+        {"name": "spans"},
+        {"name": "spans"},
+    ]
