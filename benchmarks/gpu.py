@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.arguments import count, names_of, parser_of, refuse, with_defaults
-from benchmarks.encoder import MASKED, Batch, document_lengths, ours_of
+from benchmarks.encoder_sides import MASKED, Batch, document_lengths, ours_of
 from flexbert.accounting import batch_flops
 
 TOKENS = 32_768
