@@ -1,7 +1,9 @@
 """What our training step costs over a bare loop, and how long a checkpoint stops it.
 
-`python -m benchmarks.overhead [--rounds 100] [--steps 10] [KEY=VALUE ...]` prints JSON lines. Two processes take turns,
-a round of so many steps each, so that noise of the machine meets both:
+`python -m benchmarks.overhead [--model NAME] [--rounds N] [--steps 10] [KEY=VALUE ...]` prints JSON lines. What users
+have is a step of a second or more: `10x384`, ten layers of width 384, takes about one on two cores, and its bar is 3 %.
+The step of `demo`, a fifth of that, is reported beside it. Of each two processes take turns, a round of so many steps
+each, so that noise of the machine meets both:
 
     run    the real one, configs/demo.yaml as `main.py train` runs it: loader with its workers, Composer, all callbacks
            and loggers, guards; with a line of metrics each 10 steps, as by default (trainer.log_interval)
@@ -36,10 +38,21 @@ from data.feed.loader import build_loader
 from recipe.config import RunConfig, load_run_config
 from recipe.phases import PhasePlan
 from training.allocator import keep_freed_memory
-from training.trainer import Run, quiet_libraries
+from training.run import Run
+from training.trainer import quiet_libraries
 
 ROOT = Path(__file__).parent.parent
 WARM = 3
+# Of the run, and how many rounds.
+MODELS = {
+    "10x384": (
+        "model={preset: modernbert-tiny, num_hidden_layers: 10, hidden_size: 384, num_attention_heads: 6, "
+        "intermediate_size: 576}",
+        20,
+    ),
+    "demo": ("model=modernbert-tiny", 100),
+}
+BAR = {"10x384": 0.03}
 # Beginnings of keys that would change one side alone, or that `config_of` sets: the bare loop has the run's model,
 # optimizer, batches and autocast.
 UNFAIR = (
@@ -160,7 +173,8 @@ def blocked(runs: Path, overrides: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--rounds", type=count, default=100)
+    parser.add_argument("--model", choices=list(MODELS), help="one of them; default: both")
+    parser.add_argument("--rounds", type=count, help="default: 20 and 100")
     parser.add_argument("--steps", type=count, default=10, help="of a round")
     parser.add_argument("--serve", choices=["run", "bare", "blocked"], help=argparse.SUPPRESS)
     parser.add_argument("overrides", type=override, nargs="*", help="of the run: KEY=VALUE")
@@ -168,6 +182,10 @@ def main() -> None:
     for given in arguments.overrides:
         if given.startswith(UNFAIR):
             parser.error(f"{given}: {given.partition('=')[0]}: the bare loop has nothing of the kind, or both set it")
+    if not arguments.serve:
+        for name in [arguments.model] if arguments.model else MODELS:
+            compare(name, arguments.rounds or MODELS[name][1], arguments.steps, arguments.overrides)
+        return
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         steps = (arguments.rounds + 1) * arguments.steps + 10
@@ -175,10 +193,8 @@ def main() -> None:
             run_steps(config_of(Path(folder), steps, None, arguments.overrides), GateCallback(Gate(arguments.steps)))
         elif arguments.serve == "bare":
             bare(config_of(Path(folder), steps, None, arguments.overrides), arguments.steps)
-        elif arguments.serve == "blocked":
-            print(json.dumps(blocked(Path(folder), arguments.overrides)))
         else:
-            compare(arguments.rounds, arguments.steps, arguments.overrides)
+            print(json.dumps(blocked(Path(folder), arguments.overrides)))
 
 
 def overhead_of(run: np.ndarray, bare: np.ndarray) -> float:
@@ -186,9 +202,10 @@ def overhead_of(run: np.ndarray, bare: np.ndarray) -> float:
     return float(np.median(run, 0).sum() / np.median(bare, 0).sum() - 1)
 
 
-def compare(rounds: int, steps: int, overrides: list[str]) -> None:
+def compare(name: str, rounds: int, steps: int, overrides: list[str]) -> None:
     """Let the two take turns, and print what it gave."""
-    command = [sys.executable, "-m", "benchmarks.overhead", "--rounds", str(rounds), "--steps", str(steps), *overrides]
+    command = [sys.executable, "-m", "benchmarks.overhead", "--rounds", str(rounds), "--steps", str(steps)]
+    command += [MODELS[name][0], *overrides]
     processes = {
         who: subprocess.Popen([*command, "--serve", who], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for who in ("run", "bare")
@@ -216,9 +233,11 @@ def compare(rounds: int, steps: int, overrides: list[str]) -> None:
     }
     found = {name: round(float(value), 4) for name, value in found.items()}
     rows = {"rounds": [round(float(ratio), 3) for ratio in ratios]}
-    print(json.dumps({"benchmark": "overhead", "steps_of_a_round": steps, **found, **rows}), flush=True)
+    bar = {"bar": BAR[name]} if name in BAR else {}
+    line = {"benchmark": "overhead", "model": name, "steps_of_a_round": steps, **found, **bar}
+    print(json.dumps({**line, **rows}), flush=True)
     saved = subprocess.run([*command, "--serve", "blocked"], check=True, capture_output=True, text=True)
-    print(json.dumps({"benchmark": "overhead", **json.loads(saved.stdout.splitlines()[-1])}))
+    print(json.dumps({"benchmark": "overhead", "model": name, **json.loads(saved.stdout.splitlines()[-1])}))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ evaluations: [{name: mean_similarity, rows: 64}]
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ class MeanSimilarity:
     documents apart badly (anisotropy, arXiv 1909.00512)."""
 
     class Config(Component):
-        rows: int = Field(64, ge=1, description="rows of each stream, on each rank")
+        rows: int = Field(64, ge=1, description="rows of each stream, over all ranks")
 
     def __init__(
         self, config: Config, *, run: RunConfig, plan: PhasePlan, streams: Sequence[Stream], folder: Path
@@ -41,20 +40,20 @@ class MeanSimilarity:
         return {name: self._similarity(model, stream) for name, stream in self.streams.items()}
 
     def _similarity(self, model: FlexBertForMaskedLM, stream: Stream) -> float | None:
-        config, world = self.run_config, ranks.world_size()
+        config = self.run_config
         batches = validation_batches(
             stream,
             self.length,
             1,
-            self.rows * world,
+            self.rows,
             config.seed,
             config.evaluation.masking,
             lambda: tokenizer_folder(config.data),
             ranks.rank(),
-            world,
+            ranks.world_size(),
         )
         sums = torch.zeros(model.config.hidden_size + 1, dtype=torch.float64)  # of unit vectors, and how many there are
-        for batch in islice(batches, self.rows):
+        for batch in batches:
             device = next(model.parameters()).device
             ids, bounds = batch["input_ids"].to(device), batch["cu_seqlens"].to(device)
             states = model.within(lambda model: model.encoder(ids, bounds, batch["max_seqlen"]))  # noqa: B023
