@@ -202,7 +202,7 @@ def test_json_counts_only_where_there_is_no_jsonl(tmp_path: Path) -> None:
         ("a.jsonl.lz4", b"x", r".lz4 files are not read here: unpack it, or pack it as .gz, .bz2, .xz, .zst"),
         ("a.jsonl.zip", b"x", r".zip files are not read here: unpack it, or pack it as .gz, .bz2, .xz, .zst"),
         ("a.jsonl.br", b"x", r".br files are not read here: unpack it, or pack it as .gz, .bz2, .xz, .zst"),
-        ("a.jsonl", gzip.compress(b"{}"), "holds .gz data, which its name does not say: give it a name that ends in .gz"),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), "holds .gz data, which its name does not say: give it a name that ends in .gz"),
         ("a.jsonl.gz", b'{"text": "a"}', "is no .gz file, whatever its name says: rename it, or fetch it again"),
         ("a.jsonl.xz", bz2.compress(b"{}"), "holds .bz2 data, which its name does not say: give it a name that ends in .bz2"),
         ("a.jsonl", b"PK\x03\x04...", "holds .zip data, which its name does not say: convert it"),
