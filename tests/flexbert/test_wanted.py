@@ -88,8 +88,8 @@ def test_the_step_is_that_of_all_tokens(block: str, variant: str, masked: float,
     total = sum(ODD_LENGTHS)
     keys = TokenKeys(5, 2, torch.tensor([0, 200, total]).int(), total) if variant == "dropout" else None
     ours = losses_and_gradients(model, masked, keys)
-    assert model.encoder._last_selects
-    model.encoder._last_selects = False
+    assert model.encoder.last_selects
+    model.encoder.last_selects = False
     for name, expected in losses_and_gradients(model, masked, keys).items():
         torch.testing.assert_close(
             ours[name], expected, atol=2e-5, rtol=1e-4, msg=lambda text, at=name: f"{at}: {text}"

@@ -11,8 +11,7 @@ from rich.console import Console
 
 from flexbert_core.schema import ConfigError
 from recipe.config import load_run_config, read_recorded_config
-from tests.helpers.tiny import ROW, ROWS, write_config
-from tests.training.test_processes import forget_after
+from tests.helpers.tiny import ROW, ROWS, forget_after, write_config
 from training.trainer import train
 
 STEPS = 6

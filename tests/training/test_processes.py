@@ -1,6 +1,5 @@
 """Runs of several ranks: DDP and FSDP2 train the same, save for any number of ranks, and start by every launcher."""
 
-import json
 import shutil
 import socket
 import sys
@@ -9,50 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from flexbert_core.schema import Component, ConfigError
 from recipe.config import load_run_config
 from recipe.slots import OPTIMIZERS
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import command, run
-from tests.helpers.tiny import ROW, ROWS, write_config
-
-STEPS, SAVED = 6, 3
-
-
-def losses(folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line] + [
-        line["validation"]["loss"] for line in lines if "validation" in line
-    ]
-
-
-def tensors(folder: Path, steps: int = STEPS) -> dict[str, Tensor]:
-    path = folder / "run" / "checkpoints" / f"tokens-{steps * ROWS * ROW}"
-    return load_file(path / "model.safetensors") | load_file(path / "optimizer.safetensors")
-
-
-def data_seen(folder: Path) -> list[Any]:
-    """What the ledger says of the data, line by line."""
-    return [json.loads(line) for line in (folder / "run" / "ledger.jsonl").read_text().splitlines()]
-
-
-def check_same(folder: Path, other: Path) -> None:
-    """Losses, weights, optimizer states and export to rounding; data exactly."""
-    assert losses(folder) == pytest.approx(losses(other), rel=1e-5)
-    assert data_seen(folder) == data_seen(other)
-    ours, theirs = tensors(folder), tensors(other)
-    exports = [
-        load_file(path / "run/exports" / f"tokens-{STEPS * ROWS * ROW}/model.safetensors") for path in (folder, other)
-    ]
-    for left, right in ((ours, theirs), exports):
-        assert left.keys() == right.keys()
-        for name in right:
-            scale = right[name].float().abs().max()
-            # 40 times the worst measured
-            assert (left[name].float() - right[name].float()).abs().max() <= 2e-3 * scale, name
+from tests.helpers.tiny import SAVED, STEPS, check_same, forget_after, losses, tensors, write_config
 
 
 @pytest.fixture(scope="module")
@@ -88,15 +50,6 @@ def test_ranks_train_as_one(
     config = write_config(tmp_path, tiny_data, STEPS, optimizer=optimizer, trainer=options)
     ranks.train(world_size, str(config))
     check_same(tmp_path, straight[optimizer])
-
-
-def forget_after(folder: Path, steps: int) -> None:
-    """Make a finished run one that was killed just after the checkpoint of `steps` steps."""
-    for path in (folder / "run" / "checkpoints").iterdir():
-        if int(path.name.split("-")[1]) > steps * ROWS * ROW:
-            shutil.rmtree(path)
-    shutil.rmtree(folder / "run" / "exports")
-    (folder / "run" / "summary.json").unlink()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +29,7 @@ from tests.helpers.runs import (
     prepare_dataset,
     run,
     start,
+    wait_for_step,
     write_config,
 )
 from tests.helpers.servers import Bucket, run_moto, s3_environment
@@ -172,13 +172,6 @@ def test_a_finished_run_says_so(straight: Path) -> None:
     assert done.returncode == 0
     assert "this run is finished" in done.stdout
     assert final_weights(straight) == before
-
-
-def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[Any]", timeout: float = 120) -> None:
-    start = time.monotonic()
-    while process.poll() is None and max(metrics(folder), default=0) < step:
-        assert time.monotonic() - start < timeout, "the run does not move"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

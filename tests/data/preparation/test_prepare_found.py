@@ -14,38 +14,17 @@ from typing import Any
 import pytest
 import zstandard
 
-from data.preparation.dataset import load_prepare_config, prepare
-from data.store.manifest import StreamManifest
-from data.store.shards import open_stream
-from flexbert_core.schema import ConfigError, RunError
-from tests.data.preparation.test_prepare import config_file, documents, read_texts, write_jsonl
+from tests.helpers.preparing import (
+    documents,
+    error_of,
+    jsonl_source,
+    manifest_of,
+    prepare_one,
+    read_texts,
+    write_jsonl,
+)
 
 NOBODY = 65534
-
-
-def prepare_one(folder: Path, source: dict[str, Any], **changes: Any) -> Path:
-    """Prepare one stream `s` without a validation split; gives its train folder. on_error goes to the stream."""
-    stream = {"source": source, **{key: changes.pop(key) for key in ("on_error", "max_bytes") if key in changes}}
-    node = {"streams": {"s": stream}, "validation_fraction": 0, "output": str(folder / "out"), **changes}
-    config = load_prepare_config(config_file(folder, **node))
-    prepare(config, workers=1)
-    return Path(config.output) / "s" / "train"
-
-
-def jsonl_source(*paths: Path | str) -> dict[str, Any]:
-    return {"name": "jsonl", "paths": [str(path) for path in paths]}
-
-
-def manifest_of(train: Path) -> StreamManifest:
-    return open_stream(train).manifest
-
-
-def error_of(folder: Path, source: dict[str, Any], **changes: Any) -> str:
-    """The one line with which prepare ends."""
-    with pytest.raises((ConfigError, RunError)) as caught:
-        prepare_one(folder, source, **changes)
-    assert str(caught.value).isprintable()
-    return str(caught.value)
 
 
 @contextmanager

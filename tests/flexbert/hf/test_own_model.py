@@ -18,51 +18,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from flexbert import FlexBertConfig, build, from_hf
-from flexbert.config import PRESETS
 from flexbert.hf import modeling_flexbert as modeling
-from flexbert.hf.convert import _hf_config
-from tests.flexbert.hf.test_remote import PARALLEL, SANDWICH, in_transformers, scrambled
-from tests.flexbert.test_presets import SIZES
-from tests.helpers.models import batch_of, gradients, tiny
+from flexbert.hf.convert import transformers_config
+from tests.flexbert.hf.own_code import LENGTHS, TASKS, close, in_transformers, inputs, own
+from tests.helpers.architectures import PARALLEL, SANDWICH
+from tests.helpers.models import batch_of, gradients, scrambled, tiny
+from tests.helpers.presets import PRESET_NAMES, small
 
 # Measured over all presets: 1.9e-5 on logits up to 10, with gte-en-mlm-base's NTK angles, elsewhere 1.1e-5; 5.2e-6 on
 # gradients.
 LOGITS, GRADIENTS = 5e-5, 1e-5
-LENGTHS = (1, 63, 0, 30, 5)  # a row of one token, a row of padding only
-PRESET_NAMES = sorted(file.stem for file in PRESETS.glob("*.yaml"))
-TASKS = {"mlm": modeling.FlexBertForMaskedLM, "sequence": modeling.FlexBertForSequenceClassification}
-TASKS |= {"tokens": modeling.FlexBertForTokenClassification, "encoder": modeling.FlexBertModel}
-
-
-def small(preset: str) -> Any:
-    node = FlexBertConfig.from_yaml(preset).to_dict() | SIZES
-    node |= {"bos_token_id": None, "eos_token_id": None, "init": {"name": "default", "std": 0.2}}
-    return scrambled(build(FlexBertConfig.from_dict(node)))
-
-
-def padded(rows: list[Tensor], fill: int, slots: int = 70, left: bool = False) -> Tensor:
-    made = torch.full((len(rows), slots), fill)
-    for row, values in zip(made, rows, strict=True):
-        row[slots - len(values) if left else 0 : slots if left else len(values)] = values
-    return made
-
-
-def inputs(left: bool = False, vocab: int = 97, slots: int = 70) -> dict[str, Tensor]:
-    batch = batch_of(LENGTHS, vocab)
-    parts = {"input_ids": (batch.split(), 0), "labels": (list(batch.labels.split(list(LENGTHS))), -100)}
-    parts["attention_mask"] = ([torch.ones(length, dtype=torch.int64) for length in LENGTHS], 0)
-    return {name: padded(rows, fill, slots, left) for name, (rows, fill) in parts.items()}
-
-
-def own(task: str = "mlm", config: dict[str, Any] = SANDWICH, **changes: Any) -> Any:
-    """A model of the modeling file with fresh weights, large enough to see mistakes."""
-    torch.manual_seed(0)
-    node = tiny(**config).to_dict()
-    return scrambled(TASKS[task](modeling.FlexBertConfig(node, **{"initializer_range": 0.2, **changes})))
-
-
-def close(one: Tensor, other: Tensor, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(one, other, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -504,7 +469,7 @@ def test_a_graph_can_be_traced_and_exported() -> None:
 
 
 def test_exports_name_every_class(tmp_path: Path) -> None:
-    config, mapping = _hf_config(tiny(**SANDWICH), {"pad_token_id": 3})
+    config, mapping = transformers_config(tiny(**SANDWICH), {"pad_token_id": 3})
     assert mapping is None
     config.save_pretrained(tmp_path)
     for auto, name in modeling.FlexBertConfig.from_pretrained(tmp_path).auto_map.items():

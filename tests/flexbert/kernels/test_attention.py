@@ -58,7 +58,7 @@ def test_tiled_equals_eager(
     lengths: tuple[int, ...], window: tuple[int, int], tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The smaller tile cuts heads, queries and blocks apart, as the larger does in batches of thousands of tokens.
-    monkeypatch.setattr(tiles, "_TILE", tile)
+    monkeypatch.setattr(tiles, "TILE_BYTES", tile)
     pairs = zip(run("tiled", lengths, window), run("eager", lengths, window), strict=True)
     for ours, expected in pairs:
         torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
