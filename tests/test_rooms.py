@@ -2,7 +2,13 @@
 helpers, no tests, and know no private name of a room."""
 
 import ast
+import re
+import warnings
 from pathlib import Path
+
+import pytest
+
+from tests.helpers.ranks import our_modules
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("main", "commands", "training", "callbacks", "recipe", "data", "flexbert", "ranks", "flexbert_core")
@@ -183,3 +189,19 @@ def test_imports_of_tests_and_private_names_are_found(tmp_path: Path) -> None:
 def test_files_of_tests_are_short() -> None:
     lengths = {file: len(file.read_text().splitlines()) for file in (ROOT / "tests").rglob("*.py")}
     assert {str(file.relative_to(ROOT)): length for file, length in lengths.items() if length > 400} == {}
+
+
+def test_warnings_of_our_modules_are_errors() -> None:
+    """Of each room, also while a run silences those of libraries."""
+    from training.trainer import quiet_libraries
+
+    assert all(re.match(our_modules(), name) for name in (*ROOMS, "tests", "data.feed.loader"))
+    assert not any(re.match(our_modules(), name) for name in ("datasets", "torch", "mainly", "database.flexbert"))
+    with pytest.raises(UserWarning, match="of a test"):
+        warnings.warn("of a test", stacklevel=1)
+    quiet_libraries()
+    for room in ROOMS:
+        with pytest.raises(FutureWarning, match="of a room"):
+            warnings.warn_explicit("of a room", FutureWarning, "room.py", 1, module=f"{room}.module")
+    for library in ("torch.nn", "datasets", "recipes"):
+        warnings.warn_explicit("of a library", FutureWarning, "library.py", 1, module=library)

@@ -57,6 +57,9 @@ from training.parts import Parts, pack, unpack
 from training.vocabulary import check_vocabulary
 
 log = logging.getLogger(__name__)
+_LIBRARIES = (
+    r"(?!(main|ranks|commands|training|callbacks|recipe|data|flexbert|flexbert_core)(\.|$))"  # all modules but ours
+)
 
 
 class Run:
@@ -448,10 +451,9 @@ class Run:
 
 
 def quiet_libraries() -> None:
-    """Silence what says nothing to the user of a run."""
-    warnings.filterwarnings("ignore", category=UserWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    """Silence what says nothing to the user of a run: what libraries tell one another. Our own are heard."""
+    for category in (UserWarning, FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
     for name in ("composer", "streaming", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -77,5 +77,7 @@ def scrambled(model: Any) -> Any:
 
 
 def equal(model: Any, other: Any) -> bool:
+    """Whether their weights are the same bits. What they compute need not be: loaded weights lie where the file has them,
+    and products of unaligned memory may add up in another order."""
     ours, theirs = model.state_dict(), other.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())

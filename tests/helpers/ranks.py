@@ -8,6 +8,8 @@ import os
 import socket
 import subprocess
 import sys
+import tomllib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,12 @@ class Ranks:
         self._process.stdout.close()
 
 
+def our_modules() -> str:
+    """The pattern of the modules whose warnings are errors, from pyproject.toml."""
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    return options["filterwarnings"][-1].removeprefix("error:::")
+
+
 def _serve() -> None:
     import matplotlib.pyplot
     from composer.algorithms import GradientClipping
@@ -71,6 +79,7 @@ def _serve() -> None:
     del flexbert, training, matplotlib
     loaded = (GradientClipping, TensorboardLogger, ModernBertForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING)
     assert all(loaded)
+    warnings.filterwarnings("error", module=our_modules())
 
     for line in sys.stdin:
         world_size, arguments = json.loads(line)
