@@ -86,7 +86,9 @@ def test_flops_of_a_packed_batch_are_those_of_its_sequences() -> None:
     assert batch_flops(config, [sum(lengths)], [sum(masked)]) > 1.02 * sum(parts)  # packing is not one long sequence
 
 
-@pytest.mark.parametrize("lengths", [(512,) * 4, (100, 400, 30, 482, 512, 5, 7, 500)], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [pytest.param((512,) * 4, marks=pytest.mark.slow), (100, 400, 30, 482, 512, 5, 7, 500)], ids=str
+)
 @pytest.mark.parametrize(
     ("preset", "within"), [("modernbert-tiny", 0.15), ("bert-base", 0.15), ("mosaicbert-base", 0.3), ("neobert", 0.15)]
 )

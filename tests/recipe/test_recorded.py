@@ -67,7 +67,9 @@ def test_without_its_record_another_order_is_refused(tiny_data: Path, tmp_path: 
         go(file)
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine", "one_minus_sqrt"])
+@pytest.mark.parametrize(
+    "name", ["linear", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cosine", "one_minus_sqrt"))]
+)
 def test_a_run_of_the_old_rule_goes_on_by_it(
     tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:

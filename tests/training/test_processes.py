@@ -1,8 +1,10 @@
 """Runs of several ranks: DDP and FSDP2 train the same, save for any number of ranks, and start by every launcher."""
 
+import functools
 import shutil
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,16 @@ from tests.helpers.tiny import SAVED, STEPS, check_same, forget_after, losses, t
 
 
 @pytest.fixture(scope="module")
-def straight(ranks: Ranks, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By optimizer, the folder of a run of one process."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in OPTIMIZERS.entries}
-    for name, folder in folders.items():
-        ranks.train(1, str(write_config(folder, tiny_data, STEPS, optimizer=name)))
-    return folders
+def straight(ranks: Ranks, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives the folder of a run of one process with an optimizer, which is trained when first asked for."""
+
+    @functools.cache
+    def folder_of(optimizer: str) -> Path:
+        folder = tmp_path_factory.mktemp(optimizer)
+        ranks.train(1, str(write_config(folder, tiny_data, STEPS, optimizer=optimizer)))
+        return folder
+
+    return folder_of
 
 
 @pytest.mark.parametrize(
@@ -31,17 +37,19 @@ def straight(ranks: Ranks, tiny_data: Path, tmp_path_factory: pytest.TempPathFac
     [
         (4, "stableadamw", {"parallelism": "ddp"}),
         (2, "stableadamw", {"parallelism": "fsdp2", "activation_checkpointing": 1, "microbatch_size": 1}),
-        (4, "stableadamw", {"parallelism": {"name": "fsdp2", "reshard_after_forward": False}}),
-        (2, "adamw", {"parallelism": "fsdp2"}),
-        (2, "decoupled_adamw", {"parallelism": "fsdp2"}),
+        pytest.param(
+            4, "stableadamw", {"parallelism": {"name": "fsdp2", "reshard_after_forward": False}}, marks=pytest.mark.slow
+        ),
+        pytest.param(2, "adamw", {"parallelism": "fsdp2"}, marks=pytest.mark.slow),
+        pytest.param(2, "decoupled_adamw", {"parallelism": "fsdp2"}, marks=pytest.mark.slow),
         (2, "muon", {"parallelism": "fsdp2"}),
-        (1, "adamw", {"parallelism": "fsdp2"}),
+        pytest.param(1, "adamw", {"parallelism": "fsdp2"}, marks=pytest.mark.slow),
     ],
 )
 def test_ranks_train_as_one(
     ranks: Ranks,
     tiny_data: Path,
-    straight: dict[str, Path],
+    straight: Callable[[str], Path],
     tmp_path: Path,
     world_size: int,
     optimizer: str,
@@ -49,17 +57,17 @@ def test_ranks_train_as_one(
 ) -> None:
     config = write_config(tmp_path, tiny_data, STEPS, optimizer=optimizer, trainer=options)
     ranks.train(world_size, str(config))
-    check_same(tmp_path, straight[optimizer])
+    check_same(tmp_path, straight(optimizer))
 
 
 @pytest.mark.parametrize(
     ("saved", "resumed"),
     [
         ((2, "ddp"), (1, "ddp")),
-        ((4, "ddp"), (2, "ddp")),
+        pytest.param((4, "ddp"), (2, "ddp"), marks=pytest.mark.slow),
         ((1, "ddp"), (2, "fsdp2")),
         ((4, "fsdp2"), (2, "fsdp2")),
-        ((2, "fsdp2"), (1, "ddp")),
+        pytest.param((2, "fsdp2"), (1, "ddp"), marks=pytest.mark.slow),
         pytest.param((2, "ddp"), (4, "ddp"), marks=pytest.mark.slow),
         pytest.param((2, "fsdp2"), (4, "fsdp2"), marks=pytest.mark.slow),
     ],
@@ -67,14 +75,14 @@ def test_ranks_train_as_one(
 def test_another_number_of_ranks_goes_on(
     ranks: Ranks,
     tiny_data: Path,
-    straight: dict[str, Path],
+    straight: Callable[[str], Path],
     tmp_path: Path,
     saved: tuple[int, str],
     resumed: tuple[int, str],
 ) -> None:
     file = write_config(tmp_path, tiny_data, STEPS)
     if saved == (1, "ddp"):
-        shutil.copytree(straight["stableadamw"] / "run", tmp_path / "run")
+        shutil.copytree(straight("stableadamw") / "run", tmp_path / "run")
         (tmp_path / "run" / "config.yaml").unlink()  # it names the folder that it was copied from
     else:
         ranks.train(saved[0], str(file), f"trainer.parallelism={saved[1]}")
@@ -83,24 +91,25 @@ def test_another_number_of_ranks_goes_on(
     text = ranks.train(resumed[0], str(file), f"trainer.parallelism={resumed[1]}")
     assert f"resuming after step {SAVED}" in text
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(tmp_path, SAVED).items())
-    check_same(tmp_path, straight["stableadamw"])
+    check_same(tmp_path, straight("stableadamw"))
 
 
+@pytest.mark.slow
 def test_bf16_on_the_cpu_is_the_same_for_both(
-    ranks: Ranks, tiny_data: Path, straight: dict[str, Path], tmp_path: Path
+    ranks: Ranks, tiny_data: Path, straight: Callable[[str], Path], tmp_path: Path
 ) -> None:
     for name in ("ddp", "fsdp2"):
         options = {"precision": "amp_bf16", "parallelism": name}
         ranks.train(2, str(write_config(tmp_path / name, tiny_data, STEPS, trainer=options)))
     assert losses(tmp_path / "ddp") == pytest.approx(losses(tmp_path / "fsdp2"), rel=1e-5)
-    exact = losses(straight["stableadamw"])
+    exact = losses(straight("stableadamw"))
     assert losses(tmp_path / "ddp") == pytest.approx(exact, rel=1e-2)
     assert losses(tmp_path / "ddp") != pytest.approx(exact, rel=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["composer", "torchrun"])
-def test_launchers(tiny_data: Path, straight: dict[str, Path], tmp_path: Path, launcher: str) -> None:
+def test_launchers(tiny_data: Path, straight: Callable[[str], Path], tmp_path: Path, launcher: str) -> None:
     file = write_config(tmp_path, tiny_data, 2, trainer={"log_interval": 1, "parallelism": "fsdp2"})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -112,7 +121,7 @@ def test_launchers(tiny_data: Path, straight: dict[str, Path], tmp_path: Path, l
     program = str(Path(sys.executable).parent / launcher)
     done = run([program, *options[launcher], *command("train", str(file))[1:]])
     assert done.returncode == 0, done.stderr + done.stdout
-    assert losses(tmp_path)[:2] == pytest.approx(losses(straight["stableadamw"])[:2], rel=1e-5)
+    assert losses(tmp_path)[:2] == pytest.approx(losses(straight("stableadamw"))[:2], rel=1e-5)
 
 
 def test_what_fsdp2_cannot_do_is_refused(tiny_data: Path, tmp_path: Path) -> None:
