@@ -16,7 +16,7 @@ from callbacks.guards import predicted_loss
 from callbacks.metrics_file import MetricsFile
 from callbacks.step_log import shown
 
-_SECONDS_BETWEEN_LINES = 15.0
+SECONDS_BETWEEN_LINES = 15.0
 _SMOOTHING_STEPS = 50
 _INDENT = " " * 11  # of lines that belong to the one above: a phase's name and a space
 
@@ -71,15 +71,15 @@ class ProgressLine(Callback):
         done = [f"{_short(tokens)}/{_short(self.total_tokens)} tokens", f"{_short(speed)} tokens/s"]
         scores = _scores(self._loss if self._steps else None, lr, latest)
         if self._progress is not None:
-            self._progress.below = [scores, _stream_losses(latest), self._others()]
+            self._progress.below = [scores, stream_losses(latest), self._others()]
             text = "  ".join(done)
             self._progress.update(self._progress.task_ids[0], completed=tokens, phase=facts["phase"], text=text)
-        elif now - self._last_line >= _SECONDS_BETWEEN_LINES or tokens == self.total_tokens:
+        elif now - self._last_line >= SECONDS_BETWEEN_LINES or tokens == self.total_tokens:
             self._last_line = now
             eta = (self.total_tokens - tokens) / speed
             first = [f"{facts['phase']:<10} step {step}", *done, f"ETA {eta // 60:.0f}:{eta % 60:02.0f}", *scores]
-            lines = _wrapped(first, self.console.width)
-            for parts in (_stream_losses(latest), self._others()):
+            lines = wrapped(first, self.console.width)
+            for parts in (stream_losses(latest), self._others()):
                 lines += _indented(parts, self.console.width)
             self.console.print("\n".join(lines), soft_wrap=True)
 
@@ -123,14 +123,14 @@ def _scores(loss: float | None, lr: float, line: dict[str, Any]) -> list[str]:
     return [f"loss {shown(loss, '.3f')}", f"lr {lr:.1e}", *texts]
 
 
-def _stream_losses(line: dict[str, Any]) -> list[str]:
+def stream_losses(line: dict[str, Any]) -> list[str]:
     """The loss of each stream; of one alone it is the loss."""
     scores = line.get("streams", {}).items()
     losses = [f"{name} {each['loss']:.3f}" for name, each in scores if each["loss"] is not None]
     return ["loss by stream:", *losses] if len(losses) > 1 else []
 
 
-def _wrapped(parts: list[str], width: int) -> list[str]:
+def wrapped(parts: list[str], width: int) -> list[str]:
     """Lines of whole parts, those after the first indented; a part that is wider alone has its own."""
     lines = parts[:1]
     for part in parts[1:]:
@@ -142,7 +142,7 @@ def _wrapped(parts: list[str], width: int) -> list[str]:
 
 
 def _indented(parts: list[str], width: int) -> list[str]:
-    return _wrapped([_INDENT + parts[0], *parts[1:]], width) if parts else []
+    return wrapped([_INDENT + parts[0], *parts[1:]], width) if parts else []
 
 
 def _short(number: float) -> str:

@@ -38,9 +38,9 @@ def batch_flops(config: FlexBertConfig, lengths: ArrayLike, masked: ArrayLike) -
     """
     sizes, wanted = np.asarray(lengths, np.float64), np.asarray(masked, np.float64)
     work = _work(without_init(config).model_dump_json())
-    pairs = sum(layers * _keys(window, sizes).sum() for window, layers in work.windows.items())
+    pairs = sum(layers * keys_seen(window, sizes).sum() for window, layers in work.windows.items())
     shares = wanted / np.maximum(sizes, 1.0)
-    pairs += sum(layers * (_keys(window, sizes) * shares).sum() for window, layers in work.masked_windows.items())
+    pairs += sum(layers * (keys_seen(window, sizes) * shares).sum() for window, layers in work.masked_windows.items())
     weights = work.weights * sizes.sum() + work.masked_weights * wanted.sum()
     return float(3.0 * (2.0 * weights + 4.0 * config.hidden_size * pairs))
 
@@ -145,7 +145,7 @@ def _windows(module: nn.Module) -> Counter[tuple[int, int]]:
     return Counter(tuple(each.window_size) for each in module.modules() if hasattr(each, "window_size"))  # pyright: ignore
 
 
-def _keys(window_size: tuple[int, int], lengths: NDArray[np.float64]) -> NDArray[np.float64]:
+def keys_seen(window_size: tuple[int, int], lengths: NDArray[np.float64]) -> NDArray[np.float64]:
     """Keys that all tokens of a sequence of each length see together in a layer."""
     if window_size[0] < 0:
         return lengths**2

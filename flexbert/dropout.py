@@ -32,7 +32,7 @@ class TokenKeys:
         wanted: (M,) int64, tokens that masks may be of, instead of all."""
         self.seed, self.first_row, self.row_bounds, self.num_tokens = seed, first_row, row_bounds, num_tokens
         self.wanted = wanted
-        self._channels: dict[int, Tensor] = {}
+        self.channel_numbers: dict[int, Tensor] = {}
 
     @cached_property
     def _tokens(self) -> Tensor:
@@ -56,13 +56,13 @@ class TokenKeys:
         and c' from c: multiply-add makes channels pairwise independent (Dietzfelbinger, STACS 1996), the square breaks
         linear relations among more of them as in Squares (arXiv 2004.06278), b makes the probability exact.
         """
-        if channels not in self._channels:
+        if channels not in self.channel_numbers:
             numbers = torch.arange(channels, device=self.row_bounds.device)
-            self._channels[channels] = _halves(_mix(numbers * _GOLDEN))[0]
+            self.channel_numbers[channels] = _halves(_mix(numbers * _GOLDEN))[0]
         state = self._tokens + site
         a, b = _halves(_mix(state))
         m, _ = _halves(_mix(state + _GOLDEN))
-        drawn = torch.addcmul(a[:, None], m[:, None] | 1, self._channels[channels])
+        drawn = torch.addcmul(a[:, None], m[:, None] | 1, self.channel_numbers[channels])
         torch.addcmul(b[:, None], drawn, drawn, out=drawn)
         return drawn >= min(round(probability * 2**32), 2**32 - 1) - 2**31
 

@@ -37,7 +37,7 @@ class FlexBertEncoder(nn.Module):
         self.recompute_every = 0
         """Every n-th block keeps its input only, and runs again in backward (arXiv 1604.06174); 0: none does."""
         self._compiled = False
-        self._last_selects: bool = getattr(self.layers[-1], "selects_tokens", False)
+        self.last_selects: bool = getattr(self.layers[-1], "selects_tokens", False)
 
     @property
     def token_table(self) -> Tensor:
@@ -73,7 +73,7 @@ class FlexBertEncoder(nn.Module):
         last = len(self.layers) - 1
         if wanted is None:
             hidden_states = self._block(last, hidden_states, plan, positions)
-        elif len(wanted) and self._last_selects:
+        elif len(wanted) and self.last_selects:
             computed = round_up(wanted, len(input_ids)) if self._compiled else wanted
             with dropout_of(computed):
                 hidden_states = self._block(last, hidden_states, plan, positions, computed)

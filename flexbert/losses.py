@@ -14,8 +14,8 @@ from flexbert.registry import LOSSES
 from flexbert_core.schema import Component
 
 # Logits alive at once. On CUDA large products matter more than memory; on the CPU more of them gain no time.
-_CHUNK_ELEMENTS = {"cuda": 2**26}
-_CHUNK_ELEMENTS_DEFAULT = 2**24
+CHUNK_ELEMENTS = {"cuda": 2**26}
+CHUNK_ELEMENTS_DEFAULT = 2**24
 
 
 class TokenScores(NamedTuple):
@@ -178,7 +178,7 @@ def _chunks(hidden_states: Tensor, weight: Tensor, dtype: torch.dtype) -> Iterat
 
     weight: as `factor` gives it.
     """
-    elements = _CHUNK_ELEMENTS.get(hidden_states.device.type, _CHUNK_ELEMENTS_DEFAULT)
+    elements = CHUNK_ELEMENTS.get(hidden_states.device.type, CHUNK_ELEMENTS_DEFAULT)
     pieces = -(-len(hidden_states) * len(weight) // elements)
     bounds = [len(hidden_states) * number // max(pieces, 1) for number in range(pieces + 1)]
     for rows in (slice(first, last) for first, last in itertools.pairwise(bounds) if last > first):

@@ -101,13 +101,13 @@ class RotaryAngles:
         table = self._tables.get(key)
         if table is None or table.shape[1] < max_seqlen:
             with torch.no_grad():
-                table = _angle_table(config, theta, self.head_dim, max(max_seqlen, 512), position_ids.device)
+                table = angle_table(config, theta, self.head_dim, max(max_seqlen, 512), position_ids.device)
             self._tables[key] = table
         cos, sin = table.index_select(1, position_ids).unsqueeze(2)
         return Rotation(cos, sin, config.layout == "interleaved")
 
 
-def _angle_table(config: RotaryConfig, theta: float, head_dim: int, positions: int, device: torch.device) -> Tensor:
+def angle_table(config: RotaryConfig, theta: float, head_dim: int, positions: int, device: torch.device) -> Tensor:
     """(2, positions, R) float32, so that a rotation is two products over whole heads."""
     dim = config.rotary_dim(head_dim)
     exponents = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim

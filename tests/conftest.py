@@ -81,7 +81,7 @@ def web(local: Path) -> Iterator[str]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed request is repeated at once."""
-    monkeypatch.setattr(transfer, "_FIRST_DELAY", 0.02)
+    monkeypatch.setattr(transfer, "FIRST_DELAY", 0.02)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from data.tokenizer import TOKENIZERS
 from flexbert import FlexBertConfig
 from flexbert.accounting import count_parameters
 from flexbert.config import PRESETS
-from flexbert.hf.convert import _hf_config
+from flexbert.hf.convert import transformers_config
 from flexbert.registry import SLOTS
 from flexbert_core.schema import Registry
 from recipe.config import load_run_config
@@ -55,7 +55,7 @@ def preset_row(file: Path) -> str:
     shape = f"{config.num_hidden_layers} x {config.hidden_size}, {config.num_attention_heads}"
     position = POSITIONS.get(config.position.name, f"RoPE {config.position.model_dump().get('layout', '')}".strip())
     mlp = f"{config.mlp.activation} {config.mlp.name} {config.intermediate_size}"
-    _, mapping = _hf_config(config, {"pad_token_id": config.pad_token_id})
+    _, mapping = transformers_config(config, {"pad_token_id": config.pad_token_id})
     loads_as = mapping.architecture if mapping else "own code"
     link = f"[{source[1]}](https://arxiv.org/abs/{source[1]})" if source else "ours"
     kinds = f"{config.block.name}, {config.norm.name}"

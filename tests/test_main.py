@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.ranks import Ranks
 from tests.helpers.synthetic import documents, write_stream
 
 ROOT = Path(__file__).parent.parent
@@ -60,15 +61,25 @@ def test_help_lists_the_commands_without_heavy_imports() -> None:
         (["inspect", "runs/x", "--step", "1", "--samples", "9"], ["--samples: says nothing with --step"]),
     ],
 )  # fmt: skip
-def test_wrong_input_exits_2_with_one_line(arguments: list[str], words: list[str], tmp_path: Path) -> None:
-    done = run(*arguments, *([f"runs={tmp_path}"] if arguments[0] == "train" else []))
-    assert done.returncode == 2, done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("error: ")
+def test_wrong_input_exits_2_with_one_line(
+    ranks: Ranks, arguments: list[str], words: list[str], tmp_path: Path
+) -> None:
+    codes, text = ranks.run(1, *arguments, *([f"runs={tmp_path}"] if arguments[0] == "train" else []))
+    assert codes == [2], text
+    (line,) = text.splitlines()
+    assert line.startswith("error: ")
     for word in words:
-        assert word in lines[0]
+        assert word in line
     assert list(tmp_path.iterdir()) == []  # a wrong config never starts
+
+
+@pytest.mark.parametrize("arguments", [["train", "configs/demmo.yaml"], ["trian"]], ids=str)
+def test_a_mistake_is_one_line_on_stderr_and_nothing_on_stdout(arguments: list[str]) -> None:
+    """Of a process that imports everything itself, and what is imported may say something."""
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
 
 
 @pytest.mark.parametrize(
@@ -82,17 +93,16 @@ def test_wrong_input_exits_2_with_one_line(arguments: list[str], words: list[str
         (["average", "runs/x"], ["--output"]),
     ],
 )
-def test_wrong_usage_exits_2_with_one_line(arguments: list[str], words: list[str]) -> None:
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
+def test_wrong_usage_exits_2_with_one_line(ranks: Ranks, arguments: list[str], words: list[str]) -> None:
+    codes, text = ranks.run(1, *arguments)
+    assert codes == [2]
+    (line,) = text.splitlines()
     assert line.startswith("error: ")
     for word in words:
         assert word in line
 
 
-def test_missing_stream_names_the_key(tmp_path: Path) -> None:
+def test_missing_stream_names_the_key(ranks: Ranks, tmp_path: Path) -> None:
     """With streams that exist but one: the line names that one."""
     for name in ("stdlib-code", "packages-docs"):
         for split in ("train", "validation"):
@@ -100,7 +110,8 @@ def test_missing_stream_names_the_key(tmp_path: Path) -> None:
     overrides = [
         f"data.streams.{name}.path={tmp_path / name}" for name in ("stdlib-code", "packages-docs", "python-docs")
     ]
-    done = run("train", "configs/demo.yaml", "--dry-run", *overrides)
-    assert done.returncode == 2
-    assert "data.streams.python-docs.path: " in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    codes, text = ranks.run(1, "train", "configs/demo.yaml", "--dry-run", *overrides)
+    assert codes == [2]
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: data.streams.python-docs.path: ")

@@ -1,7 +1,14 @@
-"""How the rooms import one another: no circle, with imports for types alone and those inside functions counted."""
+"""How the rooms import one another: no circle, with imports for types alone and those inside functions counted. Tests import
+helpers, no tests, and know no private name of a room."""
 
 import ast
+import re
+import warnings
 from pathlib import Path
+
+import pytest
+
+from tests.helpers.ranks import our_modules
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("main", "commands", "training", "callbacks", "recipe", "data", "flexbert", "ranks", "flexbert_core")
@@ -90,3 +97,111 @@ def test_circles_of_every_kind_are_found(tmp_path: Path) -> None:
         ["room.four", "room.inner.five"],
         ["room.one", "room.three", "room.two"],
     ]
+
+
+def imported_tests(modules: dict[str, Path]) -> list[str]:
+    """Where a module imports a file of tests or of fixtures, from which pytest alone takes what it runs."""
+    return [
+        f"{name} imports {other}"
+        for name in sorted(modules)
+        for other in sorted(imports_of(name, modules))
+        if other.rpartition(".")[2].startswith("test_") or other.rpartition(".")[2] == "conftest"
+    ]
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def private_names(modules: dict[str, Path]) -> set[str]:
+    """Functions, classes, variables and attributes with a leading underscore that these modules define."""
+    nodes = [node for file in modules.values() for node in ast.walk(ast.parse(file.read_text()))]
+    names = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    names |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    return {name for name in names if is_private(name)}
+
+
+def private_uses(file: Path, private: set[str]) -> list[str]:
+    """What a file imports, reads, sets or patches of these names. Its own objects' (`self._x`) are its own."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+            names = [node.attr]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in (
+            "setattr",
+            "getattr",
+            "delattr",
+        ):
+            given = [each.value for each in node.args if isinstance(each, ast.Constant)]
+            names = [each.rpartition(".")[2] for each in given if isinstance(each, str)]
+        else:
+            continue
+        found += [f"{file.name}:{node.lineno}: {name}" for name in names if name in private]
+    return found
+
+
+def test_tests_import_helpers_and_no_tests() -> None:
+    assert imported_tests(modules_of(ROOT, ("tests",))) == []
+
+
+def test_tests_know_no_private_names_of_the_rooms() -> None:
+    private = private_names(modules_of(ROOT, (*ROOMS, "benchmarks")))
+    assert "_Config" in private
+    assert [use for file in sorted((ROOT / "tests").rglob("*.py")) for use in private_uses(file, private)] == []
+
+
+def test_imports_of_tests_and_private_names_are_found(tmp_path: Path) -> None:
+    texts = {
+        "tests/test_one": "from tests.room.test_two import data",
+        "tests/room/test_two": "def f():\n    import tests.conftest",
+        "tests/room/test_three": "from tests.room import test_two, helper",
+        "tests/conftest": "from tests.room.helper import _own",
+        "tests/room/helper": "import tests.room.latest_news",
+        "tests/room/latest_news": "_own = 3",
+    }
+    for name, text in texts.items():
+        file = tmp_path / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    assert imported_tests(modules_of(tmp_path, ("tests",))) == [
+        "tests.room.test_three imports tests.room.test_two",
+        "tests.room.test_two imports tests.conftest",
+        "tests.test_one imports tests.room.test_two",
+    ]
+    room, test = tmp_path / "room.py", tmp_path / "test_private.py"
+    room.write_text(
+        "_LIMIT, open_limit = 3, 4\ndef _cut(): ...\nclass _Reader:\n    def __init__(self):\n        self._open = 1"
+    )
+    private = private_names({"room": room})
+    assert private == {"_LIMIT", "_cut", "_Reader", "_open"}
+    test.write_text(
+        "import os, room\nfrom room import _cut, open_limit\nroom._LIMIT\nroom.reader()._open = 2\n"
+        "def f(self, patch):\n    patch.setattr('room._LIMIT', 1)\n    patch.setattr(room, '_cut', 1)\n"
+        "    self._open = 3\n    os._exit(1)\n    _LIMIT = 1\n    return getattr(room, '_Reader'), '_cut'\n"
+    )
+    uses = ["2: _cut", "3: _LIMIT", "4: _open", "6: _LIMIT", "7: _cut", "11: _Reader"]
+    assert sorted(private_uses(test, private)) == sorted(f"test_private.py:{use}" for use in uses)
+
+
+def test_files_of_tests_are_short() -> None:
+    lengths = {file: len(file.read_text().splitlines()) for file in (ROOT / "tests").rglob("*.py")}
+    assert {str(file.relative_to(ROOT)): length for file, length in lengths.items() if length > 400} == {}
+
+
+def test_warnings_of_our_modules_are_errors() -> None:
+    """Of each room, also while a run silences those of libraries."""
+    from training.trainer import quiet_libraries
+
+    assert all(re.match(our_modules(), name) for name in (*ROOMS, "tests", "data.feed.loader"))
+    assert not any(re.match(our_modules(), name) for name in ("datasets", "torch", "mainly", "database.flexbert"))
+    with pytest.raises(UserWarning, match="of a test"):
+        warnings.warn("of a test", stacklevel=1)
+    quiet_libraries()
+    for room in ROOMS:
+        with pytest.raises(FutureWarning, match="of a room"):
+            warnings.warn_explicit("of a room", FutureWarning, "room.py", 1, module=f"{room}.module")
+    for library in ("torch.nn", "datasets", "recipes"):
+        warnings.warn_explicit("of a library", FutureWarning, "library.py", 1, module=library)

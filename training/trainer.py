@@ -23,13 +23,15 @@ from training.folder import RunFolder
 from training.run import Run
 
 log = logging.getLogger(__name__)
+_LIBRARIES = (
+    r"(?!(main|ranks|commands|training|callbacks|recipe|data|flexbert|flexbert_core)(\.|$))"  # all modules but ours
+)
 
 
 def quiet_libraries() -> None:
-    """Silence what says nothing to the user of a run."""
-    warnings.filterwarnings("ignore", category=UserWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    """Silence what says nothing to the user of a run: what libraries tell one another. Our own are heard."""
+    for category in (UserWarning, FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
     for name in ("composer", "streaming", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -28,7 +28,7 @@ from flexbert_core.schema import ConfigError
 
 # Why a document is left out; 1 to 252: the number of the filter in the config, from 1; ODD.
 _KEPT, _OVER_BUDGET, _COPY = 0, 254, 255
-_BINS = 2**16
+BINS = 2**16
 
 
 class TaskPlan(NamedTuple):
@@ -129,17 +129,17 @@ class _Choice:
 
         Exact with little memory: bytes by bins of priority first, then in order inside the bin where they reach it.
         """
-        by_bin = np.zeros(_BINS)
+        by_bin = np.zeros(BINS)
         for rank, part in zip(self.ranks, self.parts, strict=True):
             kept = self.reasons[part] == _KEPT
             priority = _keyed_unit(self._scan(rank, "digests")[kept], self.config.seed, "max_bytes")
-            by_bin += np.bincount((priority * _BINS).astype(np.int64), self._scan(rank, "sizes")[kept], _BINS)
+            by_bin += np.bincount((priority * BINS).astype(np.int64), self._scan(rank, "sizes")[kept], BINS)
         full = int(np.searchsorted(np.cumsum(by_bin), max_bytes, side="right"))  # bins below this are kept whole
         priorities, sizes, positions = [np.zeros(0)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for rank, part in zip(self.ranks, self.parts, strict=True):
             kept = np.flatnonzero(self.reasons[part] == _KEPT)
             priority = _keyed_unit(self._scan(rank, "digests")[kept], self.config.seed, "max_bytes")
-            bins = (priority * _BINS).astype(np.int64)
+            bins = (priority * BINS).astype(np.int64)
             self.reasons[part.start + kept[bins > full]] = _OVER_BUDGET
             inside = bins == full
             priorities.append(priority[inside])

@@ -29,7 +29,7 @@ from flexbert_core.schema import RunError
 # Text given to the tokenizer at once. Its result takes some 100 times as much memory: larger batches leave the caches
 # and are slower; a document that is much longer is cut.
 _BATCH_CHARACTERS = 2**18
-_CUT_CHARACTERS = 2**22
+CUT_CHARACTERS = 2**22
 # Counting costs a pass over the vocabulary, which for one short document would be more than its tokenising.
 _COUNTED_DOCUMENTS = 256
 
@@ -61,7 +61,7 @@ class WriteShards(PipelineStep):
         progress = Meter(self.work, rank)
         done = 0
         for batch in _batches(data):
-            pieces = [_cut(document.text) for document in batch]
+            pieces = [cut_text(document.text) for document in batch]
             encodings = iter(_encode(tokenizer, batch, pieces))
             for document, cut in zip(batch, pieces, strict=True):
                 ids = next(encodings).ids if len(cut) == 1 else [token for _ in cut for token in next(encodings).ids]
@@ -210,16 +210,16 @@ def _batches(documents: Any) -> Iterator[list[Document]]:
         yield batch
 
 
-def _cut(text: str) -> list[str]:
+def cut_text(text: str) -> list[str]:
     """A text as pieces that the tokenizer can take at once: whole, unless it is very long; then cut at line ends."""
     pieces = []
     start = 0
-    while len(text) - start > _CUT_CHARACTERS:
-        stop = text.rfind("\n", start, start + _CUT_CHARACTERS) + 1
+    while len(text) - start > CUT_CHARACTERS:
+        stop = text.rfind("\n", start, start + CUT_CHARACTERS) + 1
         # A line end inside a run of blank characters would change how the run is tokenised.
         while stop > start and stop < len(text) and text[stop].isspace():
             stop = text.rfind("\n", start, stop - 1) + 1
-        stop = stop if stop > start else start + _CUT_CHARACTERS
+        stop = stop if stop > start else start + CUT_CHARACTERS
         pieces.append(text[start:stop])
         start = stop
     return [*pieces, text[start:]]

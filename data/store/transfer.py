@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 READ_BYTES = 1 << 20
 _QUIET = 3  # attempts that fail without a word in the log
-_FIRST_DELAY, _LONGEST_DELAY = 0.25, 30.0  # seconds
+FIRST_DELAY, _LONGEST_DELAY = 0.25, 30.0  # seconds
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "S3_ENDPOINT_URL")
 # Packages of the protocols that people use most. None is in our requirements.
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "oci": "ocifs"}
@@ -69,7 +69,7 @@ def with_retries(attempt: Callable[[], T], patience: Patience) -> T:
             if tried >= _QUIET:
                 log.warning("%s: trying again (%d of %d)", error, tried + 1, patience.retries)
         # Not keyed: many processes that failed together must not come back together.
-        time.sleep(min(_LONGEST_DELAY, _FIRST_DELAY * 2**tried) * random.SystemRandom().uniform(0.5, 1))
+        time.sleep(min(_LONGEST_DELAY, FIRST_DELAY * 2**tried) * random.SystemRandom().uniform(0.5, 1))
     raise AssertionError
 
 

@@ -134,7 +134,7 @@ def to_hf(model: FlexBertForMaskedLM, tokenizer: Any, out_dir: str | Path, card:
     state = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in model.state_dict().items()}
     ids = token_ids(model.config, tokenizer)
     config = at_padding_id(model.config, ids["pad_token_id"])
-    hf_config, mapping = _hf_config(config, ids)
+    hf_config, mapping = transformers_config(config, ids)
     lost = [] if mapping is None else lost_dropouts(config, hf_config)
     if lost:
         message = "%s: have no field in Hugging Face's %s: fine-tuning the export drops nothing there"
@@ -168,7 +168,7 @@ def _state_older_fields(file: Path, fields: dict[str, Any]) -> None:
     file.write_text(json.dumps(node, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _hf_config(config: FlexBertConfig, ids: dict[str, int | None]) -> tuple[Any, Mapping | None]:
+def transformers_config(config: FlexBertConfig, ids: dict[str, int | None]) -> tuple[Any, Mapping | None]:
     """The config to export, and how weights are renamed; None: they keep our names, for modeling_flexbert.py.
 
     Raises ConfigError for a component that neither transformers nor the modeling file has.
@@ -209,7 +209,7 @@ def _hf_config(config: FlexBertConfig, ids: dict[str, int | None]) -> tuple[Any,
 def carries_code(config: FlexBertConfig) -> bool:
     """Whether an export of this architecture brings its own modeling file, for trust_remote_code=True. Raises
     ConfigError as `to_hf` does."""
-    return _hf_config(config, {})[1] is None
+    return transformers_config(config, {})[1] is None
 
 
 def check_exportable(config: FlexBertConfig) -> None:

@@ -1,7 +1,6 @@
 """What a run draws while it trains, on a terminal and elsewhere: nothing is cut off, whatever the width."""
 
 import io
-import json
 import re
 from pathlib import Path
 
@@ -10,9 +9,7 @@ from rich.console import Console
 
 from callbacks import progress
 from recipe.config import load_run_config
-from recipe.phases import PhasePlan
 from tests.helpers.tiny import write_config
-from training.curves import draw_curves
 from training.trainer import train
 
 STEPS = 12
@@ -38,7 +35,7 @@ def drawn(data: Path, folder: Path, width: int, terminal: bool) -> list[list[str
 def test_all_that_matters_is_drawn_within_the_width(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, terminal: bool
 ) -> None:
-    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     blocks = drawn(tiny_data, tmp_path, width, terminal)
     assert blocks
     block = blocks[-1]
@@ -56,28 +53,11 @@ def test_all_that_matters_is_drawn_within_the_width(
 
 def test_parts_are_wrapped_whole() -> None:
     parts = [f"{'x' * 20} {number}" for number in range(10)]
-    lines = progress._wrapped(parts, 60)
+    lines = progress.wrapped(parts, 60)
     assert [part for line in lines for part in line.strip().split("  ")] == parts
     assert max(map(len, lines)) <= 60
     assert len(lines) == 5
-    assert progress._wrapped(["a", "b" * 90, "c"], 60) == ["a", " " * 11 + "b" * 90, " " * 11 + "c"]
-    assert progress._stream_losses({"streams": {"one": {"loss": 2.0}}}) == []
+    assert progress.wrapped(["a", "b" * 90, "c"], 60) == ["a", " " * 11 + "b" * 90, " " * 11 + "c"]
+    assert progress.stream_losses({"streams": {"one": {"loss": 2.0}}}) == []
     unknown = {"streams": {"one": {"loss": None}, "two": {"loss": 2.0}, "three": {"loss": 3.0}}}
-    assert progress._stream_losses(unknown) == ["loss by stream:", "two 2.000", "three 3.000"]
-
-
-def test_a_run_shorter_than_the_log_interval_comes_to_its_end(tiny_data: Path, tmp_path: Path) -> None:
-    """It has no line of a training step, so no curves."""
-    out = io.StringIO()
-    train(load_run_config(write_config(tmp_path, tiny_data, 2, trainer={"log_interval": 10})), Console(file=out))
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["steps"] == 2
-    assert Path(summary["export"]).is_dir()
-    assert "curves.png" not in out.getvalue()
-
-
-def test_nothing_is_drawn_where_no_loss_was(tiny_data: Path, tmp_path: Path) -> None:
-    plan = PhasePlan(load_run_config(write_config(tmp_path, tiny_data, 2)))
-    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "tokens": 512, "loss": null}\n')
-    assert not draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", plan)
-    assert not (tmp_path / "curves.png").exists()
+    assert progress.stream_losses(unknown) == ["loss by stream:", "two 2.000", "three 3.000"]

@@ -20,8 +20,9 @@ from commands.status import read_status
 from flexbert_core.schema import ConfigError
 from recipe.config import load_run_config, read_recorded_config
 from recipe.phases import PhasePlan
+from tests.helpers.ranks import Ranks
 from tests.helpers.runs import ROOT, command, environment, launched, run
-from tests.helpers.tiny import ROW, ROWS, write_config, write_data
+from tests.helpers.tiny import ROW, ROWS, write_config
 from training.parts import Parts, pack, unpack
 
 STEPS = 8
@@ -30,11 +31,6 @@ MINE: dict[str, Any] = {
     "imports": [str(ROOT / "examples" / "weight_norm.py"), str(ROOT / "tests" / "helpers" / "gate.py")],
     "callbacks": [{"name": "weight_norm", "interval": INTERVAL}],
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -50,10 +46,9 @@ def wait(until: Callable[[], bool], process: "subprocess.Popen[Any]") -> None:
 
 
 @pytest.fixture(scope="module")
-def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def straight(ranks: Ranks, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
-    done = run(command("train", str(write_config(folder, data, STEPS, "full", **MINE))))
-    assert done.returncode == 0, done.stderr
+    ranks.train(1, str(write_config(folder, tiny_data, STEPS, "full", **MINE)))
     return folder
 
 
@@ -77,10 +72,12 @@ def test_what_a_callback_logs_reaches_file_status_and_tensorboard(straight: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_and_resumed_it_goes_on_counting(straight: Path, data: Path, tmp_path: Path, processes: int) -> None:
+def test_killed_and_resumed_it_goes_on_counting(
+    straight: Path, tiny_data: Path, tmp_path: Path, processes: int
+) -> None:
     """Killed before step 6, behind a checkpoint of step 5: the same lines as without the kill."""
     gated = [*MINE["callbacks"], {"name": "gate", "step": 6}]
-    config = write_config(tmp_path, data, STEPS, "full", **{**MINE, "callbacks": gated})
+    config = write_config(tmp_path, tiny_data, STEPS, "full", **{**MINE, "callbacks": gated})
     arguments = command("train", str(config)) if processes == 1 else launched(2, "train", str(config))
     process = subprocess.Popen(
         arguments, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -102,26 +99,22 @@ def test_killed_and_resumed_it_goes_on_counting(straight: Path, data: Path, tmp_
         assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], rel=rel, abs=0.0)
 
 
-def test_composers_clipping_is_ours(data: Path, tmp_path: Path) -> None:
+def test_composers_clipping_is_ours(ranks: Ranks, tiny_data: Path, tmp_path: Path) -> None:
     """An algorithm of Composer's changes training: here as trainer.gradient_clip_norm does, which is tested elsewhere."""
     clip = {"name": "composer", "class": "GradientClipping"}
     clip |= {"arguments": {"clipping_type": "norm", "clipping_threshold": 0.05}}
     for name, changes in (("theirs", {"algorithms": [clip]}), ("ours", {"trainer": {"gradient_clip_norm": 0.05}})):
-        done = run(command("train", str(write_config(tmp_path / name, data, 3, "full", **changes))))
-        assert done.returncode == 0, done.stderr
+        ranks.train(1, str(write_config(tmp_path / name, tiny_data, 3, "full", **changes)))
     theirs, ours = ([line["loss"] for line in lines(tmp_path / name)] for name in ("theirs", "ours"))
     assert theirs == pytest.approx(ours, rel=1e-6)
-    plain = run(command("train", str(write_config(tmp_path / "plain", data, 3, "full"))))
-    assert plain.returncode == 0
+    ranks.train(1, str(write_config(tmp_path / "plain", tiny_data, 3, "full")))
     assert [line["loss"] for line in lines(tmp_path / "plain")] != pytest.approx(ours, rel=1e-5)
 
 
-def test_composers_tokens_go_on_after_a_restart(data: Path, tmp_path: Path) -> None:
+def test_composers_tokens_go_on_after_a_restart(ranks: Ranks, tiny_data: Path, tmp_path: Path) -> None:
     """Composer's timestamp is restored whole: its callbacks count intervals in tokens and samples, not in steps."""
     monitor = {"name": "composer", "class": "SpeedMonitor", "arguments": {"window_size": 2}}
-    config = write_config(tmp_path, data, 4, "full", callbacks=[monitor])
-    done = run(command("train", str(config)))
-    assert done.returncode == 0, done.stderr
+    ranks.train(1, str(write_config(tmp_path, tiny_data, 4, "full", callbacks=[monitor])))
     state = json.loads((tmp_path / "run/checkpoints" / f"tokens-{3 * ROWS * ROW}" / "state.json").read_text())["run"]
     timestamp = Timestamp()
     timestamp.load_state_dict(unpack(state["timestamp"], {}))
@@ -174,22 +167,22 @@ def test_names_nest_and_flatten() -> None:
         ("wandb.project=x", "wandb: is an entry of `loggers`"),
     ],
 )  # fmt: skip
-def test_a_wrong_part_never_starts(data: Path, tmp_path: Path, change: str, said: str) -> None:
+def test_a_wrong_part_never_starts(tiny_data: Path, tmp_path: Path, change: str, said: str) -> None:
     with pytest.raises(ConfigError) as error:
-        load_run_config(write_config(tmp_path, data, 1, "full"), [change])
+        load_run_config(write_config(tmp_path, tiny_data, 1, "full"), [change])
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_arguments_that_the_class_itself_refuses_name_the_key(data: Path, tmp_path: Path) -> None:
+def test_arguments_that_the_class_itself_refuses_name_the_key(tiny_data: Path, tmp_path: Path) -> None:
     wrong = "callbacks=[{name: composer,class: SpeedMonitor,arguments: {window_size: nine}}]"
-    config = load_run_config(write_config(tmp_path, data, 1, "full"), [wrong])
+    config = load_run_config(write_config(tmp_path, tiny_data, 1, "full"), [wrong])
     with pytest.raises(ConfigError, match=r"^callbacks\[0\]\.arguments: SpeedMonitor: "):
         Parts(config, PhasePlan(config), tmp_path)
 
 
-def test_a_config_recorded_with_a_wandb_section_still_loads(data: Path, tmp_path: Path) -> None:
-    config = load_run_config(write_config(tmp_path, data, 1, "full"))
+def test_a_config_recorded_with_a_wandb_section_still_loads(tiny_data: Path, tmp_path: Path) -> None:
+    config = load_run_config(write_config(tmp_path, tiny_data, 1, "full"))
     from omegaconf import OmegaConf
 
     node = config.model_dump(mode="json")
@@ -203,9 +196,9 @@ def test_a_config_recorded_with_a_wandb_section_still_loads(data: Path, tmp_path
         assert [each.name for each in read_recorded_config(tmp_path / "config.yaml").loggers] == expected
 
 
-def test_a_callback_of_composers_is_built(data: Path, tmp_path: Path) -> None:
+def test_a_callback_of_composers_is_built(tiny_data: Path, tmp_path: Path) -> None:
     monitor = "callbacks=[{name: composer,class: SpeedMonitor,arguments: {window_size: 7}}]"
-    config = load_run_config(write_config(tmp_path, data, 1, "full"), [monitor])
+    config = load_run_config(write_config(tmp_path, tiny_data, 1, "full"), [monitor])
     (part,) = Parts(config, PhasePlan(config), tmp_path).callbacks
     assert isinstance(part, SpeedMonitor)
     assert part.history_wct.maxlen == 8

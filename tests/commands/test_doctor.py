@@ -22,11 +22,11 @@ from flexbert.kernels.attention import KERNELS
 from main import app
 from recipe.config import load_run_config
 from recipe.phases import PhasePlan
-from tests.flexbert.hf.test_export import tokenizer_of
 from tests.helpers.ranks import Ranks
 from tests.helpers.servers import BUCKET, Bucket, free_port
 from tests.helpers.synthetic import documents, write_stream
 from tests.helpers.tiny import ROW, ROWS, write_config
+from tests.helpers.tokenizer import tokenizer_of
 
 RUN = """
 name: small

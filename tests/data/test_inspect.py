@@ -1,15 +1,13 @@
 """What inspect prints is what is there; what is no dataset is said in one line."""
 
-from io import StringIO
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from data.inspect import inspect
 from data.store.shards import open_stream
 from flexbert_core.schema import ConfigError
-from tests.data.preparation.test_prepare import config_file, documents, run, write_jsonl
+from tests.helpers.preparing import config_file, documents, run, shown, write_jsonl
 
 
 @pytest.fixture
@@ -17,12 +15,6 @@ def dataset(tmp_path: Path) -> Path:
     write_jsonl(tmp_path / "a" / "1.jsonl", [*documents(60), documents(1)[0]])
     write_jsonl(tmp_path / "b" / "1.jsonl", documents(60, first=60))
     return run(config_file(tmp_path))
-
-
-def shown(path: Path, samples: int = 3) -> str:
-    console = Console(width=200, record=True, file=StringIO())
-    inspect(path, samples, console)
-    return console.export_text()
 
 
 def test_whole_dataset(dataset: Path) -> None:

@@ -5,37 +5,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
-from flexbert import FlexBertConfig, build, register
+from flexbert import FlexBertConfig, build
 from flexbert.accounting import (
-    _keys,
     attention_weights_memory,
     batch_flops,
     count_parameters,
     flops_per_token,
+    keys_seen,
     memory_estimate,
 )
-from flexbert.heads import Head
 from flexbert.peaks import peak_flops
-from flexbert_core.schema import Component
 from tests.helpers.models import batch_of, tiny
-
-
-@register("head", "test_parameter")
-class ParameterDecoder(Head):
-    class Config(Component):
-        pass
-
-    def __init__(self, config: Config, *, model: FlexBertConfig) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.zeros(model.vocab_size, model.hidden_size))
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states
-
-    def decoder(self, embeddings: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.table, None
 
 
 def test_parameters_are_counted_exactly() -> None:
@@ -49,8 +30,8 @@ def test_parameters_are_counted_exactly() -> None:
 def test_keys_are_what_a_window_sees(seq_len: int, side: int) -> None:
     places = torch.arange(seq_len)
     seen = ((places[:, None] - places[None, :]).abs() <= side).sum().item()
-    assert _keys((side, side), np.array([seq_len, seq_len], float)).tolist() == [seen, seen]
-    assert _keys((-1, -1), np.array([seq_len], float)) == seq_len**2
+    assert keys_seen((side, side), np.array([seq_len, seq_len], float)).tolist() == [seen, seen]
+    assert keys_seen((-1, -1), np.array([seq_len], float)) == seq_len**2
 
 
 def test_flops_of_base_by_hand() -> None:
@@ -65,7 +46,7 @@ def test_flops_of_base_by_hand() -> None:
 
 def test_flops_of_a_decoder_are_those_of_the_head_that_has_it() -> None:
     """Tied, of its own, of another width, or a plain parameter."""
-    import tests.flexbert.test_registry  # noqa: F401  registers test_narrow
+    import tests.flexbert.parts  # noqa: F401  registers test_narrow
 
     late = 48 * 48 + 48 * 80 + 40 * 48  # Wo, Wi and Wo of the last layer
 
@@ -105,7 +86,9 @@ def test_flops_of_a_packed_batch_are_those_of_its_sequences() -> None:
     assert batch_flops(config, [sum(lengths)], [sum(masked)]) > 1.02 * sum(parts)  # packing is not one long sequence
 
 
-@pytest.mark.parametrize("lengths", [(512,) * 4, (100, 400, 30, 482, 512, 5, 7, 500)], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [pytest.param((512,) * 4, marks=pytest.mark.slow), (100, 400, 30, 482, 512, 5, 7, 500)], ids=str
+)
 @pytest.mark.parametrize(
     ("preset", "within"), [("modernbert-tiny", 0.15), ("bert-base", 0.15), ("mosaicbert-base", 0.3), ("neobert", 0.15)]
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from flexbert import build
 from flexbert.registry import POSITIONS
 from flexbert_core.schema import ConfigError
-from tests.flexbert.test_presets import Weights, gelu, layer_norm, linear, rms_norm, silu
+from tests.flexbert.formulas import Weights, gelu, layer_norm, linear, rms_norm, silu
 from tests.helpers.models import ODD_LENGTHS, batch_of, gradients, tiny
 
 TOLERANCE = 1e-4  # measured 2.5e-5 on logits up to 8

@@ -165,7 +165,7 @@ def test_channels_have_no_linear_relations() -> None:
     tokens, channels = 2048, 1024
     keys = keys_of((tokens,))
     drawn = deviations(keys.kept(11, channels, 0.5), 0.5)
-    numbers = keys._channels[channels].long()
+    numbers = keys.channel_numbers[channels].long()
     first, second = torch.triu_indices(channels, channels, 1)
     sums, order = ((numbers[first] + numbers[second]) & 0xFFFFFFFF).sort()
     one = (sums[1:] == sums[:-1]).nonzero().squeeze(1)

@@ -12,10 +12,8 @@ from flexbert import FlexBertConfig, FlexBertForMaskedLM, build, register
 from flexbert.growing import Grow, grow, layer_of, tiled_axis
 from flexbert.heads import Head
 from flexbert_core.schema import Component, ConfigError
-from tests.flexbert.hf.test_export import BERT
-from tests.flexbert.hf.test_remote import SINUSOIDAL, scrambled
-from tests.flexbert.test_components import SANDWICH
-from tests.helpers.models import ODD_LENGTHS, Batch, batch_of, tiny
+from tests.helpers.architectures import BERT, SANDWICH, SINUSOIDAL
+from tests.helpers.models import ODD_LENGTHS, Batch, batch_of, scrambled, tiny
 
 
 @register("head", "test_tied")
@@ -270,8 +268,7 @@ def test_build_grows_what_it_is_given_and_says_what_it_is_not_given() -> None:
 @pytest.mark.parametrize("head", ["test_narrow", "test_parameter", "test_tied"])
 def test_heads_from_outside_grow(head: str) -> None:
     """Whether the token table is the decoder is the head's to say; it has no field `tied`."""
-    import tests.flexbert.test_accounting
-    import tests.flexbert.test_registry  # noqa: F401  they register the first two
+    import tests.flexbert.parts  # noqa: F401  registers the first two
 
     small = scrambled(build(tiny(head=head)))
     large = grown(small, {}, hidden_size=96, num_attention_heads=6, intermediate_size=80)

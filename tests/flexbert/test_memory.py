@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -36,7 +36,7 @@ class _Largest(TorchDispatchMode):
 @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1, "label_smoothing": 0.1}], ids=["plain", "both"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_never_exist_whole(options: dict[str, Any], tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", {"cpu": CHUNK})
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", {"cpu": CHUNK})
     hidden_states = torch.randn(MASKED, WIDTH, requires_grad=True)
     weight, bias = torch.randn(VOCAB, WIDTH, requires_grad=True), torch.zeros(VOCAB, requires_grad=True)
     targets = torch.randint(0, VOCAB, (MASKED,))
@@ -60,13 +60,13 @@ def test_logits_never_exist_whole(options: dict[str, Any], tied: bool, monkeypat
 
 def test_tables_of_angles_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[float, int]] = []
-    real = rotary._angle_table
+    real = rotary.angle_table
 
     def counted(config: Any, theta: float, head_dim: int, positions: int, device: torch.device) -> Tensor:
         made.append((theta, positions))
         return real(config, theta, head_dim, positions, device)
 
-    monkeypatch.setattr(rotary, "_angle_table", counted)
+    monkeypatch.setattr(rotary, "angle_table", counted)
     model = build(tiny(num_hidden_layers=4, max_position_embeddings=1024))
     for lengths in ((5, 100), (512,), (3, 3)):
         model(*batch_of(lengths)).loss.backward()
@@ -91,11 +91,12 @@ def test_a_gate_is_its_formula_and_keeps_what_it_was_given(
     module: Any = (
         build(tiny(mlp={"name": "glu", "activation": activation, "activated_half": half})).encoder.layers[1].mlp
     )
+    module.Wo = nn.Identity()  # what the gate gives, with no norm and no dropout behind it
     module.to(dtype)
     states = torch.randn(tokens, 48, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        gated = module._gated(states)
+        gated = module(states)
     weights = torch.randn(gated.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     inputs = [states, module.Wi.weight]
     found = [gated, *torch.autograd.grad((gated * weights).sum(), inputs)]

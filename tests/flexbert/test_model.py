@@ -30,7 +30,7 @@ def loss_inputs(with_bias: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_chunked_loss_is_plain_cross_entropy(chunk: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS_DEFAULT", chunk * 50)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS_DEFAULT", chunk * 50)
     hidden, weight, bias, targets = loss_inputs(with_bias)
     inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
     expected = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="sum")
@@ -49,7 +49,7 @@ def test_chunked_loss_is_plain_cross_entropy(chunk: int, with_bias: bool, monkey
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_scores_are_those_of_each_token(chunk: int, gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the loss adds to the cross entropy; a tie for the best score is a hit."""
-    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS_DEFAULT", chunk * 50)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS_DEFAULT", chunk * 50)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(65, 8, generator=generator).requires_grad_(gradients)
     weight, targets = torch.randn(50, 8, generator=generator), torch.randint(0, 50, (65,), generator=generator)
@@ -76,7 +76,7 @@ def test_compiled_chunks_are_the_same_function(
     hidden, weight, bias, targets = loss_inputs(with_bias)
     inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
     for chunk in (7, 1000):
-        monkeypatch.setattr(losses, "_CHUNK_ELEMENTS_DEFAULT", chunk * 50)
+        monkeypatch.setattr(losses, "CHUNK_ELEMENTS_DEFAULT", chunk * 50)
         found: list[list[torch.Tensor]] = []
         for compiled in (False, True):
             scores = TokenScores.empty(targets)
@@ -94,7 +94,7 @@ def test_compiled_chunks_are_the_same_function(
 def test_label_smoothing_and_z_loss_are_what_they_are_defined_as(
     chunk: int, smoothing: float, z_loss: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS_DEFAULT", chunk * 50)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS_DEFAULT", chunk * 50)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(65, 8, generator=generator).requires_grad_()
     weight = torch.randn(50, 8, generator=generator).requires_grad_()

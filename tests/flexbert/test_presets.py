@@ -6,7 +6,6 @@ with nothing of ours but the weights.
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -17,24 +16,15 @@ from flexbert import FlexBertConfig, build
 from flexbert.accounting import count_parameters
 from flexbert.config import PRESETS
 from flexbert.positions import alibi_slopes
-from tests.flexbert.hf.test_parity import RELEASED
+from tests.flexbert.formulas import Weights, gelu, layer_norm, linear, rms_norm, silu
 from tests.helpers.models import batch_of, gradients
+from tests.helpers.presets import RELEASED, SIZES
 
 # Measured worst case over all presets: 4.1e-5 on logits up to 6.1 (gte-en-mlm-base; float32 against the same formulas in
 # float64: 2.4e-5 ours, 2.0e-5 the reference), 1.2e-6 on gradients up to 1.6.
 TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-5
 
-Weights = dict[str, Tensor]
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "intermediate_size": 40,
-    "max_position_embeddings": 256,
-    **{f"{name}_token_id": None for name in ("pad", "cls", "sep", "mask")},
-}
 HEADS, DIM = 3, 16
 LENGTHS = (1, 63, 65, 130)
 
@@ -66,29 +56,6 @@ def test_every_preset_has_its_size_tested_and_its_source_stated() -> None:
 
 
 # --- the references: x is (S, 48), one document ---
-
-
-def linear(w: Weights, name: str, x: Tensor) -> Tensor:
-    y = x @ w[f"{name}.weight"].T
-    return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
-
-
-def layer_norm(w: Weights, name: str, x: Tensor, eps: float = 1e-12) -> Tensor:
-    centred = x - x.mean(1, keepdim=True)
-    scaled = centred / torch.sqrt(centred.square().mean(1, keepdim=True) + eps)
-    return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-
-def rms_norm(w: Weights, name: str, x: Tensor) -> Tensor:
-    return x / torch.sqrt(x.square().mean(1, keepdim=True) + 1e-5) * w[f"{name}.weight"]
-
-
-def gelu(x: Tensor) -> Tensor:
-    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def silu(x: Tensor) -> Tensor:
-    return x / (1 + torch.exp(-x))
 
 
 def turned_half(x: Tensor, theta: float) -> Tensor:

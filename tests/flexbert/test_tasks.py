@@ -9,7 +9,7 @@ from transformers import BertForSequenceClassification, BertForTokenClassificati
 
 from flexbert import build, from_hf
 from flexbert_core.schema import ConfigError
-from tests.flexbert.hf.test_parity import reference_model
+from tests.helpers.hf_models import reference_model
 from tests.helpers.models import batch_of, gradients, tiny
 
 

@@ -64,3 +64,20 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
         assert parameter.grad is not None, f"{name} got no gradient"
         found[name] = parameter.grad
     return found
+
+
+def scrambled(model: Any) -> Any:
+    """Ones and zeros would hide a norm or bias that is left out."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+def equal(model: Any, other: Any) -> bool:
+    """Whether their weights are the same bits. What they compute need not be: loaded weights lie where the file has them,
+    and products of unaligned memory may add up in another order."""
+    ours, theirs = model.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())

@@ -8,6 +8,8 @@ import os
 import socket
 import subprocess
 import sys
+import tomllib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,12 @@ class Ranks:
         """Of the process whose children are the ranks."""
         return self._process.pid
 
-    def run(self, world_size: int, *arguments: str) -> tuple[list[int], str]:
-        """`main.py ARGUMENTS` on so many ranks: their exit codes, and all that they printed."""
+    def run(self, world_size: int, *arguments: str, extra: dict[str, str] | None = None) -> tuple[list[int], str]:
+        """`main.py ARGUMENTS` on so many ranks: their exit codes, and all that they printed. extra: variables of the
+        environment."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps([world_size, arguments]) + "\n")
+        self._process.stdin.write(json.dumps([world_size, arguments, extra or {}]) + "\n")
         self._process.stdin.flush()
         codes, text = json.loads(self._process.stdout.readline())
         return codes, text
@@ -57,6 +60,12 @@ class Ranks:
         self._process.stdout.close()
 
 
+def our_modules() -> str:
+    """The pattern of the modules whose warnings are errors, from pyproject.toml."""
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    return options["filterwarnings"][-1].removeprefix("error:::")
+
+
 def _serve() -> None:
     import matplotlib.pyplot
     from composer.algorithms import GradientClipping
@@ -71,21 +80,24 @@ def _serve() -> None:
     del flexbert, training, matplotlib
     loaded = (GradientClipping, TensorboardLogger, ModernBertForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING)
     assert all(loaded)
+    warnings.filterwarnings("error", module=our_modules())
 
     for line in sys.stdin:
-        world_size, arguments = json.loads(line)
+        world_size, arguments, extra = json.loads(line)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         log = Path(f"/proc/{os.getpid()}/fd/{os.memfd_create('log')}")
-        ranks = [_fork(main.app, world_size, rank, port, arguments, log) for rank in range(world_size)]
+        ranks = [_fork(main.app, world_size, rank, port, arguments, extra, log) for rank in range(world_size)]
         codes = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
         sys.stdout.write(json.dumps([codes, log.read_text()]) + "\n")
         sys.stdout.flush()
         os.close(int(log.name))
 
 
-def _fork(app: Any, world_size: int, rank: int, port: int, arguments: list[str], log: Path) -> int:
+def _fork(
+    app: Any, world_size: int, rank: int, port: int, arguments: list[str], extra: dict[str, str], log: Path
+) -> int:
     child = os.fork()
     if child:
         return child
@@ -98,6 +110,7 @@ def _fork(app: Any, world_size: int, rank: int, port: int, arguments: list[str],
             numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
             numbers |= {"NODE_RANK": 0, "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"})
+        os.environ.update(extra)
         import signal
 
         signal.alarm(_SECONDS)

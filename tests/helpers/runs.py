@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,10 @@ def final_weights(folder: Path) -> dict[str, bytes]:
     files += sorted((run_folder / "exports").glob("*/model.safetensors"))
     files += sorted((run_folder / "exports").glob("*/README.md"))
     return {str(file.relative_to(run_folder)): file.read_bytes() for file in files}
+
+
+def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[Any]", timeout: float = 120) -> None:
+    start = time.monotonic()
+    while process.poll() is None and max(metrics(folder), default=0) < step:
+        assert time.monotonic() - start < timeout, "the run does not move"
+        time.sleep(0.01)

@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 
 from data.tokenizer import fingerprint
 from recipe.config import RunConfig, load_run_config
-from tests.flexbert.hf.test_export import tokenizer_of
 from tests.helpers.synthetic import documents, write_stream
+from tests.helpers.tokenizer import tokenizer_of
 
 RUN: dict[str, Any] = {
     "model": {

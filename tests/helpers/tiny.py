@@ -5,12 +5,16 @@ special tokens throughout, which are never masked. So masked counts of rows diff
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from data.tokenizer import fingerprint
@@ -69,3 +73,48 @@ def write_config(folder: Path, data: Path, steps: int, *streams: str, **changes:
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.merge(node, changes), folder / "train.yaml")
     return folder / "train.yaml"
+
+
+STEPS, SAVED = 6, 3
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line] + [
+        line["validation"]["loss"] for line in lines if "validation" in line
+    ]
+
+
+def tensors(folder: Path, steps: int = STEPS) -> dict[str, Tensor]:
+    path = folder / "run" / "checkpoints" / f"tokens-{steps * ROWS * ROW}"
+    return load_file(path / "model.safetensors") | load_file(path / "optimizer.safetensors")
+
+
+def data_seen(folder: Path) -> list[Any]:
+    """What the ledger says of the data, line by line."""
+    return [json.loads(line) for line in (folder / "run" / "ledger.jsonl").read_text().splitlines()]
+
+
+def check_same(folder: Path, other: Path) -> None:
+    """Losses, weights, optimizer states and export to rounding; data exactly."""
+    assert losses(folder) == pytest.approx(losses(other), rel=1e-5)
+    assert data_seen(folder) == data_seen(other)
+    ours, theirs = tensors(folder), tensors(other)
+    exports = [
+        load_file(path / "run/exports" / f"tokens-{STEPS * ROWS * ROW}/model.safetensors") for path in (folder, other)
+    ]
+    for left, right in ((ours, theirs), exports):
+        assert left.keys() == right.keys()
+        for name in right:
+            scale = right[name].float().abs().max()
+            # 40 times the worst measured
+            assert (left[name].float() - right[name].float()).abs().max() <= 2e-3 * scale, name
+
+
+def forget_after(folder: Path, steps: int) -> None:
+    """Make a finished run one that was killed just after the checkpoint of `steps` steps."""
+    for path in (folder / "run" / "checkpoints").iterdir():
+        if int(path.name.split("-")[1]) > steps * ROWS * ROW:
+            shutil.rmtree(path)
+    shutil.rmtree(folder / "run" / "exports")
+    (folder / "run" / "summary.json").unlink()

@@ -11,8 +11,7 @@ from rich.console import Console
 
 from flexbert_core.schema import ConfigError
 from recipe.config import load_run_config, read_recorded_config
-from tests.helpers.tiny import ROW, ROWS, write_config
-from tests.training.test_processes import forget_after
+from tests.helpers.tiny import ROW, ROWS, forget_after, write_config
 from training.trainer import train
 
 STEPS = 6
@@ -68,7 +67,9 @@ def test_without_its_record_another_order_is_refused(tiny_data: Path, tmp_path: 
         go(file)
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine", "one_minus_sqrt"])
+@pytest.mark.parametrize(
+    "name", ["linear", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cosine", "one_minus_sqrt"))]
+)
 def test_a_run_of_the_old_rule_goes_on_by_it(
     tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:

@@ -18,7 +18,7 @@ from flexbert_core.schema import ConfigError
 from recipe.config import load_run_config
 from recipe.phases import PhasePlan
 from recipe.schedules import SCHEDULES
-from tests.recipe.test_config import edited
+from tests.recipe.run_file import edited
 
 
 def rate(plan: PhasePlan, step: int) -> float:

@@ -7,7 +7,7 @@ import pytest
 
 from flexbert_core.schema import ConfigError
 from recipe.config import load_run_config
-from tests.helpers.runs import command, run
+from tests.helpers.ranks import Ranks
 from tests.helpers.tiny import ROW, ROWS, write_config
 from training.effects import check_effects
 
@@ -64,10 +64,10 @@ def test_what_has_an_effect_is_not_spoken_of(tmp_path: Path, tiny_data: Path, ca
     ],
 )  # fmt: skip
 def test_a_launchers_variables(
-    tmp_path: Path, tiny_data: Path, variables: dict[str, str], dry: bool, line: str
+    ranks: Ranks, tmp_path: Path, tiny_data: Path, variables: dict[str, str], dry: bool, line: str
 ) -> None:
     file = write_config(tmp_path, tiny_data, 2, "full")
-    done = run(command("train", str(file), *(["--dry-run"] if dry else [])), extra=variables)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(line)
+    codes, text = ranks.run(1, "train", str(file), *(["--dry-run"] if dry else []), extra=variables)
+    assert codes == [2]
+    assert text.splitlines()[-1].startswith(line)
     assert not (tmp_path / "run").exists()

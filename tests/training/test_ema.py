@@ -19,8 +19,7 @@ from flexbert_core.schema import ConfigError
 from recipe.config import RunConfig
 from tests.helpers.ranks import Ranks
 from tests.helpers.synthetic_runs import run_config, write_dataset
-from tests.helpers.tiny import ROW, ROWS, write_config
-from tests.training.test_processes import SAVED, STEPS, check_same, forget_after
+from tests.helpers.tiny import ROW, ROWS, SAVED, STEPS, check_same, forget_after, write_config
 from training import trainer
 from training.checkpoints.files import list_checkpoints, newest_checkpoint
 
@@ -132,7 +131,7 @@ def test_a_killed_run_has_the_same_average(
         def open_with_a_stop(run: trainer.Run, step: int = step, export: bool = export) -> None:
             opened(run)
             if export:
-                monkeypatch.setattr(run.exporter, "_write", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+                monkeypatch.setattr(run.exporter, "export", lambda step: (_ for _ in ()).throw(KeyboardInterrupt))
             else:
                 run.trainer.state.callbacks.append(Stop(step))
 

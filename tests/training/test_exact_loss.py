@@ -98,19 +98,19 @@ def check(
 @pytest.mark.parametrize(
     ("world_size", "microbatch", "parallelism"),
     [
-        (1, 1, "ddp"),
+        pytest.param(1, 1, "ddp", marks=pytest.mark.slow),
         (1, 2, "ddp"),
-        (1, None, "ddp"),
+        pytest.param(1, None, "ddp", marks=pytest.mark.slow),
         (1, "auto", "ddp"),
-        (2, 1, "ddp"),
+        pytest.param(2, 1, "ddp", marks=pytest.mark.slow),
         (2, 3, "ddp"),  # the second microbatch is smaller
-        (2, "auto", "ddp"),
-        (4, 1, "ddp"),
+        pytest.param(2, "auto", "ddp", marks=pytest.mark.slow),
+        pytest.param(4, 1, "ddp", marks=pytest.mark.slow),
         (4, 2, "ddp"),
         (2, 1, "fsdp2"),
-        (2, 3, "fsdp2"),
-        (4, 1, "fsdp2"),
-        (4, None, "fsdp2"),
+        pytest.param(2, 3, "fsdp2", marks=pytest.mark.slow),
+        pytest.param(4, 1, "fsdp2", marks=pytest.mark.slow),
+        pytest.param(4, None, "fsdp2", marks=pytest.mark.slow),
     ],
 )
 def test_the_split_changes_only_rounding(
@@ -136,12 +136,14 @@ def expected_with_dropout(
 @pytest.mark.parametrize(
     ("world_size", "options"),
     [
-        (1, {}),
-        (1, {"microbatch_size": 3}),
+        pytest.param(1, {}, marks=pytest.mark.slow),
+        pytest.param(1, {"microbatch_size": 3}, marks=pytest.mark.slow),
         (1, {"microbatch_size": 2, "activation_checkpointing": 1}),
         (2, {"microbatch_size": 3, "activation_checkpointing": 2}),
-        (2, {"microbatch_size": 1, "activation_checkpointing": 1, "parallelism": "fsdp2"}),
-        (4, {"microbatch_size": 1}),
+        pytest.param(
+            2, {"microbatch_size": 1, "activation_checkpointing": 1, "parallelism": "fsdp2"}, marks=pytest.mark.slow
+        ),
+        pytest.param(4, {"microbatch_size": 1}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -168,7 +170,10 @@ def test_clipping_is_to_the_norm_of_the_global_gradient(
     check(first_step(tmp_path), expected, scale=1 / 8)
 
 
-@pytest.mark.parametrize(("world_size", "parallelism"), [(1, "ddp"), (2, "ddp"), (2, "fsdp2")])
+@pytest.mark.parametrize(
+    ("world_size", "parallelism"),
+    [(2, "ddp"), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, "ddp"), (2, "fsdp2")))],
+)
 def test_a_global_batch_without_masked_tokens_has_no_loss_and_gradient_zero(
     ranks: Ranks, tiny_data: Path, tmp_path: Path, world_size: int, parallelism: str
 ) -> None:

@@ -281,6 +281,7 @@ def test_signals_save_and_the_rest_is_bit_equal(dataset: Path, tmp_path: Path) -
         assert metrics(folder, key) == metrics(tmp_path / "straight", key)
 
 
+@pytest.mark.slow
 def test_a_spike_is_rolled_back_and_its_steps_are_skipped_for_ever(dataset: Path, tmp_path: Path) -> None:
     """The weights are those of a run without the guard, to whose ledger the same steps are added by hand: late, when it
     has checkpoints of the history that is given up by it, as when a kill comes just after the ledger's line."""

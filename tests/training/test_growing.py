@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from flexbert import FlexBertConfig, FlexBertForMaskedLM, build, to_hf
 from flexbert_core.schema import ConfigError
-from tests.flexbert.hf.test_export import tokenizer_of
 from tests.helpers.models import batch_of, tiny
+from tests.helpers.tokenizer import tokenizer_of
 from training.checkpoints.files import take_snapshot, write_checkpoint
 from training.growing import check_source, read_source
 

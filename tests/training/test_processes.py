@@ -1,67 +1,35 @@
 """Runs of several ranks: DDP and FSDP2 train the same, save for any number of ranks, and start by every launcher."""
 
-import json
+import functools
 import shutil
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from flexbert_core.schema import Component, ConfigError
 from recipe.config import load_run_config
 from recipe.slots import OPTIMIZERS
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import command, run
-from tests.helpers.tiny import ROW, ROWS, write_config
-
-STEPS, SAVED = 6, 3
-
-
-def losses(folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line] + [
-        line["validation"]["loss"] for line in lines if "validation" in line
-    ]
-
-
-def tensors(folder: Path, steps: int = STEPS) -> dict[str, Tensor]:
-    path = folder / "run" / "checkpoints" / f"tokens-{steps * ROWS * ROW}"
-    return load_file(path / "model.safetensors") | load_file(path / "optimizer.safetensors")
-
-
-def data_seen(folder: Path) -> list[Any]:
-    """What the ledger says of the data, line by line."""
-    return [json.loads(line) for line in (folder / "run" / "ledger.jsonl").read_text().splitlines()]
-
-
-def check_same(folder: Path, other: Path) -> None:
-    """Losses, weights, optimizer states and export to rounding; data exactly."""
-    assert losses(folder) == pytest.approx(losses(other), rel=1e-5)
-    assert data_seen(folder) == data_seen(other)
-    ours, theirs = tensors(folder), tensors(other)
-    exports = [
-        load_file(path / "run/exports" / f"tokens-{STEPS * ROWS * ROW}/model.safetensors") for path in (folder, other)
-    ]
-    for left, right in ((ours, theirs), exports):
-        assert left.keys() == right.keys()
-        for name in right:
-            scale = right[name].float().abs().max()
-            # 40 times the worst measured
-            assert (left[name].float() - right[name].float()).abs().max() <= 2e-3 * scale, name
+from tests.helpers.tiny import SAVED, STEPS, check_same, forget_after, losses, tensors, write_config
 
 
 @pytest.fixture(scope="module")
-def straight(ranks: Ranks, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By optimizer, the folder of a run of one process."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in OPTIMIZERS.entries}
-    for name, folder in folders.items():
-        ranks.train(1, str(write_config(folder, tiny_data, STEPS, optimizer=name)))
-    return folders
+def straight(ranks: Ranks, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives the folder of a run of one process with an optimizer, which is trained when first asked for."""
+
+    @functools.cache
+    def folder_of(optimizer: str) -> Path:
+        folder = tmp_path_factory.mktemp(optimizer)
+        ranks.train(1, str(write_config(folder, tiny_data, STEPS, optimizer=optimizer)))
+        return folder
+
+    return folder_of
 
 
 @pytest.mark.parametrize(
@@ -69,17 +37,19 @@ def straight(ranks: Ranks, tiny_data: Path, tmp_path_factory: pytest.TempPathFac
     [
         (4, "stableadamw", {"parallelism": "ddp"}),
         (2, "stableadamw", {"parallelism": "fsdp2", "activation_checkpointing": 1, "microbatch_size": 1}),
-        (4, "stableadamw", {"parallelism": {"name": "fsdp2", "reshard_after_forward": False}}),
-        (2, "adamw", {"parallelism": "fsdp2"}),
-        (2, "decoupled_adamw", {"parallelism": "fsdp2"}),
+        pytest.param(
+            4, "stableadamw", {"parallelism": {"name": "fsdp2", "reshard_after_forward": False}}, marks=pytest.mark.slow
+        ),
+        pytest.param(2, "adamw", {"parallelism": "fsdp2"}, marks=pytest.mark.slow),
+        pytest.param(2, "decoupled_adamw", {"parallelism": "fsdp2"}, marks=pytest.mark.slow),
         (2, "muon", {"parallelism": "fsdp2"}),
-        (1, "adamw", {"parallelism": "fsdp2"}),
+        pytest.param(1, "adamw", {"parallelism": "fsdp2"}, marks=pytest.mark.slow),
     ],
 )
 def test_ranks_train_as_one(
     ranks: Ranks,
     tiny_data: Path,
-    straight: dict[str, Path],
+    straight: Callable[[str], Path],
     tmp_path: Path,
     world_size: int,
     optimizer: str,
@@ -87,26 +57,17 @@ def test_ranks_train_as_one(
 ) -> None:
     config = write_config(tmp_path, tiny_data, STEPS, optimizer=optimizer, trainer=options)
     ranks.train(world_size, str(config))
-    check_same(tmp_path, straight[optimizer])
-
-
-def forget_after(folder: Path, steps: int) -> None:
-    """Make a finished run one that was killed just after the checkpoint of `steps` steps."""
-    for path in (folder / "run" / "checkpoints").iterdir():
-        if int(path.name.split("-")[1]) > steps * ROWS * ROW:
-            shutil.rmtree(path)
-    shutil.rmtree(folder / "run" / "exports")
-    (folder / "run" / "summary.json").unlink()
+    check_same(tmp_path, straight(optimizer))
 
 
 @pytest.mark.parametrize(
     ("saved", "resumed"),
     [
         ((2, "ddp"), (1, "ddp")),
-        ((4, "ddp"), (2, "ddp")),
+        pytest.param((4, "ddp"), (2, "ddp"), marks=pytest.mark.slow),
         ((1, "ddp"), (2, "fsdp2")),
         ((4, "fsdp2"), (2, "fsdp2")),
-        ((2, "fsdp2"), (1, "ddp")),
+        pytest.param((2, "fsdp2"), (1, "ddp"), marks=pytest.mark.slow),
         pytest.param((2, "ddp"), (4, "ddp"), marks=pytest.mark.slow),
         pytest.param((2, "fsdp2"), (4, "fsdp2"), marks=pytest.mark.slow),
     ],
@@ -114,14 +75,14 @@ def forget_after(folder: Path, steps: int) -> None:
 def test_another_number_of_ranks_goes_on(
     ranks: Ranks,
     tiny_data: Path,
-    straight: dict[str, Path],
+    straight: Callable[[str], Path],
     tmp_path: Path,
     saved: tuple[int, str],
     resumed: tuple[int, str],
 ) -> None:
     file = write_config(tmp_path, tiny_data, STEPS)
     if saved == (1, "ddp"):
-        shutil.copytree(straight["stableadamw"] / "run", tmp_path / "run")
+        shutil.copytree(straight("stableadamw") / "run", tmp_path / "run")
         (tmp_path / "run" / "config.yaml").unlink()  # it names the folder that it was copied from
     else:
         ranks.train(saved[0], str(file), f"trainer.parallelism={saved[1]}")
@@ -130,24 +91,25 @@ def test_another_number_of_ranks_goes_on(
     text = ranks.train(resumed[0], str(file), f"trainer.parallelism={resumed[1]}")
     assert f"resuming after step {SAVED}" in text
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(tmp_path, SAVED).items())
-    check_same(tmp_path, straight["stableadamw"])
+    check_same(tmp_path, straight("stableadamw"))
 
 
+@pytest.mark.slow
 def test_bf16_on_the_cpu_is_the_same_for_both(
-    ranks: Ranks, tiny_data: Path, straight: dict[str, Path], tmp_path: Path
+    ranks: Ranks, tiny_data: Path, straight: Callable[[str], Path], tmp_path: Path
 ) -> None:
     for name in ("ddp", "fsdp2"):
         options = {"precision": "amp_bf16", "parallelism": name}
         ranks.train(2, str(write_config(tmp_path / name, tiny_data, STEPS, trainer=options)))
     assert losses(tmp_path / "ddp") == pytest.approx(losses(tmp_path / "fsdp2"), rel=1e-5)
-    exact = losses(straight["stableadamw"])
+    exact = losses(straight("stableadamw"))
     assert losses(tmp_path / "ddp") == pytest.approx(exact, rel=1e-2)
     assert losses(tmp_path / "ddp") != pytest.approx(exact, rel=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["composer", "torchrun"])
-def test_launchers(tiny_data: Path, straight: dict[str, Path], tmp_path: Path, launcher: str) -> None:
+def test_launchers(tiny_data: Path, straight: Callable[[str], Path], tmp_path: Path, launcher: str) -> None:
     file = write_config(tmp_path, tiny_data, 2, trainer={"log_interval": 1, "parallelism": "fsdp2"})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -159,7 +121,7 @@ def test_launchers(tiny_data: Path, straight: dict[str, Path], tmp_path: Path, l
     program = str(Path(sys.executable).parent / launcher)
     done = run([program, *options[launcher], *command("train", str(file))[1:]])
     assert done.returncode == 0, done.stderr + done.stdout
-    assert losses(tmp_path)[:2] == pytest.approx(losses(straight["stableadamw"])[:2], rel=1e-5)
+    assert losses(tmp_path)[:2] == pytest.approx(losses(straight("stableadamw"))[:2], rel=1e-5)
 
 
 def test_what_fsdp2_cannot_do_is_refused(tiny_data: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 from commands.inspect_step import inspect_step
 from data.feed.batches import SEEN
 from data.feed.loader import build_loader
-from flexbert import FlexBertConfig, build, from_hf
+from flexbert import from_hf
 from recipe.config import load_run_config
 from recipe.phases import PhasePlan
 from tests.helpers.runs import (
@@ -30,11 +29,11 @@ from tests.helpers.runs import (
     prepare_dataset,
     run,
     start,
+    wait_for_step,
     write_config,
 )
 from tests.helpers.servers import Bucket, run_moto, s3_environment
 from training.checkpoints.files import list_checkpoints, newest_checkpoint
-from training.static_shapes import fill_slots
 
 pytestmark = pytest.mark.slow
 
@@ -174,13 +173,6 @@ def test_a_finished_run_says_so(straight: Path) -> None:
     assert final_weights(straight) == before
 
 
-def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[Any]", timeout: float = 120) -> None:
-    start = time.monotonic()
-    while process.poll() is None and max(metrics(folder), default=0) < step:
-        assert time.monotonic() - start < timeout, "the run does not move"
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("seed", [0, 1])
 def test_kill_9_at_random_moments_changes_nothing(straight: Path, dataset: Path, tmp_path: Path, seed: int) -> None:
     """Kills after random steps plus a random moment, so also while a checkpoint, an evaluation or an export is written;
@@ -235,21 +227,6 @@ def test_how_a_step_is_computed_changes_only_rounding(dataset: Path, tmp_path: P
     assert len(losses[0]) == 3 * 8
     for others in losses[1:]:
         assert others == pytest.approx(losses[0], rel=2e-4)
-
-
-def test_a_batch_filled_to_its_slots_gives_the_same_loss() -> None:
-    config = FlexBertConfig.from_yaml("modernbert-tiny")
-    model = build(config)
-    ids = torch.arange(20, 57)
-    batch = {"input_ids": ids, "labels": torch.where(ids % 3 == 0, ids, -100), "cu_seqlens": torch.tensor([0, 30, 37])}
-    batch |= {"cu_seqlens": batch["cu_seqlens"].int(), "max_seqlen": 30, "sequences": [1, 1], "slots": 64}
-    batch["row_bounds"] = batch["cu_seqlens"]
-    filled = fill_slots(batch)
-    assert len(filled["input_ids"]) == len(filled["labels"]) == filled["cu_seqlens"][-1] == 64
-    assert fill_slots(filled) is filled
-    names = ("input_ids", "cu_seqlens", "max_seqlen", "labels")
-    plain, same = (model(*(each[name] for name in names)).loss for each in (batch, filled))
-    torch.testing.assert_close(same, plain)
 
 
 def test_another_config_is_refused_on_resume(straight: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from flexbert import build
+from flexbert import FlexBertConfig, build
 from tests.helpers.models import tiny
 from training.static_shapes import fill_slots
 
@@ -49,3 +49,18 @@ def test_filler_is_no_longer_than_a_row(lengths: list[list[int]], filler: list[i
     plain, same = (model(*(each[name] for name in names)).loss for each in (batch, filled))
     torch.testing.assert_close(same, plain)
     assert fill_slots(filled) is filled
+
+
+def test_a_batch_filled_to_its_slots_gives_the_same_loss() -> None:
+    config = FlexBertConfig.from_yaml("modernbert-tiny")
+    model = build(config)
+    ids = torch.arange(20, 57)
+    batch = {"input_ids": ids, "labels": torch.where(ids % 3 == 0, ids, -100), "cu_seqlens": torch.tensor([0, 30, 37])}
+    batch |= {"cu_seqlens": batch["cu_seqlens"].int(), "max_seqlen": 30, "sequences": [1, 1], "slots": 64}
+    batch["row_bounds"] = batch["cu_seqlens"]
+    filled = fill_slots(batch)
+    assert len(filled["input_ids"]) == len(filled["labels"]) == filled["cu_seqlens"][-1] == 64
+    assert fill_slots(filled) is filled
+    names = ("input_ids", "cu_seqlens", "max_seqlen", "labels")
+    plain, same = (model(*(each[name] for name in names)).loss for each in (batch, filled))
+    torch.testing.assert_close(same, plain)

@@ -45,10 +45,10 @@ class ShardedStableAdamW(StableAdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step_together(sharded)
+        self.step_together(sharded)
         return loss
 
-    def _step_together(self, sharded: bool) -> None:
+    def step_together(self, sharded: bool) -> None:
         """sharded: whether other ranks hold the rest of the parameters."""
         parts = [part for part in map(self._move_means, self.param_groups) if part.params]
         if not parts:

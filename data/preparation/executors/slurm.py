@@ -26,7 +26,7 @@ from data.preparation.executors.base import EXECUTORS, ROOT, Executor, RecordsFa
 from flexbert_core.schema import Component, ConfigError, RunError
 
 # A finished task's mark may reach this machine late, through a network file system.
-_SETTLE_SECONDS = 15.0
+SETTLE_SECONDS = 15.0
 _FAILED_POLLS = 20
 
 
@@ -131,7 +131,7 @@ class Slurm(Executor):
 
     def _settle(self, stage: Stage) -> None:
         """Until the marks of finished tasks had time to arrive."""
-        deadline = time.monotonic() + _SETTLE_SECONDS
+        deadline = time.monotonic() + SETTLE_SECONDS
         while stage.unfinished() and stage.failure() is None and time.monotonic() < deadline:
             time.sleep(min(self.config.poll_seconds, 1.0))
 

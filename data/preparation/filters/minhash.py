@@ -66,7 +66,7 @@ class MinHash(StreamFilter):
             hashes_per_bucket=self.config.hashes_per_bucket,
         )
         signatures, pairs, clusters = (str(folder / name) for name in ("signatures", "pairs", "clusters"))
-        run("signatures", [*documents, _Signatures(signatures, config, _Words())], sizes)
+        run("signatures", [*documents, _Signatures(signatures, config, Words())], sizes)
         # Tasks of a bucket divide the range of hashes by what the first file holds.
         first = folder / "signatures" / "bucket_000" / f"{0:05d}.minhash.sig"
         lines = first.stat().st_size // (8 * config.hashes_per_bucket + 4)
@@ -89,7 +89,7 @@ def _later_members(folder: Path, tasks: int) -> Iterator[NDArray[np.int64]]:
         highest = int(before[-1])
 
 
-class _Words(WordTokenizer):
+class Words(WordTokenizer):
     """Maximal runs of anything but blanks, or single characters of scripts that have no blanks."""
 
     def word_tokenize(self, text: str) -> list[str]:

@@ -228,7 +228,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the path in it. Raises ConfigError when a package for it is missing."""
     protocol, _, place = url.partition("://")
     if protocol == "s3":
-        return _s3(place.split("/")[0], os.getpid()), place
+        return s3_filesystem(place.split("/")[0], os.getpid()), place
     from fsspec.core import url_to_fs
 
     try:
@@ -242,7 +242,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 @functools.lru_cache(maxsize=64)
-def _s3(bucket: str, process: int) -> Any:
+def s3_filesystem(bucket: str, process: int) -> Any:
     """A bucket's file system; clients do not outlive a fork, so there is one per process."""
     from fsspec.implementations.arrow import ArrowFSWrapper
     from pyarrow.fs import S3FileSystem, resolve_s3_region

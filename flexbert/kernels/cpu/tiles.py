@@ -18,7 +18,7 @@ from flexbert.kernels.plan import AttentionPlan
 
 # Bytes of a tile's scores. On two cores of a Zen 4 in bfloat16, twice as many cost the same; with a quarter, a document
 # of 8192 tokens costs 1.4 times as much.
-_TILE = 2**22
+TILE_BYTES = 2**22
 _MIN_QUERIES = 64
 
 _softmax_backward: Any = getattr(torch.ops.aten._softmax_backward_data, "out")  # noqa: B009  (unknown to the type checker)
@@ -103,7 +103,7 @@ class _Layout:
         return self._whole(dtype) if self.per_side is None else self._windows(dtype, self.per_side)
 
     def _whole(self, dtype: torch.dtype) -> Iterator[_Tile]:
-        room = _TILE // dtype.itemsize
+        room = TILE_BYTES // dtype.itemsize
         for first, stop, mask in self.plan.runs(dtype):
             length = stop - first
             heads = max(1, min(self.heads, room // length**2))
@@ -123,7 +123,7 @@ class _Layout:
         mask = self.plan.additive_visible(per_side, dtype).squeeze(1)
         width = blocks.block + 2 * per_side
         # Whole heads, or parts of one: the mask is the same for all.
-        fit = max(1, _TILE // dtype.itemsize // (blocks.block * width))
+        fit = max(1, TILE_BYTES // dtype.itemsize // (blocks.block * width))
         heads, part = max(1, fit // blocks.count), min(fit, blocks.count)
         for head in range(0, self.heads, heads):
             number = min(heads, self.heads - head)

@@ -14,7 +14,7 @@ import pytest
 
 from data.preparation.dataset import load_prepare_config
 from flexbert_core.schema import ConfigError, RunError
-from tests.data.preparation.test_prepare import config_file, documents, files, run, write_jsonl
+from tests.helpers.preparing import config_file, documents, files, interrupt, run, write_jsonl
 
 # A cluster in a folder: JOBS/ID holds name and process of each job; sbatch runs its array tasks, one after the other, in
 # the background. What the real ones print and return (Slurm 23.11 manual pages) is all that the caller may rely on.
@@ -83,7 +83,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (programs / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_SLURM", str(jobs))
-    monkeypatch.setattr("data.preparation.executors.slurm._SETTLE_SECONDS", 1.0)
+    monkeypatch.setattr("data.preparation.executors.slurm.SETTLE_SECONDS", 1.0)
     return jobs
 
 
@@ -252,15 +252,8 @@ def test_executor_is_no_part_of_the_dataset(
     corpus: Path, expected_plain: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that was begun elsewhere can be finished here."""
-
-    def stop(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
     output = f"output={tmp_path / 'out'}"
-    with monkeypatch.context() as patch:
-        patch.setattr("data.preparation.dataset._make_tokenizer", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(plain(corpus, executor=SLURM), output)
+    interrupt(plain(corpus, executor=SLURM), monkeypatch, output)
     assert files(prepare_on(plain(corpus, executor={"name": "local", "workers": 1}), output)) == expected_plain
 
 

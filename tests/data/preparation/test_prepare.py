@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,81 +9,12 @@ import yaml
 from streaming.base.format import reader_from_json
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from data.keyed import keyed_generator
-from data.preparation.dataset import load_prepare_config, prepare
-from data.preparation.writing import _cut
+from data.preparation.dataset import load_prepare_config
+from data.preparation.writing import cut_text
 from data.store.shards import open_stream
 from data.tokenizer import corpus_tokenizer, tokenizer_facts
 from flexbert_core.schema import ConfigError, RunError
-
-WORDS = [
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "[MASK]",
-    "[SEP]",
-    "你好",
-    "café",
-    "return",
-    "def\n",
-    "class",
-    "",
-    "import",
-    "12",
-    "345",
-    ";",
-]
-
-
-def documents(count: int, first: int = 0) -> list[str]:
-    """Distinct texts of 5 to 300 words."""
-    texts = []
-    for number in range(first, first + count):
-        rng = keyed_generator(3, "test document", number)
-        words = rng.choice(WORDS, size=int(rng.integers(5, 300)))
-        texts.append(f"{number} " + " ".join(words))
-    return texts
-
-
-def write_jsonl(path: Path, texts: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-
-
-def config_file(folder: Path, **changes: Any) -> Path:
-    """Two streams, `a` (of two files) and `b`, that `folder` holds; small shards, so several tasks each."""
-    node = {
-        "output": str(folder / "out"),
-        "validation_fraction": 0.1,
-        "shard_bytes": 16384,
-        "tokenizer": {"name": "train", "vocab_size": 384},
-        "streams": {name: {"source": {"name": "jsonl", "paths": [str(folder / name)]}} for name in ("a", "b")},
-    }
-    path = folder / "prepare.yaml"
-    path.write_text(yaml.safe_dump({**node, **changes}, sort_keys=False))
-    return path
-
-
-def run(path: Path, *overrides: str, workers: int = 1) -> Path:
-    config = load_prepare_config(path, list(overrides))
-    prepare(config, workers=workers)
-    return Path(config.output)
-
-
-def read_texts(folder: Path) -> list[str]:
-    """The documents of one split in order, decoded; through streaming's own reader and index.json."""
-    tokenizer = corpus_tokenizer(folder.parent.parent / "tokenizer")
-    index = json.loads((folder / "index.json").read_text())
-    readers = [reader_from_json(str(folder), None, shard) for shard in index["shards"]]
-    samples = [reader[number]["tokens"] for reader in readers for number in range(len(reader))]
-    return [tokenizer.decode(tokens.tolist(), skip_special_tokens=False) for tokens in samples]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Content of everything below a dataset but the working folder."""
-    found = (path for path in folder.rglob("*") if path.is_file() and ".work" not in path.parts)
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+from tests.helpers.preparing import config_file, documents, files, interrupt, read_texts, run, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -246,12 +176,12 @@ def test_cut_pieces_are_tokenised_as_the_whole(prepared: Path, monkeypatch: pyte
     text = "\n \n\n  indented\n\t\n  \n".join(documents(20))
     whole = tokenizer.encode(text, add_special_tokens=False).ids
     for characters in range(2000, 2040):
-        monkeypatch.setattr("data.preparation.writing._CUT_CHARACTERS", characters)
-        pieces = _cut(text)
+        monkeypatch.setattr("data.preparation.writing.CUT_CHARACTERS", characters)
+        pieces = cut_text(text)
         assert len(pieces) > 5
         assert "".join(pieces) == text
         assert [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False).ids] == whole
-    assert "".join(_cut("x" * 10_000)) == "x" * 10_000
+    assert "".join(cut_text("x" * 10_000)) == "x" * 10_000
 
 
 @pytest.mark.parametrize(
@@ -321,18 +251,6 @@ def test_wrong_config_leaves_nothing_behind(corpus: Path, tmp_path: Path) -> Non
         run(path, output)
     assert list((tmp_path / "out").iterdir()) == []
     run(config_file(corpus), output)
-
-
-def interrupt(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run up to the tokenizer, and stop there as a kill would."""
-
-    def stop(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("data.preparation.dataset._make_tokenizer", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(path)
 
 
 def test_source_that_changes_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

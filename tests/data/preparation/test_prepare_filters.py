@@ -13,10 +13,10 @@ from data.keyed import keyed_generator
 from data.preparation import duplicates
 from data.preparation.dataset import load_prepare_config
 from data.preparation.filters import FILTERS, DocumentFilter
-from data.preparation.filters.minhash import _Words
+from data.preparation.filters.minhash import Words
 from data.store.shards import open_stream
 from flexbert_core.schema import Component, ConfigError, RunError
-from tests.data.preparation.test_prepare import config_file, documents, files, read_texts, run
+from tests.helpers.preparing import config_file, documents, files, read_texts, run
 
 
 @FILTERS.register("test_every_nth")
@@ -201,7 +201,7 @@ def test_minhash_result_does_not_depend_on_workers(tmp_path: Path) -> None:
 
 
 def test_words() -> None:
-    assert _Words().word_tokenize("two words \u4f60\u597dab c") == ["two", "words", "\u4f60", "\u597d", "ab", "c"]
+    assert Words().word_tokenize("two words \u4f60\u597dab c") == ["two", "words", "\u4f60", "\u597d", "ab", "c"]
 
 
 @pytest.mark.parametrize("partition", [3, 50, 10**6])
@@ -217,7 +217,7 @@ def test_partitions_do_not_show(tmp_path: Path, partition: int, monkeypatch: pyt
             )
         streams[name] = {"source": {"name": "jsonl", "paths": [str(tmp_path / name)]}}
     monkeypatch.setattr(duplicates, "PARTITION_DOCUMENTS", partition)
-    monkeypatch.setattr("data.preparation.choice._BINS", 7)
+    monkeypatch.setattr("data.preparation.choice.BINS", 7)
     output = run(
         config_file(tmp_path, streams={**streams, "a": {**streams["a"], "max_bytes": "30K"}}, validation_fraction=0)
     )

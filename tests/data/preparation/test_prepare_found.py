@@ -14,38 +14,17 @@ from typing import Any
 import pytest
 import zstandard
 
-from data.preparation.dataset import load_prepare_config, prepare
-from data.store.manifest import StreamManifest
-from data.store.shards import open_stream
-from flexbert_core.schema import ConfigError, RunError
-from tests.data.preparation.test_prepare import config_file, documents, read_texts, write_jsonl
+from tests.helpers.preparing import (
+    documents,
+    error_of,
+    jsonl_source,
+    manifest_of,
+    prepare_one,
+    read_texts,
+    write_jsonl,
+)
 
 NOBODY = 65534
-
-
-def prepare_one(folder: Path, source: dict[str, Any], **changes: Any) -> Path:
-    """Prepare one stream `s` without a validation split; gives its train folder. on_error goes to the stream."""
-    stream = {"source": source, **{key: changes.pop(key) for key in ("on_error", "max_bytes") if key in changes}}
-    node = {"streams": {"s": stream}, "validation_fraction": 0, "output": str(folder / "out"), **changes}
-    config = load_prepare_config(config_file(folder, **node))
-    prepare(config, workers=1)
-    return Path(config.output) / "s" / "train"
-
-
-def jsonl_source(*paths: Path | str) -> dict[str, Any]:
-    return {"name": "jsonl", "paths": [str(path) for path in paths]}
-
-
-def manifest_of(train: Path) -> StreamManifest:
-    return open_stream(train).manifest
-
-
-def error_of(folder: Path, source: dict[str, Any], **changes: Any) -> str:
-    """The one line with which prepare ends."""
-    with pytest.raises((ConfigError, RunError)) as caught:
-        prepare_one(folder, source, **changes)
-    assert str(caught.value).isprintable()
-    return str(caught.value)
 
 
 @contextmanager
@@ -202,7 +181,7 @@ def test_json_counts_only_where_there_is_no_jsonl(tmp_path: Path) -> None:
         ("a.jsonl.lz4", b"x", r".lz4 files are not read here: unpack it, or pack it as .gz, .bz2, .xz, .zst"),
         ("a.jsonl.zip", b"x", r".zip files are not read here: unpack it, or pack it as .gz, .bz2, .xz, .zst"),
         ("a.jsonl.br", b"x", r".br files are not read here: unpack it, or pack it as .gz, .bz2, .xz, .zst"),
-        ("a.jsonl", gzip.compress(b"{}"), "holds .gz data, which its name does not say: give it a name that ends in .gz"),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), "holds .gz data, which its name does not say: give it a name that ends in .gz"),
         ("a.jsonl.gz", b'{"text": "a"}', "is no .gz file, whatever its name says: rename it, or fetch it again"),
         ("a.jsonl.xz", bz2.compress(b"{}"), "holds .bz2 data, which its name does not say: give it a name that ends in .bz2"),
         ("a.jsonl", b"PK\x03\x04...", "holds .zip data, which its name does not say: convert it"),

@@ -14,7 +14,7 @@ import pytest
 
 from data.preparation.dataset import load_prepare_config, prepare
 from data.store.shards import open_stream
-from tests.data.preparation.test_prepare import config_file, documents, files, write_jsonl
+from tests.helpers.preparing import config_file, documents, files, write_jsonl
 
 SCRIPT = """
 import sys

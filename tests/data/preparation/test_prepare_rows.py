@@ -16,9 +16,16 @@ from data.inspect import inspect
 from data.store.manifest import MANIFEST
 from data.store.shards import open_stream
 from flexbert_core.schema import ConfigError
-from tests.data.preparation.test_prepare import documents, read_texts, write_jsonl
-from tests.data.preparation.test_prepare_found import error_of, jsonl_source, manifest_of, prepare_one
-from tests.data.test_inspect import shown
+from tests.helpers.preparing import (
+    documents,
+    error_of,
+    jsonl_source,
+    manifest_of,
+    prepare_one,
+    read_texts,
+    shown,
+    write_jsonl,
+)
 
 GOOD = documents(20)
 

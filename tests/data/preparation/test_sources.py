@@ -1,49 +1,15 @@
 """Every source reads real tiny files; its units cover them once and in order; its errors name file and place."""
 
-import bz2
 import gzip
-import json
-import lzma
 from pathlib import Path
-from typing import Any
 
 import pytest
-import zstandard
 
-from data.preparation.sources import SOURCES, Fault
+from data.preparation.sources import SOURCES
 from data.preparation.sources import base as sources_base
 from data.preparation.sources.builtin import is_readable
 from flexbert_core.schema import ConfigError, RunError
-
-ROWS = [{"text": f"row {number}: " + "word " * number, "other": number} for number in range(50)]
-TEXTS = [row["text"] for row in ROWS]
-
-
-def build(node: dict[str, Any]) -> Any:
-    return SOURCES.build(SOURCES.parse(node))
-
-
-def read_all(node: dict[str, Any]) -> list[str]:
-    """The documents of a source; the first fault is raised, as on_error: fail does."""
-    source = build(node)
-    found = source.find()
-    faults = [*found.faults, *(row for unit in found.units for row in source.read(unit) if isinstance(row, Fault))]
-    for fault in faults:
-        if fault.error is not None:
-            raise fault.error()
-    return [row for unit in found.units for row in source.read(unit) if not isinstance(row, Fault)]
-
-
-def jsonl(rows: list[dict[str, Any]] = ROWS) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def two_frames(content: bytes) -> bytes:
-    half = len(content) // 2
-    return zstandard.compress(content[:half]) + zstandard.compress(content[half:])
-
-
-COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": two_frames}
+from tests.data.preparation.reading import COMPRESS, ROWS, TEXTS, build, jsonl, read_all
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)

@@ -15,7 +15,7 @@ from moto.server import ThreadedMotoServer
 from data.preparation.sources import base as sources_base
 from data.preparation.sources import files as sources_files
 from flexbert_core.schema import ConfigError, RunError
-from tests.data.preparation.test_sources import COMPRESS, ROWS, TEXTS, build, jsonl, read_all
+from tests.data.preparation.reading import COMPRESS, ROWS, TEXTS, build, jsonl, read_all
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +40,14 @@ def bucket(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iter
         "AWS_CONFIG_FILE": str(tmp_path / "none"),
     }.items():
         monkeypatch.setenv(name, value)
-    sources_files._s3.cache_clear()
+    sources_files.s3_filesystem.cache_clear()
     client = boto3.client("s3")
     client.create_bucket(Bucket="corpus")
     yield client
     for entry in client.list_objects_v2(Bucket="corpus").get("Contents", []):
         client.delete_object(Bucket="corpus", Key=entry["Key"])
     client.delete_bucket(Bucket="corpus")
-    sources_files._s3.cache_clear()
+    sources_files.s3_filesystem.cache_clear()
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
@@ -113,14 +113,14 @@ def test_no_credentials_is_said(bucket: Any, monkeypatch: pytest.MonkeyPatch) ->
     bucket.put_object(Bucket="corpus", Key="public.jsonl", Body=jsonl(), ACL="public-read")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    sources_files._s3.cache_clear()
+    sources_files.s3_filesystem.cache_clear()
     assert read_all({"name": "jsonl", "paths": ["s3://corpus/public.jsonl"]}) == TEXTS
     with pytest.raises(
         (ConfigError, RunError), match=r"a\.jsonl: .*access denied: no AWS credentials are set \(AWS_ACC"
     ):
         read_all({"name": "jsonl", "paths": ["s3://corpus/a.jsonl"]})
     monkeypatch.setenv("AWS_PROFILE", "nobody")
-    sources_files._s3.cache_clear()
+    sources_files.s3_filesystem.cache_clear()
     with pytest.raises(ConfigError, match=r"^paths: AWS credentials: .*\(nobody\)"):
         build({"name": "jsonl", "paths": ["s3://corpus/a.jsonl"]}).find()
 

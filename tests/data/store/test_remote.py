@@ -125,17 +125,11 @@ def test_damage_in_the_cache_is_downloaded_again(proxy: Proxy, url: str, tmp_pat
     file = tmp_path / "cache" / f"{info.xxh3_64}-{info.bytes}"
     data = file.read_bytes()
     file.write_bytes({"truncated": data[:-100], "flipped": flip(data), "longer": data + b"1"}[damage])
-    # Another process, which has not checked it yet.
-    child = os.fork()
-    if child == 0:
-        try:
-            fresh = open_stream(url, settings(tmp_path))
-            fresh.files.cache._verified.clear()  # pyright: ignore[reportAttributeAccessIssue]
-            assert_whole(fresh)
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    in_fresh_process(  # one that has not checked it yet
+        "from pathlib import Path\n"
+        "from tests.helpers.remote import assert_whole, settings\n"
+        f"assert_whole(open_stream({url!r}, settings(Path({str(tmp_path)!r}))))\n"
+    )
     assert file.read_bytes() == data
     assert len(proxy.gets(info.file)) == 2
 

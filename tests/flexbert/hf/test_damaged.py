@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from flexbert import build, from_hf, to_hf
 from flexbert_core.schema import ConfigError
-from tests.flexbert.hf.test_export import tokenizer_of
-from tests.flexbert.hf.test_parity import reference_model
 from tests.helpers.hf_forms import older, rewrite
+from tests.helpers.hf_models import reference_model
 from tests.helpers.models import tiny
+from tests.helpers.tokenizer import tokenizer_of
 
 Damage = Callable[[Path], object]
 

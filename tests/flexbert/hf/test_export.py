@@ -8,23 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForMaskedLM, AutoTokenizer, ElectraConfig, ElectraForMaskedLM, PreTrainedTokenizerFast
+from transformers import AutoModelForMaskedLM, AutoTokenizer, ElectraConfig, ElectraForMaskedLM
 
 from flexbert import build, from_hf, to_hf
 from flexbert.hf.mappings import MAPPINGS
 from flexbert_core.schema import ConfigError, RunError
-from tests.flexbert.hf.test_parity import batch_for, one_by_one, reference_model
+from tests.helpers.architectures import BERT, IDS
 from tests.helpers.hf_forms import older
+from tests.helpers.hf_models import batch_for, one_by_one, reference_model
 from tests.helpers.models import ODD_LENGTHS, batch_of, tiny
-
-SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "cls", "sep", "pad", "mask")}
-
-
-def tokenizer_of(size: int) -> PreTrainedTokenizerFast:
-    words = [*SPECIAL.values(), *(f"word{number}" for number in range(size - 5))]
-    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
+from tests.helpers.tokenizer import tokenizer_of
 
 
 def nothing_left(folder: Path) -> bool:
@@ -141,26 +134,6 @@ def test_a_foreign_folder_is_not_overwritten(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-BERT: dict[str, Any] = {
-    "embedding": {"name": "tokens", "token_types": 2, "dropout": 0.1},
-    "position": "learned",
-    "attention": {"name": "multihead", "qkv_bias": True, "out_bias": True, "probs_dropout": 0.2, "out_dropout": 0.1},
-    "norm": {"name": "layernorm", "eps": 1e-12, "bias": True},
-    "mlp": {"name": "mlp", "activation": "gelu_tanh", "in_bias": True, "out_bias": True, "out_dropout": 0.1},
-    "block": "postnorm",
-    "head": {"name": "mlm", "activation": "gelu_tanh", "dense_bias": True},
-    "init": {"name": "default", "std": 0.2},
-}
-IDS = {
-    "cls_token_id": 1,
-    "sep_token_id": 2,
-    "pad_token_id": 3,
-    "mask_token_id": 4,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
 @pytest.mark.parametrize(
     ("changes", "architecture"),
     [
@@ -197,7 +170,7 @@ def test_separate_projections_are_exported_like_fused_ones(tmp_path: Path) -> No
 
 
 def test_a_component_from_outside_is_refused(tmp_path: Path) -> None:
-    import tests.flexbert.test_registry  # noqa: F401  registers test_relu and test_scale
+    import tests.flexbert.parts  # noqa: F401  registers test_relu and test_scale
 
     qk_norm = {"attention": {"qk_norm": {"name": "test_scale"}}}
     for changes, field in (({"mlp": "test_relu"}, "mlp: 'test_relu'"), (qk_norm, "attention.qk_norm: 'test_scale'")):

@@ -12,8 +12,8 @@ from flexbert import FlexBertConfig, FlexBertForMaskedLM, from_hf
 from flexbert.hf.fields import IRRELEVANT, Fields
 from flexbert.hf.mappings import config_of
 from flexbert_core.schema import ConfigError
-from tests.flexbert.hf.test_parity import CLASSES, FIELDS, SIZES, TOLERANCE, batch_for, one_by_one, reference_model
 from tests.helpers.hf_forms import kinds, newer, older, rewrite
+from tests.helpers.hf_models import CLASSES, FIELDS, SIZES, TOLERANCE, batch_for, one_by_one, reference_model
 from tests.helpers.models import batch_of
 
 FULL, SLIDING = "full_attention", "sliding_attention"

@@ -17,52 +17,13 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from flexbert import FlexBertConfig, build, from_hf
-from flexbert.config import PRESETS
+from flexbert import build, from_hf
 from flexbert.hf import modeling_flexbert as modeling
-from flexbert.hf.convert import _hf_config
-from tests.flexbert.hf.test_remote import PARALLEL, SANDWICH, in_transformers, scrambled
-from tests.flexbert.test_presets import SIZES
-from tests.helpers.models import batch_of, gradients, tiny
-
-# Measured over all presets: 1.9e-5 on logits up to 10, with gte-en-mlm-base's NTK angles, elsewhere 1.1e-5; 5.2e-6 on
-# gradients.
-LOGITS, GRADIENTS = 5e-5, 1e-5
-LENGTHS = (1, 63, 0, 30, 5)  # a row of one token, a row of padding only
-PRESET_NAMES = sorted(file.stem for file in PRESETS.glob("*.yaml"))
-TASKS = {"mlm": modeling.FlexBertForMaskedLM, "sequence": modeling.FlexBertForSequenceClassification}
-TASKS |= {"tokens": modeling.FlexBertForTokenClassification, "encoder": modeling.FlexBertModel}
-
-
-def small(preset: str) -> Any:
-    node = FlexBertConfig.from_yaml(preset).to_dict() | SIZES
-    node |= {"bos_token_id": None, "eos_token_id": None, "init": {"name": "default", "std": 0.2}}
-    return scrambled(build(FlexBertConfig.from_dict(node)))
-
-
-def padded(rows: list[Tensor], fill: int, slots: int = 70, left: bool = False) -> Tensor:
-    made = torch.full((len(rows), slots), fill)
-    for row, values in zip(made, rows, strict=True):
-        row[slots - len(values) if left else 0 : slots if left else len(values)] = values
-    return made
-
-
-def inputs(left: bool = False, vocab: int = 97, slots: int = 70) -> dict[str, Tensor]:
-    batch = batch_of(LENGTHS, vocab)
-    parts = {"input_ids": (batch.split(), 0), "labels": (list(batch.labels.split(list(LENGTHS))), -100)}
-    parts["attention_mask"] = ([torch.ones(length, dtype=torch.int64) for length in LENGTHS], 0)
-    return {name: padded(rows, fill, slots, left) for name, (rows, fill) in parts.items()}
-
-
-def own(task: str = "mlm", config: dict[str, Any] = SANDWICH, **changes: Any) -> Any:
-    """A model of the modeling file with fresh weights, large enough to see mistakes."""
-    torch.manual_seed(0)
-    node = tiny(**config).to_dict()
-    return scrambled(TASKS[task](modeling.FlexBertConfig(node, **{"initializer_range": 0.2, **changes})))
-
-
-def close(one: Tensor, other: Tensor, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(one, other, atol=atol, rtol=0)
+from flexbert.hf.convert import transformers_config
+from tests.flexbert.hf.own_code import GRADIENTS, LENGTHS, LOGITS, TASKS, close, in_transformers, inputs, own
+from tests.helpers.architectures import PARALLEL, SANDWICH
+from tests.helpers.models import batch_of, equal, gradients, tiny
+from tests.helpers.presets import PRESET_NAMES, small
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -98,7 +59,8 @@ def test_saved_in_one_file_or_several_it_loads_equal(config: Any, task: str, tmp
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
         assert not info["mismatched_keys"]
-        assert torch.equal(again.eval()(ids)[0], model(ids)[0])
+        assert equal(again, model)
+        close(again.eval()(ids)[0], model(ids)[0])
         ours = from_hf(tmp_path / folder, task="mlm" if task == "mlm" else "encoder")
         batch = batch_of((30,))
         packed = ours.eval()(*batch[:3])
@@ -139,7 +101,8 @@ def test_a_resized_vocabulary_is_one_everywhere(config: Any, size: int, tmp_path
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert again.config.tie_word_embeddings == model.config.tie_word_embeddings == tiny(**config).head.tied
-    assert torch.equal(again(ids).logits, after)
+    assert equal(again, model)
+    close(again(ids).logits, after)
     ours = from_hf(tmp_path).eval()
     assert ours.config.vocab_size == size
     batch = batch_of((30,), 60)
@@ -168,106 +131,6 @@ def test_sizes_and_the_architecture_cannot_disagree(tmp_path: Path) -> None:
             modeling.FlexBertConfig(node, **given)
 
 
-@pytest.mark.parametrize("task", ["mlm", "sequence", "tokens"])
-def test_losses_of_microbatches_add_up_to_the_loss_of_the_step(task: str) -> None:
-    """Trainer gives the number of labels of the whole step, and divides no more (accepts_loss_kwargs)."""
-    model = own(task, PARALLEL, num_labels=3)
-    assert model.accepts_loss_kwargs
-    given = inputs()
-    if task == "sequence":
-        given["labels"] = torch.tensor([0, 1, -100, 2, 1])
-    elif task == "tokens":
-        given["labels"] = torch.where(given["labels"] < 0, -100, given["labels"] % 3)
-    count = int((given["labels"] != -100).sum())
-    model(**given).loss.backward()
-    whole = gradients(model) | {}
-    model.zero_grad()
-    total = torch.zeros(())
-    for rows in ([0], [1, 2], [3], [4]):
-        part = model(
-            **{name: value[rows] for name, value in given.items()}, num_items_in_batch=torch.tensor(count)
-        ).loss
-        part.backward()
-        total = total + part.detach()
-    close(total, model(**given).loss)
-    for name, gradient in gradients(model).items():
-        close(gradient, whole[name])
-    expected = F.cross_entropy(model(**given).logits.flatten(0, -2), given["labels"].flatten())
-    close(model(**given).loss, expected)
-    nothing = given | {"labels": torch.full_like(given["labels"], -100)}
-    assert float(model(**nothing).loss) == 0.0
-    close(model(**given, num_items_in_batch=2 * count).loss, expected / 2)
-
-
-def test_problem_types_of_sequences() -> None:
-    for kind, labels, loss in (
-        ("regression", torch.rand(5, 3), F.mse_loss),
-        ("multi_label_classification", torch.randint(0, 2, (5, 3)).float(), F.binary_cross_entropy_with_logits),
-        ("single_label_classification", torch.tensor([0, 2, 1, 1, 0]), F.cross_entropy),
-    ):
-        for told in (kind, None):
-            if told is None and kind == "regression":
-                continue  # several scores and float labels are taken for several labels, as in transformers
-            model = own("sequence", PARALLEL, num_labels=3, problem_type=told)
-            output = model(**inputs() | {"labels": labels})
-            close(output.loss, loss(output.logits, labels))
-            assert model.config.problem_type == kind
-            parts = [model(**{k: v[i : i + 1] for k, v in (inputs() | {"labels": labels}).items()},
-                           num_items_in_batch=labels.numel()).loss for i in range(5)]  # fmt: skip
-            close(torch.stack(parts).sum(), output.loss)
-    one = own("sequence", PARALLEL, num_labels=1)
-    for labels in (torch.rand(5), torch.rand(5, 1)):
-        output = one(**inputs() | {"labels": labels})
-        close(output.loss, F.mse_loss(output.logits.flatten(), labels.flatten()))
-    for bad in (torch.rand(5, 2), torch.rand(4)):
-        with pytest.raises(ValueError, match=r"labels: .* do not fit scores \(5, 1\)"):
-            one(**inputs() | {"labels": bad})
-
-
-@pytest.mark.parametrize("preset", ["bert-base", "neobert", "mosaicbert-base"])
-@pytest.mark.parametrize("head", [{"name": "classification"}, {"name": "classification", "pooling": "mean", "norm": True,
-                                  "activation": "gelu", "dense_bias": False}, {"name": "tokens"}], ids=["cls", "mean", "tokens"])  # fmt: skip
-def test_task_heads_compute_what_flexberts_do(head: Any, preset: str) -> None:
-    task = "tokens" if head["name"] == "tokens" else "classification"
-    node = small(preset).config.to_dict() | {"head": head}
-    ours: Any = scrambled(build(FlexBertConfig.from_dict(node), task, num_labels=3))
-    theirs = TASKS["tokens" if task == "tokens" else "sequence"](modeling.FlexBertConfig(ours.config.to_dict()))
-    theirs.load_state_dict(ours.state_dict())  # the same names
-    assert theirs.config.num_labels == 3
-    batch, expected = batch_of(LENGTHS), ours(*batch_of(LENGTHS)[:3]).logits
-    for left in (False, True):
-        given = inputs(left)
-        logits = theirs.eval()(given["input_ids"], given["attention_mask"]).logits
-        close(logits if task == "classification" else logits[given["attention_mask"].bool()], expected, LOGITS)
-    assert len(batch.input_ids) == sum(LENGTHS)
-
-
-@pytest.mark.parametrize("task", ["sequence", "tokens"])
-def test_a_head_for_another_task_starts_anew(task: str, tmp_path: Path) -> None:
-    """The masked-token head's dense layer has the name of the classifier's, and must not pass for it."""
-    pretrained = own(config=PARALLEL)
-    pretrained.save_pretrained(tmp_path / "mlm")
-    torch.manual_seed(1)
-    model = TASKS[task].from_pretrained(tmp_path / "mlm", num_labels=5)
-    for name, tensor in pretrained.encoder.state_dict().items():
-        assert torch.equal(tensor, model.encoder.state_dict()[name])
-    for name, parameter in model.head.named_parameters():
-        wanted = 0.2 if parameter.ndim == 2 else 0.0  # config.initializer_range
-        assert float(parameter.std()) == pytest.approx(wanted, rel=0.2), name
-    if task == "sequence":
-        assert not torch.equal(model.head.dense.weight, pretrained.head.dense.weight)
-    model.save_pretrained(tmp_path / "tuned")
-    again = TASKS[task].from_pretrained(tmp_path / "tuned")
-    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
-    assert again.config.flexbert["head"] == model.config.flexbert["head"]
-    assert again.config.flexbert["head"]["num_labels"] == again.config.num_labels == 5
-    assert pretrained.config.flexbert["head"]["name"] == "mlm"
-    with pytest.raises(ValueError, match="is no masked-token head"):
-        modeling.FlexBertForMaskedLM.from_pretrained(tmp_path / "tuned")
-    other = TASKS[task].from_pretrained(tmp_path / "tuned", num_labels=2, ignore_mismatched_sizes=True)
-    assert other.head.classifier.weight.shape == (2, 48)
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("task", ["mlm", "sequence"])
 def test_gradient_checkpointing_recomputes_and_changes_no_gradient(task: str, reentrant: bool) -> None:
@@ -292,112 +155,6 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(task: str, re
         close(gradient, found[1][1][name])
     model.gradient_checkpointing_disable()
     assert not model.is_gradient_checkpointing
-
-
-@pytest.mark.parametrize("config", [SANDWICH, PARALLEL], ids=["sandwich", "parallel"])
-def test_attentions_and_hidden_states(config: Any) -> None:
-    model, given = own(config=config), inputs()
-    output = model(**given, output_attentions=True, output_hidden_states=True)
-    close(output.logits, model(**given).logits)  # eager as sdpa
-    assert len(output.attentions) == 4
-    assert len(output.hidden_states) == 5
-    real = given["attention_mask"].bool()
-    for weights in output.attentions:
-        assert weights.shape == (5, 3, 70, 70)
-        close(weights.sum(-1), torch.ones(5, 3, 70))
-        for row in (0, 1, 3, 4):  # no real token looks at padding
-            assert not weights[row][:, real[row]][..., ~real[row]].any()
-    narrow = own(config=config | {"attention": {"window_per_side": 3, "global_attn_every_n_layers": 3}})
-    far = (torch.arange(20)[:, None] - torch.arange(20)).abs() > 3
-    for layer, weights in enumerate(narrow(given["input_ids"][:, :20], output_attentions=True).attentions):
-        assert bool(weights[:, :, far].any()) == (layer % 3 == 0)
-    for tensor in (output.hidden_states[0], output.attentions[0]):
-        tensor.retain_grad()
-    output.logits.sum().backward()
-    assert output.hidden_states[0].grad.any()
-    assert output.attentions[0].grad.any()
-    by_config = own(config=config, attn_implementation="eager", output_attentions=True, output_hidden_states=True)
-    assert by_config(**given).attentions is not None
-    assert by_config(**given).hidden_states is not None
-    assert by_config(**given, output_attentions=False, output_hidden_states=False).hidden_states is None
-
-
-def test_tuples_embeddings_and_positions() -> None:
-    model, given = own(), inputs()
-    as_tuple = model(**given, output_hidden_states=True, return_dict=False)
-    as_output = model(**given, output_hidden_states=True)
-    assert isinstance(as_tuple, tuple)
-    assert len(as_tuple) == 3
-    assert torch.equal(as_tuple[0], as_output.loss)
-    assert torch.equal(as_tuple[1], as_output.logits)
-    assert isinstance(own(return_dict=False)(given["input_ids"]), tuple)
-    assert isinstance(own("encoder", return_dict=False)(given["input_ids"]), tuple)
-    mask = given["attention_mask"]
-    rows = model.get_input_embeddings()(given["input_ids"])
-    assert torch.equal(model(inputs_embeds=rows, attention_mask=mask).logits, model(given["input_ids"], mask).logits)
-    for config in (SANDWICH, PARALLEL, {"position": "learned"}, {"position": "sinusoidal"}):
-        model, ids = own(config=config), given["input_ids"][1:2, :60]
-        plain = model(ids).logits
-        assert torch.equal(model(ids, position_ids=torch.arange(60)[None]).logits, plain)
-        order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
-        moved = model(ids[:, order], position_ids=order[None]).logits
-        close(moved, plain[:, order])  # tokens and places moved together: nothing has changed
-
-
-WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "unknown": ({"head_mask": torch.ones(3)}, TypeError, "head_mask"),
-    "misspelt": ({"token_type_id": torch.zeros(2, 5)}, TypeError, "token_type_id"),
-    "no input": ({"input_ids": None}, ValueError, "give one of them"),
-    "two inputs": ({"inputs_embeds": torch.zeros(2, 5, 48)}, ValueError, "give one of them"),
-    "flat": ({"input_ids": torch.zeros(5, dtype=torch.int64)}, ValueError, "expected shape"),
-    "square mask": ({"attention_mask": torch.ones(2, 1, 5, 5)}, ValueError, "attention_mask: expected shape"),
-    "short mask": ({"attention_mask": torch.ones(2, 4)}, ValueError, "attention_mask: expected shape"),
-    "additive mask": ({"attention_mask": torch.full((2, 5), -1e9)}, ValueError, "attention_mask: expected 1"),
-    "numbered mask": (
-        {"attention_mask": torch.tensor([[1, 1, 2, 2, 0]] * 2)},
-        ValueError,
-        "attention_mask: expected 1",
-    ),
-    "positions": ({"position_ids": torch.arange(4)[None]}, ValueError, "position_ids: expected shape"),
-    "types": ({"token_type_ids": torch.zeros(1, 5)}, ValueError, "token_type_ids: expected shape"),
-    "no types": ({"token_type_ids": torch.ones(2, 5).long()}, ValueError, "token_type_ids: this model has none"),
-    "labels": ({"labels": torch.zeros(2, 4).long()}, ValueError, "labels: .* do not fit"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_what_is_not_supported_is_refused_by_name(case: str) -> None:
-    change, kind, message = WRONG[case]
-    model = own(config=PARALLEL)
-    with pytest.raises(kind, match=message):
-        model(**{"input_ids": torch.ones(2, 5, dtype=torch.int64), **change})
-
-
-def test_what_the_class_cannot_do_is_refused_by_name(tmp_path: Path) -> None:
-    model = own(config=PARALLEL)
-    model.save_pretrained(tmp_path)
-    for name in ("flash_attention_2", "flex_attention"):
-        with pytest.raises((ValueError, ImportError), match="(?i)flash|flex"):
-            type(model).from_pretrained(tmp_path, attn_implementation=name)
-    for name in ("eager", "sdpa"):
-        loaded = type(model).from_pretrained(tmp_path, attn_implementation=name)
-        assert loaded.config._attn_implementation == name
-    ids, calls = inputs()["input_ids"], []
-    plain = loaded.eval()(ids).logits
-    loaded.encoder.layers[0].register_forward_hook(lambda _, __, output: calls.append(output[1] is not None))
-    loaded.set_attn_implementation("eager")
-    close(loaded(ids).logits, plain)
-    assert calls == [True]
-    loaded.config._attn_implementation_internal = "flash_attention_3"  # past transformers' own check
-    with pytest.raises(ValueError, match="attn_implementation: 'flash_attention_3' is not supported"):
-        loaded(ids)
-    with pytest.raises(NotImplementedError, match="prune_heads"):
-        model.prune_heads({0: [1]})
-    for name in ("is_decoder", "add_cross_attention"):
-        with pytest.raises(ValueError, match=f"config.{name}"):
-            modeling.FlexBertModel(modeling.FlexBertConfig(tiny(**PARALLEL).to_dict(), **{name: True}))
-    with pytest.raises(ValueError, match=r"config\.flexbert: is empty"):
-        modeling.FlexBertModel(modeling.FlexBertConfig())
 
 
 class Adapter(nn.Module):
@@ -458,7 +215,9 @@ def test_it_loads_without_a_first_copy_and_on_a_device_map(tmp_path: Path) -> No
     with torch.device("meta"):
         empty = type(model)(model.config)
     assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
-    assert torch.equal(type(model).from_pretrained(tmp_path, low_cpu_mem_usage=True).eval()(ids)[0], model(ids)[0])
+    again = type(model).from_pretrained(tmp_path, low_cpu_mem_usage=True).eval()
+    assert equal(again, model)
+    close(again(ids)[0], model(ids)[0])
 
 
 def test_new_weights_are_drawn_for_what_they_are() -> None:
@@ -504,7 +263,7 @@ def test_a_graph_can_be_traced_and_exported() -> None:
 
 
 def test_exports_name_every_class(tmp_path: Path) -> None:
-    config, mapping = _hf_config(tiny(**SANDWICH), {"pad_token_id": 3})
+    config, mapping = transformers_config(tiny(**SANDWICH), {"pad_token_id": 3})
     assert mapping is None
     config.save_pretrained(tmp_path)
     for auto, name in modeling.FlexBertConfig.from_pretrained(tmp_path).auto_map.items():

@@ -17,12 +17,12 @@ from torch import Tensor
 from flexbert import FlexBertConfig, build, from_hf, to_hf
 from flexbert.config import PRESETS
 from flexbert_core.schema import ConfigError
-from tests.flexbert.hf.test_export import tokenizer_of
-from tests.flexbert.hf.test_parity import CLASSES
-from tests.flexbert.hf.test_remote import in_transformers, scrambled
-from tests.flexbert.hf.test_weights import equal
-from tests.flexbert.test_presets import SIZES
+from tests.flexbert.hf.own_code import in_transformers
 from tests.helpers.hf_forms import kinds, newer, older, rewrite
+from tests.helpers.hf_models import CLASSES
+from tests.helpers.models import equal, scrambled
+from tests.helpers.presets import SIZES
+from tests.helpers.tokenizer import tokenizer_of
 
 # Measured worst case over 460 examples: 5.2e-5 on logits up to 6.2, with squared activations in the head; there
 # transformers lies 4.9e-5 from its own float64.

@@ -7,9 +7,10 @@ import torch
 
 from flexbert import FlexBertConfig, build, from_hf, to_hf
 from flexbert.config import PRESETS
-from tests.flexbert.hf.test_export import IDS, tokenizer_of
-from tests.flexbert.hf.test_remote import scrambled
-from tests.flexbert.test_presets import SIZES
+from tests.helpers.architectures import IDS
+from tests.helpers.models import scrambled
+from tests.helpers.presets import SIZES
+from tests.helpers.tokenizer import tokenizer_of
 
 
 @pytest.mark.slow  # exports with code of their own are loaded in a process without FlexBERT

@@ -13,10 +13,11 @@ from flexbert import build, to_hf
 from flexbert.config import PRESETS, FlexBertConfig
 from flexbert.hf.tokenizer import load_tokenizer, save_tokenizer
 from flexbert_core.schema import ConfigError
-from tests.flexbert.hf.test_export import BERT, tokenizer_of
-from tests.flexbert.test_presets import SIZES
+from tests.helpers.architectures import BERT
 from tests.helpers.hf_forms import rewrite
 from tests.helpers.models import tiny
+from tests.helpers.presets import SIZES
+from tests.helpers.tokenizer import tokenizer_of
 
 ROBERTA = {
     **BERT,

@@ -21,16 +21,12 @@ from flexbert import build, from_hf, to_hf
 from flexbert.hf.mappings import MAPPINGS
 from flexbert.hf.state import moved_table
 from flexbert_core.schema import ConfigError
-from tests.flexbert.hf.test_export import BERT, tokenizer_of
-from tests.flexbert.hf.test_parity import CLASSES, TOLERANCE, batch_for, one_by_one, reference_model
-from tests.helpers.models import tiny
+from tests.helpers.architectures import BERT
+from tests.helpers.hf_models import CLASSES, TOLERANCE, batch_for, one_by_one, reference_model
+from tests.helpers.models import equal, tiny
+from tests.helpers.tokenizer import tokenizer_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-def equal(model: Any, other: Any) -> bool:
-    ours, theirs = model.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 @pytest.mark.parametrize("kind", CLASSES)

@@ -13,10 +13,10 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceCl
 from transformers import AutoModelForTokenClassification as ForTokens
 
 from flexbert import build, from_hf, to_hf
-from tests.flexbert.hf.test_export import IDS, tokenizer_of
-from tests.flexbert.hf.test_own_model import inputs
-from tests.flexbert.hf.test_remote import PARALLEL, SANDWICH, scrambled
-from tests.helpers.models import batch_of, tiny
+from tests.flexbert.hf.own_code import inputs
+from tests.helpers.architectures import IDS, PARALLEL, SANDWICH
+from tests.helpers.models import batch_of, scrambled, tiny
+from tests.helpers.tokenizer import tokenizer_of
 
 PYTHON_OF_4 = Path(__file__).parents[3] / ".venv" / "bin" / "python"
 CONFIGS = {"untied": SANDWICH, "tied": PARALLEL}

@@ -58,7 +58,7 @@ def test_tiled_equals_eager(
     lengths: tuple[int, ...], window: tuple[int, int], tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The smaller tile cuts heads, queries and blocks apart, as the larger does in batches of thousands of tokens.
-    monkeypatch.setattr(tiles, "_TILE", tile)
+    monkeypatch.setattr(tiles, "TILE_BYTES", tile)
     pairs = zip(run("tiled", lengths, window), run("eager", lengths, window), strict=True)
     for ours, expected in pairs:
         torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
@@ -136,6 +136,7 @@ def test_whole_model_agrees_between_backends() -> None:
         torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=0)  # measured 6e-8 of up to 0.1
 
 
+@pytest.mark.slow
 def test_one_document_of_8192_tokens() -> None:
     # One narrow head: the reference's scores alone are 256 MiB
     tensors = qkv_of(8192, heads=1, dim=8)

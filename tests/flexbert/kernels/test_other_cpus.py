@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent.parent.parent
 OLDER = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
+@pytest.mark.slow  # another pytest
 def test_products_on_a_cpu_without_avx512() -> None:
     question = "import torch; from flexbert.kernels.cpu import lacks; print(lacks(torch.bfloat16, 'cpu'))"
     arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/flexbert/kernels/test_products.py"]

@@ -244,6 +244,7 @@ def test_a_server_that_never_comes_back_ends_the_run_and_harms_nothing(
             machine.train()
 
 
+@pytest.mark.slow
 def test_any_url_of_fsspec_and_ranks(ranks: Ranks, tiny_data: Path, tmp_path: Path) -> None:
     """Rank 0 alone copies and fetches, before the others look."""
     options = {"remote": f"file://{tmp_path}/mounted", "keep": 1}

@@ -127,7 +127,7 @@ def test_stableadamw_of_cuda_and_shards_is_optimis(decouple_lr: bool) -> None:
         set_lr(together, 0.02 - 0.001 * step, 0.02)
         set_lr(one_by_one, 0.02 - 0.001 * step, 0.02)
         with torch.no_grad():
-            together._step_together(sharded=False)
+            together.step_together(sharded=False)
         one_by_one.step()
         assert worst(ours, theirs) < 1e-6, step
     weights = [group["params"][0] for group in together.param_groups]

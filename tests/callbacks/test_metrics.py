@@ -30,9 +30,8 @@ from main import app
 from recipe.config import RunConfig, load_run_config
 from recipe.phases import PhasePlan
 from recipe.slots import OPTIMIZERS
-from tests.helpers.runs import command, environment, metrics, prepare_dataset, run, write_config
+from tests.helpers.runs import command, environment, metrics, prepare_dataset, run, wait_for_step, write_config
 from tests.helpers.synthetic_runs import RUN, run_config, write_dataset
-from tests.training.test_run import wait_for_step
 from training.checkpoints.files import list_checkpoints
 from training.trainer import train
 

@@ -4,76 +4,23 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from flexbert import build, from_hf, to_hf
-from flexbert.activations import _FUNCTIONS
-from flexbert.hf.convert import MODELING_FILE, _hf_config
+from flexbert.hf.convert import MODELING_FILE, transformers_config
 from flexbert.hf.mappings import MAPPINGS
-from flexbert.registry import SLOTS
+from flexbert.registry import SLOTS, build_activation
 from flexbert_core.schema import RunError
-from tests.flexbert.hf.test_export import BERT, IDS, tokenizer_of
-from tests.helpers.models import ODD_LENGTHS, batch_of, tiny
+from tests.flexbert.hf.own_code import in_transformers
+from tests.helpers.architectures import BERT, CASES, IDS, LEARNED, PARALLEL, SANDWICH
+from tests.helpers.models import ODD_LENGTHS, batch_of, scrambled, tiny
+from tests.helpers.tokenizer import tokenizer_of
 
 # Measured worst case: 3.3e-6 on logits up to 9
 TOLERANCE = 1e-5
-
-NORM = {"name": "layernorm", "bias": True}
-SANDWICH: dict[str, Any] = {
-    "embedding": {"name": "tokens", "scaled": True, "token_types": 2, "norm": False},
-    "position": {"name": "rope", "layout": "interleaved", "rotary_fraction": 0.5, "scaling": "ntk", "scaling_factor": 2.0},
-    "attention": {"num_key_value_heads": 1, "qk_norm": "rmsnorm", "fused": False, "inner_norm": NORM},
-    "norm": "rmsnorm",
-    "mlp": {"name": "mlp", "activation": "relu_squared", "inner_norm": "rmsnorm"},
-    "block": "sandwich",
-    "initial_layers": {"count": 2, "mlp": {"name": "glu", "activated_half": "second", "activation": "prelu"}},
-    "head": {"name": "mlm", "transform": False, "tied": False},
-}  # fmt: skip
-PARALLEL: dict[str, Any] = {
-    "position": "alibi",
-    "norm": NORM,
-    "attention": {"num_key_value_heads": 1, "qkv_bias": True},
-    "block": "parallel",
-    "head": {"name": "mlm", "decoder_bias": False, "activation": "silu"},
-}
-SINUSOIDAL: dict[str, Any] = {
-    "position": {"name": "sinusoidal", "learned_scale": True},
-    "initial_layers": {"count": 3, "block": "postnorm"},
-}
-LEARNED: dict[str, Any] = {
-    "position": {"name": "learned", "offset": 2},
-    "block": {"name": "prenorm", "skip_first_attention_norm": False},
-}
-LINEAR: dict[str, Any] = {
-    "position": {"name": "rope", "scaling": "linear", "scaling_factor": 4.0, "local_theta": 50.0},
-    "attention": {"window_per_side": 5, "global_attn_every_n_layers": 2},
-}
-CASES = {"sandwich": SANDWICH, "parallel": PARALLEL, "sinusoidal": SINUSOIDAL, "learned": LEARNED, "linear": LINEAR}
-
-
-def in_transformers(model: Any, **config: Any) -> Any:
-    """The template's model with the same weights."""
-    from flexbert.hf.modeling_flexbert import FlexBertConfig, FlexBertForMaskedLM
-
-    theirs = FlexBertForMaskedLM(FlexBertConfig(model.config.to_dict(), **config))
-    faults = theirs.load_state_dict(model.state_dict(), strict=False)
-    tied = {"head.output.weight"} if model.config.head.tied else set()  # the token table, which has been loaded
-    assert (set(faults.missing_keys), faults.unexpected_keys) == (tied, [])
-    return theirs.eval()
-
-
-def scrambled(model: Any) -> Any:
-    """Ones and zeros would hide a norm or bias that is left out."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.eval()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -116,10 +63,12 @@ def test_the_modeling_file_knows_every_component_of_the_package() -> None:
         of_package = {name for name, entry in SLOTS[slot].entries.items() if entry.__module__.startswith("flexbert.")}
         serves_export = {name for name in of_package if slot != "head" or SLOTS[slot].entries[name].task == "mlm"}
         assert names == serves_export, slot
-    assert set(ACTIVATIONS) == {*_FUNCTIONS, "prelu"}
+    outside = ("tests.", "imported_", "examples.")
+    ours = {name for name, entry in SLOTS["activation"].entries.items() if not entry.__module__.startswith(outside)}
+    assert set(ACTIVATIONS) == ours
     values = torch.linspace(-3, 3, 50)
-    for name, function in _FUNCTIONS.items():
-        assert torch.equal(ACTIVATIONS[name](values), function(values)), name
+    for name in ours - {"prelu"}:  # which has a weight
+        assert torch.equal(ACTIVATIONS[name](values), build_activation(name)(values)), name
 
 
 LOAD = """
@@ -169,9 +118,9 @@ def test_roberta_with_another_padding_id_is_not_passed_off_as_one() -> None:
     """transformers' RoBERTa starts its positions behind the padding id, so 2 rows of offset need the padding id 1."""
     changes = {**BERT, "position": {"name": "learned", "offset": 2}, "head": {"name": "mlm", "dense_bias": True}}
     config = tiny(**changes)
-    assert _hf_config(config, {"pad_token_id": 1})[1] == MAPPINGS["roberta"]
+    assert transformers_config(config, {"pad_token_id": 1})[1] == MAPPINGS["roberta"]
     for pad in (0, 2, 3, None):
-        exported, mapping = _hf_config(config, {"pad_token_id": pad})
+        exported, mapping = transformers_config(config, {"pad_token_id": pad})
         assert mapping is None
         assert exported.model_type == "flexbert"
 
