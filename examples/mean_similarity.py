@@ -57,6 +57,8 @@ class MeanSimilarity:
             device = next(model.parameters()).device
             ids, bounds = batch["input_ids"].to(device), batch["cu_seqlens"].to(device)
             states = model.within(lambda model: model.encoder(ids, bounds, batch["max_seqlen"]))  # noqa: B023
+            if len(bounds) < 2:  # there were no rows left for this rank; the model ran, for others wait for it
+                continue
             means = torch.segment_reduce(states.float(), "mean", lengths=bounds.diff())
             units = torch.nn.functional.normalize(means, dim=1).double()
             sums += torch.cat([units.sum(0), units.new_tensor([len(units)])]).cpu()
