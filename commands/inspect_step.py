@@ -50,6 +50,7 @@ def inspect_step(path: Path, step: int, rows: int, as_json: bool, console: Conso
     spike = _skipped_for(folder.ledger, step)
     _, loader_phase, taken, _ = next(islice(dataset.plan(), step - 1 - dataset.step, None))
     phase = plan.at(step - 1)
+    last = max((line["step"] for line in read_lines(folder.metrics)), default=0)
     shown = rows or sum(part.count for part in taken)
     if not as_json:
         console.print(
@@ -57,6 +58,7 @@ def inspect_step(path: Path, step: int, rows: int, as_json: bool, console: Conso
             f"{plan.tokens_before(step):,}): {loader_phase.global_batch_size} rows of {phase.max_seq_len}"
             + (f", the first {shown} below (--rows 0: all)" if shown < loader_phase.global_batch_size else "")
             + (f"\nthis step was skipped (loss spike in step {spike})" if spike is not None else "")
+            + (f"\nnot trained yet: the last step that is known is {last}" if step > last else "")
             + "\n⟦the⟧ is masked, ⟦the→cat⟧ replaced, ⟦the=⟧ kept but to be predicted",
             soft_wrap=True,
         )

@@ -268,10 +268,16 @@ def fingerprint(folder: Path) -> str:
     return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
 
 
+_ROLE_FILES = ("special_tokens_map.json", "tokenizer_config.json")
+
+
 def tokenizer_facts(folder: Path, tokenizer: Any = None) -> TokenizerFacts:
     """Ids and fingerprint of a saved tokenizer. tokenizer: its `corpus_tokenizer`, where that is loaded already."""
     tokenizer = tokenizer or corpus_tokenizer(folder)
-    names = json.loads((folder / "special_tokens_map.json").read_text(encoding="utf-8"))
+    # transformers 5 writes the roles into the one file only, 4 into both.
+    file = next(file for name in _ROLE_FILES if (file := folder / name).is_file())
+    given = json.loads(file.read_text(encoding="utf-8"))
+    names = {role: token for role, token in given.items() if role in {f"{role}_token" for role in ROLES} and token}
     names = {role: token["content"] if isinstance(token, dict) else token for role, token in names.items()}
     roles: dict[str, Any] = {
         f"{role}_token_id": tokenizer.token_to_id(names[f"{role}_token"]) if f"{role}_token" in names else None

@@ -99,7 +99,7 @@ class RunFolder:
         if not file.exists():
             return
         recorded = self.recorded_config()
-        before, now = (_history(each) | _min_lengths(each) for each in (recorded, config))
+        before, now = (_history(each) | _min_lengths(each) | {"data.lanes": each.lanes} for each in (recorded, config))
         keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         # Of another component the name says it all.
         others = tuple(key.removesuffix("name") for key in keys if key.endswith(".name"))

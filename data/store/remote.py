@@ -83,11 +83,12 @@ class RemoteFiles:
                 raise RunError(f"{self.url}/{info.file}: {state}: {self.fix}")
 
     def sizes(self, names: list[str]) -> dict[str, int | None]:
-        """Bytes of what lies below the URL, of a web server those of `names`; None where it does not say."""
+        """Bytes of what lies below the URL, of a web server those of `names`; None where it does not say. Raises
+        ConfigError when the server refuses, RunError when it cannot be reached."""
         try:
             return self._open_store().sizes(names)
         except TransferError as error:
-            raise RunError(str(error)) from None
+            raise (RunError if error.kind == "passing" else ConfigError)(str(error)) from None
 
     def prefetch(self, infos: Sequence[ShardInfo]) -> None:
         if infos:

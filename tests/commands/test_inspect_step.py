@@ -24,3 +24,13 @@ def test_a_skipped_step_says_so(tiny_data: Path, tmp_path: Path, capsys: pytest.
         inspect_step(run, step, 1, True, Console())
         for line in capsys.readouterr().out.splitlines():
             assert json.loads(line)["skipped_for_spike_in_step"] == (4 if step in (3, 4) else None)
+
+
+def test_a_step_to_come_says_so(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = go(write_config(tmp_path, tiny_data, 6))
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= 4))
+    for step in (4, 5, 6):
+        inspect_step(run, step, 1, False, Console(width=200))
+        said = "not trained yet: the last step that is known is 4" in capsys.readouterr().out
+        assert said == (step > 4)

@@ -48,6 +48,14 @@ def test_trained_ids_and_facts(trained: Path) -> None:
     assert facts.special_ids == [0, 1, 2, 3, 4, *range(real, facts.vocab_size)]
 
 
+def test_roles_are_known_without_the_file_that_transformers_5_leaves_out(trained: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (alone / name).write_bytes((trained / name).read_bytes())
+    assert tokenizer_facts(alone) == tokenizer_facts(trained)
+
+
 def test_training_is_deterministic(trained: Path, tmp_path: Path) -> None:
     again = make(tmp_path / "again", {"name": "train", "vocab_size": 384})
     for file in trained.iterdir():

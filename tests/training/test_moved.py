@@ -78,6 +78,17 @@ def test_what_would_change_its_history_is_refused(begun: Path, overrides: list[s
     )  # what may differ is not listed
 
 
+def test_a_default_that_is_said_is_no_change(tiny_data: Path, tmp_path: Path) -> None:
+    file = write_config(tmp_path, tiny_data, 2)
+    begun = load_run_config(file, ["data.lanes=null"])
+    folder = RunFolder(begun.folder)
+    folder.open(begun)
+    folder.close()
+    folder.check_config(load_run_config(file, [f"data.lanes={begun.lanes}"]))
+    with pytest.raises(ConfigError, match=f"data.lanes was {begun.lanes}, now {begun.lanes // 2}: "):
+        folder.check_config(load_run_config(file, [f"data.lanes={begun.lanes // 2}"]))
+
+
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_other_data_under_the_same_name_are_refused(begun: Path, ranks: Ranks, tmp_path: Path, split: str) -> None:
     """Their fingerprints are compared, wherever they lie: here the stream's split is another stream's."""
