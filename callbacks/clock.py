@@ -1,14 +1,13 @@
 """The time and the tokens between two lines of metrics."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from composer.core import Callback, State
 from composer.loggers import Logger
 
 from callbacks.ledger import Ledger
+from recipe.phases import PhasePlan
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,9 @@ class Clock(Callback):
     | nothing; see the gauges | | BATCH_END |
     """
 
-    def __init__(self, log_interval: int, ledger: Ledger, describe: Callable[[int], dict[str, Any]]) -> None:
-        """ledger: comes before this callback. describe: facts of the schedule after so many steps, `tokens` among
-        them."""
-        self.log_interval, self.ledger, self.describe = log_interval, ledger, describe
+    def __init__(self, log_interval: int, ledger: Ledger, plan: PhasePlan) -> None:
+        """ledger: comes before this callback."""
+        self.log_interval, self.ledger, self.plan = log_interval, ledger, plan
         self.window: Window | None = None
         """Of the step that has just ended; None where no line is due."""
         self.train_seconds = 0.0
@@ -51,7 +49,7 @@ class Clock(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._real_tokens = sum(self.ledger.real_tokens().values())
-        self._tokens = self.describe(state.timestamp.batch.value)["tokens"]
+        self._tokens = self.plan.tokens_before(state.timestamp.batch.value)
         self.restart()
 
     def restart(self) -> None:
@@ -73,7 +71,7 @@ class Clock(Callback):
         step = state.timestamp.batch.value
         if step % self.log_interval:
             return
-        tokens, real_tokens = self.describe(step)["tokens"], sum(self.ledger.real_tokens().values())
+        tokens, real_tokens = self.plan.tokens_before(step), sum(self.ledger.real_tokens().values())
         self.window = Window(
             step=step,
             tokens=tokens,

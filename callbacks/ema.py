@@ -1,6 +1,6 @@
 """An exponential moving average of the weights, kept beside them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +8,8 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from torch import Tensor, nn
+
+from recipe.phases import PhasePlan
 
 
 class WeightAverage(Callback):
@@ -22,14 +24,14 @@ class WeightAverage(Callback):
     | nothing; see `validation_ema` of metrics.jsonl | | BATCH_END |
     """
 
-    def __init__(self, model: nn.Module, decay: float, due: Callable[[int], bool]) -> None:
-        """due: whether the average takes in the weights after so many steps."""
-        self.model, self.decay, self.due = model, decay, due
+    def __init__(self, model: nn.Module, decay: float, plan: PhasePlan, every: int | None) -> None:
+        """every: tokens between updates; None: after each step."""
+        self.model, self.decay, self.plan, self.every = model, decay, plan, every
         self.updates = 0
         self._average: dict[str, Tensor] = {}
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        if self.due(state.timestamp.batch.value):
+        if self.every is None or self.plan.crosses(state.timestamp.batch.value, self.every):
             self.update()
 
     @torch.no_grad()

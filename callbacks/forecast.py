@@ -10,6 +10,7 @@ from composer.loggers import Logger
 
 from callbacks.clock import Clock, Window
 from callbacks.gauge import Gauge
+from recipe.phases import PhasePlan
 
 _LINES = 100  # the pace is that of so many lines: it follows a new phase, and evens out evaluations and checkpoints
 
@@ -27,26 +28,23 @@ class Forecast(Gauge):
     def __init__(
         self,
         clock: Clock,
-        total_tokens: int,
-        tokens_at: Callable[[int], int],
+        plan: PhasePlan,
         seconds: Callable[[], float],
         price_per_hour: float | None,
     ) -> None:
-        """total_tokens: slots of the run. tokens_at: slots before a step. seconds: wall clock of the run so far.
-        price_per_hour: of all machines together."""
+        """seconds: wall clock of the run so far, of all its processes. price_per_hour: of all machines together."""
         super().__init__(clock)
-        self.total_tokens, self.tokens_at, self.seconds = total_tokens, tokens_at, seconds
-        self.price_per_hour = price_per_hour
+        self.plan, self.seconds, self.price_per_hour = plan, seconds, price_per_hour
         self._pace: deque[tuple[float, int]] = deque(maxlen=_LINES + 1)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._pace.clear()
-        self._pace.append((time.monotonic(), self.tokens_at(state.timestamp.batch.value)))
+        self._pace.append((time.monotonic(), self.plan.tokens_before(state.timestamp.batch.value)))
 
     def read(self, state: State, window: Window) -> dict[str, Any]:
         self._pace.append((time.monotonic(), window.tokens))
         (begin, first), (now, last) = self._pace[0], self._pace[-1]
-        eta = (self.total_tokens - last) * (now - begin) / (last - first)
+        eta = (self.plan.total_tokens - last) * (now - begin) / (last - first)
         line = {"eta_seconds": eta}
         if self.price_per_hour is not None:
             seconds = self.seconds()

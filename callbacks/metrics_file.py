@@ -1,7 +1,6 @@
 """metrics.jsonl: what every callback logs, a line for each step that something was logged in."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,14 @@ from composer.loggers import Logger, LoggerDestination
 
 import ranks
 from callbacks.step_log import append_line, nested, read_lines, trim_lines
+from recipe.phases import PhasePlan
 
 # Composer's trainer logs these at every step: clocks that count what `step` and `tokens` say, and the loss of a step.
 _OF_THE_TRAINER = ("time/", "trainer/", "loss/train/total")
 
 
 class MetricsFile(LoggerDestination):
-    """Writes {"step", what `describe` says of the step, the metrics of the step} (rank 0).
+    """Writes {"step", where the plan stands then, the metrics of the step} (rank 0).
 
     Metrics named `train/...` are ours: they stand in the line itself, nested at each slash. All others keep their
     prefix: `validation/loss` is line["validation"]["loss"]. A number that is not finite is null. What Composer's
@@ -25,9 +25,8 @@ class MetricsFile(LoggerDestination):
     A metric logged while a step is under way belongs to that step, so that a restart neither repeats nor loses one.
     """
 
-    def __init__(self, file: Path, describe: Callable[[int], dict[str, Any]]) -> None:
-        """describe: facts of the schedule after so many steps: tokens, phase, max_seq_len, global_batch_size."""
-        self.file, self.describe = file, describe
+    def __init__(self, file: Path, plan: PhasePlan) -> None:
+        self.file, self.plan = file, plan
         self.latest: dict[str, Any] = {}
         """The newest line with a loss that this process wrote; empty before the first."""
         self.others: dict[str, float] = {}
@@ -65,7 +64,7 @@ class MetricsFile(LoggerDestination):
             return
         node = nested({name: value if math.isfinite(value) else None for name, value in self._metrics.items()})
         self._metrics = {}
-        line = {"step": self._step, **self.describe(self._step), **node.pop("train", {}), **node}
+        line = {"step": self._step, **self.plan.facts(self._step), **node.pop("train", {}), **node}
         if "loss" in line:
             self.latest = line
         append_line(self.file, line)

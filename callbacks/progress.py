@@ -15,6 +15,7 @@ from rich.text import Text
 from callbacks.guards import predicted_loss
 from callbacks.metrics_file import MetricsFile
 from callbacks.step_log import shown
+from recipe.phases import PhasePlan
 
 SECONDS_BETWEEN_LINES = 15.0
 _SMOOTHING_STEPS = 50
@@ -32,11 +33,10 @@ class ProgressLine(Callback):
     def __init__(
         self,
         console: Console,
-        total_tokens: int,
-        describe: Callable[[int], dict[str, Any]],
+        plan: PhasePlan,
         metrics: MetricsFile,
     ) -> None:
-        self.console, self.total_tokens, self.describe, self.metrics = console, total_tokens, describe, metrics
+        self.console, self.plan, self.metrics = console, plan, metrics
         self._progress: _Bar | None = None
         self._loss = 0.0
         self._steps = 0
@@ -44,7 +44,7 @@ class ProgressLine(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._start = self._last_line = time.monotonic()
-        self._first_tokens = self.describe(state.timestamp.batch.value)["tokens"]
+        self._first_tokens = self.plan.tokens_before(state.timestamp.batch.value)
         if self.console.is_terminal:
             self._progress = _Bar(
                 TextColumn("{task.fields[phase]}", markup=False),
@@ -55,7 +55,9 @@ class ProgressLine(Callback):
                 transient=True,
                 expand=True,
             )
-            self._progress.add_task("train", total=self.total_tokens, completed=self._first_tokens, phase="", text="")
+            self._progress.add_task(
+                "train", total=self.plan.total_tokens, completed=self._first_tokens, phase="", text=""
+            )
             self._progress.start()
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -64,19 +66,19 @@ class ProgressLine(Callback):
             self._steps = min(self._steps + 1, _SMOOTHING_STEPS)
             self._loss += (loss - self._loss) / self._steps
         step = state.timestamp.batch.value
-        facts = self.describe(step)
+        facts = self.plan.facts(step)
         tokens, now = facts["tokens"], time.monotonic()
         speed = (tokens - self._first_tokens) / (now - self._start)
         lr, latest = state.optimizers[0].param_groups[0]["lr"], self.metrics.latest
-        done = [f"{_short(tokens)}/{_short(self.total_tokens)} tokens", f"{_short(speed)} tokens/s"]
+        done = [f"{_short(tokens)}/{_short(self.plan.total_tokens)} tokens", f"{_short(speed)} tokens/s"]
         scores = _scores(self._loss if self._steps else None, lr, latest)
         if self._progress is not None:
             self._progress.below = [scores, stream_losses(latest), self._others()]
             text = "  ".join(done)
             self._progress.update(self._progress.task_ids[0], completed=tokens, phase=facts["phase"], text=text)
-        elif now - self._last_line >= SECONDS_BETWEEN_LINES or tokens == self.total_tokens:
+        elif now - self._last_line >= SECONDS_BETWEEN_LINES or tokens == self.plan.total_tokens:
             self._last_line = now
-            eta = (self.total_tokens - tokens) / speed
+            eta = (self.plan.total_tokens - tokens) / speed
             first = [f"{facts['phase']:<10} step {step}", *done, f"ETA {eta // 60:.0f}:{eta % 60:02.0f}", *scores]
             lines = wrapped(first, self.console.width)
             for parts in (stream_losses(latest), self._others()):

@@ -1,23 +1,13 @@
 """Sets what a step needs before it runs: learning rate, RoPE theta and the seed of the global generator."""
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-
-class SchedulablePhase(Protocol):
-    """What this callback must know of a phase."""
-
-    @property
-    def peak_lr(self) -> float: ...
-    @property
-    def theta_global(self) -> float | None: ...
-    @property
-    def theta_local(self) -> float | None: ...
-    def lr(self, step: int) -> float: ...
+from flexbert import FlexBertForMaskedLM
+from recipe.phases import Phase, PhasePlan
 
 
 class StepSchedule(Callback):
@@ -30,19 +20,19 @@ class StepSchedule(Callback):
 
     def __init__(
         self,
-        phase_at: Callable[[int], SchedulablePhase],
-        set_rope_theta: Callable[[float | None, float | None], None],
+        plan: PhasePlan,
+        model: FlexBertForMaskedLM,
         generator_seed: Callable[[int], int],
     ) -> None:
         """generator_seed: of torch's global one, in a step on this rank."""
-        self.phase_at, self.set_rope_theta, self.generator_seed = phase_at, set_rope_theta, generator_seed
-        self._phase: SchedulablePhase | None = None
+        self.plan, self.model, self.generator_seed = plan, model, generator_seed
+        self._phase: Phase | None = None
 
     def batch_start(self, state: State, logger: Logger) -> None:
         step = state.timestamp.batch.value
-        phase = self.phase_at(step)
+        phase = self.plan.at(step)
         if phase is not self._phase:
-            self.set_rope_theta(phase.theta_global, phase.theta_local)
+            self.model.set_rope_theta(phase.theta_global, phase.theta_local)
             self._phase = phase
         for group in state.optimizers[0].param_groups:
             group["lr"] = phase.lr(step)

@@ -136,6 +136,17 @@ class PhasePlan:
         """Tokens (slots) of all steps before this one."""
         return self.at(step).tokens_before(step)
 
+    def facts(self, step: int) -> dict[str, Any]:
+        """Where a run stands after `step` steps: tokens, and of its last step phase, max_seq_len, global_batch_size."""
+        last = step - 1 if step else 0
+        phase = self.at(last)
+        return {
+            "tokens": self.tokens_before(step),
+            "phase": phase.name,
+            "max_seq_len": phase.max_seq_len,
+            "global_batch_size": self.rows_at(last),
+        }
+
     def rows_at(self, step: int) -> int:
         """Rows of the global batch of a step."""
         return self.at(step).segment(step).rows

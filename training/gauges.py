@@ -42,7 +42,7 @@ def build_gauges(
         Gradients(clock, trainer.gradient_clip_norm),
         Efficiency(clock, functools.partial(batch_flops, config.model), peak),
         Memory(clock),
-        Forecast(clock, plan.total_tokens, plan.tokens_before, seconds, trainer.price_per_hour),
+        Forecast(clock, plan, seconds, trainer.price_per_hour),
     ]
 
 

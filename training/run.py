@@ -96,12 +96,13 @@ class Run:
         note = self.folder.note_checkpoint
         self.saver = Saver(self.folder.checkpoints, config.checkpoint, self._is_permanent, note, remote)
         self.faults = Faults(config, self.plan, self.saver, self.ledger, self._say, split_batch, self._generator_seed)
-        self.clock = Clock(config.trainer.log_interval, self.ledger, self._describe)
+        self.clock = Clock(config.trainer.log_interval, self.ledger, self.plan)
         guard = self.faults.guard
         self.gauges = build_gauges(config, self.plan, self.model, self.clock, guard, lambda: self.seconds)
-        self.metrics = MetricsFile(self.folder.metrics, self._describe)
+        self.metrics = MetricsFile(self.folder.metrics, self.plan)
         self.parts = Parts(config, self.plan, self.folder.path)
-        self.ema = None if config.ema is None else WeightAverage(self.model, config.ema.decay, self._ema_due)
+        ema = config.ema
+        self.ema = None if ema is None else WeightAverage(self.model, ema.decay, self.plan, ema.every)
         self.objective: Objective = OBJECTIVES.build(config.objective, plan=self.plan)
         self.evaluations = Evaluations(config, self.plan, train_streams, self.model, self.ema, self.autocast, self._say)
         self.exporter = Exporter(config, self.plan, self.model, self.ema, self.folder.exports, self.metrics)
@@ -142,17 +143,6 @@ class Run:
         """Of all other dropout in the step under way, on every rank."""
         return torch_seed(self.config.seed, "dropout", self.steps_before + self.trainer.state.timestamp.batch.value)
 
-    def _describe(self, step: int) -> dict[str, Any]:
-        """Schedule facts after `step` steps."""
-        last = step - 1 if step else 0
-        phase = self.plan.at(last)
-        return {
-            "tokens": self.plan.tokens_before(step),
-            "phase": phase.name,
-            "max_seq_len": phase.max_seq_len,
-            "global_batch_size": self.plan.rows_at(last),
-        }
-
     def _build_trainer(self) -> Trainer:
         config = self.config
         compiled = config.trainer.compile
@@ -177,7 +167,7 @@ class Run:
             after=self.clock.restart,
             leave=lambda step: self.faults.leave(step, self._save),
         )
-        schedule = StepSchedule(self.plan.at, self.model.set_rope_theta, self._generator_seed)
+        schedule = StepSchedule(self.plan, self.model, self._generator_seed)
         callbacks = [
             self.faults.guard,
             schedule,
@@ -190,7 +180,7 @@ class Run:
             between,
         ]
         if self.rank == 0:
-            callbacks.insert(3, ProgressLine(self.console, self.plan.total_tokens, self._describe, self.metrics))
+            callbacks.insert(3, ProgressLine(self.console, self.plan, self.metrics))
         trainer = Trainer(
             model=model,
             train_dataloader=data,
@@ -300,10 +290,6 @@ class Run:
                 self.trainer.close()  # together: a launcher kills the rest when the first rank is gone
                 raise SystemExit(signals.EXIT_PREEMPTED)
             step = self.resume() if self.faults.rolled_back else self.plan.total_steps
-
-    def _ema_due(self, step: int) -> bool:
-        assert self.config.ema is not None
-        return self.config.ema.every is None or self.plan.crosses(step, self.config.ema.every)
 
     def _checkpoint_due(self, step: int) -> bool:
         options = self.config.checkpoint

@@ -16,7 +16,8 @@ from transformers import AutoModelForMaskedLM
 
 from callbacks.ema import WeightAverage
 from flexbert_core.schema import ConfigError
-from recipe.config import RunConfig
+from recipe.config import RunConfig, load_run_config
+from recipe.phases import PhasePlan
 from tests.helpers.ranks import Ranks
 from tests.helpers.synthetic_runs import run_config, write_dataset
 from tests.helpers.tiny import ROW, ROWS, SAVED, STEPS, check_same, forget_after, write_config
@@ -75,9 +76,10 @@ def test_the_average_follows_its_formula(straight: Path) -> None:
     assert any(np.abs(found[name] - weights[name]).max() > 1e-3 for name in found)
 
 
-def test_a_constant_stays_and_the_start_is_forgotten() -> None:
+def test_a_constant_stays_and_the_start_is_forgotten(tiny_data: Path, tmp_path: Path) -> None:
+    plan = PhasePlan(load_run_config(write_config(tmp_path, tiny_data, 1)))
     model = nn.Linear(3, 2)
-    average = WeightAverage(model, 0.9, lambda step: True)
+    average = WeightAverage(model, 0.9, plan, every=None)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(7.0)
@@ -87,9 +89,10 @@ def test_a_constant_stays_and_the_start_is_forgotten() -> None:
         assert torch.equal(tensor, torch.full_like(tensor, 7.0))
 
 
-def test_swapping_in_is_undone_to_the_last_bit() -> None:
+def test_swapping_in_is_undone_to_the_last_bit(tiny_data: Path, tmp_path: Path) -> None:
+    plan = PhasePlan(load_run_config(write_config(tmp_path, tiny_data, 1)))
     model = nn.Linear(3, 2)
-    average = WeightAverage(model, 0.5, lambda step: True)
+    average = WeightAverage(model, 0.5, plan, every=None)
     average.update()
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with torch.no_grad():
@@ -129,10 +132,10 @@ def test_a_killed_run_has_the_same_average(
     for step, export in ((1, False), (5, False), (12, True), (14, False)):
 
         def open_with_a_stop(run: trainer.Run, step: int = step, export: bool = export) -> None:
-            opened(run)
             if export:
                 monkeypatch.setattr(run.exporter, "export", lambda step: (_ for _ in ()).throw(KeyboardInterrupt))
-            else:
+            opened(run)
+            if not export:
                 run.trainer.state.callbacks.append(Stop(step))
 
         monkeypatch.setattr(trainer.Run, "open", open_with_a_stop)
