@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from commands.reference import markdown
+from data.feed.masking import MASKINGS
 from data.preparation.config import load_prepare_config
 from data.preparation.executors import EXECUTORS
 from data.preparation.filters import FILTERS
@@ -25,7 +26,7 @@ from flexbert.registry import SLOTS
 from flexbert_core.schema import Registry
 from recipe.config import load_run_config
 from recipe.schedules import SCHEDULES
-from recipe.slots import OPTIMIZERS, PARALLELISMS
+from recipe.slots import EVALUATIONS, OBJECTIVES, OPTIMIZERS, PARALLELISMS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -81,7 +82,8 @@ def test_table_of_presets() -> None:
 def test_tables_of_slots() -> None:
     lines = ["| slot | names |", "|---|---|", *(slot_row(slot, registry) for slot, registry in SLOTS.items())]
     assert "\n".join(lines) in (ROOT / "docs/architectures.md").read_text(), "\n" + "\n".join(lines)
-    run = {"schedule": SCHEDULES, "optimizer": OPTIMIZERS, "trainer.parallelism": PARALLELISMS}
+    run = {"masking": MASKINGS, "objective": OBJECTIVES, "evaluations": EVALUATIONS}
+    run |= {"schedule": SCHEDULES, "optimizer": OPTIMIZERS, "trainer.parallelism": PARALLELISMS}
     lines = ["| slot | names |", "|---|---|", *(slot_row(slot, registry) for slot, registry in run.items())]
     assert "\n".join(lines) in (ROOT / "docs/running.md").read_text(), "\n" + "\n".join(lines)
 
@@ -97,7 +99,8 @@ def test_the_page_on_data_names_every_part() -> None:
 def test_each_slot_has_a_page_that_the_site_lists() -> None:
     listed = set(re.findall(r"extending/(\w+)\.md", (ROOT / "mkdocs.yml").read_text()))
     pages = {page.stem for page in (ROOT / "docs/extending").glob("*.md")}
-    slots = {*SLOTS, *(each.slot_name for each in (SCHEDULES, OPTIMIZERS, SOURCES, FILTERS, TOKENIZERS, EXECUTORS))}
+    others = (MASKINGS, OBJECTIVES, EVALUATIONS, SCHEDULES, OPTIMIZERS, SOURCES, FILTERS, TOKENIZERS, EXECUTORS)
+    slots = {*SLOTS, *(each.slot_name for each in others)}
     # `callback` is the page of callbacks, algorithms and loggers
     assert listed == pages == slots | {"index", "callback"}
 
