@@ -44,7 +44,7 @@ class ModelComponent(Component):
 
 
 class ModelSlot(Registry):
-    """A slot of a model. It knows the module that registered each name: exports carry the files of parts from outside."""
+    """A slot of a model. It knows which module registered a name: exports carry the files of parts from outside."""
 
     def __init__(self, slot_name: str, has_config: bool = True) -> None:
         super().__init__(slot_name, has_config)
@@ -103,9 +103,7 @@ def _known_activation(name: str) -> str:
 
 # Type of a config field that names an entry of the slot `activation`.
 ACTIVATION = AfterValidator(_known_activation)
-Activation = Annotated[
-    str, ACTIVATION, Shown(lambda _: {"enum": sorted(ACTIVATIONS.entries), "x-open": True})
-]
+Activation = Annotated[str, ACTIVATION, Shown(lambda _: {"enum": sorted(ACTIVATIONS.entries), "x-open": True})]
 
 
 def build_activation(name: str) -> Any:

@@ -1,7 +1,7 @@
 """Modules from texts that an export carries, under names of their own. Needs Python alone. Licence: Apache-2.0.
 
-Texts import one another by the names that they had where they were written. Here these names lead to the texts, whatever
-else the process has under them: an installed FlexBERT, or the texts of another export.
+Texts import one another by the names that they had where they were written. Here these names lead to the texts,
+whatever else the process has under them: an installed FlexBERT, or the texts of another export.
 """
 
 import builtins
@@ -64,9 +64,7 @@ class CarriedModules(importlib.abc.MetaPathFinder, importlib.abc.ExecutionLoader
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": self._import}
         exec(self.get_code(module.__name__), module.__dict__)
 
-    def _import(
-        self, name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0
-    ) -> Any:
+    def _import(self, name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
         first = name.partition(".")[0]
         if level or first not in self.importable:
             return builtins.__import__(name, globals, locals, fromlist, level)

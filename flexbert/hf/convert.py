@@ -1,7 +1,7 @@
 """To and from Hugging Face transformers.
 
-mappings.py says which architectures it has a class for. The others travel with modeling_flexbert.py, and with parts from
-outside also with modeling_with_parts.py.
+mappings.py says which architectures it has a class for. The others travel with modeling_flexbert.py, and those with
+parts from outside also with modeling_with_parts.py.
 """
 
 import json
@@ -71,7 +71,11 @@ def _converted(
 ) -> FlexBertForMaskedLM | FlexBertEncoder:
     """The model of a transformers config. place: of the config, in messages. The weights are read once the config is
     known to make sense here."""
-    config = _own_config(fields, place) if isinstance(fields, OwnFields) else validate(FlexBertConfig, config_of(fields), place)
+    config = (
+        _own_config(fields, place)
+        if isinstance(fields, OwnFields)
+        else validate(FlexBertConfig, config_of(fields), place)
+    )
     result = _on_meta(config, task)
     wanted = {name: tensor.shape for name, tensor in result.state_dict().items()}
     given = weights()
@@ -176,16 +180,17 @@ def to_hf(model: FlexBertForMaskedLM, tokenizer: Any, out_dir: str | Path, card:
 
     with new_folder(out_dir) as folder:
         hf_config.save_pretrained(folder)
-        parts = from_outside.parts_of(config) if mapping is None else None
-        if parts is None:
-            _state_older_fields(folder / "config.json", mapping.config_to(config))
-        else:
+        more = ""
+        if mapping is None:
+            parts = from_outside.parts_of(config)
             _write_code(folder, parts)
+            more = from_outside.card(parts) if parts.files else ""
+        else:
+            _state_older_fields(folder / "config.json", mapping.config_to(config))
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         save_tokenizer(tokenizer, model.config, folder)
         title = "FlexBERT" if mapping is None else mapping.title
         text = card if card is not None else default_card(model, out_dir.name, title, lost)
-        more = from_outside.card(parts) if parts is not None and parts.files else ""
         (folder / "README.md").write_text(text + more)
         verify_export(model, folder, hf_config.pad_token_id, carries_code=mapping is None)
 
@@ -239,10 +244,11 @@ def _hf_config(config: FlexBertConfig, ids: dict[str, int | None]) -> tuple[Any,
         for task in ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
     }
     file = "modeling_with_parts" if parts.files else "modeling_flexbert"
+    more: dict[str, Any] = {"parts": parts.digests()} if parts.files else {}
     hf_config = modeling_flexbert.FlexBertConfig(
         node,
         **common,
-        **({"parts": parts.digests()} if parts.files else {}),
+        **more,
         auto_map={
             auto: f"{'modeling_flexbert' if auto == 'AutoConfig' else file}.{name}" for auto, name in names.items()
         },

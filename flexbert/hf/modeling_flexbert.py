@@ -1,8 +1,9 @@
 """A FlexBERT encoder for transformers. Needs torch and transformers, not FlexBERT.
 
 Exports of architectures that transformers has no class for carry this file and activations.py beside their weights and
-load with `trust_remote_code=True`. It computes on padded batches what FlexBERT computes on packed ones, from the same config
-(field `flexbert` of config.json) and with the same names of weights. What it cannot do it refuses. Licence: Apache-2.0.
+load with `trust_remote_code=True`. It computes on padded batches what FlexBERT computes on packed ones, from the same
+config (field `flexbert` of config.json) and with the same names of weights. What it cannot do it refuses.
+Licence: Apache-2.0.
 
 B batch, S slots, N heads, K key-value heads, H head dim, D hidden, V vocabulary, C labels.
 """

@@ -3,8 +3,8 @@
 Exports whose architecture has such parts carry this file, the parts, and FlexBERT's library itself, since the parts are
 written for it: flexbert_sources.py holds all texts. They load with `trust_remote_code=True`. Licence: Apache-2.0.
 
-The model computes on padded batches what the library does on packed ones, with the same names of weights. What it cannot
-do it refuses.   B batch, S slots, T tokens, D hidden, V vocabulary, C labels.
+The model computes on padded batches what the library does on packed ones, with the same names of weights. What it
+cannot do it refuses.   B batch, S slots, T tokens, D hidden, V vocabulary, C labels.
 """
 
 import contextlib
@@ -126,7 +126,9 @@ class FlexBertModel(_WithParts):
         types = None
         if token_type_ids is not None:
             if token_type_ids.shape != input_ids.shape:
-                raise ValueError(f"token_type_ids: expected {tuple(input_ids.shape)}, got {tuple(token_type_ids.shape)}")
+                raise ValueError(
+                    f"token_type_ids: expected {tuple(input_ids.shape)}, got {tuple(token_type_ids.shape)}"
+                )
             types = token_type_ids.flatten().index_select(0, rows.slots)
         every = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         collected: list[Tensor] = []

@@ -1,6 +1,6 @@
 """Parts from outside FlexBERT: the files that a model needs of them, in an export and back from one.
 
-A part may import, beside FlexBERT's library and what pip has installed, files that lie beside its own. These travel too.
+A part may import FlexBERT's library, what pip has installed, and files that lie beside its own. These travel, too.
 """
 
 import ast
@@ -19,7 +19,7 @@ from flexbert.registry import ACTIVATION, ACTIVATIONS, INITS, LOSSES, ModelSlot
 from flexbert_core.schema import Component, ConfigError, ShownSlot
 
 _HERE = Path(__file__).parent
-LIBRARY = ("flexbert", "flexbert_core")
+LIBRARY: tuple[str, ...] = ("flexbert", "flexbert_core")
 SOURCES_FILE = "flexbert_sources.py"
 # What an export with parts has in common with every other, and what it needs besides.
 MODELING_FILES = ("modeling_flexbert.py", "activations.py")
@@ -75,12 +75,14 @@ def parts_of(config: FlexBertConfig) -> Parts:
     an export cannot give it."""
     parts = Parts({}, [], [], [], {})
     packages: set[str] = set()
-    importable = set(LIBRARY)
+    importable = {*LIBRARY}
     for place, name in outside(config).items():
         module: Any = sys.modules.get(name)
         file = getattr(module, "__file__", None)
         if name == "__main__" or file is None or Path(file).suffix != ".py":
-            raise ConfigError(f"{place} is in no export: it was registered by {name}: put it into a file and import that")
+            raise ConfigError(
+                f"{place} is in no export: it was registered by {name}: put it into a file and import that"
+            )
         dotted, file = name.split("."), Path(file)
         if file.with_suffix("").parts[-len(dotted) :] != tuple(dotted):  # `imports:` of a run file, which has no name
             dotted = [file.stem]
@@ -118,10 +120,14 @@ def _collect(
         if origin is None:
             if not may_lack:
                 raise ConfigError(f"{where} imports {name}, which is not found: install it, or put it beside that file")
+        elif origin.is_dir():
+            continue
         elif "site-packages" in origin.parts or "dist-packages" in origin.parts:
             packages.add(first)
         elif origin.suffix != ".py" or origin.parent != file.parent:
-            raise ConfigError(f"{where} imports {name} ({origin}), which an export cannot carry: only .py files beside it")
+            raise ConfigError(
+                f"{where} imports {name} ({origin}), which an export cannot carry: only .py files beside it"
+            )
         else:
             other = name.replace(".", "/") + ("/__init__.py" if origin.stem == "__init__" else ".py")
             importable.add(first)
@@ -143,11 +149,11 @@ def _imports(body: list[Any], package: str, may_lack: bool = False) -> Iterator[
     type checkers alone is left out."""
     for node in body:
         if isinstance(node, ast.Import):
-            yield from ((alias.name, may_lack) for alias in node.names)
+            yield from ((name, may_lack) for alias in node.names for name in _with_packages(alias.name))
         elif isinstance(node, ast.ImportFrom):
             base = package.rsplit(".", node.level - 1)[0] if node.level else ""
             base = ".".join(part for part in (base, node.module) if part)
-            yield base, may_lack
+            yield from ((name, may_lack) for name in _with_packages(base))
             yield from ((f"{base}.{alias.name}", True) for alias in node.names if _is_package(base))
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             yield from _imports(node.orelse, package, may_lack)
@@ -155,6 +161,12 @@ def _imports(body: list[Any], package: str, may_lack: bool = False) -> Iterator[
             inner = [child for child in ast.walk(node) if isinstance(child, ast.Import | ast.ImportFrom)]
             within = isinstance(node, ast.Try | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
             yield from _imports(inner, package, may_lack or within)
+
+
+def _with_packages(name: str) -> Iterator[str]:
+    """a.b.c, a.b, a: an import of the first runs all."""
+    parts = name.split(".")
+    return (".".join(parts[:count]) for count in range(len(parts), 0, -1))
 
 
 def _spec(name: str) -> Any:
