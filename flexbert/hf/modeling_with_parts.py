@@ -50,6 +50,9 @@ def _built(make: Any, model: dict[str, Any], prefix: str) -> Any:
     for child in module.modules():  # the kernel of the machine that trained may not be here
         if hasattr(getattr(child, "config", None), "backend"):
             child.config = child.config.model_copy(update={"backend": "auto"})
+        if child._non_persistent_buffers_set:  # transformers 5 empties them
+            made = {name: child._buffers[name] for name in child._non_persistent_buffers_set}
+            child.made = {name: buffer.clone() for name, buffer in made.items() if buffer is not None}
     if not is_meta:
         layers = architecture.num_hidden_layers
         seed = int(torch.randint(2**31, (), device="cpu"))
@@ -77,6 +80,9 @@ class _WithParts(FlexBertPreTrainedModel):
         missing = sorted(name for name in info["missing_keys"] if not (is_new and name.startswith("head.")))
         if missing:
             raise ValueError(f"{missing[0]}: is missing in the weights")
+        for module in model.modules():
+            for name, values in getattr(module, "made", {}).items():
+                module.get_buffer(name).copy_(values)
         return (model, info) if output_loading_info else model
 
     def _layout(self, states: Tensor, attention_mask: Given) -> tuple[Tensor, Any]:

@@ -125,9 +125,7 @@ def _collect(
         elif "site-packages" in origin.parts or "dist-packages" in origin.parts:
             packages.add(first)
         elif origin.suffix != ".py" or origin.parent != file.parent:
-            raise ConfigError(
-                f"{where} imports {name} ({origin}), which an export cannot carry: only .py files beside it"
-            )
+            raise ConfigError(f"{where} imports {name} ({origin}): only .py files beside it travel")
         else:
             other = name.replace(".", "/") + ("/__init__.py" if origin.stem == "__init__" else ".py")
             importable.add(first)
