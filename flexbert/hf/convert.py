@@ -167,8 +167,9 @@ def to_hf(model: FlexBertForMaskedLM, tokenizer: Any, out_dir: str | Path, card:
     hf_config, mapping = _hf_config(config, ids)
     lost = [] if mapping is None else lost_dropouts(config, hf_config)
     if lost:
-        message = "%s: have no field in Hugging Face's %s: fine-tuning the export drops nothing there"
-        log.warning(message, ", ".join(lost), MAPPINGS[hf_config.model_type].title)
+        verb, title = "has" if len(lost) == 1 else "have", MAPPINGS[hf_config.model_type].title
+        message = "%s: %s no field in Hugging Face's %s: fine-tuning the export drops nothing there"
+        log.warning(message, ", ".join(lost), verb, title)
     if mapping is not None:
         if config is not model.config:
             table, before = "encoder.position.table.weight", model.config.position.offset

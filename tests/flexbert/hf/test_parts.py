@@ -154,6 +154,27 @@ def fresh(code: str, *arguments: Any, home: Path) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home, check=False)
 
 
+FROM_HUB = """
+import sys, torch
+from transformers import AutoModelForMaskedLM
+ids = torch.arange(10)[None] + 5
+models = [AutoModelForMaskedLM.from_pretrained(name, trust_remote_code=True) for name in (sys.argv[1], "someone/second")]
+assert torch.equal(*[model.eval()(ids).logits for model in models])
+"""
+
+
+@pytest.mark.slow
+def test_it_loads_from_the_hub(exports: Path, tmp_path: Path) -> None:
+    """As transformers finds it in the hub's cache: it asks of each file of code for what that imports."""
+    repository = tmp_path / ".cache" / "huggingface" / "hub" / "models--someone--second"
+    commit = "0123456789" * 4
+    shutil.copytree(exports / "second", repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    done = fresh(FROM_HUB, exports / "second", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_each_part_from_outside_computes_the_same_where_flexbert_is_not(exports: Path, tmp_path: Path) -> None:
     done = fresh(LOAD, exports, tmp_path / "again", home=tmp_path)
