@@ -37,7 +37,7 @@ test: setup-dev ## all tests, 30 minutes on two cores after the install (PYTEST_
 	@touch $@
 
 test-transformers5: .venv-hf5/.run ## exports with code of their own in transformers 5
-	OMP_WAIT_POLICY=passive .venv-hf5/bin/python -m pytest tests/flexbert/hf/transformers5.py $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive .venv-hf5/bin/python -m pytest tests/flexbert/hf/transformers5.py tests/flexbert/hf/test_parts.py $(PYTEST_ARGS)
 
 lint: setup-dev ## ruff, pyright and the arrows between rooms
 	.venv/bin/ruff check .

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, Any
 
 # Each of these modules registers its entries, which a config may then name.
 from flexbert import (  # noqa: F401
-    activations,
     attention,
     blocks,
     embeddings,

@@ -1,12 +1,15 @@
-"""Slot `activation`: elementwise functions, by the names of ModernBERT's pretraining code (src/bert_layers)."""
+"""The entries of the slot `activation`, by the names of ModernBERT's pretraining code (src/bert_layers).
+
+A new one is one line in this table: flexbert/registry.py registers all of it, and exports with code of their own carry
+this file. So it imports nothing but torch. Licence: Apache-2.0.
+"""
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from flexbert.registry import ACTIVATIONS
 
 
 def _identity(states: Tensor) -> Tensor:
@@ -18,7 +21,8 @@ def _relu_squared(states: Tensor) -> Tensor:
     return F.relu(states).square()
 
 
-_FUNCTIONS = {
+# A function of a tensor, or a module class that is constructed without arguments.
+FUNCTIONS: dict[str, Any] = {
     # The exact erf form in every BERT-family reference; gelu_tanh is its approximation.
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
@@ -40,7 +44,5 @@ _FUNCTIONS = {
     "selu": F.selu,
     "softplus": F.softplus,
     "softsign": F.softsign,
+    "prelu": nn.PReLU,
 }
-for _name, _function in _FUNCTIONS.items():
-    ACTIVATIONS.register(_name)(_function)
-ACTIVATIONS.register("prelu")(nn.PReLU)

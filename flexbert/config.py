@@ -21,7 +21,9 @@ from flexbert.registry import (
 from flexbert_core.composing import load_node
 from flexbert_core.schema import Component, ConfigError, Schema, ShownSlot, did_you_mean, validate
 
-PRESETS = Path(__file__).resolve().parent.parent / "configs" / "model"
+_HERE = Path(__file__).resolve().parent
+# An installed library has the presets inside, a checkout among the other configs.
+PRESETS = _HERE / "presets" if (_HERE / "presets").is_dir() else _HERE.parent / "configs" / "model"
 
 TokenId = Annotated[int | None, Field(ge=0)]
 

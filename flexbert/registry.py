@@ -19,11 +19,13 @@ An init with the class attribute `grows` takes the model that `build` was told t
 T packed tokens, M masked ones, D hidden, V vocabulary.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator
 
+from flexbert.activations import FUNCTIONS
 from flexbert_core.schema import Component, ConfigError, Registry, Shown, did_you_mean
 
 T = TypeVar("T")
@@ -42,11 +44,16 @@ class ModelComponent(Component):
 
 
 class ModelSlot(Registry):
-    """A slot of a model."""
+    """A slot of a model. It knows which module registered a name: exports carry the files of parts from outside."""
+
+    def __init__(self, slot_name: str, has_config: bool = True) -> None:
+        super().__init__(slot_name, has_config)
+        self.registered_by: dict[str, str] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
         """As Registry's. Raises ValueError for a Config with a `check` that nobody would call, too."""
         add = super().register(name)
+        module = _caller()
 
         def checked(entry: T) -> T:
             config = getattr(entry, "Config", None)
@@ -55,9 +62,19 @@ class ModelSlot(Registry):
                     f"{self.slot_name} {name!r} has a Config with a `check` that is never called: derive it from "
                     "flexbert.config.ModelComponent, or give the method another name"
                 )
-            return add(entry)
+            added = add(entry)
+            self.registered_by[name] = module
+            return added
 
         return checked
+
+
+def _caller() -> str:
+    """The module outside this one whose statement runs. What it registers may be a function of another library's."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__") == __name__ and frame.f_code.co_name != "<module>":
+        frame = frame.f_back
+    return "" if frame is None else frame.f_globals.get("__name__", "")
 
 
 EMBEDDINGS = ModelSlot("embedding")
@@ -70,6 +87,8 @@ BLOCKS = ModelSlot("block")
 HEADS = ModelSlot("head")
 LOSSES = ModelSlot("loss")
 INITS = ModelSlot("init")
+for _name, _function in FUNCTIONS.items():
+    ACTIVATIONS.register(_name)(_function)
 SLOTS = {
     slot.slot_name: slot
     for slot in (EMBEDDINGS, POSITIONS, ATTENTIONS, NORMS, ACTIVATIONS, MLPS, BLOCKS, HEADS, LOSSES, INITS)
@@ -83,9 +102,8 @@ def _known_activation(name: str) -> str:
 
 
 # Type of a config field that names an entry of the slot `activation`.
-Activation = Annotated[
-    str, AfterValidator(_known_activation), Shown(lambda _: {"enum": sorted(ACTIVATIONS.entries), "x-open": True})
-]
+ACTIVATION = AfterValidator(_known_activation)
+Activation = Annotated[str, ACTIVATION, Shown(lambda _: {"enum": sorted(ACTIVATIONS.entries), "x-open": True})]
 
 
 def build_activation(name: str) -> Any:

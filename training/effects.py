@@ -3,6 +3,7 @@
 import logging
 import os
 
+from flexbert.hf.convert import check_exportable
 from flexbert_core.schema import ConfigError
 from recipe.config import RunConfig
 from recipe.phases import PhasePlan
@@ -57,6 +58,10 @@ def _without_effect(config: RunConfig) -> list[str]:
             lines.append(
                 f"ema.every: {config.ema.every} tokens are more than the run's {tokens}, so there will be no average"
             )
+    try:
+        check_exportable(config.model)
+    except ConfigError as error:
+        lines.append(f"the run will have checkpoints, and no exports: model.{error}")
     return lines
 
 

@@ -9,8 +9,9 @@ from callbacks.ema import WeightAverage
 from callbacks.metrics_file import MetricsFile
 from data.feed.loader import tokenizer_folder
 from flexbert.hf.convert import check_exportable
+from flexbert.hf.parts import outside
 from flexbert.model import FlexBertForMaskedLM
-from flexbert_core.schema import ConfigError
+from flexbert_core.schema import ConfigError, RunError
 from recipe.config import RunConfig
 from recipe.origin import read_origin_record
 from recipe.phases import PhasePlan
@@ -64,5 +65,11 @@ class Exporter:
             facts = self.metrics.evaluation_at(step, evaluation)
             origin = read_origin_record(self.folder.parent)
             card = report.model_card(self.config, self.plan, self.plan.tokens_before(step), facts, note, origin)
-            flexbert.to_hf(model, tokenizer_folder(self.config.data), path, card=card)
+            try:
+                flexbert.to_hf(model, tokenizer_folder(self.config.data), path, card=card)
+            except RunError as error:
+                if not outside(self.config.model):
+                    raise
+                # A part that does not work away from home costs the export, and not the run.
+                log.warning("no export of step %d: %s", step, error)
         ranks.barrier()

@@ -10,6 +10,7 @@ from callbacks.step_log import shown
 from data.feed.loader import tokenizer_folder
 from flexbert.accounting import count_parameters
 from flexbert.hf.convert import carries_code, check_exportable
+from flexbert.hf.parts import outside
 from flexbert_core.schema import ConfigError
 from recipe.config import RunConfig
 from recipe.phases import PhasePlan
@@ -136,6 +137,8 @@ def closing_table(config: RunConfig, summary: dict[str, Any], console: Console) 
 def _no_export(config: RunConfig) -> str:
     try:
         check_exportable(config.model)
-    except ConfigError:
-        return "none: a component of imports is in no export"
+    except ConfigError as error:
+        return f"none: {error}"
+    if outside(config.model):
+        return "none: a part of imports failed in it, as a warning says, or it was removed"
     return "none: it was removed, and so were the checkpoints"

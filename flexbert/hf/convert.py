@@ -1,6 +1,7 @@
 """To and from Hugging Face transformers.
 
-hf_mappings.py says which architectures it has a class for; the others travel with modeling_flexbert.py.
+mappings.py says which architectures it has a class for. The others travel with modeling_flexbert.py, and those with
+parts from outside also with modeling_with_parts.py.
 """
 
 import json
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from flexbert.config import FlexBertConfig
 from flexbert.encoder import FlexBertEncoder
+from flexbert.hf import parts as from_outside
 from flexbert.hf.fields import OLDER_FIELDS, POSITION_OFFSET, Fields
 from flexbert.hf.mappings import MAPPINGS, Mapping, at_padding_id, config_of, lost_dropouts, misfits
 from flexbert.hf.read import OwnFields, read_fields, read_model, read_weights
@@ -27,19 +29,27 @@ from flexbert_core.schema import ConfigError, named, validate
 
 log = logging.getLogger(__name__)
 
-MODELING_FILE = Path(__file__).with_name("modeling_flexbert.py")
+_HERE = Path(__file__).parent
+MODELING_FILE = _HERE / "modeling_flexbert.py"
+_ACTIVATIONS_FILE = _HERE.parent / "activations.py"
 
 
 @overload
-def from_hf(source: str | Path | Any, task: Literal["mlm"] = "mlm") -> FlexBertForMaskedLM: ...
+def from_hf(
+    source: str | Path | Any, task: Literal["mlm"] = "mlm", trust_remote_code: bool = False
+) -> FlexBertForMaskedLM: ...
 @overload
-def from_hf(source: str | Path | Any, task: Literal["encoder"]) -> FlexBertEncoder: ...
-def from_hf(source: str | Path | Any, task: str = "mlm") -> FlexBertForMaskedLM | FlexBertEncoder:
+def from_hf(source: str | Path | Any, task: Literal["encoder"], trust_remote_code: bool = False) -> FlexBertEncoder: ...
+def from_hf(
+    source: str | Path | Any, task: str = "mlm", trust_remote_code: bool = False
+) -> FlexBertForMaskedLM | FlexBertEncoder:
     """A model with the weights of a transformers model, or of a folder that holds one in safetensors.
 
     source: BERT, RoBERTa, ModernBERT, saved by transformers 4 or 5, or what `to_hf` wrote (its modeling file is not
     run). task: "mlm", or "encoder" for models without a masked-token head, or to leave it out; poolers and other tasks'
-    heads are left out. Weights are copied, as float32. Nothing is downloaded, no code from the folder runs.
+    heads are left out. Weights are copied, as float32. Nothing is downloaded.
+    trust_remote_code: run the files of parts from outside that an export of ours carries, once each is the one that
+    config.json has the sha256 of. Without, no code of the folder runs: such parts must have been imported.
     Raises ConfigError naming the field when the architecture cannot be expressed or a field is not known, and naming
     the weight or file when weights are missing, left over, of another shape, quantized or an adapter's.
     """
@@ -48,7 +58,10 @@ def from_hf(source: str | Path | Any, task: str = "mlm") -> FlexBertForMaskedLM 
     if isinstance(source, str | Path):
         folder = Path(source).expanduser()
         with named(folder):
-            return _converted(read_fields(folder), lambda: read_weights(folder), task, "config.json")
+            fields = read_fields(folder)
+            if trust_remote_code and isinstance(fields, OwnFields) and fields.parts:
+                from_outside.register(from_outside.read(folder, fields.parts), folder)
+            return _converted(fields, lambda: read_weights(folder), task, "config.json")
     fields, weights = read_model(source)
     return _converted(fields, lambda: weights, task, "model")
 
@@ -58,8 +71,11 @@ def _converted(
 ) -> FlexBertForMaskedLM | FlexBertEncoder:
     """The model of a transformers config. place: of the config, in messages. The weights are read once the config is
     known to make sense here."""
-    node = fields.node() if isinstance(fields, OwnFields) else config_of(fields)
-    config = validate(FlexBertConfig, node, place)
+    config = (
+        _own_config(fields, place)
+        if isinstance(fields, OwnFields)
+        else validate(FlexBertConfig, config_of(fields), place)
+    )
     result = _on_meta(config, task)
     wanted = {name: tensor.shape for name, tensor in result.state_dict().items()}
     given = weights()
@@ -83,6 +99,19 @@ def _converted(
             state[table] = moved_table(state[table], before, offset)
     result.load_state_dict(state, assign=True)
     return result
+
+
+def _own_config(fields: OwnFields, place: str) -> FlexBertConfig:
+    for file in from_outside.registered_otherwise(fields.parts):
+        log.warning("%s: registers parts here, and is not the file of this name that the export carries", file)
+    try:
+        return validate(FlexBertConfig, fields.node(), place)
+    except ConfigError as error:
+        if not fields.parts:
+            raise
+        files = ", ".join(fields.parts)
+        hint = "from_hf(..., trust_remote_code=True) runs them, or import your own first"
+        raise ConfigError(f"{error}\n{place}: parts: the model has parts of {files}: {hint}") from None
 
 
 def _on_meta(config: FlexBertConfig, task: str) -> Any:
@@ -115,13 +144,14 @@ def _own_state(given: dict[str, Tensor], wanted: list[str], task: str) -> dict[s
 def to_hf(model: FlexBertForMaskedLM, tokenizer: Any, out_dir: str | Path, card: str | None = None) -> None:
     """Write a folder that transformers loads: config.json, model.safetensors, the tokenizer, README.md.
 
-    An architecture without a class in transformers also gets modeling_flexbert.py, for trust_remote_code=True.
+    An architecture without a class in transformers also gets modeling_flexbert.py, for trust_remote_code=True; one with
+    parts from outside their files, too, whose sha256 are in config.json and README.md.
     tokenizer: a transformers tokenizer, or a folder that AutoTokenizer loads; its special ids go into the config, and
     the model's longest sequence into its copy. card: text of README.md; default: what the architecture alone tells.
     The folder is written beside `out_dir`, loaded back by transformers (in a process without FlexBERT, if it carries
     code), its logits compared with `model`'s (float32, within 1e-4), and only then renamed to `out_dir`; an earlier
     export there is replaced, anything else refused.
-    Raises ConfigError for a component from outside the package (naming it), a tokenizer that does not fit or an
+    Raises ConfigError for a part from outside that cannot travel (naming it), a tokenizer that does not fit or an
     `out_dir` that is something else; RunError when the logits differ. Then nothing new is under `out_dir`.
     """
     model = getattr(model, "_orig_mod", model)  # compiled
@@ -137,8 +167,9 @@ def to_hf(model: FlexBertForMaskedLM, tokenizer: Any, out_dir: str | Path, card:
     hf_config, mapping = transformers_config(config, ids)
     lost = [] if mapping is None else lost_dropouts(config, hf_config)
     if lost:
-        message = "%s: have no field in Hugging Face's %s: fine-tuning the export drops nothing there"
-        log.warning(message, ", ".join(lost), MAPPINGS[hf_config.model_type].title)
+        verb, title = "has" if len(lost) == 1 else "have", MAPPINGS[hf_config.model_type].title
+        message = "%s: %s no field in Hugging Face's %s: fine-tuning the export drops nothing there"
+        log.warning(message, ", ".join(lost), verb, title)
     if mapping is not None:
         if config is not model.config:
             table, before = "encoder.position.table.weight", model.config.position.offset
@@ -150,15 +181,31 @@ def to_hf(model: FlexBertForMaskedLM, tokenizer: Any, out_dir: str | Path, card:
 
     with new_folder(out_dir) as folder:
         hf_config.save_pretrained(folder)
+        more = ""
         if mapping is None:
-            shutil.copy(MODELING_FILE, folder)
+            parts = from_outside.parts_of(config)
+            _write_code(folder, parts)
+            more = from_outside.card(parts) if parts.files else ""
         else:
             _state_older_fields(folder / "config.json", mapping.config_to(config))
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         save_tokenizer(tokenizer, model.config, folder)
         title = "FlexBERT" if mapping is None else mapping.title
-        (folder / "README.md").write_text(card if card is not None else default_card(model, out_dir.name, title, lost))
+        text = card if card is not None else default_card(model, out_dir.name, title, lost)
+        (folder / "README.md").write_text(text + more)
         verify_export(model, folder, hf_config.pad_token_id, carries_code=mapping is None)
+
+
+def _write_code(folder: Path, parts: from_outside.Parts) -> None:
+    """The modeling files, which import one another as files of one folder, and those of the parts."""
+    text = MODELING_FILE.read_text(encoding="utf-8")
+    text = text.replace("from flexbert.activations import", "from .activations import")
+    (folder / MODELING_FILE.name).write_text(text, encoding="utf-8")
+    shutil.copy(_ACTIVATIONS_FILE, folder)
+    if parts.files:
+        for name in from_outside.WITH_PARTS_FILES:
+            shutil.copy(_HERE / name, folder)
+        from_outside.write(parts, folder)
 
 
 def _state_older_fields(file: Path, fields: dict[str, Any]) -> None:
@@ -171,7 +218,7 @@ def _state_older_fields(file: Path, fields: dict[str, Any]) -> None:
 def transformers_config(config: FlexBertConfig, ids: dict[str, int | None]) -> tuple[Any, Mapping | None]:
     """The config to export, and how weights are renamed; None: they keep our names, for modeling_flexbert.py.
 
-    Raises ConfigError for a component that neither transformers nor the modeling file has.
+    Raises ConfigError for a part from outside that cannot travel.
     """
     from transformers import AutoConfig
 
@@ -186,7 +233,7 @@ def transformers_config(config: FlexBertConfig, ids: dict[str, int | None]) -> t
         if not faults:
             return of(**mapping.config_to(config)), mapping
         reasons.append(faults[0])
-    check_exportable(config)
+    parts = from_outside.parts_of(config)
     log.info("the export carries its own modeling file: %s", "; ".join(reasons))
     from flexbert.hf import modeling_flexbert
 
@@ -197,10 +244,15 @@ def transformers_config(config: FlexBertConfig, ids: dict[str, int | None]) -> t
         f"AutoModel{task}": f"FlexBert{task}"
         for task in ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
     }
+    file = "modeling_with_parts" if parts.files else "modeling_flexbert"
+    more: dict[str, Any] = {"parts": parts.digests()} if parts.files else {}
     hf_config = modeling_flexbert.FlexBertConfig(
         node,
         **common,
-        auto_map={auto: f"modeling_flexbert.{name}" for auto, name in names.items()},
+        **more,
+        auto_map={
+            auto: f"{'modeling_flexbert' if auto == 'AutoConfig' else file}.{name}" for auto, name in names.items()
+        },
         architectures=["FlexBertForMaskedLM"],
     )
     return hf_config, None
@@ -213,23 +265,8 @@ def carries_code(config: FlexBertConfig) -> bool:
 
 
 def check_exportable(config: FlexBertConfig) -> None:
-    """Raise ConfigError for a component registered outside the package: an export could not compute it."""
-    from flexbert.hf import modeling_flexbert
-
-    def check(node: dict[str, Any], place: str) -> None:
-        for slot, value in node.items():
-            where = f"{place}{slot}"
-            kind = "norm" if slot.endswith("norm") else slot
-            if slot == "activation" and value not in modeling_flexbert.ACTIVATIONS:
-                raise ConfigError(f"{where}: {value!r} is not in the modeling file that exports carry: {MODELING_FILE}")
-            if not isinstance(value, dict):
-                continue
-            if kind in modeling_flexbert.SUPPORTED and value["name"] not in modeling_flexbert.SUPPORTED[kind]:
-                name = value["name"]
-                raise ConfigError(f"{where}: {name!r} is not in the modeling file that exports carry: {MODELING_FILE}")
-            check(value, f"{where}.")
-
-    check(config.to_dict(), "")
+    """Raise ConfigError, one line, for a part from outside that an export cannot carry."""
+    from_outside.parts_of(config)
 
 
 def default_card(model: FlexBertForMaskedLM, name: str, title: str, lost: list[str]) -> str:

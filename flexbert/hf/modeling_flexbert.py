@@ -1,14 +1,14 @@
-"""A FlexBERT encoder for transformers, in one file. Needs torch and transformers, not FlexBERT.
+"""A FlexBERT encoder for transformers. Needs torch and transformers, not FlexBERT.
 
-Exports of architectures that transformers has no class for carry this file beside their weights and load with
-`trust_remote_code=True`. It computes on padded batches what FlexBERT computes on packed ones, from the same config
-(field `flexbert` of config.json) and with the same names of weights. What it cannot do it refuses. Licence: Apache-2.0.
+Exports of architectures that transformers has no class for carry this file and activations.py beside their weights and
+load with `trust_remote_code=True`. It computes on padded batches what FlexBERT computes on packed ones, from the same
+config (field `flexbert` of config.json) and with the same names of weights. What it cannot do it refuses.
+Licence: Apache-2.0.
 
 B batch, S slots, N heads, K key-value heads, H head dim, D hidden, V vocabulary, C labels.
 """
 
 import copy
-import functools
 import math
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, modeling_outputs
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from flexbert.activations import FUNCTIONS  # in an export: from .activations
 
 # What this file can build: slot -> names. FlexBERT refuses to export anything else.
 SUPPORTED = {
@@ -27,18 +29,6 @@ SUPPORTED = {
     "mlp": {"glu", "mlp"},
     "block": {"prenorm", "postnorm", "parallel", "sandwich"},
     "head": {"mlm"},
-}
-_OF_TORCH = (
-    "gelu silu relu celu elu hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish relu6 selu softplus softsign"
-)
-ACTIVATIONS: dict[str, Any] = {
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "relu_squared": lambda states: F.relu(states).square(),
-    "identity": lambda states: states,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "prelu": nn.PReLU,
-    **{name: getattr(F, name) for name in _OF_TORCH.split()},
 }
 Given = Tensor | None
 Flag = bool | None
@@ -98,7 +88,7 @@ for _name in SIZES:
 
 
 def _activation(name: str) -> Any:
-    return ACTIVATIONS[name]() if isinstance(ACTIVATIONS[name], type) else ACTIVATIONS[name]
+    return FUNCTIONS[name]() if isinstance(FUNCTIONS[name], type) else FUNCTIONS[name]
 
 
 class RMSNorm(nn.Module):
@@ -438,8 +428,19 @@ class FlexBertModel(FlexBertPreTrainedModel):
 
 class _WithHead(FlexBertPreTrainedModel):
     output_class: Any
+    encoder_class: Any = FlexBertModel
+    head_class: Any
     encoder: Any
     head: Any
+
+    def __init__(self, config: FlexBertConfig) -> None:
+        super().__init__(config)
+        self.encoder, self.head = self.encoder_class(config), self.head_class(config.flexbert)
+        self.post_init()
+
+    def _scores(self, states: Tensor, attention_mask: Given) -> Tensor:
+        """Of hidden states (B, S, D): (B, S, V or C), or (B, C) of sequences."""
+        return self.head(states, attention_mask)
 
     def forward(
         self, input_ids: Given = None, attention_mask: Given = None, token_type_ids: Given = None,
@@ -451,7 +452,7 @@ class _WithHead(FlexBertPreTrainedModel):
         a step's microbatches add up to the step's mean. The other arguments: see FlexBertModel."""
         given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         output = self.encoder(*given, output_attentions, output_hidden_states, return_dict=True)
-        logits = self.head(output.last_hidden_state, attention_mask)
+        logits = self._scores(output.last_hidden_state, attention_mask)
         loss = None if labels is None else self._loss(logits, labels.to(logits.device), num_items_in_batch)
         output = self.output_class(loss, logits, output.hidden_states, output.attentions)
         return self._returned(output, return_dict)
@@ -488,16 +489,18 @@ class MaskedHead(nn.Module):
 class FlexBertForMaskedLM(_WithHead):
     """The encoder under its masked-token head."""
 
-    output_class = modeling_outputs.MaskedLMOutput
+    output_class, head_class = modeling_outputs.MaskedLMOutput, MaskedHead
     _tied_weights_keys = {"head.output.weight": "encoder.embedding.tokens.weight"}  # where the config says `tied`
 
     def __init__(self, config: FlexBertConfig) -> None:
-        super().__init__(config)
         name = config.flexbert.get("head", {}).get("name")
-        if name != "mlm":
+        if not self._predicts_tokens(name):
             raise ValueError(f"config.flexbert: head: {name!r} is no masked-token head: this model has none")
-        self.encoder, self.head = FlexBertModel(config), MaskedHead(config.flexbert)
-        self.post_init()
+        super().__init__(config)
+
+    @staticmethod
+    def _predicts_tokens(head: Any) -> bool:
+        return head == "mlm"
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head.output
@@ -550,6 +553,7 @@ class TaskHead(nn.Module):
 class _ForTask(_WithHead):
     """The encoder under the head for a task: the config's if it is one for the task, else FlexBERT's default one."""
 
+    head_class = TaskHead
     task: str
 
     def __init__(self, config: FlexBertConfig) -> None:
@@ -560,8 +564,6 @@ class _ForTask(_WithHead):
             head = {"name": self.task, "dropout": 0.1, **TASK_HEADS[self.task]}
         config.flexbert["head"] = {**head, "num_labels": config.num_labels}
         super().__init__(config)
-        self.encoder, self.head = FlexBertModel(config), TaskHead(config.flexbert)
-        self.post_init()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -27,6 +27,8 @@ class OwnFields:
 
     def __init__(self, given: dict[str, Any]) -> None:
         self.given = given
+        self.parts: dict[str, str] = given.get("parts") or {}
+        """Files of parts from outside -> sha256."""
 
     def node(self) -> Any:
         """The architecture; transformers keeps the size of a resized vocabulary beside it. Raises ConfigError for

@@ -19,7 +19,7 @@ def load_tokenizer(tokenizer: Any) -> Any:
     """A tokenizer, or that of a folder. Raises ConfigError when it cannot be loaded."""
     if not isinstance(tokenizer, str | Path):
         return tokenizer
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PretrainedConfig
 
     folder = Path(tokenizer).expanduser()
     if not folder.is_dir():
@@ -32,7 +32,10 @@ def load_tokenizer(tokenizer: Any) -> Any:
                         shutil.copy(file, scratch)
                 _write(Path(scratch) / _CONFIG, _for_both(_read(folder / _CONFIG)))
                 folder = Path(scratch)
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            # Of an export with code of its own transformers 5 would look at the model's class first.
+            is_ours = _read(folder / "config.json").get("model_type") == "flexbert"
+            known = {"config": PretrainedConfig()} if is_ours else {}
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **known)
     except Exception as error:  # the loaders raise bare Exception among others
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(f"tokenizer: {tokenizer}: cannot be loaded: {said}") from None

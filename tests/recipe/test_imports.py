@@ -93,9 +93,10 @@ def test_a_norm_and_an_mlp_from_a_users_file_train_on_two_processes(tmp_path: Pa
     recorded = OmegaConf.load(folder / "config.yaml")
     assert recorded.imports == [str((tmp_path / "mine" / "mine.py").resolve())]
     assert recorded.model.norm == {"name": "mine_norm", "start": 1.0}
-    # A modeling file that transformers loads cannot have it: said, and no export
-    assert json.loads((folder / "summary.json").read_text())["export"] is None
-    assert not list((folder / "exports").iterdir())
+    # The export carries the file
+    export = Path(json.loads((folder / "summary.json").read_text())["export"])
+    assert (export / "mine.py").read_text() == MINE.replace("NAME", "mine")
+    assert [path.name for path in (folder / "exports").iterdir()] == [export.name]
     assert list((folder / "checkpoints").iterdir())
     # The same command, from another folder, reads the recorded config and finds nothing to do; replay needs it too
     for arguments in (("train", str(file)), ("inspect", str(folder), "--step", "3")):

@@ -1,6 +1,8 @@
 """Architectures without a class in transformers: exported with their own code, which needs no FlexBERT."""
 
 import logging
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from torch import nn
 from flexbert import build, from_hf, to_hf
 from flexbert.hf.convert import MODELING_FILE, transformers_config
 from flexbert.hf.mappings import MAPPINGS
-from flexbert.registry import SLOTS, build_activation
+from flexbert.registry import SLOTS
 from flexbert_core.schema import RunError
 from tests.flexbert.hf.own_code import in_transformers
 from tests.helpers.architectures import BERT, CASES, IDS, LEARNED, PARALLEL, SANDWICH
@@ -57,18 +59,40 @@ def test_token_types_and_hidden_states_of_the_modeling_file() -> None:
 
 
 def test_the_modeling_file_knows_every_component_of_the_package() -> None:
-    from flexbert.hf.modeling_flexbert import ACTIVATIONS, SUPPORTED
+    from flexbert.hf.modeling_flexbert import SUPPORTED
 
     for slot, names in SUPPORTED.items():
         of_package = {name for name, entry in SLOTS[slot].entries.items() if entry.__module__.startswith("flexbert.")}
         serves_export = {name for name in of_package if slot != "head" or SLOTS[slot].entries[name].task == "mlm"}
         assert names == serves_export, slot
-    outside = ("tests.", "imported_", "examples.")
-    ours = {name for name, entry in SLOTS["activation"].entries.items() if not entry.__module__.startswith(outside)}
-    assert set(ACTIVATIONS) == ours
-    values = torch.linspace(-3, 3, 50)
-    for name in ours - {"prelu"}:  # which has a weight
-        assert torch.equal(ACTIVATIONS[name](values), build_activation(name)(values)), name
+
+
+# Writes an export, with code of its own, of a model with an activation. It is loaded back without FlexBERT.
+WITH_TWIST = """
+import sys
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+from flexbert import FlexBertConfig, build, to_hf
+sizes = {"vocab_size": 9, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+model = build(FlexBertConfig.from_dict({**sizes, "norm": "rmsnorm", "mlp": {"name": "glu", "activation": "twist"}}))
+tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+to_hf(model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]"), sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_a_new_activation_is_one_line_in_one_file(tmp_path: Path) -> None:
+    for room in ("flexbert", "flexbert_core"):
+        shutil.copytree(Path(__file__).parents[3] / room, tmp_path / room)
+    file, table = tmp_path / "flexbert" / "activations.py", "FUNCTIONS: dict[str, Any] = {\n"
+    assert table in file.read_text()
+    line = '    "twist": lambda states: states * torch.sin(states),\n'
+    file.write_text(file.read_text().replace(table, table + line))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", WITH_TWIST, "export"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "export" / "activations.py").read_text() == file.read_text()
 
 
 LOAD = """
