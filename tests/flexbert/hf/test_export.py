@@ -169,16 +169,6 @@ def test_separate_projections_are_exported_like_fused_ones(tmp_path: Path) -> No
     torch.testing.assert_close(again(*batch[:3]).logits, model(*batch[:3]).logits, atol=1e-5, rtol=0)
 
 
-def test_a_component_from_outside_is_refused(tmp_path: Path) -> None:
-    import tests.flexbert.parts  # noqa: F401  registers test_relu and test_scale
-
-    qk_norm = {"attention": {"qk_norm": {"name": "test_scale"}}}
-    for changes, field in (({"mlp": "test_relu"}, "mlp: 'test_relu'"), (qk_norm, "attention.qk_norm: 'test_scale'")):
-        with pytest.raises(ConfigError, match=rf"^{field} is in no export: .*test_registry.py imports tests\.helpers"):
-            to_hf(build(tiny(**changes)), tokenizer_of(97), tmp_path / "export")
-    assert nothing_left(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("changes", "field"),
     [

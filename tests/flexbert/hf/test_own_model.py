@@ -251,6 +251,8 @@ def test_dropout_acts_in_training_only_and_evaluation_repeats_itself() -> None:
         close(model(ids).logits, model.eval()(ids).logits)
 
 
+# A trace keeps what Python decides on shapes: it says so of each decision.
+@pytest.mark.filterwarnings("default::torch.jit.TracerWarning")
 def test_a_graph_can_be_traced_and_exported() -> None:
     for config in (SANDWICH, PARALLEL, {"position": "learned"}):
         model, given = own(config=config), inputs()

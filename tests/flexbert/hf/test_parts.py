@@ -19,8 +19,9 @@ from flexbert.hf import parts
 from flexbert.registry import SLOTS
 from flexbert_core.schema import ConfigError
 from recipe.imports import import_components
-from tests.flexbert.hf.test_export import IDS, tokenizer_of
+from tests.helpers.architectures import IDS
 from tests.helpers.models import Batch, batch_of, gradients
+from tests.helpers.tokenizer import tokenizer_of
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
