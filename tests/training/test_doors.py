@@ -1,5 +1,7 @@
-"""Masking, objective and evaluations from outside: each equals its formula, trains, and goes on after a kill."""
+"""Masking, objective, evaluations, algorithm and logger from outside: each equals its formula, trains, and goes on
+after a kill."""
 
+import csv
 import json
 import math
 import shutil
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from composer.core import Event
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,15 +29,16 @@ from flexbert import build
 from flexbert_core.schema import ConfigError, RunError
 from recipe.config import load_run_config
 from recipe.phases import PhasePlan
-from recipe.slots import EVALUATIONS, OBJECTIVES
+from recipe.slots import ALGORITHMS, EVALUATIONS, LOGGERS, OBJECTIVES
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import ROOT
 from tests.helpers.tiny import ROW, ROWS, write_config
 from training.evaluations import Evaluations
 
 STEPS = 4
+PARTS = ("span_masking", "every_token", "mean_similarity", "centred_gradients", "csv_logger")
 DOORS: dict[str, Any] = {
-    "imports": [str(ROOT / "examples" / f"{name}.py") for name in ("span_masking", "every_token", "mean_similarity")],
+    "imports": [str(ROOT / "examples" / f"{name}.py") for name in PARTS],
     "masking": {"name": "spans", "rate": 0.25},
     "objective": {"name": "every_token", "weight": 0.1},
     "evaluations": [
@@ -42,13 +46,15 @@ DOORS: dict[str, Any] = {
         {"name": "held_out", "masking": {"name": "spans", "rate": 0.4}},
     ],
     "evaluation": {"max_rows": 4, "interval": 2 * ROWS * ROW},
+    "algorithms": [{"name": "centred_gradients", "share": 0.5}],
+    "loggers": ["csv"],
 }
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _registries_as_before() -> Iterator[None]:
     """What the examples register in this process is of no concern to the tests that come later."""
-    registries = (MASKINGS, OBJECTIVES, EVALUATIONS)
+    registries = (MASKINGS, OBJECTIVES, EVALUATIONS, ALGORITHMS, LOGGERS)
     before = [dict(registry.entries) for registry in registries]
     yield
     for registry, entries in zip(registries, before, strict=True):
@@ -153,6 +159,38 @@ def test_of_an_objective_without_scores_no_streams_are_shown(straight: Path) -> 
     assert (straight / "run" / "exports" / f"tokens-{STEPS * ROWS * ROW}" / "config.json").is_file()
 
 
+def rows(folder: Path) -> list[tuple[int, str, float]]:
+    with (folder / "run" / "metrics.csv").open(newline="") as file:
+        return [(int(step), name, float(value)) for step, name, value in csv.reader(file)]
+
+
+def test_the_logger_has_a_row_of_each_metric(straight: Path) -> None:
+    expected = [(line["step"], "train/loss", line["loss"]) for line in lines(straight)]
+    expected += [
+        (line["step"], "validation/loss", line["validation"]["loss"])
+        for line in lines(straight)
+        if "validation" in line
+    ]
+    assert sorted(rows(straight)) == sorted(expected)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_algorithm_takes_the_mean_of_rows(tiny_data: Path, tmp_path: Path, share: float) -> None:
+    config = load_run_config(write_config(tmp_path, tiny_data, STEPS, "full", **DOORS))
+    entry = ALGORITHMS.parse({"name": "centred_gradients", "share": share})
+    algorithm = ALGORITHMS.build(entry, plan=PhasePlan(config), folder=tmp_path)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1, bias=False))
+    gradients = [torch.randn(parameter.shape) for parameter in model.parameters()]
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient.clone()
+    state: Any = type("State", (), {"model": model})
+    algorithm.apply(Event.AFTER_TRAIN_BATCH, state, None)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        rows = gradient.tolist() if gradient.ndim > 1 else []
+        centred = torch.tensor([[x - share * sum(row) / len(row) for x in row] for row in rows])
+        torch.testing.assert_close(parameter.grad, centred if gradient.ndim > 1 else gradient)
+
+
 @pytest.mark.parametrize(
     ("processes", "trainer"),
     [
@@ -189,6 +227,7 @@ def test_as_if_never_killed(straight: Path, ranks: Ranks, tiny_data: Path, tmp_p
     assert [line["step"] for line in lines(tmp_path) if "evaluations" in line] == [2, 4]
     if processes == 1:
         assert all(torch.equal(tensor, first[name]) for name, tensor in weights(straight).items())
+        assert rows(tmp_path) == rows(straight)
 
 
 class Wrong:
