@@ -3,7 +3,7 @@ PYTEST_ARGS ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-transformers5 lint format schema docs bench clean
+.PHONY: help setup setup-dev demo test test-slow test-transformers5 lint format schema docs bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -26,8 +26,13 @@ demo: setup ## prepare text, pretrain a small encoder, export it, fill masks (5 
 	$(PY) main.py demo
 
 # Two processes, since most tests wait for one thread; OpenMP's idle threads must then not spin on the other's core.
-test: setup-dev ## all tests, 30 minutes on two cores after the install (PYTEST_ARGS="-m 'not slow'" for the fast ones)
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile --durations=15 $(PYTEST_ARGS)
+PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile --durations=15
+
+test: setup-dev ## the quick tests, at most 8 minutes on two cores after the install (PYTEST_ARGS="tests/data -k masking" for some)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: setup-dev ## the slow tests: kills, launchers, compilers, more sizes of what `make test` proves
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 # The packages of .venv, with those of requirements-transformers5.txt before them.
 .venv-hf5/.run: .venv/.dev requirements-transformers5.txt

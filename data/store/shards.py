@@ -109,11 +109,11 @@ class Stream:
         documents = np.array([shard.documents for shard in self.manifest.shards], np.int64)
         self.first_chunk = np.concatenate([[0], np.cumsum(-(-documents // self.manifest.chunk_documents))])
         """(shards + 1,) int64: number of the first chunk of each shard."""
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self.opened: OrderedDict[int, _OpenShard] = OrderedDict()
         self._open_bytes = 0
         self._checked: set[int] = set()
         self._lock, self._owner = threading.Lock(), os.getpid()
-        weakref.finalize(self, _close_all, self._open)
+        weakref.finalize(self, _close_all, self.opened)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "files": self.files}
@@ -148,7 +148,7 @@ class Stream:
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """These shards will be read soon, in this order."""
-        self.files.prefetch([self.manifest.shards[shard] for shard in shards if shard not in self._open])
+        self.files.prefetch([self.manifest.shards[shard] for shard in shards if shard not in self.opened])
 
     def documents(self, shard: int, first: int, count: int) -> Documents:
         """Lengths and places of documents first to first + count of a shard; reads offsets only, never tokens."""
@@ -211,27 +211,27 @@ class Stream:
         if self._owner != os.getpid():  # a fork: descriptors are the child's own, but the lock may be held for ever
             self._lock, self._owner = threading.Lock(), os.getpid()
         with self._lock:
-            if shard in self._open:
-                self._open.move_to_end(shard)
-                return self._open[shard]
+            if shard in self.opened:
+                self.opened.move_to_end(shard)
+                return self.opened[shard]
             info = self.manifest.shards[shard]
             try:
                 handle = self.files.open(info)
             except RunError as error:
                 raise self._fault(error) from None
             try:
-                self._open[shard] = _OpenShard(handle, self._read_offsets(shard, info, handle))
+                self.opened[shard] = _OpenShard(handle, self._read_offsets(shard, info, handle))
             except BaseException:
                 os.close(handle)
                 raise
             self._open_bytes += info.bytes
-            while len(self._open) > _MAX_OPEN_SHARDS or (
-                len(self._open) > 1 and self._open_bytes > self.files.max_open_bytes
+            while len(self.opened) > _MAX_OPEN_SHARDS or (
+                len(self.opened) > 1 and self._open_bytes > self.files.max_open_bytes
             ):
-                oldest, opened = self._open.popitem(last=False)
+                oldest, opened = self.opened.popitem(last=False)
                 os.close(opened.handle)
                 self._open_bytes -= self.manifest.shards[oldest].bytes
-            return self._open[shard]
+            return self.opened[shard]
 
     def _read_offsets(self, shard: int, info: ShardInfo, handle: int) -> NDArray[np.uint32]:
         size = os.fstat(handle).st_size

@@ -30,7 +30,17 @@ from main import app
 from recipe.config import RunConfig, load_run_config
 from recipe.phases import PhasePlan
 from recipe.slots import OPTIMIZERS
-from tests.helpers.runs import command, environment, metrics, prepare_dataset, run, wait_for_step, write_config
+from tests.helpers.runs import (
+    GATE,
+    command,
+    environment,
+    metrics,
+    open_gate,
+    prepare_dataset,
+    run,
+    wait_at_gate,
+    write_config,
+)
 from tests.helpers.synthetic_runs import RUN, run_config, write_dataset
 from training.checkpoints.files import list_checkpoints
 from training.trainer import train
@@ -191,6 +201,7 @@ def test_two_processes_killed_and_resumed_by_one_show_the_same(alone: Path, data
     """Lines of five steps, from two ranks and then one, against the lines of each step of one; `status` on the way."""
     config = config_file(tmp_path, dataset)
     options = [*SHORT, f"trainer.gradient_clip_norm={CLIP}", "trainer.log_interval=5", f"trainer.peak_flops={PEAK}"]
+    options += [f"imports=[{GATE}]", "callbacks=[{name: gate, step: 7}]"]
     folder = tmp_path / "runs" / "small"
     launcher = str(Path(sys.executable).parent / "composer")
     two = subprocess.Popen(
@@ -200,14 +211,14 @@ def test_two_processes_killed_and_resumed_by_one_show_the_same(alone: Path, data
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    wait_for_step(tmp_path, 5, two)
+    wait_at_gate(folder, 2, two.pid)
     live = read_status(folder)
-    os.killpg(two.pid, signal.SIGSTOP)
     try:
         again = run(command("train", str(config), *options))
     finally:
         os.killpg(two.pid, signal.SIGKILL)
         two.wait()
+    open_gate(folder)
     assert live["state"] == "training"
     assert again.returncode == 1  # looking did not free the lock
     assert f"process {live['process']} is training this run" in again.stderr

@@ -20,7 +20,7 @@ from commands.launch import SlurmOptions, launch_slurm
 from flexbert.config import TOKEN_IDS
 from flexbert_core.schema import RunError
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import ROOT, environment, rank, run
+from tests.helpers.runs import GATE, ROOT, environment, open_gate, rank, run, wait_at_gate
 from tests.helpers.tiny import write_config
 from training.checkpoints.files import list_checkpoints, load_checkpoint
 from training.signals import EXIT_PREEMPTED
@@ -126,16 +126,17 @@ def test_the_job_goes_on_after_85_and_only_then(
 @pytest.mark.slow
 def test_a_signal_before_the_time_limit_costs_nothing(cluster: Path, tiny_data: Path, tmp_path: Path) -> None:
     """Two real ranks under the script: SIGUSR2 for the job's step, requeue, and the run ends where it would have."""
-    file = write_config(tmp_path, tiny_data, 60, checkpoint={"interval": "1M"})
-    metrics = tmp_path / "run" / "metrics.jsonl"
+    gate: dict[str, Any] = {"imports": [GATE], "callbacks": [{"name": "gate", "step": 3}]}
+    file = write_config(tmp_path, tiny_data, 30, checkpoint={"interval": "1M"}, **gate)
 
     def signal_the_step() -> None:
-        while not (metrics.exists() and metrics.read_text().count("\n") > 2):
-            time.sleep(0.05)
+        wait_at_gate(tmp_path / "run", 2, os.getpid())
         for process in psutil.process_iter(["cmdline"]):
             line = process.info["cmdline"] or []
             if "training.node" in line and str(file) in line and "srun" not in " ".join(line):
                 process.send_signal(signal.SIGUSR2)
+        time.sleep(0.5)  # until it has come to the ranks, which are held; if not, 27 steps are left
+        open_gate(tmp_path / "run")
 
     thread = threading.Thread(target=signal_the_step)
     thread.start()

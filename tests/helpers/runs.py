@@ -135,3 +135,20 @@ def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[Any]", tim
     while process.poll() is None and max(metrics(folder), default=0) < step:
         assert time.monotonic() - start < timeout, "the run does not move"
         time.sleep(0.01)
+
+
+GATE = str(ROOT / "tests" / "helpers" / "gate.py")  # a run file's `imports`: no module of ours may import it too
+
+
+def wait_at_gate(folder: Path, ranks: int, launcher: int, timeout: float = 120) -> None:
+    """Until so many ranks of a run wait at its gate (tests/helpers/gate.py); fails when their launcher ends before."""
+    end = time.monotonic() + timeout
+    while not all((folder / f"waiting-{rank}").exists() for rank in range(ranks)):
+        assert psutil.pid_exists(launcher)
+        assert psutil.Process(launcher).status() != psutil.STATUS_ZOMBIE, "the run ended before the gate"
+        assert time.monotonic() < end, "the run does not come to the gate"
+        time.sleep(0.01)
+
+
+def open_gate(folder: Path) -> None:
+    (folder / "go").touch()

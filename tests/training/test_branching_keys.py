@@ -13,7 +13,7 @@ EMA = {"decay": 0.6}
 
 
 def test_a_branch_goes_on_with_the_average(tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """One that repeats the rest of its origin's phases ends with the same average, to the last bit."""
+    """One that repeats the rest of its origin's phases ends with the same weights and average, to the last bit."""
     caplog.set_level(logging.WARNING)
     straight = go(write_config(tmp_path / "straight", tiny_data, 6, ema=EMA))
     half = str(straight / "checkpoints" / f"tokens-{3 * PER_STEP}")
@@ -22,6 +22,8 @@ def test_a_branch_goes_on_with_the_average(tiny_data: Path, tmp_path: Path, capl
     ours, theirs = last(same, "ema.safetensors"), last(straight, "ema.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)
+    ours, theirs = last(same, "model.safetensors"), last(straight, "model.safetensors")
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
     card = (same / "exports" / f"tokens-{3 * PER_STEP}-ema" / "README.md").read_text()
     assert "6 updates" in card
     go(branch(tmp_path / "without", tiny_data, half, 1))

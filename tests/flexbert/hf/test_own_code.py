@@ -113,7 +113,6 @@ print(repr(output.logits.double().sum().item()))
 """
 
 
-@pytest.mark.slow
 def test_an_export_with_code_loads_where_flexbert_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = tiny(**SANDWICH, **IDS)
     model = scrambled(build(config))
