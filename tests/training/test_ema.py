@@ -131,7 +131,7 @@ def test_a_killed_run_has_the_same_average(
         def open_with_a_stop(run: trainer.Run, step: int = step, export: bool = export) -> None:
             opened(run)
             if export:
-                monkeypatch.setattr(run.exporter, "export", lambda step: (_ for _ in ()).throw(KeyboardInterrupt))
+                monkeypatch.setattr(run.exporter, "path", lambda *of: (_ for _ in ()).throw(KeyboardInterrupt))
             else:
                 run.trainer.state.callbacks.append(Stop(step))
 
