@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flexbert.activations import FUNCTIONS  # in an export: from .activations
 
-# What this file can build: slot -> names. FlexBERT refuses to export anything else.
+# What this file can build: slot -> names, all that FlexBERT has. Parts from outside need modeling_with_parts.py.
 SUPPORTED = {
     "embedding": {"tokens"},
     "position": {"none", "rope", "alibi", "learned", "sinusoidal"},

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import modeling_outputs
 
+# Of a local folder, transformers copies what this file imports, and not what that imports: so this one is named here.
+from .activations import FUNCTIONS  # noqa: F401  # pyright: ignore[reportMissingImports]
 from .carried_modules import CarriedModules
 from .flexbert_sources import IMPORTABLE, PARTS, ROOTS, SOURCES  # pyright: ignore[reportMissingImports]
 from .modeling_flexbert import FlexBertConfig, FlexBertPreTrainedModel

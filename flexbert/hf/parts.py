@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,7 +123,8 @@ def _collect(
         elif origin.is_dir():
             continue
         elif "site-packages" in origin.parts or "dist-packages" in origin.parts:
-            packages.add(first)
+            if not may_lack:
+                packages.add(first)
         elif origin.suffix != ".py" or origin.parent != file.parent:
             raise ConfigError(f"{where} imports {name} ({origin}): only .py files beside it travel")
         else:
@@ -142,10 +143,10 @@ def _text(file: Path) -> str:
         raise ConfigError(f"{file}: cannot be read: {error}") from None
 
 
-def _imports(body: list[Any], package: str, may_lack: bool = False) -> Iterator[tuple[str, bool]]:
-    """Dotted names that statements import, and whether the module does without: in `try`, in functions. What is for
-    type checkers alone is left out."""
-    for node in body:
+def _imports(nodes: Iterable[ast.AST], package: str, may_lack: bool = False) -> Iterator[tuple[str, bool]]:
+    """Dotted names that statements import, and whether the module does without, in a `try`. What is for type checkers
+    alone is left out."""
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from ((name, may_lack) for alias in node.names for name in _with_packages(alias.name))
         elif isinstance(node, ast.ImportFrom):
@@ -153,12 +154,10 @@ def _imports(body: list[Any], package: str, may_lack: bool = False) -> Iterator[
             base = ".".join(part for part in (base, node.module) if part)
             yield from ((name, may_lack) for name in _with_packages(base))
             yield from ((f"{base}.{alias.name}", True) for alias in node.names if _is_package(base))
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        elif isinstance(node, ast.If) and ast.unparse(node.test).rpartition(".")[2] == "TYPE_CHECKING":
             yield from _imports(node.orelse, package, may_lack)
         else:
-            inner = [child for child in ast.walk(node) if isinstance(child, ast.Import | ast.ImportFrom)]
-            within = isinstance(node, ast.Try | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-            yield from _imports(inner, package, may_lack or within)
+            yield from _imports(ast.iter_child_nodes(node), package, may_lack or isinstance(node, ast.Try))
 
 
 def _with_packages(name: str) -> Iterator[str]:

@@ -158,6 +158,8 @@ def fresh(code: str, *arguments: Any, home: Path) -> subprocess.CompletedProcess
 FROM_HUB = """
 import sys, torch
 from transformers import AutoModelForMaskedLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+get_class_from_dynamic_module("modeling_with_parts.FlexBertForMaskedLM", sys.argv[1])  # before any config was loaded
 ids = torch.arange(10)[None] + 5
 models = [AutoModelForMaskedLM.from_pretrained(name, trust_remote_code=True) for name in (sys.argv[1], "someone/second")]
 assert torch.equal(*[model.eval()(ids).logits for model in models])
