@@ -19,7 +19,7 @@ class Ledger(Callback):
     """Counts what the steps trained on, per stream, and writes a line to ledger.jsonl with every checkpoint. Steps that
     were not applied are not counted.
 
-    A line: {"step", "tokens" (slots), "streams": {name: {one count for each of data.loader.SEEN}}, "data": {name:
+    A line: {"step", "tokens" (slots), "streams": {name: {one count for each of data.feed.batches.SEEN}}, "data": {name:
     fingerprint of its shards}, "lanes": cursors}. A rollback adds {"step": gone back to, "skip": [first, last] steps
     not trained on, "spike": what was seen}; it stays for ever, so that restarts and replays know.
     Numbers depend on neither world size nor restarts. `unique_documents` is exact as long as min_length and

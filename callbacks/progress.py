@@ -120,16 +120,16 @@ def _scores(loss: float | None, lr: float, line: dict[str, Any]) -> list[str]:
         ("data_wait", lambda value: f"wait {value:.0%}"),
     ]
     texts = [show(line[key]) for key, show in figures if line.get(key) is not None]
-    texts += [f"{memory / 2**30:.1f} GiB"] if memory is not None else []
+    texts += [f"memory {memory / 2**30:.1f} GiB"] if memory is not None else []
     texts += [f"cost {line['cost']:,.2f} of {line['cost_to_end']:,.2f}"] if "cost" in line else []
     return [f"loss {shown(loss, '.3f')}", f"lr {lr:.1e}", *texts]
 
 
 def stream_losses(line: dict[str, Any]) -> list[str]:
-    """The loss of each stream; of one alone it is the loss."""
+    """The loss of each stream in the steps of a line of metrics.jsonl; of one alone it is the loss."""
     scores = line.get("streams", {}).items()
     losses = [f"{name} {each['loss']:.3f}" for name, each in scores if each["loss"] is not None]
-    return ["loss by stream:", *losses] if len(losses) > 1 else []
+    return [f"loss by stream, to step {line['step']}:", *losses] if len(losses) > 1 else []
 
 
 def wrapped(parts: list[str], width: int) -> list[str]:

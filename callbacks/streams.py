@@ -23,9 +23,8 @@ class StreamScores(Gauge):
     | streams.NAME.masked_accuracy, .masked_tokens | the same of the stream; their number | same |
 
     A stream without masked tokens in the window is left out. Steps that were not applied (a loss that is not finite)
-    are not counted. A loss component that does not fill in its scores has null here, and of
-    an objective without scores nothing is logged. Dropout is on: the same text
-    scores better in evaluation.
+    are not counted. A loss component that does not fill in its scores has null here, and of an objective without scores
+    nothing is logged. Dropout is on: the same text scores better in evaluation.
     """
 
     def __init__(self, clock: Clock, stream_names: list[str]) -> None:

@@ -7,7 +7,7 @@ model, however many there are.
 import json
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import flexbert
 from data.feed.loader import tokenizer_folder
 from flexbert import FlexBertConfig, build
 from flexbert.config import without_init
+from flexbert.hf.parts import outside
 from flexbert_core.schema import ConfigError, RunError, parse_count
 from recipe.config import RunConfig, read_recorded_config
 from recipe.origin import read_origin_record
@@ -66,7 +67,7 @@ def average(
     read = [_read(path) for path in paths]
     _check_alike(read)
     newest = max(read, key=lambda source: source.tokens)
-    with torch.device("meta"):
+    with nullcontext() if outside(newest.model) else torch.device("meta"):  # parts may keep what they compute when made
         model = build(newest.model)
     model.load_state_dict(weighted_mean([path / _WEIGHTS for path in paths], shares), assign=True)
     parts = ", ".join(

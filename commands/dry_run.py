@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from commands.sizes import disk_need
-from data.feed.loader import LoaderConfig, check_tokenizer, open_streams
+from data.feed.loader import LoaderConfig, MixtureDataset, check_tokenizer, open_streams
 from data.feed.mixture import MixtureOrder
 from data.store.shards import Stream
 from data.store.transfer import is_url
@@ -21,8 +21,10 @@ from recipe.slots import PARALLELISMS
 from training.begun import as_begun
 from training.branching import read_origin
 from training.checkpoints.files import list_checkpoints
+from training.evaluations import build_evaluations
 from training.folder import RunFolder
 from training.growing import check_source
+from training.parts import build_objective
 from training.report import describe_model
 from training.vocabulary import check_vocabulary
 
@@ -63,6 +65,13 @@ def dry_run(
         folder.check_checkpoints()
     with _collected(faults):
         streams = _print_mixture(config, plan, loader, console)
+    with _collected(faults):
+        build_objective(config, plan)
+    if streams:
+        with _collected(faults):
+            MixtureDataset(loader, 0, 1).check_maskings()
+        with _collected(faults):
+            build_evaluations(config, plan, streams)
     # A run that goes on needs neither its origin nor what it has grown from.
     if not list_checkpoints(folder.checkpoints):
         with _collected(faults):

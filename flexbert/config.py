@@ -1,4 +1,4 @@
-"""The architecture of a model: one validated object, from YAML, from a dict, or from a Hugging Face config (hf.py)."""
+"""The architecture of a model: one validated object, from YAML, a dict, or a Hugging Face config (flexbert.hf)."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -183,8 +183,10 @@ class RunConfig(Schema):
         for key in ("max_seq_len", "global_batch_size", "lr"):
             if getattr(self.phases[0], key) is None:
                 raise ValueError(f"phases[0].{key}: is required in the first phase")
-        if (self.evaluation.max_seq_len or 0) > limit:
-            raise ValueError(f"evaluation.max_seq_len: over model.max_position_embeddings {limit}")
+        others = ((f"evaluations[{number}]", each) for number, each in enumerate(self.evaluations))
+        for place, each in (("evaluation", self.evaluation), *others):
+            if (getattr(each, "max_seq_len", None) or 0) > limit:
+                raise ValueError(f"{place}.max_seq_len: over model.max_position_embeddings {limit}")
         return self
 
     @model_validator(mode="after")

@@ -39,6 +39,9 @@ def _import(file: Path, where: str) -> None:
     name = f"imported_{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=8).hexdigest()}"
     if name in sys.modules:
         return
+    # So that it can import files beside it, as when it is run as a script; behind all else, so that it hides nothing.
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None

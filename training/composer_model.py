@@ -46,7 +46,7 @@ class PretrainingModel(ComposerModel):
     def loss(self, outputs: Loss, batch: Batch) -> Tensor:
         """Mean over the microbatch's targets; Composer weighs it by their count, so the step's loss and gradient are
         exactly the mean over the global batch, however it is split. Raises RunError for another count than was said."""
-        expected = self.objective.count(batch)
+        expected = self._count(batch)
         if outputs.count != expected:
             raise RunError(f"objective: its loss is over {outputs.count} targets, its count says {expected}")
         return self.parallelism.correct(outputs.sum / max(outputs.count, 1))
@@ -58,7 +58,14 @@ class PretrainingModel(ComposerModel):
         besides: then weights are off by less than 1e-9, float32 rounds at 6e-8, and a sum of zeros is divided by
         something.
         """
-        return {"total": len(batch["input_ids"]), "loss_generating": self.objective.count(batch) * 2**32 + 1}
+        return {"total": len(batch["input_ids"]), "loss_generating": self._count(batch) * 2**32 + 1}
+
+    def _count(self, batch: Batch) -> int:
+        """Raises RunError for what is no plain number of targets: a tensor of int32 would overflow without a word."""
+        count = self.objective.count(batch)
+        if type(count) is not int or count < 0:
+            raise RunError(f"objective: count() gives {count!r}: give a plain int, 0 or more")
+        return count
 
 
 class Microbatch(dict[str, Any]):

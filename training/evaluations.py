@@ -31,6 +31,16 @@ class Evaluation(Protocol):
         ...
 
 
+def build_evaluations(
+    config: RunConfig, plan: PhasePlan, streams: Sequence[Stream]
+) -> tuple[HeldOut, dict[str, Evaluation]]:
+    """The first one, and the others by name. streams: of training. Raises ConfigError for what cannot be measured."""
+    facts = {"run": config, "plan": plan, "streams": streams, "folder": config.folder}
+    held_out = HeldOut(config.evaluation, **facts)
+    others = build_parts("evaluations", EVALUATIONS, config.evaluations, **facts)
+    return held_out, by_name(list(zip([entry.name for entry in config.evaluations], others, strict=True)))
+
+
 class Evaluations:
     """All of a run, for its weights and for their moving average."""
 
@@ -45,10 +55,7 @@ class Evaluations:
         say: Callable[[str], None],
     ) -> None:
         """streams: of training. Raises ConfigError for what cannot be measured."""
-        facts = {"run": config, "plan": plan, "streams": streams, "folder": config.folder}
-        self.held_out = HeldOut(config.evaluation, **facts)
-        others: list[Evaluation] = build_parts("evaluations", EVALUATIONS, config.evaluations, **facts)
-        self.others = by_name(list(zip([entry.name for entry in config.evaluations], others, strict=True)))
+        self.held_out, self.others = build_evaluations(config, plan, streams)
         self.plan, self.interval, self.model = plan, config.evaluation.interval, model
         self.ema, self.autocast, self.say = ema, autocast, say
         self.latest: tuple[int, dict[str, Any]] | None = None

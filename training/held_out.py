@@ -27,7 +27,7 @@ from recipe.slots import EVALUATIONS
 
 log = logging.getLogger(__name__)
 _FIX = (
-    "raise evaluation.masking.rate or evaluation.max_rows, or prepare with a larger validation_fraction; text of "
+    "raise its masking.rate or max_rows, or prepare with a larger validation_fraction; text of "
     "special and unknown tokens only wants a tokenizer that knows it"
 )
 
@@ -46,6 +46,7 @@ class HeldOut:
         """streams: those of training. Raises ConfigError for a missing split, or when no token would be masked."""
         data, train_streams = run.data, streams
         self.config = config
+        self.place = f"evaluations: {config.name}" if isinstance(config, Component) else "evaluation"
         self.max_seq_len = config.max_seq_len or plan.phases[0].max_seq_len
         self.seed = torch_seed(run.seed, "validation")
         self.tokenizer = partial(tokenizer_folder, data)
@@ -60,7 +61,7 @@ class HeldOut:
         self._unmasked = set[str]()
         # Now, and not after the first billion of tokens; the first batch tells, but for odd configs.
         if not any(batch["masked"] for name in self.streams for batch in self._batches(name, 0, 1)):
-            raise ConfigError(f"evaluation: no token of the held-out text would be masked: {_FIX}")
+            raise ConfigError(f"{self.place}: no token of the held-out text would be masked: {_FIX}")
 
     def _batches(self, name: str, rank: int, world_size: int) -> Iterator[Batch]:
         return validation_batches(
@@ -102,14 +103,14 @@ class HeldOut:
             total += sums[[0, 1, 2, 4]]
         self._say_unmasked([name for name, means in streams.items() if not means["masked_tokens"]])
         if not total[2]:
-            raise RunError(f"evaluation: no token of the held-out text is masked, so there is no loss: {_FIX}")
+            raise RunError(f"{self.place}: no token of the held-out text is masked, so there is no loss: {_FIX}")
         return {**_means(total), "streams": streams}
 
     def _say_unmasked(self, names: list[str]) -> None:
         """Once for each stream."""
         for name in names:
             if name not in self._unmasked and ranks.rank() == 0:
-                log.warning("evaluation: no token of stream %s is masked, so it has no loss: %s", name, _FIX)
+                log.warning("%s: no token of stream %s is masked, so it has no loss: %s", self.place, name, _FIX)
         self._unmasked.update(names)
 
 

@@ -4,7 +4,7 @@ import base64
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 from flexbert_core.schema import Component, ConfigError, Registry, RunError
 from recipe.config import RunConfig
 from recipe.phases import PhasePlan
-from recipe.slots import ALGORITHMS, CALLBACKS, LOGGERS
+from recipe.slots import ALGORITHMS, CALLBACKS, LOGGERS, OBJECTIVES
+from training.objectives import Objective
 
 
 class Parts:
@@ -63,6 +64,21 @@ def build_parts(key: str, registry: Registry, configs: list[Component], **runtim
         except ValueError as error:
             raise ConfigError(f"{key}[{number}].{error}") from None
     return parts
+
+
+def build_objective(config: RunConfig, plan: PhasePlan) -> Objective:
+    """Raises ConfigError, starting with the key, for one that refuses its arguments or has weights of its own."""
+    try:
+        objective: Any = OBJECTIVES.build(config.objective, plan=plan)
+    except ValueError as error:
+        raise ConfigError(f"objective: {error}") from None
+    own = list(objective.parameters()) if isinstance(objective, torch.nn.Module) else []
+    if own:
+        raise ConfigError(
+            f"objective: {config.objective.name!r} has parameters of its own, which no optimizer would train: give "
+            "them to a head of the model"
+        )
+    return cast(Objective, objective)
 
 
 def _name(config: Component) -> str:

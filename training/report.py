@@ -8,12 +8,13 @@ from transformers import AutoTokenizer
 
 from callbacks.step_log import shown
 from data.feed.loader import tokenizer_folder
+from data.feed.masking import DEFAULT
 from flexbert.accounting import count_parameters
 from flexbert.hf.convert import carries_code, check_exportable
 from flexbert.hf.parts import outside
 from flexbert_core.schema import ConfigError
 from recipe.config import RunConfig
-from recipe.phases import PhasePlan
+from recipe.phases import Phase, PhasePlan
 
 
 def describe_model(config: RunConfig) -> str:
@@ -50,12 +51,13 @@ def model_card(
         f"{', '.join(config.data.streams)}{_together(tokens, origin)}.",
         "",
         *([note, ""] if note else []),
+        *([f"The objective is `{config.objective.name}`.", ""] if config.objective.name != "mlm" else []),
         "| phase | tokens | row length | rows per step | peak learning rate | masking rate |",
         "|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {phase.name} | {min(tokens, phase.end_token) - phase.first_token:,} | {phase.max_seq_len} | "
-        f"{phase.global_batch_size} | {phase.peak_lr:g} | {phase.masking.rate:g} |"
+        f"{phase.global_batch_size} | {phase.peak_lr:g} | {_masking(phase)} |"
         for phase in plan.phases
         if phase.first_token < tokens
     ]
@@ -142,3 +144,9 @@ def _no_export(config: RunConfig) -> str:
     if outside(config.model):
         return "none: a part of imports failed in it, as a warning says, or it was removed"
     return "none: it was removed, and so were the checkpoints"
+
+
+def _masking(phase: Phase) -> str:
+    """The rate, and the name of a masking that is not the usual one."""
+    name = phase.masking.name
+    return f"{phase.masking.rate:g}" + (f" ({name})" if name != DEFAULT else "")

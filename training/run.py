@@ -30,7 +30,7 @@ from flexbert.config import without_init
 from flexbert_core.durable import write_file
 from recipe.config import RunConfig
 from recipe.phases import PhasePlan
-from recipe.slots import OBJECTIVES, OPTIMIZERS
+from recipe.slots import OPTIMIZERS
 from training import signals
 from training.branching import read_origin
 from training.checkpoints.files import checkpoint_name, list_checkpoints, restore, take_snapshot
@@ -45,9 +45,8 @@ from training.faults import Faults
 from training.folder import RunFolder
 from training.gauges import build_gauges, gauges_state, load_gauges
 from training.growing import read_source
-from training.objectives import Objective
 from training.parallelism import PARALLELISMS, Parallelism
-from training.parts import Parts, pack, unpack
+from training.parts import Parts, build_objective, pack, unpack
 from training.same_data import check_same_data
 from training.vocabulary import check_vocabulary
 
@@ -63,6 +62,7 @@ class Run:
         self.folder = RunFolder(config.folder)
         self.rank, self.world_size = ranks.rank(), ranks.world_size()
         self.loader: Loader = build_loader(self.plan.loader_config(config), self.rank, self.world_size)
+        self.loader.dataset.check_maskings()
         train_streams = self.loader.dataset.streams
         manifest = train_streams[0].manifest
         self.fingerprints = {
@@ -103,7 +103,7 @@ class Run:
         self.parts = Parts(config, self.plan, self.folder.path)
         ema = config.ema
         self.ema = None if ema is None else WeightAverage(self.model, ema.decay, self.plan, ema.every)
-        self.objective: Objective = OBJECTIVES.build(config.objective, plan=self.plan)
+        self.objective = build_objective(config, self.plan)
         self.evaluations = Evaluations(config, self.plan, train_streams, self.model, self.ema, self.autocast, self._say)
         self.exporter = Exporter(config, self.plan, self.model, self.ema, self.folder.exports, self.metrics)
         self.seconds_before = 0.0  # of earlier processes, up to their last checkpoint

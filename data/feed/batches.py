@@ -16,7 +16,7 @@ from data.feed.packing import SPECIAL_TOKENS_PER_SEQUENCE, Spans
 from data.feed.philox import RowNames
 from data.keyed import philox_key
 from data.store.shards import Stream
-from flexbert_core.schema import RunError
+from flexbert_core.schema import ConfigError, RunError
 
 Batch = dict[str, Any]
 """input_ids, labels (total_tokens,) int64; cu_seqlens (documents + 1,) int32; max_seqlen int; sequences: documents of
@@ -118,7 +118,7 @@ class Assembler:
         )
         row_ends = ends[np.cumsum(sequences) - 1]
         targets = self._masking(masking).mask(ids, row_ends, names)
-        _check(targets, len(ids), masking.name)
+        _check(targets, len(ids), len(self.vocabulary.special), masking.name)
         return PackedBatch(
             ids=ids,
             targets=targets,
@@ -134,6 +134,13 @@ class Assembler:
 
     def _key(self, key: RowKey) -> int:
         return int(philox_key(self.seed, "mask", key.lane, key.block, key.carry)[0])
+
+    def build_masking(self, config: MaskingConfig, place: str) -> None:
+        """Before it is used: raises ConfigError, starting with `place`, for one that refuses its arguments."""
+        try:
+            self._masking(config)
+        except ValueError as error:
+            raise ConfigError(f"{place}: {error}") from None
 
     def _masking(self, config: MaskingConfig) -> Masking:
         """Built once for each config: phases have their own."""
@@ -155,11 +162,18 @@ class Assembler:
             self.streams[stream].read_into(shard, index, byte, out[at:to])
 
 
-def _check(targets: Targets, tokens: int, name: str) -> None:
-    """Raises RunError where a masking gives what is no set of positions in order: labels would be wrong silently."""
-    position = targets.position
-    ordered = bool((position[1:] > position[:-1]).all())
-    if len(position) and not (position[0] >= 0 and position[-1] < tokens and ordered):
+def _check(targets: Any, tokens: int, vocab_size: int, name: str) -> None:
+    """Raises RunError where a masking gives what is no set of positions in order, with a token for each: labels would
+    be wrong without a word."""
+    if not isinstance(targets, Targets):
+        raise RunError(f"masking {name!r}: gives a {type(targets).__name__}: give data.feed.masking.Targets")
+    position, token = targets.position, targets.token
+    for what, values in (("position", position), ("token", token)):
+        if not isinstance(values, np.ndarray) or values.dtype.kind not in "iu" or values.ndim != 1:
+            raise RunError(f"masking {name!r}: {what} is no array of whole numbers, (masked,)")
+    if len(position) != len(token):
+        raise RunError(f"masking {name!r}: gives {len(token)} tokens for {len(position)} positions")
+    if len(position) and not (position[0] >= 0 and position[-1] < tokens and (position[1:] > position[:-1]).all()):
         raise RunError(f"masking {name!r}: its positions must ascend, each once, from 0 to under {tokens}")
-    if position.shape != targets.token.shape:
-        raise RunError(f"masking {name!r}: gives {len(targets.token)} tokens for {len(position)} positions")
+    if len(token) and not (token.min() >= 0 and token.max() < vocab_size):
+        raise RunError(f"masking {name!r}: a token is not of the vocabulary, 0 to under {vocab_size}")

@@ -264,6 +264,17 @@ class MixtureDataset(IterableDataset):
                 rows += _slice(taken, own)
             yield step, phase, rows, lanes
 
+    def check_maskings(self) -> None:
+        """Raises ConfigError for one that refuses its arguments, of whatever phase."""
+        self._assembler()
+
+    def _assembler(self) -> Assembler:
+        """Raises ConfigError for a masking that refuses its arguments."""
+        assembler = Assembler(self.streams, self.config.seed, partial(tokenizer_folder, self.config.data))
+        for index, phase in enumerate(self.config.phases):
+            assembler.build_masking(phase.masking, f"{_place(index, phase)}.masking")
+        return assembler
+
     def __iter__(self) -> Iterator[PackedBatch]:
         return self.batches(1)
 
@@ -271,8 +282,7 @@ class MixtureDataset(IterableDataset):
         """In a DataLoader's worker w of K: those of groups of steps w, w + K, ...; elsewhere all."""
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        assembler = Assembler(self.streams, self.config.seed, partial(tokenizer_folder, self.config.data))
-        first = self.step
+        assembler, first = self._assembler(), self.step
         for step, phase, rows, lanes in self.plan():
             if (step - first) // group % workers == worker:
                 batch = assembler.batch(rows, phase.max_seq_len, phase.masking)

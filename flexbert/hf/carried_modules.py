@@ -31,7 +31,8 @@ class CarriedModules(importlib.abc.MetaPathFinder, importlib.abc.ExecutionLoader
 
     def load(self, path: str) -> Any:
         """The module of one of the texts, which runs once in a process."""
-        return importlib.import_module(f"{self.prefix}.{path.removesuffix('.py').replace('/', '.')}")
+        name = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        return importlib.import_module(f"{self.prefix}.{name}")
 
     def _inner(self, name: str) -> str:
         return name.removeprefix(self.prefix).lstrip(".").replace(".", "/")

@@ -1,4 +1,4 @@
-"""Prints how far an export's logits are from the expected ones. Run by hf_verify in a process of its own:
+"""Prints how far an export's logits are from the expected ones. Run by verify.py in a process of its own:
 
     python -I check_export.py FOLDER EXPECTED.safetensors     (input_ids, lengths of the sequences, logits, padding)
 

@@ -4,6 +4,7 @@ mappings.py says which architectures it has a class for. The others travel with 
 parts from outside also with modeling_with_parts.py.
 """
 
+import contextlib
 import json
 import logging
 import shutil
@@ -76,7 +77,7 @@ def _converted(
         if isinstance(fields, OwnFields)
         else validate(FlexBertConfig, config_of(fields), place)
     )
-    result = _on_meta(config, task)
+    result = _without_weights(config, task)
     wanted = {name: tensor.shape for name, tensor in result.state_dict().items()}
     given = weights()
     if isinstance(fields, OwnFields):
@@ -95,7 +96,7 @@ def _converted(
                 next(name for name in state if name.endswith("position.table.weight")),
                 config.position.offset,
             )
-            result = _on_meta(validate(FlexBertConfig, _at_offset(config, offset), place), task)
+            result = _without_weights(validate(FlexBertConfig, _at_offset(config, offset), place), task)
             state[table] = moved_table(state[table], before, offset)
     result.load_state_dict(state, assign=True)
     return result
@@ -110,12 +111,13 @@ def _own_config(fields: OwnFields, place: str) -> FlexBertConfig:
         if not fields.parts:
             raise
         files = ", ".join(fields.parts)
-        hint = "from_hf(..., trust_remote_code=True) runs them, or import your own first"
+        hint = "name them in `imports` of a run file; from_hf(..., trust_remote_code=True) runs them"
         raise ConfigError(f"{error}\n{place}: parts: the model has parts of {files}: {hint}") from None
 
 
-def _on_meta(config: FlexBertConfig, task: str) -> Any:
-    with torch.device("meta"):
+def _without_weights(config: FlexBertConfig, task: str) -> Any:
+    # What a part from outside computes when it is made, and keeps beside its weights, must be there.
+    with contextlib.nullcontext() if from_outside.outside(config) else torch.device("meta"):
         return build(config, task)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
@@ -160,6 +162,8 @@ def to_hf(model: FlexBertForMaskedLM, tokenizer: Any, out_dir: str | Path, card:
     out_dir = Path(out_dir).expanduser()
     if out_dir.exists() and not all((out_dir / name).is_file() for name in ("config.json", "model.safetensors")):
         raise ConfigError(f"{out_dir}: exists and is not an export: choose another folder, or remove it")
+    if tokenizer is None:
+        raise ConfigError("tokenizer: None: an export holds one: give a transformers tokenizer, or its folder")
     tokenizer = load_tokenizer(tokenizer)
     state = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in model.state_dict().items()}
     ids = token_ids(model.config, tokenizer)

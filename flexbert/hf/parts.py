@@ -84,6 +84,8 @@ def parts_of(config: FlexBertConfig) -> Parts:
                 f"{place} is in no export: it was registered by {name}: put it into a file and import that"
             )
         dotted, file = name.split("."), Path(file)
+        if file.stem == "__init__":
+            dotted.append("__init__")
         if file.with_suffix("").parts[-len(dotted) :] != tuple(dotted):  # `imports:` of a run file, which has no name
             dotted = [file.stem]
         else:
@@ -131,7 +133,8 @@ def _collect(
             other = name.replace(".", "/") + ("/__init__.py" if origin.stem == "__init__" else ".py")
             importable.add(first)
             if other not in files:
-                _collect(origin, other, name, place, files, importable, packages)
+                inside = f"{name}.__init__" if origin.stem == "__init__" else name
+                _collect(origin, other, inside, place, files, importable, packages)
 
 
 @functools.cache
@@ -154,7 +157,7 @@ def _imports(nodes: Iterable[ast.AST], package: str, may_lack: bool = False) -> 
             base = ".".join(part for part in (base, node.module) if part)
             yield from ((name, may_lack) for name in _with_packages(base))
             yield from ((f"{base}.{alias.name}", True) for alias in node.names if _is_package(base))
-        elif isinstance(node, ast.If) and ast.unparse(node.test).rpartition(".")[2] == "TYPE_CHECKING":
+        elif isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
             yield from _imports(node.orelse, package, may_lack)
         else:
             yield from _imports(ast.iter_child_nodes(node), package, may_lack or isinstance(node, ast.Try))
@@ -218,6 +221,8 @@ def _mapping(name: str, texts: dict[str, str]) -> Iterator[str]:
     for path, text in texts.items():
         quoted = text.replace("\\", "\\\\").replace("'''", "\\'\\'\\'").replace("\ufeff", "\\ufeff")
         quoted = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]|'\Z", lambda found: f"\\x{ord(found[0]):02x}", quoted)
+        # transformers looks for the files of relative imports by the look of a line.
+        quoted = re.sub(r"(?m)^(\s*(?:from|import)\s+)\.", r"\1\\x2e", quoted)
         yield f"{name}[{path!r}] = '''\\\n{quoted}'''"
 
 
@@ -240,8 +245,12 @@ def read(folder: Path, expected: dict[str, str]) -> Parts:
     try:
         found = _read(folder)
         texts, roots, importable = found["PARTS"], found["ROOTS"], found["IMPORTABLE"]
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{SOURCES_FILE}: cannot be read: {error}") from None
+    names = [*roots, *importable] if isinstance(roots, list) and isinstance(importable, list) else [None]
+    whole = isinstance(texts, dict) and all(isinstance(each, str) for each in (*texts, *texts.values(), *names))
+    if not whole or not texts.keys() >= set(roots):
+        raise ConfigError(f"{SOURCES_FILE}: damaged: take another copy of the export")
     for path in sorted({*texts, *expected}):
         beside = folder / path
         said = {SOURCES_FILE: texts.get(path)}

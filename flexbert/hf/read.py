@@ -29,6 +29,8 @@ class OwnFields:
         self.given = given
         self.parts: dict[str, str] = given.get("parts") or {}
         """Files of parts from outside -> sha256."""
+        if not isinstance(self.parts, dict) or not all(isinstance(each, str) for each in self.parts.values()):
+            raise ConfigError("config.json: parts: expected the sha256 of each file, by its name")
 
     def node(self) -> Any:
         """The architecture; transformers keeps the size of a resized vocabulary beside it. Raises ConfigError for
@@ -78,7 +80,8 @@ def read_fields(folder: Path) -> Fields | OwnFields:
             raise ConfigError(
                 "adapter_config.json: only an adapter is in it: merge it into its base model and save that"
             )
-        raise ConfigError("no config.json in it: expected a folder written by save_pretrained")
+        fault = "no config.json in it" if folder.is_dir() else "no such folder (nothing is downloaded)"
+        raise ConfigError(f"{fault}: expected a folder written by save_pretrained")
     if adapter:
         raise ConfigError("adapter_config.json: an adapter lies beside the weights: merge the two, or move it away")
     given = _read_json(folder / "config.json")

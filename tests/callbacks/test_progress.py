@@ -46,7 +46,7 @@ def test_all_that_matters_is_drawn_within_the_width(
     for name in ("loss", "lr", "accuracy", "grad", "update", "MFU", "wait", "cost"):
         assert re.search(rf"(^|  ){name} {number}", text, re.MULTILINE), name
     assert re.search(r" tokens/s  ETA [\d:-]+", block[0]), text
-    assert re.fullmatch(rf" {{11}}loss by stream:  full {number}  sparse {number} *", block[-1]), text
+    assert re.fullmatch(rf" {{11}}loss by stream, to step \d+:  full {number}  sparse {number} *", block[-1]), text
     assert "…" not in text
     assert len(block) <= 4, text
 
@@ -59,5 +59,5 @@ def test_parts_are_wrapped_whole() -> None:
     assert len(lines) == 5
     assert progress.wrapped(["a", "b" * 90, "c"], 60) == ["a", " " * 11 + "b" * 90, " " * 11 + "c"]
     assert progress.stream_losses({"streams": {"one": {"loss": 2.0}}}) == []
-    unknown = {"streams": {"one": {"loss": None}, "two": {"loss": 2.0}, "three": {"loss": 3.0}}}
-    assert progress.stream_losses(unknown) == ["loss by stream:", "two 2.000", "three 3.000"]
+    unknown = {"step": 7, "streams": {"one": {"loss": None}, "two": {"loss": 2.0}, "three": {"loss": 3.0}}}
+    assert progress.stream_losses(unknown) == ["loss by stream, to step 7:", "two 2.000", "three 3.000"]

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from flexbert.registry import SLOTS
 from flexbert_core.schema import ConfigError
 from recipe.config import load_run_config, read_recorded_config
+from recipe.imports import import_components
 from tests.helpers.runs import command, launched, run
 from tests.helpers.synthetic_runs import RUN, write_dataset
 
@@ -150,3 +151,13 @@ def test_a_file_runs_once_and_the_resolved_config_finds_it_from_anywhere(tmp_pat
     unknown = run_file(tmp_path, tmp_path, "typo", MINE, norm="typo_nrm")
     with pytest.raises(ConfigError, match=r"model\.norm: unknown norm 'typo_nrm', did you mean 'typo_norm'\?"):
         load_run_config(unknown)
+
+
+def test_a_file_imports_what_lies_beside_it(tmp_path: Path) -> None:
+    """As when it is run as a script; a file of the name of ours hides nothing."""
+    (tmp_path / "beside_mine.py").write_text("FACTOR = 3.0\n")
+    (tmp_path / "ranks.py").write_text("raise RuntimeError('hides ours')\n")
+    source = "from beside_mine import FACTOR\nfrom ranks import rank\n" + MINE.replace("1.0, gt=0", "FACTOR, gt=0")
+    (tmp_path / "mine.py").write_text(source.replace("NAME", "besides"))
+    import_components({"imports": ["mine.py"]}, tmp_path / "run.yaml")
+    assert SLOTS["norm"].parse("besides_norm").model_dump() == {"name": "besides_norm", "start": 3.0}

@@ -297,3 +297,93 @@ def test_a_phase_takes_over_a_masking_of_the_same_name_only(tiny_data: Path, tmp
         {"name": "spans"},
         {"name": "spans"},
     ]
+
+
+def test_an_evaluation_fits_the_model(tiny_data: Path, tmp_path: Path) -> None:
+    file = write_config(tmp_path, tiny_data, STEPS, "full", evaluations=[{"name": "held_out", "max_seq_len": 4096}])
+    with pytest.raises(ConfigError, match=r"evaluations\[0\].max_seq_len: over model.max_position_embeddings 64"):
+        load_run_config(file)
+
+
+REFUSING = """
+import torch
+from data.feed.masking import MASKINGS, MaskingConfig, Targets
+from flexbert_core.schema import Component
+from recipe.slots import EVALUATIONS, OBJECTIVES
+from training.objectives import Loss
+
+@MASKINGS.register("odd")
+class Odd:
+    class Config(MaskingConfig):
+        gives: str = "refusal"
+    def __init__(self, config, *, vocabulary):
+        if config.gives == "refusal":
+            raise ValueError("not with this vocabulary")
+        self.gives = config.gives
+    def mask(self, input_ids, row_ends, rows):
+        import numpy as np
+        two = np.array([1, 2], np.int32)
+        return {
+            "nothing": None,
+            "floats": Targets(two / 2, input_ids[two]),
+            "backwards": Targets(two[::-1], input_ids[two]),
+            "twice": Targets(two * 0 + 1, input_ids[two]),
+            "behind": Targets(two + len(input_ids), input_ids[two]),
+            "short": Targets(two, input_ids[:1]),
+            "strange": Targets(two, two + 9000),
+        }[self.gives]
+
+@OBJECTIVES.register("odd")
+class OddObjective(torch.nn.Module):
+    class Config(Component):
+        gives: str = "tensor"
+    def __init__(self, config, *, plan):
+        super().__init__()
+        self.gives = config.gives
+        if self.gives == "weights":
+            self.weight = torch.nn.Parameter(torch.ones(1))
+        if self.gives == "refusal":
+            raise ValueError("not in this plan")
+    def count(self, batch):
+        if self.gives == "tensor":
+            return batch["cu_seqlens"][-1]
+        return 0.5 if self.gives == "fraction" else batch["masked"]
+    def loss(self, model, batch):
+        loss = model(batch["input_ids"], batch["cu_seqlens"], batch["max_seqlen"], batch["labels"])
+        return Loss(loss.loss, batch["masked"] + 1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "line"),
+    [
+        ({"masking": "odd"}, 2, "phases[0].masking: not with this vocabulary"),
+        ({"masking": {"name": "odd", "gives": "nothing"}}, 1, "masking 'odd': gives a NoneType: give data.feed.masking.Targets"),
+        ({"masking": {"name": "odd", "gives": "floats"}}, 1, "masking 'odd': position is no array of whole numbers"),
+        ({"masking": {"name": "odd", "gives": "backwards"}}, 1, "masking 'odd': its positions must ascend, each once"),
+        ({"masking": {"name": "odd", "gives": "twice"}}, 1, "masking 'odd': its positions must ascend, each once"),
+        ({"masking": {"name": "odd", "gives": "behind"}}, 1, "masking 'odd': its positions must ascend, each once"),
+        ({"masking": {"name": "odd", "gives": "short"}}, 1, "masking 'odd': gives 1 tokens for 2 positions"),
+        ({"masking": {"name": "odd", "gives": "strange"}}, 1, "masking 'odd': a token is not of the vocabulary"),
+        ({"objective": "odd"}, 1, "objective: count() gives tensor("),
+        ({"objective": {"name": "odd", "gives": "fraction"}}, 1, "objective: count() gives 0.5: give a plain int"),
+        ({"objective": {"name": "odd", "gives": "other"}}, 1, "objective: its loss is over "),
+        ({"objective": {"name": "odd", "gives": "weights"}}, 2, "objective: 'odd' has parameters of its own"),
+        ({"objective": {"name": "odd", "gives": "refusal"}}, 2, "objective: not in this plan"),
+    ],
+)  # fmt: skip
+def test_odd_parts_are_one_line(
+    ranks: Ranks, tiny_data: Path, tmp_path: Path, changes: dict[str, Any], code: int, line: str
+) -> None:
+    """What can be known is told before a run folder is there, and by --dry-run too."""
+    (tmp_path / "odd.py").write_text(REFUSING)
+    file = write_config(tmp_path, tiny_data, STEPS, "full", **{"imports": ["odd.py"], **changes})
+    codes, text = ranks.run(1, "train", str(file))
+    assert codes == [code], text
+    assert line in text
+    assert "Traceback" not in text
+    if code == 2:
+        assert not (tmp_path / "run").exists()
+        codes, text = ranks.run(1, "train", str(file), "--dry-run")
+        assert codes == [2]
+        assert line in text

@@ -1,5 +1,6 @@
 """Parts from outside travel in exports: the files in examples/, loaded where neither they nor FlexBERT are."""
 
+import importlib
 import json
 import os
 import shutil
@@ -358,3 +359,54 @@ def test_losses_and_starting_weights_need_not_travel() -> None:
     imported(EXAMPLES, "focal_loss.py", "orthogonal_init.py")
     config = FlexBertConfig.from_dict({**SMALL, "loss": {"name": "focal", "gamma": 1.0}, "init": "orthogonal"})
     assert parts.parts_of(config).files == {}
+
+
+def test_what_a_part_keeps_beside_its_weights_is_there_again(tmp_path: Path) -> None:
+    """Buffers that are not saved, and plain tensors: from_hf and the mean of checkpoints allocate no weights first."""
+    model = build(part(tmp_path, "keeps_tables"), seed=1).eval()
+    to_hf(model, tokenizer_of(96), tmp_path / "export")
+    batch = batch_of((1, 30, 17), vocab_size=96)
+    found = from_hf(tmp_path / "export", trust_remote_code=True).eval()
+    torch.testing.assert_close(found(*batch[:3]).logits, model(*batch[:3]).logits)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_part_of_a_package_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool) -> None:
+    name = f"package_{relative}".lower()
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "helper.py").write_text("FACTOR = 2.0\n")
+    imports = f"from {'.helper' if relative else f'{name}.helper'} import FACTOR"
+    (tmp_path / name / "__init__.py").write_text(NORM.format(name=name, imports=imports, factor="FACTOR"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module(name)
+    model = build(FlexBertConfig.from_dict({**SMALL, **IDS, "norm": name}), seed=1)
+    to_hf(model, tokenizer_of(96), tmp_path / "export")  # which compares the logits, where the package is not
+    assert (tmp_path / "export" / name / "helper.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("parts_of_config", "sources", "line"),
+    [
+        (["scale_norm.py"], None, r"config\.json: parts: expected the sha256 of each file"),
+        ("scale_norm.py", None, r"config\.json: parts: expected the sha256 of each file"),
+        ({"scale_norm.py": 3}, None, r"config\.json: parts: expected the sha256 of each file"),
+        (None, "PARTS = []\nROOTS = []\nIMPORTABLE = []\n", r"flexbert_sources\.py: damaged"),
+        (None, "PARTS = {'a.py': 3}\nROOTS = ['a.py']\nIMPORTABLE = []\n", r"flexbert_sources\.py: damaged"),
+        (None, "PARTS = {}\nROOTS = ['a.py']\nIMPORTABLE = []\n", r"flexbert_sources\.py: damaged"),
+        (None, "PARTS = {}\nROOTS = 3\nIMPORTABLE = []\n", r"flexbert_sources\.py: damaged"),
+        (None, "PARTS = {}\nROOTS = []\nIMPORTABLE = 3\n", r"flexbert_sources\.py: damaged"),
+        (None, "PARTS =", r"flexbert_sources\.py: cannot be read"),
+    ],
+)
+def test_a_damaged_export_is_one_line(
+    exports: Path, tmp_path: Path, parts_of_config: Any, sources: str | None, line: str
+) -> None:
+    folder = tmp_path / "export"
+    shutil.copytree(exports / "first", folder)
+    if parts_of_config is not None:
+        node = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**node, "parts": parts_of_config}))
+    if sources is not None:
+        (folder / "flexbert_sources.py").write_text(sources)
+    with pytest.raises(ConfigError, match=line):
+        from_hf(folder, trust_remote_code=True)
