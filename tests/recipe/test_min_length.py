@@ -74,6 +74,8 @@ def test_passes_are_of_what_is_shown(tmp_path: Path, least: int, long_documents:
     made_by = fingerprint(tmp_path / "tokenizer")
     write_stream(tmp_path / "a", "train", [np.full(n, 7) for n in [10] * 200 + [20] * 50], tokenizer=made_by)
     write_stream(tmp_path / "b", "train", [np.full(100, 7)] * 100, tokenizer=made_by)
+    for name in "ab":
+        write_stream(tmp_path / name, "validation", [np.full(20, 7)], tokenizer=made_by)
     config = config_of(tmp_path, [None, None], a={"min_length": least}, b={})
     config = config.model_copy(update={"data": config.data.model_copy(update={"long_documents": long_documents})})
     console = Console(width=300, record=True, file=io.StringIO())

@@ -79,6 +79,7 @@ def joined(parts: list[Batch]) -> Batch:
         "max_seqlen": max(part["max_seqlen"] for part in parts),
         "sequences": [count for part in parts for count in part["sequences"]],
         "slots": sum(part["slots"] for part in parts),
+        "tokens": sum(part["tokens"] for part in parts),
         "masked": sum(part["masked"] for part in parts),
         "masked_streams": torch.cat([part["masked_streams"] for part in parts]),
         "seen": sum(part["seen"] for part in parts),

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flexbert import build, from_hf, to_hf
+from flexbert.registry import SLOTS
 from flexbert_core.schema import ConfigError
+from recipe.imports import import_components
 from tests.helpers.hf_forms import older, rewrite
 from tests.helpers.hf_models import reference_model
 from tests.helpers.models import tiny
@@ -164,3 +167,46 @@ def test_a_model_whose_config_was_changed_is_refused() -> None:
         match=r"^bert\.encoder\.layer\.0\.intermediate\.dense\.weight: \(40, 48\) in the weights, \(41, 48\)",
     ):
         from_hf(reference)
+
+
+@pytest.fixture(scope="module")
+def with_parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An export that carries a part from outside, examples/scale_norm.py."""
+    norms, folder = SLOTS["norm"], tmp_path_factory.mktemp("parts")
+    before = dict(norms.entries), dict(norms.registered_by)
+    import_components({"imports": ["scale_norm.py"]}, Path(__file__).parents[3] / "examples" / "run.yaml")
+    to_hf(build(tiny(norm="scale_norm")), tokenizer_of(97), folder / "export")
+    yield folder / "export"
+    for now, then in zip((norms.entries, norms.registered_by), before, strict=True):
+        now.clear()
+        now.update(then)
+    for name in [name for name in sys.modules if name.startswith("imported_scale_norm")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("parts_of_config", "sources", "line"),
+    [
+        (["scale_norm.py"], None, r"config\.json: parts: expected the sha256 of each file"),
+        ("scale_norm.py", None, r"config\.json: parts: expected the sha256 of each file"),
+        ({"scale_norm.py": 3}, None, r"config\.json: parts: expected the sha256 of each file"),
+        (None, "PARTS = []\nROOTS = []\nIMPORTABLE = []\n", r"flexbert_sources\.py: damaged"),
+        (None, "PARTS = {'a.py': 3}\nROOTS = ['a.py']\nIMPORTABLE = []\n", r"flexbert_sources\.py: damaged"),
+        (None, "PARTS = {}\nROOTS = ['a.py']\nIMPORTABLE = []\n", r"flexbert_sources\.py: damaged"),
+        (None, "PARTS = {}\nROOTS = 3\nIMPORTABLE = []\n", r"flexbert_sources\.py: damaged"),
+        (None, "PARTS = {}\nROOTS = []\nIMPORTABLE = 3\n", r"flexbert_sources\.py: damaged"),
+        (None, "PARTS =", r"flexbert_sources\.py: cannot be read"),
+    ],
+)
+def test_a_damaged_export_with_parts_is_one_line(
+    with_parts: Path, tmp_path: Path, parts_of_config: Any, sources: str | None, line: str
+) -> None:
+    folder = tmp_path / "export"
+    shutil.copytree(with_parts, folder)
+    if parts_of_config is not None:
+        node = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**node, "parts": parts_of_config}))
+    if sources is not None:
+        (folder / "flexbert_sources.py").write_text(sources)
+    with pytest.raises(ConfigError, match=line):
+        from_hf(folder, trust_remote_code=True)

@@ -382,31 +382,3 @@ def test_a_part_of_a_package_travels(tmp_path: Path, monkeypatch: pytest.MonkeyP
     model = build(FlexBertConfig.from_dict({**SMALL, **IDS, "norm": name}), seed=1)
     to_hf(model, tokenizer_of(96), tmp_path / "export")  # which compares the logits, where the package is not
     assert (tmp_path / "export" / name / "helper.py").is_file()
-
-
-@pytest.mark.parametrize(
-    ("parts_of_config", "sources", "line"),
-    [
-        (["scale_norm.py"], None, r"config\.json: parts: expected the sha256 of each file"),
-        ("scale_norm.py", None, r"config\.json: parts: expected the sha256 of each file"),
-        ({"scale_norm.py": 3}, None, r"config\.json: parts: expected the sha256 of each file"),
-        (None, "PARTS = []\nROOTS = []\nIMPORTABLE = []\n", r"flexbert_sources\.py: damaged"),
-        (None, "PARTS = {'a.py': 3}\nROOTS = ['a.py']\nIMPORTABLE = []\n", r"flexbert_sources\.py: damaged"),
-        (None, "PARTS = {}\nROOTS = ['a.py']\nIMPORTABLE = []\n", r"flexbert_sources\.py: damaged"),
-        (None, "PARTS = {}\nROOTS = 3\nIMPORTABLE = []\n", r"flexbert_sources\.py: damaged"),
-        (None, "PARTS = {}\nROOTS = []\nIMPORTABLE = 3\n", r"flexbert_sources\.py: damaged"),
-        (None, "PARTS =", r"flexbert_sources\.py: cannot be read"),
-    ],
-)
-def test_a_damaged_export_is_one_line(
-    exports: Path, tmp_path: Path, parts_of_config: Any, sources: str | None, line: str
-) -> None:
-    folder = tmp_path / "export"
-    shutil.copytree(exports / "first", folder)
-    if parts_of_config is not None:
-        node = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**node, "parts": parts_of_config}))
-    if sources is not None:
-        (folder / "flexbert_sources.py").write_text(sources)
-    with pytest.raises(ConfigError, match=line):
-        from_hf(folder, trust_remote_code=True)
