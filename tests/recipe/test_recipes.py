@@ -300,6 +300,7 @@ def test_disk_room_on_paper() -> None:
     assert f"1.80 GB each, {149_655_232 * (12 * 7 + 4 * 3) / 1e9:,.1f} GB in all, 3 exports" in plain
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_plan_and_then_what_is_absent(ranks: Ranks) -> None:
     done = run(command("train", str(FOLDER / "modernbert-large.yaml"), "--dry-run", "--tokens-per-second", "1e6"))
     assert done.returncode == 2

@@ -101,6 +101,7 @@ def test_an_old_record_without_a_warmup_says_the_same_as_ever(tiny_data: Path, t
     assert go(file) == weights
 
 
+@pytest.mark.slow
 def test_an_old_record_of_a_branch_loads(tiny_data: Path, tmp_path: Path) -> None:
     """`data: continue` stood there as the default, whether it held or not."""
     go(write_config(tmp_path / "origin", tiny_data, STEPS))

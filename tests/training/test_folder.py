@@ -21,6 +21,7 @@ def error_of(ranks: Ranks, *arguments: str) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_gone_does_not_start_over(ranks: Ranks, tiny_data: Path, tmp_path: Path) -> None:
     file, run = str(write_config(tmp_path, tiny_data, 3)), tmp_path / "run"
     ranks.train(1, file)

@@ -35,14 +35,14 @@ def straight(ranks: Ranks, tiny_data: Path, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize(
     ("world_size", "optimizer", "options"),
     [
-        (4, "stableadamw", {"parallelism": "ddp"}),
+        pytest.param(4, "stableadamw", {"parallelism": "ddp"}, marks=pytest.mark.slow),
         (2, "stableadamw", {"parallelism": "fsdp2", "activation_checkpointing": 1, "microbatch_size": 1}),
         pytest.param(
             4, "stableadamw", {"parallelism": {"name": "fsdp2", "reshard_after_forward": False}}, marks=pytest.mark.slow
         ),
         pytest.param(2, "adamw", {"parallelism": "fsdp2"}, marks=pytest.mark.slow),
         pytest.param(2, "decoupled_adamw", {"parallelism": "fsdp2"}, marks=pytest.mark.slow),
-        (2, "muon", {"parallelism": "fsdp2"}),
+        pytest.param(2, "muon", {"parallelism": "fsdp2"}, marks=pytest.mark.slow),
         pytest.param(1, "adamw", {"parallelism": "fsdp2"}, marks=pytest.mark.slow),
     ],
 )
@@ -66,7 +66,7 @@ def test_ranks_train_as_one(
         ((2, "ddp"), (1, "ddp")),
         pytest.param((4, "ddp"), (2, "ddp"), marks=pytest.mark.slow),
         ((1, "ddp"), (2, "fsdp2")),
-        ((4, "fsdp2"), (2, "fsdp2")),
+        pytest.param((4, "fsdp2"), (2, "fsdp2"), marks=pytest.mark.slow),
         pytest.param((2, "fsdp2"), (1, "ddp"), marks=pytest.mark.slow),
         pytest.param((2, "ddp"), (4, "ddp"), marks=pytest.mark.slow),
         pytest.param((2, "fsdp2"), (4, "fsdp2"), marks=pytest.mark.slow),

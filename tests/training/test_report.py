@@ -41,6 +41,7 @@ def run_snippet(card: str, folder: Path) -> list[Any]:
     return names["found"]
 
 
+@pytest.mark.slow
 def test_the_cards_snippet_runs(tiny_data: Path, tmp_path: Path) -> None:
     """Also of an export with its own code, and of a tokenizer whose mask is not called [MASK]."""
     data = tmp_path / "data"

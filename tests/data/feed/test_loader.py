@@ -188,6 +188,7 @@ def _states_over_restarts(folder: Path, store: Path, rank: int, out: "multiproce
         out.put(states)
 
 
+@pytest.mark.slow
 def test_two_ranks_resume_again_and_again(folder: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")  # the tests' process may have trained, with its own process group
     out = context.Queue()
@@ -387,6 +388,7 @@ def test_a_bug_in_a_worker_ends_the_run_with_that_exception(folder: Path) -> Non
         next(iter(loader))
 
 
+@pytest.mark.slow
 def test_no_shared_memory(folder: Path) -> None:
     """Neither the workers nor this process map any: nothing can be left behind, or be another run's."""
     batches, workers = _workers(build_loader(config(folder, [(100_000, 8, 64)], {"num_workers": 2})))
