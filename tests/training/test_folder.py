@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.helpers.ranks import Ranks
 from tests.helpers.tiny import write_config

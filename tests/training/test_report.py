@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from tests.helpers.in_process import PER_STEP, branch, go
