@@ -173,15 +173,16 @@ def test_a_model_whose_config_was_changed_is_refused() -> None:
 def with_parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An export that carries a part from outside, examples/scale_norm.py."""
     norms, folder = SLOTS["norm"], tmp_path_factory.mktemp("parts")
-    before = dict(norms.entries), dict(norms.registered_by)
+    before, modules = (dict(norms.entries), dict(norms.registered_by)), set(sys.modules)
     import_components({"imports": ["scale_norm.py"]}, Path(__file__).parents[3] / "examples" / "run.yaml")
     to_hf(build(tiny(norm="scale_norm")), tokenizer_of(97), folder / "export")
     yield folder / "export"
     for now, then in zip((norms.entries, norms.registered_by), before, strict=True):
         now.clear()
         now.update(then)
-    for name in [name for name in sys.modules if name.startswith("imported_scale_norm")]:
-        del sys.modules[name]
+    for name in set(sys.modules) - modules:
+        if name.startswith("imported_"):
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize(

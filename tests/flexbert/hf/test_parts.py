@@ -79,6 +79,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of each model, and what it computes of a batch."""
     root = tmp_path_factory.mktemp("exports")
     before = [(dict(slot.entries), dict(slot.registered_by)) for slot in SLOTS.values()]
+    modules = set(sys.modules)
     imported(EXAMPLES, *{file for files in FILES.values() for file in files}, "focal_loss.py")
     for name, change in MODELS.items():
         model, batch = model_of(change), batch_of((1, 30, 17), vocab_size=96)
@@ -94,8 +95,9 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
         slot.entries.update(entries)
         slot.registered_by.clear()
         slot.registered_by.update(registered_by)
-    for name in [name for name in sys.modules if name.startswith("imported_")]:
-        del sys.modules[name]
+    for name in set(sys.modules) - modules:  # others' stay, with what they have registered
+        if name.startswith("imported_"):
+            del sys.modules[name]
     return root
 
 
