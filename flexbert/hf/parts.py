@@ -243,8 +243,8 @@ def read(folder: Path, expected: dict[str, str]) -> Parts:
     """The parts of an export, not run. expected: sha256 of each file, from config.json. Raises ConfigError for a file
     that is missing or another one."""
     try:
-        found = _read(folder)
-        texts, roots, importable = found["PARTS"], found["ROOTS"], found["IMPORTABLE"]
+        values = _read(folder)
+        texts, roots, importable = values["PARTS"], values["ROOTS"], values["IMPORTABLE"]
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{SOURCES_FILE}: cannot be read: {error}") from None
     names = [*roots, *importable] if isinstance(roots, list) and isinstance(importable, list) else [None]
@@ -253,11 +253,11 @@ def read(folder: Path, expected: dict[str, str]) -> Parts:
         raise ConfigError(f"{SOURCES_FILE}: damaged: take another copy of the export")
     for path in sorted({*texts, *expected}):
         beside = folder / path
-        said = {SOURCES_FILE: texts.get(path)}
-        if beside.is_file():
-            said[path] = beside.read_bytes().decode(errors="replace")
-        for file, text in said.items():
-            if text is None or digest(text) != expected.get(path):
+        said = {SOURCES_FILE: digest(texts[path]) if path in texts else None}
+        if beside.is_file():  # its bytes: a text that is not UTF-8 could be taken for another
+            said[path] = hashlib.sha256(beside.read_bytes()).hexdigest()
+        for file, found in said.items():
+            if found is None or found != expected.get(path):
                 raise ConfigError(f"{file}: its {path} is not the one that config.json has the sha256 of: not run")
     return Parts(texts, roots, importable, [], {})
 
