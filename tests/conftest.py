@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, settings
 
 from data.store import transfer
 from tests.helpers.ranks import Ranks
+from tests.helpers.registries import registries_as_before
 from tests.helpers.remote import DOCUMENTS
 from tests.helpers.servers import Bucket, Proxy, run_moto, run_web, s3_environment
 from tests.helpers.synthetic import write_stream
@@ -21,6 +22,13 @@ _TIMELESS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("fixed", derandomize=True, print_blob=True, **_TIMELESS)
 settings.register_profile("explore", print_blob=True, **_TIMELESS)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registries_of_a_file() -> Iterator[None]:
+    """What a test file registers in this process is of no concern to the files that come later."""
+    with registries_as_before():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +48,6 @@ MODEL_PARTS: dict[str, dict[str, Any]] = {
     "orthogonal_init": {"init": {"name": "orthogonal", "gain": 0.7}},
 }
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _registries_as_before() -> Iterator[None]:
-    """What the examples register in this process is of no concern to the tests that come later."""
-    registries = [*SLOTS.values(), SCHEDULES, OPTIMIZERS]
-    before = [dict(registry.entries) for registry in registries]
-    yield
-    for registry, entries in zip(registries, before, strict=True):
-        registry.entries.clear()
-        registry.entries.update(entries)
 
 
 @pytest.fixture(scope="module")

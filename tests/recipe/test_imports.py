@@ -12,6 +12,7 @@ from flexbert.registry import SLOTS
 from flexbert_core.schema import ConfigError
 from recipe.config import load_run_config, read_recorded_config
 from recipe.imports import import_components
+from tests.helpers.registries import registries_as_before
 from tests.helpers.runs import command, launched, run
 from tests.helpers.synthetic_runs import RUN, write_dataset
 
@@ -72,12 +73,9 @@ def run_file(folder: Path, dataset: Path, name: str, source: str, imports: Any =
 
 @pytest.fixture(autouse=True)
 def _registries_as_before() -> Iterator[None]:
-    """What a file registers in this process is of no concern to the tests that come later."""
-    before = {slot: dict(registry.entries) for slot, registry in SLOTS.items()}
-    yield
-    for slot, registry in SLOTS.items():
-        registry.entries.clear()
-        registry.entries.update(before[slot])
+    """The tests' files register the same names."""
+    with registries_as_before():
+        yield
 
 
 @pytest.mark.slow

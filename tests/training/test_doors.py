@@ -5,7 +5,6 @@ import csv
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from flexbert import build
 from flexbert_core.schema import ConfigError, RunError
 from recipe.config import load_run_config
 from recipe.phases import PhasePlan
-from recipe.slots import ALGORITHMS, EVALUATIONS, LOGGERS, OBJECTIVES
+from recipe.slots import ALGORITHMS, OBJECTIVES
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import ROOT
 from tests.helpers.tiny import ROW, ROWS, write_config
@@ -49,17 +48,6 @@ DOORS: dict[str, Any] = {
     "algorithms": [{"name": "centred_gradients", "share": 0.5}],
     "loggers": ["csv"],
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _registries_as_before() -> Iterator[None]:
-    """What the examples register in this process is of no concern to the tests that come later."""
-    registries = (MASKINGS, OBJECTIVES, EVALUATIONS, ALGORITHMS, LOGGERS)
-    before = [dict(registry.entries) for registry in registries]
-    yield
-    for registry, entries in zip(registries, before, strict=True):
-        registry.entries.clear()
-        registry.entries.update(entries)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

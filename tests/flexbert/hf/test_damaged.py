@@ -2,8 +2,7 @@
 
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flexbert import build, from_hf, to_hf
-from flexbert.registry import SLOTS
 from flexbert_core.schema import ConfigError
 from recipe.imports import import_components
 from tests.helpers.hf_forms import older, rewrite
@@ -170,19 +168,12 @@ def test_a_model_whose_config_was_changed_is_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def with_parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def with_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export that carries a part from outside, examples/scale_norm.py."""
-    norms, folder = SLOTS["norm"], tmp_path_factory.mktemp("parts")
-    before, modules = (dict(norms.entries), dict(norms.registered_by)), set(sys.modules)
+    folder = tmp_path_factory.mktemp("parts")
     import_components({"imports": ["scale_norm.py"]}, Path(__file__).parents[3] / "examples" / "run.yaml")
     to_hf(build(tiny(norm="scale_norm")), tokenizer_of(97), folder / "export")
-    yield folder / "export"
-    for now, then in zip((norms.entries, norms.registered_by), before, strict=True):
-        now.clear()
-        now.update(then)
-    for name in set(sys.modules) - modules:
-        if name.startswith("imported_"):
-            del sys.modules[name]
+    return folder / "export"
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from flexbert_core.schema import ConfigError
 from recipe.imports import import_components
 from tests.helpers.architectures import IDS
 from tests.helpers.models import Batch, batch_of, gradients
+from tests.helpers.registries import registries_as_before
 from tests.helpers.tokenizer import tokenizer_of
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -53,16 +54,8 @@ FILES = {
 @pytest.fixture(autouse=True)
 def _registries_as_before() -> Iterator[None]:
     """What a test registers is of no concern to the others."""
-    before = [(dict(slot.entries), dict(slot.registered_by)) for slot in SLOTS.values()]
-    modules = set(sys.modules)
-    yield
-    for slot, (entries, registered_by) in zip(SLOTS.values(), before, strict=True):
-        for now, then in ((slot.entries, entries), (slot.registered_by, registered_by)):
-            now.clear()
-            now.update(then)
-    for name in set(sys.modules) - modules:
-        if name.startswith(("imported_", "flexbert_export_", "transformers_modules")):
-            del sys.modules[name]
+    with registries_as_before():
+        yield
 
 
 def imported(folder: Path, *files: str) -> None:
@@ -78,9 +71,13 @@ def model_of(change: dict[str, Any]) -> Any:
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of each model, and what it computes of a batch."""
     root = tmp_path_factory.mktemp("exports")
-    before = [(dict(slot.entries), dict(slot.registered_by)) for slot in SLOTS.values()]
-    modules = set(sys.modules)
-    imported(EXAMPLES, *{file for files in FILES.values() for file in files}, "focal_loss.py")
+    with registries_as_before():
+        imported(EXAMPLES, *{file for files in FILES.values() for file in files}, "focal_loss.py")
+        write_exports(root)
+    return root
+
+
+def write_exports(root: Path) -> None:
     for name, change in MODELS.items():
         model, batch = model_of(change), batch_of((1, 30, 17), vocab_size=96)
         to_hf(model, tokenizer_of(96), root / name, card="# A card\n")
@@ -90,15 +87,6 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
         found |= {"logits": model(*batch[:3]).logits, "loss": output.loss, "input_ids": batch.input_ids}
         found |= {"labels": batch.labels, "lengths": batch.cu_seqlens.diff()}
         save_file({key: value.detach().contiguous() for key, value in found.items()}, root / f"{name}.safetensors")
-    for slot, (entries, registered_by) in zip(SLOTS.values(), before, strict=True):
-        slot.entries.clear()
-        slot.entries.update(entries)
-        slot.registered_by.clear()
-        slot.registered_by.update(registered_by)
-    for name in set(sys.modules) - modules:  # others' stay, with what they have registered
-        if name.startswith("imported_"):
-            del sys.modules[name]
-    return root
 
 
 LOAD = """
