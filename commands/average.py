@@ -4,11 +4,9 @@ Weights are summed in float64, tensor by tensor over all checkpoints, and rounde
 model, however many there are.
 """
 
-import json
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +15,9 @@ from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor
 
-import flexbert
-from data.feed.loader import tokenizer_folder
-from flexbert import FlexBertConfig, build
-from flexbert.config import without_init
-from flexbert.hf.parts import outside
-from flexbert_core.schema import ConfigError, RunError, parse_count
-from recipe.config import RunConfig, read_recorded_config
-from recipe.origin import read_origin_record
-from recipe.phases import PhasePlan
-from training import report
-from training.checkpoints.files import checkpoint_name, list_checkpoints, verify_checkpoint
-
-_WEIGHTS, _STATE = "model.safetensors", "state.json"
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A verified checkpoint. model: its run's architecture, with the RoPE thetas that were in use."""
-
-    path: Path
-    run: RunConfig
-    plan: PhasePlan
-    tokens: int
-    model: FlexBertConfig
-    tokenizer: str | None  # fingerprint
+from flexbert_core.schema import ConfigError, parse_count
+from training.checkpoint_source import WEIGHTS, CheckpointSource, model_of, read_source, write_export
+from training.checkpoints.files import checkpoint_name, list_checkpoints
 
 
 def average(
@@ -64,20 +40,16 @@ def average(
         raise ConfigError(f"--output: {output}: exists: choose another folder, or remove it")
     paths = _choose(sources, last, tokens)
     shares = _parse_weights(weights, len(paths))
-    read = [_read(path) for path in paths]
+    read = [read_source(path) for path in paths]
     _check_alike(read)
     newest = max(read, key=lambda source: source.tokens)
-    with nullcontext() if outside(newest.model) else torch.device("meta"):  # parts may keep what they compute when made
-        model = build(newest.model)
-    model.load_state_dict(weighted_mean([path / _WEIGHTS for path in paths], shares), assign=True)
+    model = model_of(newest, weighted_mean([path / WEIGHTS for path in paths], shares))
     parts = ", ".join(
         f"{source.run.name}/{checkpoint_name(source.tokens)} ({share:.4g})"
         for source, share in zip(read, shares, strict=True)
     )
     note = f"These weights are an average of those of {len(paths)} checkpoints, with their shares: {parts}."
-    origin = read_origin_record(newest.path.parent.parent)
-    card = report.model_card(newest.run, newest.plan, newest.tokens, None, note, origin)
-    flexbert.to_hf(model, tokenizer_folder(newest.run.data), output, card=card)
+    write_export(newest, model, output, note)
     console.print(f"{output}: the average of {parts}", soft_wrap=True)
 
 
@@ -153,29 +125,7 @@ def _parse_weights(weights: str | None, count: int) -> list[float]:
     return [value / sum(values) for value in values]
 
 
-def _read(path: Path) -> _Source:
-    if not (path / "manifest.json").is_file():
-        raise ConfigError(f"{path}: is no checkpoint (it has no manifest.json): give runs/NAME/checkpoints/tokens-N")
-    verify_checkpoint(path, (_WEIGHTS, _STATE))
-    file = path.parent.parent / "config.yaml"
-    if not file.is_file():
-        raise ConfigError(f"{path}: its run's {file} is missing: keep the checkpoint in its run folder")
-    run = read_recorded_config(file)
-    try:
-        state = json.loads((path / _STATE).read_text())["run"]
-        step = int(state["step"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path / _STATE}: no state of a run: {error}") from None
-    plan = PhasePlan(run)
-    phase = plan.at(max(step - 1, 0))
-    thetas = {"global_theta": phase.theta_global, "local_theta": phase.theta_local}
-    model = without_init(run.model)
-    position = model.position.model_copy(update={key: theta for key, theta in thetas.items() if theta is not None})
-    model = model.model_copy(update={"position": position})
-    return _Source(path, run, plan, plan.tokens_before(step), model, state.get("tokenizer"))
-
-
-def _check_alike(sources: Sequence[_Source]) -> None:
+def _check_alike(sources: Sequence[CheckpointSource]) -> None:
     """Raise ConfigError naming what differs when they are not of one architecture and tokenizer."""
     first = sources[0]
     for source in sources[1:]:
