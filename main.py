@@ -284,6 +284,36 @@ def average(
         run(sources, output, last, tokens, weights, plain_console())
 
 
+@app.command("eval")
+def evaluate(
+    names: Annotated[
+        str,
+        typer.Argument(help="evaluations of configs/eval, such as glue-quick,scifact, or files", metavar="NAME,..."),
+    ],
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            help="runs (newest checkpoint, or RUN@tokens-N), checkpoints, exports, folders with a config.json, "
+            "hf:ORG/NAME; @random behind one: fresh weights. And values to set: key=value, of several evaluations "
+            "NAME.key=value",
+            metavar="MODEL... [KEY=VALUE]...",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(parser=_path, metavar="DIR", help="where results lie; what is done there is not done again")
+    ] = Path("results"),
+    group: Annotated[str | None, typer.Option(hidden=True)] = None,
+    label: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Evaluate models: GLUE, retrieval, probes, speed. Finished parts are not done again; interrupted, it goes on."""
+    with plain_errors():
+        from commands.evaluate import run_eval
+        from flexbert_core.schema import plain_console
+
+        fine = run_eval(names, arguments, output, plain_console(), group, label)
+    raise typer.Exit(0 if fine else 1)
+
+
 @app.command()
 def schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="every key: type, range, default, meaning")] = False,

@@ -1,0 +1,266 @@
+"""Evaluates models: each cell once, here or as jobs, and goes on where it was interrupted.
+
+OUTPUT/NAME/LABEL/ holds a model's results of one evaluation: cells/*.json with a result and the key of what it depends
+on, failed/*.txt with what kept a cell from one, logs/, files/ of the evaluation's own, and results.json.
+"""
+
+import json
+import re
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from evals.interface import Cell, CelledEval, Eval, EvalConfig, Model
+from flexbert_core.durable import lock, write_file
+from flexbert_core.schema import ConfigError, RunError
+from jobs.base import JOBS, Job, JobExecutor, explain
+
+MAIN = Path(__file__).parent.parent / "main.py"
+_WHOLE = "all"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One evaluation of one model."""
+
+    name: str
+    evaluation: Eval
+    model: Model
+    folder: Path
+
+    @property
+    def files(self) -> Path:
+        return self.folder / "files"
+
+    def cells(self, results: Mapping[str, Any]) -> list[Cell]:
+        """Those known so far."""
+        if isinstance(self.evaluation, CelledEval):
+            return list(self.evaluation.cells(self.model, results))
+        settings = self.evaluation.config.model_dump(exclude={"executor", "imports"})
+        return [Cell(_WHOLE, settings)]
+
+    def key(self, cell: Cell) -> str:
+        return f"{cell.key(self.model)}-{self.evaluation.version}"
+
+    def compute(self, cell: Cell) -> Any:
+        self.files.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.evaluation, CelledEval):
+            return self.evaluation.compute(cell, self.model, self.files)
+        return self.evaluation.run(self.model, self.files)
+
+    def scores(self, results: Mapping[str, Any]) -> Mapping[str, Any]:
+        if isinstance(self.evaluation, CelledEval):
+            return self.evaluation.scores(self.model, results)
+        return results[_WHOLE]
+
+    def file(self, cell: Cell, kind: str = "cells") -> Path:
+        suffix = ".json" if kind == "cells" else ".txt"
+        return self.folder / kind / f"{cell.name}-{self.key(cell)}{suffix}"
+
+    def result(self, cell: Cell) -> tuple[bool, Any]:
+        """Whether the cell has one, and it. One of other settings, or of another model, is none."""
+        file = self.file(cell)
+        if not file.is_file():
+            return False, None
+        try:
+            return True, json.loads(file.read_text())["result"]
+        except (ValueError, KeyError):
+            raise RunError(f"{file}: damaged: remove it, and it is computed again") from None
+
+    def failure(self, cell: Cell) -> str | None:
+        file = self.file(cell, "failed")
+        return file.read_text().strip() if file.is_file() else None
+
+
+@dataclass
+class Outcome:
+    """Of a task: results by cell, scores where there is a result of each, and what failed by cell."""
+
+    task: Task
+    results: dict[str, Any]
+    scores: Mapping[str, Any] | None
+    failed: dict[str, str]
+    seconds: float
+
+
+def task_folder(output: Path, name: str, model: Model) -> Path:
+    return output / name / re.sub(r"[^A-Za-z0-9@._'-]+", "-", model.label)
+
+
+def evaluate(
+    name: str,
+    config: EvalConfig,
+    evaluation: Eval,
+    models: Sequence[Model],
+    output: Path,
+    again: Sequence[str],
+    console: Console,
+) -> list[Outcome]:
+    """Compute what is missing. again: the command's arguments that lead other processes here, without models.
+
+    Raises RunError when two processes evaluate one model at once. A cell that fails stops nothing; a later command
+    tries it again.
+    """
+    tasks = [Task(name, evaluation, model, task_folder(output, name, model)) for model in models]
+    executor: JobExecutor | None = None if config.executor is None else JOBS.build(config.executor)
+    if executor is not None:
+        executor.check()
+    start = time.monotonic()
+    done: list[dict[str, Any]] = [{} for _ in tasks]
+    failed: list[dict[str, str]] = [{} for _ in tasks]
+    while True:
+        todo = [_todo(task, done[i], failed[i]) for i, task in enumerate(tasks)]
+        if not any(todo):
+            break
+        if executor is None:
+            for i, task in enumerate(tasks):
+                _run_here(task, todo[i], done[i], failed[i], console)
+        else:
+            jobs = [_job(task, group, again, output) for i, task in enumerate(tasks) for group in _groups(todo[i])]
+            _run_jobs(executor, jobs, console)
+            for i, task in enumerate(tasks):
+                for cell in todo[i]:
+                    there, result = task.result(cell)
+                    if there:
+                        done[i][cell.name] = result
+                    else:
+                        failed[i][cell.name] = task.failure(cell) or "its job ended without a word: see logs/"
+    seconds = time.monotonic() - start
+    return [_outcome(task, done[i], failed[i], seconds) for i, task in enumerate(tasks)]
+
+
+def run_group(name: str, evaluation: Eval, model: Model, output: Path, group: str, console: Console) -> bool:
+    """Life of a job: compute the missing cells of a group. Whether all of them went well."""
+    task = Task(name, evaluation, model, task_folder(output, name, model))
+    done: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    todo = [cell for cell in _todo(task, done, failed) if cell.group == group]
+    _run_here(task, todo, done, failed, console, group)
+    return not failed
+
+
+def _todo(task: Task, done: dict[str, Any], failed: Mapping[str, str]) -> list[Cell]:
+    """What can be computed now and has no result; what has one is put into `done`."""
+    while True:
+        cells = task.cells(done)
+        names = [cell.name for cell in cells]
+        assert len(set(names)) == len(names), f"{task.name}: two cells have one name: {names}"
+        found = 0
+        todo = []
+        for cell in cells:
+            if cell.name in done or cell.name in failed:
+                continue
+            there, result = task.result(cell)
+            if there:
+                done[cell.name] = result
+                found += 1
+            else:
+                todo.append(cell)
+        if todo or not found:
+            return todo
+
+
+def _groups(cells: Sequence[Cell]) -> list[str]:
+    return list(dict.fromkeys(cell.group for cell in cells))
+
+
+def _run_here(
+    task: Task,
+    todo: Sequence[Cell],
+    done: dict[str, Any],
+    failed: dict[str, str],
+    console: Console,
+    group: str = "",
+) -> None:
+    if not todo:
+        return
+    task.folder.mkdir(parents=True, exist_ok=True)
+    with lock(
+        task.folder / f".lock{'-' + re.sub('[^A-Za-z0-9_-]', '-', group) if group else ''}",
+        task.folder,
+        "evaluating it",
+    ):
+        for cell in todo:
+            there, result = task.result(cell)  # of a process that held the lock before
+            if not there:
+                start = time.monotonic()
+                try:
+                    result = task.compute(cell)
+                except (RunError, ConfigError) as error:
+                    failed[cell.name] = _fail(task, cell, str(error), console)
+                    continue
+                except Exception as error:  # an evaluation's own fault costs its cell, not the others
+                    traceback.print_exc(file=sys.stderr)
+                    said = " ".join(f"{type(error).__name__}: {error}".split())
+                    failed[cell.name] = _fail(task, cell, said, console)
+                    continue
+                seconds = time.monotonic() - start
+                _write(task, cell, result, seconds)
+                if cell.name != _WHOLE:
+                    console.print(
+                        f"{task.name}  {task.model.label}  {cell.name}  {_shown(result)}({seconds:.0f} s)",
+                        soft_wrap=True,
+                    )
+            done[cell.name] = result
+
+
+def _shown(result: Any) -> str:
+    """The numbers of a cell's result that lie on top, for its line."""
+    if not isinstance(result, Mapping):
+        return ""
+    numbers = [f"{key} {value:.4g}" for key, value in result.items() if isinstance(value, int | float)][:6]
+    return ", ".join(numbers) + "  " if numbers else ""
+
+
+def _write(task: Task, cell: Cell, result: Any, seconds: float) -> None:
+    file = task.file(cell)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    node = {
+        "cell": cell.name,
+        "settings": dict(cell.settings),
+        "model": {"source": task.model.source, "digest": task.model.digest},
+        "seconds": round(seconds, 2),
+        "result": result,
+    }
+    write_file(file, json.dumps(node, indent=1, allow_nan=False, default=str) + "\n")
+    task.file(cell, "failed").unlink(missing_ok=True)
+
+
+def _fail(task: Task, cell: Cell, message: str, console: Console) -> str:
+    file = task.file(cell, "failed")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_file(file, message + "\n")
+    console.print(f"warning: {task.name}  {task.model.label}  {cell.name}: {message}", soft_wrap=True)
+    return message
+
+
+def _job(task: Task, group: str, again: Sequence[str], output: Path) -> Job:
+    log = task.folder.resolve() / "logs" / f"{re.sub('[^A-Za-z0-9_-]+', '-', group)}.log"
+    command = [sys.executable, str(MAIN), "eval", *again, task.model.source, "--output", str(output), "--group", group]
+    return Job(f"{task.name} {task.model.label} {group}", [*command, "--label", task.model.label], log)
+
+
+def _run_jobs(executor: JobExecutor, jobs: Sequence[Job], console: Console) -> None:
+    left = len(jobs)
+
+    def changed(job: Job, code: int | None) -> None:
+        nonlocal left
+        if code is None:
+            console.print(f"started  {job.name}", soft_wrap=True)
+            return
+        left -= 1
+        said = "done" if code == 0 else f"warning: {explain(job, code)}"
+        console.print(f"{said}  {job.name if code == 0 else ''}  ({left} jobs left)", soft_wrap=True)
+
+    executor.run(jobs, changed)
+
+
+def _outcome(task: Task, done: dict[str, Any], failed: dict[str, str], seconds: float) -> Outcome:
+    scores = None if failed else task.scores(done)
+    return Outcome(task, done, scores, failed, seconds)

@@ -1,0 +1,160 @@
+"""Rows of labelled sentences or pairs, from TSV, CSV, jsonl or parquet files, or from the hub's `datasets`."""
+
+import csv
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexbert_core.schema import ConfigError, did_you_mean
+
+log = logging.getLogger(__name__)
+_SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
+# Official files hold a few rows with other columns (QQP's train: quotation marks that nobody closed).
+_MOST_BROKEN = 0.01
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a row's texts and label stand: names in the header, or numbers from 0 where there is none."""
+
+    text: str | int
+    pair: str | int | None
+    label: str | int | None
+
+    def named(self) -> list[str | int]:
+        return [column for column in (self.text, self.pair, self.label) if column is not None]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Texts, second texts (or None), labels as they stand (or None), and the hash of the files."""
+
+    texts: list[str]
+    pairs: list[str] | None
+    labels: list[Any] | None
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def read_rows(file: Path, columns: Columns) -> Rows:
+    """Of one file, by its suffix. Raises ConfigError naming file and column, or the first bad row."""
+    if file.suffix not in _SUFFIXES:
+        raise ConfigError(f"{file}: expected one of {', '.join(_SUFFIXES)}")
+    if not file.is_file():
+        near = sorted(path.name for path in file.parent.glob("*") if path.is_file()) if file.parent.is_dir() else []
+        raise ConfigError(f"{file}: no such file" + (f"; there are: {', '.join(near)}" if near else ""))
+    try:
+        return _collected(_records(file, columns), columns, str(file), _digest(file))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: is no UTF-8 text: {error.reason}, byte {error.start}") from None
+
+
+def rows_of_hub(name: str, subset: str | None, split: str, columns: Columns) -> Rows:
+    """Of a dataset of the Hugging Face hub, or a folder in its form: the only place here that may use the network."""
+    try:
+        from datasets import load_dataset
+
+        table: Any = load_dataset(name, subset, split=split)
+    except ImportError:
+        raise ConfigError("hub: needs the package datasets: make setup-eval, or give a folder as `data`") from None
+    except Exception as error:  # the library raises many kinds
+        said = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{name} {subset or ''} {split}: cannot be had: {said}") from None
+    place = f"{name}/{subset} {split}" if subset else f"{name} {split}"
+    return _collected(enumerate(table, 1), columns, place, str(table._fingerprint))
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+
+
+def _collected(records: "Iterator[tuple[int, Any]]", columns: Columns, place: str, digest: str) -> Rows:
+    texts: list[str] = []
+    pairs: list[str] = []
+    labels: list[Any] = []
+    for number, record in records:
+        found = [_value(record, column, place, number) for column in columns.named()]
+        for column, value in zip(columns.named(), found, strict=True):
+            if column != columns.label and not isinstance(value, str):
+                raise ConfigError(f"{place}: row {number}: {column}: expected text, got {value!r}")
+        texts.append(found.pop(0))
+        if columns.pair is not None:
+            pairs.append(found.pop(0))
+        if columns.label is not None:
+            labels.append(found.pop(0))
+    if not texts:
+        raise ConfigError(f"{place}: holds no rows")
+    return Rows(
+        texts, pairs if columns.pair is not None else None, labels if columns.label is not None else None, digest
+    )
+
+
+def _value(record: Any, column: str | int, place: str, number: int) -> Any:
+    if isinstance(column, int):
+        if not 0 <= column < len(record):
+            raise ConfigError(f"{place}: row {number}: has {len(record)} columns, so none of number {column} (from 0)")
+        return record[column]
+    if column not in record:
+        raise ConfigError(f"{place}: row {number}: no column {column!r}, {did_you_mean(column, map(str, record))}")
+    return record[column]
+
+
+def _records(file: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
+    """Row numbers, as an editor shows them where rows are lines, and rows: mappings, or lists where columns are
+    numbers."""
+    has_header = not any(isinstance(column, int) for column in columns.named())
+    if file.suffix in (".tsv", ".csv"):
+        yield from _separated(file, has_header)
+        return
+    if not has_header:
+        raise ConfigError(f"{file}: columns are named here: give names, not numbers")
+    if file.suffix == ".parquet":
+        import pyarrow.parquet as parquet
+
+        try:
+            table = parquet.read_table(file)
+        except Exception as error:
+            raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+        yield from enumerate(table.to_pylist(), 1)
+        return
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ConfigError(f"{file}:{number}: not valid JSON: {error}") from None
+            if not isinstance(record, dict):
+                raise ConfigError(f"{file}:{number}: expected an object, got {type(record).__name__}")
+            yield number, record
+
+
+def _separated(file: Path, has_header: bool) -> Iterator[tuple[int, Any]]:
+    """TSV by bare tabs, where `"` is a character like others; CSV with quotes."""
+    text = file.read_text(encoding="utf-8-sig")  # MRPC's begin with a byte-order mark
+    if file.suffix == ".tsv":
+        lines: Sequence[list[str]] = [line.rstrip("\r").split("\t") for line in text.rstrip("\n").split("\n")]
+    else:
+        lines = list(csv.reader(text.splitlines()))
+    if not lines:
+        return
+    header = lines[0] if has_header else None
+    width = len(lines[0])
+    broken = [number for number, line in enumerate(lines, 1) if len(line) != width]
+    if len(broken) > _MOST_BROKEN * len(lines):
+        raise ConfigError(f"{file}:{broken[0]}: {len(lines[broken[0] - 1])} columns, in the first line {width}")
+    if broken:
+        log.warning(
+            "%s: %d rows have other columns and are left out, the first in line %d", file, len(broken), broken[0]
+        )
+    left_out = set(broken)
+    for number, line in enumerate(lines, 1):
+        if number in left_out or (number == 1 and header is not None):
+            continue
+        yield number, dict(zip(header, line, strict=True)) if header is not None else line

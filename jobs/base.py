@@ -1,0 +1,65 @@
+"""What a job and an executor of jobs are. A job is a command; whether its work is done it tells by its exit code."""
+
+import os
+import subprocess
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flexbert_core.schema import Component, Registry
+
+JOBS = Registry("executor of jobs", filled_by="jobs.entries")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command. Running it again after it was killed must go on, not begin anew."""
+
+    name: str
+    """Unique among those that are run together."""
+    command: Sequence[str]
+    log: Path
+    """What it prints, both streams."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Beside this process's."""
+
+
+# Job and exit code; None: it has begun.
+Changed = Callable[[Job, int | None], None]
+
+
+class JobExecutor(ABC):
+    """Runs commands somewhere. An entry of the slot has a `Config`."""
+
+    def __init__(self, config: Component) -> None:
+        self.config: Any = config
+
+    def check(self) -> None:  # noqa: B027 (most have nothing to check)
+        """Raise ConfigError for what would keep all jobs from running."""
+
+    @abstractmethod
+    def run(self, jobs: Sequence[Job], changed: Changed) -> None:
+        """Run all and wait for them, in any order; one that fails stops none of the others. `changed` is called in
+        this thread. When this is interrupted, no job goes on. Raises RunError when jobs cannot be started at all."""
+
+
+def run_here(command: list[str], log: str, environment: dict[str, str]) -> int:
+    """Life of a job on its node. The command's exit code."""
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    with Path(log).open("ab") as file:
+        return subprocess.run(
+            command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=file, stderr=file, check=False
+        ).returncode
+
+
+def explain(job: Job, code: int) -> str:
+    """Why it failed, in one line: the last that it printed, and where the rest is."""
+    try:
+        lines = [line for line in job.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    except OSError:
+        lines = []
+    said = lines[-1].strip() if lines else "it printed nothing"
+    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    return f"{job.name}: {how}: {said} (log: {job.log})"

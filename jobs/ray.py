@@ -1,0 +1,72 @@
+"""Jobs as Ray tasks, on a cluster or on this machine."""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from flexbert_core.schema import Component, ConfigError, RunError
+from jobs.base import JOBS, Changed, Job, JobExecutor, run_here
+
+_ROOT = Path(__file__).parent.parent
+
+
+@JOBS.register("ray")
+class RayJobs(JobExecutor):
+    """Tasks of a Ray cluster whose nodes see the same files, or of Ray on this machine."""
+
+    class Config(Component):
+        name: Literal["ray"] = "ray"
+        address: str | None = None
+        """Of a running cluster, such as `auto` or ray://host:10001; default: start Ray on this machine, and stop it."""
+        gpus_per_job: float = Field(0, ge=0)
+        """GPUs that a job has; a fraction shares one."""
+        cpus_per_job: int = Field(1, ge=1)
+        """Cores that a job has."""
+
+    config: Config
+
+    def check(self) -> None:
+        """Raises ConfigError without the package."""
+        if importlib.util.find_spec("ray") is None:
+            raise ConfigError(
+                "executor: ray: the package ray is not installed: pip install -r requirements-data.txt, "
+                "or use executor: local"
+            )
+
+    def run(self, jobs: Sequence[Job], changed: Changed) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to a server outside
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray  # pyright: ignore[reportMissingImports] (of the data extra)
+        from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
+
+        config = self.config
+        options: dict[str, Any] = {} if config.address else {"include_dashboard": False}
+        paths = [str(_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        options["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
+        try:
+            ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        except (OSError, ValueError, RuntimeError) as error:
+            where = f"the Ray cluster at {config.address!r}" if config.address else "Ray on this machine"
+            raise RunError(f"executor: ray: cannot reach {where}: {str(error).splitlines()[0]}") from None
+        try:
+            task = ray.remote(num_cpus=config.cpus_per_job, num_gpus=config.gpus_per_job, max_retries=0)(run_here)
+            waiting = {}
+            for job in jobs:
+                threads = {"OMP_NUM_THREADS": str(config.cpus_per_job), **job.environment}
+                waiting[task.remote(list(job.command), str(job.log), threads)] = job
+                changed(job, None)
+            while waiting:
+                done, _ = ray.wait(list(waiting), num_returns=1)
+                job = waiting.pop(done[0])
+                try:
+                    code = ray.get(done[0])
+                except RayError:  # its process or node died
+                    code = 1
+                changed(job, code)
+        finally:
+            ray.shutdown()
