@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from evals.config import build_eval, eval_files, load_eval_config, overrides_of
+from evals.config import build_eval, eval_files, load_eval_file, overrides_of
 from evals.driver import evaluate, run_group
 from evals.models import resolve
 from evals.results import ScoreTable, write_results
@@ -41,13 +41,13 @@ def run_eval(
     files = eval_files(names)
     for override in overrides:
         first = override.split("=", 1)[0].split(".", 1)
-        if len(files) > 1 and first[0] not in files and first[0] != "executor":
+        if len(files) > 1 and first[0] not in (*files, "executor"):
             raise ConfigError(
                 f"{override}: of several evaluations say which one it is for: NAME.key=value, "
                 f"{did_you_mean(first[0], files)}"
             )
-    configs = {name: load_eval_config(file, overrides_of(name, list(files), overrides)) for name, file in files.items()}
-    evaluations = {name: build_eval(config, name) for name, config in configs.items()}
+    configs = {name: load_eval_file(file, overrides_of(name, list(files), overrides)) for name, file in files.items()}
+    evaluations = {name: build_eval(config.evaluation, name) for name, config in configs.items()}
     models = resolve(sources, output / ".models")
     if group is not None:
         (name,) = files
@@ -59,7 +59,7 @@ def run_eval(
         again = [str(files[name]), *overrides_of(name, list(files), overrides)]
         outcomes = evaluate(name, config, evaluations[name], models, output, again, console)
         for outcome in outcomes:
-            write_results(outcome, config)
+            write_results(outcome, config.evaluation)
             table.add(name, outcome.task.model.label, outcome.scores, list(outcome.failed))
             fine = fine and not outcome.failed
     for name, evaluation in evaluations.items():

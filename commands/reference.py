@@ -13,6 +13,7 @@ _INTRODUCTIONS = {
     "run": "What `main.py train` reads: `configs/*.yaml` and `configs/pretrain/`.",
     "prepare": "What `main.py prepare` reads: `configs/data/`.",
     "model": "A preset in `configs/model/`, or `model:` in a run file.",
+    "eval": "What `main.py eval` reads: `configs/eval/`.",
 }
 _BOUNDS = {
     "minimum": "at least {}",

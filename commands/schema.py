@@ -21,12 +21,18 @@ from typing import Any
 from pydantic import BaseModel
 
 from data.preparation.config import PrepareConfig
+from evals.interface import EvalFile
 from flexbert.config import PRESETS, FlexBertConfig
 from flexbert_core.schema import ShownSlot
 from recipe.config import RunConfig
 
 # A new kind of file is one line here. Its JSON Schema is FOLDER/KIND.json, which the files name in their first line.
-KINDS: dict[str, type[BaseModel]] = {"run": RunConfig, "prepare": PrepareConfig, "model": FlexBertConfig}
+KINDS: dict[str, type[BaseModel]] = {
+    "run": RunConfig,
+    "prepare": PrepareConfig,
+    "model": FlexBertConfig,
+    "eval": EvalFile,
+}
 FOLDER = Path("configs/schema")
 
 Node = dict[str, Any]

@@ -1,14 +1,12 @@
 """Files of configs/eval/: which one is meant, and what it says."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
-
-from evals.interface import EVALS, Eval, EvalConfig
+from evals.interface import EVALS, Eval, EvalConfig, EvalFile
 from flexbert_core.composing import load_node
-from flexbert_core.schema import ConfigError, did_you_mean, explain
+from flexbert_core.schema import ConfigError, did_you_mean, named, validate
 from recipe.imports import import_components
 
 FOLDER = Path(__file__).parent.parent / "configs" / "eval"
@@ -36,36 +34,29 @@ def eval_files(names: str) -> dict[str, Path]:
 
 
 def overrides_of(name: str, names: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """Those of one evaluation: `key=value` goes to each, `NAME.key=value` to the named one."""
+    """Those of one evaluation, as its file's key paths.
+
+    `key=value` goes to each, `NAME.key=value` to the named one; a key that is none of the file's own is the
+    evaluation's.
+    """
     mine = []
     for override in overrides:
         first = next((other for other in names if override.startswith(f"{other}.")), None)
-        if first is None:
-            mine.append(override)
-        elif first == name:
-            mine.append(override.removeprefix(f"{name}."))
+        if first not in (None, name):
+            continue
+        own = override if first is None else override.removeprefix(f"{name}.")
+        in_file = re.split(r"[.=]", own, maxsplit=1)[0] in EvalFile.model_fields
+        mine.append(own if in_file else f"evaluation.{own}")
     return mine
 
 
-def load_eval_config(file: Path, overrides: Sequence[str] = ()) -> EvalConfig:
+def load_eval_file(file: str | Path, overrides: Sequence[str] = ()) -> EvalFile:
     """Raises ConfigError, one line per fault."""
-
-    def ready(node: dict[str, Any]) -> dict[str, Any]:
-        return import_components(node, file)
-
-    node = load_node(file, overrides, ready)
-    try:
-        config: Any = EVALS.parse(node)
-    except ValidationError as error:
-        raise ConfigError("\n".join(dict.fromkeys(f"{file}: {line}" for line in explain(error)))) from None
-    except ValueError as error:
-        raise ConfigError(f"{file}: name: {error}") from None
-    return config
+    file = Path(file)
+    return validate(EvalFile, import_components(load_node(file, overrides), file), file)
 
 
 def build_eval(config: EvalConfig, name: str) -> Eval:
     """The evaluation. Raises ConfigError for what it cannot do here."""
-    from flexbert_core.schema import named
-
     with named(name):
         return EVALS.build(config)

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from evals.interface import Cell, CelledEval, Eval, EvalConfig, Model
+from evals.interface import Cell, CelledEval, Eval, EvalFile, Model
 from flexbert_core.durable import lock, write_file
 from flexbert_core.schema import ConfigError, RunError
 from jobs.base import JOBS, Job, JobExecutor, explain
@@ -42,8 +42,7 @@ class Task:
         """Those known so far."""
         if isinstance(self.evaluation, CelledEval):
             return list(self.evaluation.cells(self.model, results))
-        settings = self.evaluation.config.model_dump(exclude={"executor", "imports"})
-        return [Cell(_WHOLE, settings)]
+        return [Cell(_WHOLE, self.evaluation.config.model_dump(mode="json"))]
 
     def key(self, cell: Cell) -> str:
         return f"{cell.key(self.model)}-{self.evaluation.version}"
@@ -95,7 +94,7 @@ def task_folder(output: Path, name: str, model: Model) -> Path:
 
 def evaluate(
     name: str,
-    config: EvalConfig,
+    config: EvalFile,
     evaluation: Eval,
     models: Sequence[Model],
     output: Path,

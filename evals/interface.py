@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from flexbert_core.schema import Component, Registry, UserPath
+from flexbert_core.schema import Component, Registry, Schema, UserPath
 from jobs.base import JOBS
 
 # Numbers by column of the table; a mapping with `mean` for what was measured with several seeds.
@@ -30,17 +30,22 @@ Scores = Mapping[str, Any]
 
 
 class EvalConfig(Component):
-    """What a file of configs/eval/ may say of any evaluation."""
+    """Base of the Configs of the slot's entries."""
+
+
+EVALS = Registry("eval", base=EvalConfig, filled_by="evals.entries")
+
+
+class EvalFile(Schema):
+    """An evaluation, as a file of configs/eval/ says it."""
 
     imports: list[UserPath] = Field(
         default=[], description="Python files of yours that register evaluations; relative to this file"
     )
+    evaluation: Annotated[Any, *EVALS.slot()] = Field(description="what is measured")
     executor: Annotated[Any, *JOBS.slot(optional=True)] = Field(
-        default=None, description="where cells are computed; default: one after the other, in this process"
+        default=None, description="where cells are computed; default: one after the other, in the command's process"
     )
-
-
-EVALS = Registry("eval", base=EvalConfig, filled_by="evals.entries")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def write_results(outcome: Outcome, config: EvalConfig) -> Path:
         "complete": outcome.scores is not None,
         "failed": outcome.failed,
         "cells": outcome.results,
-        "config": config.model_dump(mode="json", exclude={"executor"}),
+        "config": config.model_dump(mode="json"),
         "versions": versions(),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }

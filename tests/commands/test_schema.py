@@ -20,13 +20,15 @@ from commands.reference import markdown
 from commands.schema import KINDS
 from commands.write_schema import write_schema
 from data.preparation.config import load_prepare_config
+from evals.config import load_eval_file
 from flexbert import FlexBertConfig
 from flexbert_core.schema import Component, ConfigError, Schema, ShownSlot
 from recipe.config import load_run_config
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-LOADERS = {"run": load_run_config, "prepare": load_prepare_config, "model": FlexBertConfig.from_yaml}
+LOADERS: dict[str, Any] = {"run": load_run_config, "prepare": load_prepare_config, "model": FlexBertConfig.from_yaml}
+LOADERS["eval"] = load_eval_file
 
 RUN = """
 name: mine
