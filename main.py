@@ -178,6 +178,10 @@ def train(
 
         summary = start(run, console)
         report.closing_table(run, summary, console)
+        if os.environ.get("RANK", "0") == "0" and any(entry.name == "eval" for entry in run.evaluations):
+            from commands.follow import catch_up
+
+            catch_up(run.folder, console)
 
 
 @launch_app.command()
@@ -311,6 +315,20 @@ def evaluate(
         from flexbert_core.schema import plain_console
 
         fine = run_eval(names, arguments, output, plain_console(), group, label)
+    raise typer.Exit(0 if fine else 1)
+
+
+@app.command()
+def follow(
+    run: Annotated[Path, typer.Argument(parser=_path, help="a run folder: runs/NAME", metavar="RUN")],
+    watch: Annotated[bool, typer.Option("--watch", help="until the run is finished")] = False,
+) -> None:
+    """Evaluate a run's checkpoints as its `evaluations` say (entry `eval`). `train` starts this by itself."""
+    with plain_errors():
+        from evals.following import follow as run_it
+        from flexbert_core.schema import plain_console
+
+        fine = run_it(run, plain_console(), watch)
     raise typer.Exit(0 if fine else 1)
 
 

@@ -33,7 +33,7 @@ class EvalConfig(Component):
     """Base of the Configs of the slot's entries."""
 
 
-EVALS = Registry("eval", base=EvalConfig, filled_by="evals.entries")
+EVALS = Registry("eval", base=EvalConfig, filled_by=["evals.entries"])
 
 
 class EvalFile(Schema):

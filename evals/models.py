@@ -69,7 +69,7 @@ def _of_folder(place: str, scratch: Path) -> tuple[Path, str, str, int | None]:
         return _of_run(path, which, scratch)
     if at:
         raise ConfigError(f"{place}: {path} is no run, so @{which} says nothing: give the folder alone, or @random")
-    if path.parent.name == "checkpoints" and (path / "manifest.json").is_file():
+    if (path / "manifest.json").is_file() and (path.parent.parent / "config.yaml").is_file():
         return _of_checkpoint(path, scratch)
     if not (path / "config.json").is_file():
         raise ConfigError(f"{path}: has no config.json, and is no run or checkpoint")

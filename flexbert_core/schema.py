@@ -20,7 +20,7 @@ import difflib
 import importlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -160,21 +160,21 @@ class Registry:
         self,
         slot_name: str,
         has_config: bool = True,
-        filled_by: str | None = None,
+        filled_by: Sequence[str] = (),
         base: type[Component] = Component,
     ) -> None:
         """base: what each entry's `Config` derives from: the fields that others read of any entry of this slot.
-        filled_by: a module that registers entries, imported when the slot is first looked into. So the room of a
+        filled_by: modules that register entries, imported when the slot is first looked into. So the room of a
         schema need not import the rooms of the components that it names."""
         self.slot_name, self.has_config, self.base = slot_name, has_config, base
         self._entries: dict[str, Any] = {}
-        self._filled_by = filled_by
+        self._filled_by = tuple(filled_by)
 
     @property
     def entries(self) -> dict[str, Any]:
         """By name."""
-        if self._filled_by is not None:
-            module, self._filled_by = self._filled_by, None
+        modules, self._filled_by = self._filled_by, ()
+        for module in modules:
             importlib.import_module(module)
         return self._entries
 

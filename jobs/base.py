@@ -10,7 +10,7 @@ from typing import Any
 
 from flexbert_core.schema import Component, Registry
 
-JOBS = Registry("executor of jobs", filled_by="jobs.entries")
+JOBS = Registry("executor of jobs", filled_by=["jobs.entries"])
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,12 @@ class PhasePlan:
         """Tokens (slots) of all steps before this one."""
         return self.at(step).tokens_before(step)
 
+    def step_at(self, tokens: int) -> int:
+        """The number of steps after which the run has so many tokens; of those between two, the lesser number."""
+        segments = [segment for phase in self.phases for segment in phase.segments if segment.first_token <= tokens]
+        last = segments[-1]
+        return last.first_step + min((tokens - last.first_token) // last.tokens_per_step, last.steps)
+
     def facts(self, step: int) -> dict[str, Any]:
         """Where a run stands after `step` steps: tokens, and of its last step phase, max_seq_len, global_batch_size."""
         last = step - 1 if step else 0

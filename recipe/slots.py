@@ -19,12 +19,12 @@ entry; so is a function with an attribute `Config`. It may stand in any file tha
 
 from flexbert_core.schema import Registry
 
-OPTIMIZERS = Registry("optimizer", filled_by="training.optim.optimizers")
+OPTIMIZERS = Registry("optimizer", filled_by=["training.optim.optimizers"])
 """An entry with `works_on_shards = True` makes right steps where a rank holds a part of each tensor; under
 trainer.parallelism fsdp2 others are refused."""
-PARALLELISMS = Registry("parallelism", filled_by="training.parallelism")
-OBJECTIVES = Registry("objective", filled_by="training.objectives")
-EVALUATIONS = Registry("evaluations", filled_by="training.evaluations")
-CALLBACKS = Registry("callbacks", filled_by="callbacks.entries")
-ALGORITHMS = Registry("algorithms", filled_by="callbacks.entries")
-LOGGERS = Registry("loggers", filled_by="callbacks.entries")
+PARALLELISMS = Registry("parallelism", filled_by=["training.parallelism"])
+OBJECTIVES = Registry("objective", filled_by=["training.objectives"])
+EVALUATIONS = Registry("evaluations", filled_by=["training.evaluations", "evals.background"])
+CALLBACKS = Registry("callbacks", filled_by=["callbacks.entries"])
+ALGORITHMS = Registry("algorithms", filled_by=["callbacks.entries"])
+LOGGERS = Registry("loggers", filled_by=["callbacks.entries"])

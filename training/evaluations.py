@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
+from composer.core import Callback
 from composer.loggers import Logger
 
 from callbacks.ema import WeightAverage
@@ -58,6 +59,8 @@ class Evaluations:
         self.held_out, self.others = build_evaluations(config, plan, streams)
         self.plan, self.interval, self.model = plan, config.evaluation.interval, model
         self.ema, self.autocast, self.say = ema, autocast, say
+        self.callbacks = [evaluation for evaluation in self.others.values() if isinstance(evaluation, Callback)]
+        """Those that hear the run's events, too."""
         self.latest: tuple[int, dict[str, Any]] | None = None
         """Step and result of this process's last held-out evaluation."""
         self.evaluated = 0
@@ -100,6 +103,12 @@ class Evaluations:
         reshard(self.model)
         self.model.train(was_training)
         return result
+
+    def finish(self, logger: Logger) -> None:
+        """After the run's summary: let those end that go on beside it (`finish(logger)`)."""
+        for evaluation in self.others.values():
+            if hasattr(evaluation, "finish"):
+                evaluation.finish(logger)  # pyright: ignore[reportAttributeAccessIssue]
 
     def loss_at(self, step: int) -> float | None:
         """The held-out loss after so many steps, where this process has measured it last."""

@@ -178,6 +178,7 @@ class Run:
             *self.parts.callbacks,
             *([self.ema] if self.ema else []),
             between,
+            *self.evaluations.callbacks,
         ]
         if self.rank == 0:
             callbacks.insert(3, ProgressLine(self.console, self.plan, self.metrics))
@@ -294,7 +295,9 @@ class Run:
     def _checkpoint_due(self, step: int) -> bool:
         options = self.config.checkpoint
         best = options.keep_best > 0 and self.evaluations.evaluated == step
-        return best or self._is_permanent(step) or self.plan.crosses(step, options.interval)
+        every = [getattr(entry, "every", None) for entry in self.config.evaluations]
+        wanted = any(self.plan.crosses(step, interval) for interval in [options.interval, *every])
+        return best or self._is_permanent(step) or wanted
 
     def _is_permanent(self, step: int) -> bool:
         """Whether the checkpoint after `step` steps is kept for ever."""
@@ -372,4 +375,5 @@ class Run:
         if self.rank == 0:
             draw_curves(self.folder.metrics, self.folder.curves, self.plan)
             write_file(self.folder.summary, json.dumps(summary, indent=1))
+        self.evaluations.finish(self.trainer.logger)
         return summary
