@@ -176,9 +176,11 @@ def train(
         from training import report
         from training.trainer import train as start
 
+        was_finished = (run.folder / "summary.json").exists()
         summary = start(run, console)
         report.closing_table(run, summary, console)
-        if os.environ.get("RANK", "0") == "0" and any(entry.name == "eval" for entry in run.evaluations):
+        evaluated = any(entry.name == "eval" for entry in run.evaluations)
+        if was_finished and evaluated and os.environ.get("RANK", "0") == "0":  # else it has waited for them
             from commands.follow import catch_up
 
             catch_up(run.folder, console)

@@ -1,4 +1,4 @@
-"""What `main.py train` does at its end for evaluations that are missing."""
+"""What `main.py train` does of a finished run for evaluations that are missing."""
 
 from pathlib import Path
 

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from callbacks.step_log import flat, shown
+from evals.following import read_evaluations
 from flexbert_core.durable import holder
 from flexbert_core.schema import RunError
 from recipe.config import RunConfig
@@ -43,13 +44,14 @@ def read_status(path: Path) -> dict[str, Any]:
     from here), last_line_age_seconds, metrics (the newest line), others (what callbacks of the user's log: the newest
     value of each in the last lines), checkpoint {path, tokens, whole, problem,
     age_seconds}, checkpoints (how many there are), validation (the newest), mixture {stream: share of real tokens so
-    far}.
+    far}, evaluations (those made beside it: the newest {step, tokens, scores or failed} of each by its name).
     """
     folder = RunFolder(path)
     config = folder.recorded_config()
     plan, process, summary = PhasePlan(config), holder(folder.lock), folder.finished()
     line = next((line for line in _backwards(folder.metrics) if "loss" in line), {})
     validation = next((line for line in _backwards(folder.metrics) if "validation" in line), None)
+    evaluations = {line["evaluation"]: line for line in read_evaluations(path)}
     # A line that a kill left behind the newest checkpoint is trained again, but it is the last that is known.
     step = plan.total_steps if summary else line.get("step", 0)
     if process is not None:
@@ -74,10 +76,11 @@ def read_status(path: Path) -> dict[str, Any]:
         "eta_seconds": 0.0 if summary else line.get("eta_seconds"),
         "last_line_age_seconds": _age(folder.metrics),
         "metrics": line or None,
-        "others": _others(folder),
+        "others": _others(folder, evaluations),
         **_checkpoint(folder),
         "validation": validation and {"step": validation["step"], **validation["validation"]},
         "mixture": _mixture(folder, config),
+        "evaluations": evaluations,
     }
 
 
@@ -130,10 +133,13 @@ def _backwards(file: Path) -> Iterator[dict[str, Any]]:
                     yield node
 
 
-def _others(folder: RunFolder) -> dict[str, float]:
+def _others(folder: RunFolder, made_beside: Iterable[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     for line in itertools.islice(_backwards(folder.metrics), _LINES):
         theirs = {key: value for key, value in line.items() if isinstance(value, dict) and key not in _OURS}
+        if "evaluations" in theirs:
+            of_run = theirs["evaluations"].items()
+            theirs["evaluations"] = {key: value for key, value in of_run if key not in made_beside}
         found = {name: value for key, node in theirs.items() for name, value in flat(node, key).items()} | found
     return found
 
@@ -183,6 +189,9 @@ def _table(facts: dict[str, Any]) -> Table:
             f"after step {validation['step']:,}: loss {shown(validation['loss'], '.4f')}, "
             f"masked accuracy {shown(validation['masked_accuracy'], '.1%')}"
         )
+    for name, made in facts["evaluations"].items():
+        scores = ", ".join(f"{key} {value:.4g}" for key, value in made.get("scores", {}).items())
+        rows[name] = f"after {made['tokens']:,} tokens: {scores or 'FAILED: ' + made.get('failed', '')}"
     if facts["others"]:
         rows["other metrics"] = ", ".join(f"{name} {value:.4g}" for name, value in facts["others"].items())
     if facts["mixture"]:

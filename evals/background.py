@@ -1,7 +1,7 @@
 """`evaluations: [{name: eval, files: [glue-quick]}]` of a run file: evaluations of its checkpoints, beside it.
 
-A process of their own makes them, `main.py follow RUN`. It ends with this one, however that ends; the next start of the run begins another,
-which makes up for what is missing.
+A process of its own makes them, `main.py follow RUN`. It ends with this one, however that ends; the next start of the
+run begins another, which makes up for what is missing.
 """
 
 import ctypes
@@ -79,6 +79,9 @@ class Background(Callback):
             return
         for line in read_lines(self.run_folder / "metrics.jsonl"):
             self._logged |= {(line["step"], name) for name in line.get("evaluations", {}) if name in self.names}
+        from evals.following import Following
+
+        Following(self.run_folder).pin_all()
         self._start()
 
     def _start(self) -> None:
@@ -103,6 +106,15 @@ class Background(Callback):
                 start_new_session=True,
                 preexec_fn=before,
             )
+
+    def written(self, path: Path) -> None:
+        """Of a whole checkpoint: let it wait if it is due, before retention removes it."""
+        from evals.following import Following
+
+        try:
+            Following(self.run_folder).pin(path)
+        except OSError as error:  # no reason to end a run
+            log.warning("%s: cannot wait for its evaluation: %s", path, error)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self._collect(logger)

@@ -5,6 +5,7 @@ RUN/pending/tokens-N is a checkpoint (hard links) that waits, so that retention 
 holds the results as `main.py eval` writes them.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -72,19 +73,19 @@ class Following:
         done = self.done()
         return [name for name in self.due(tokens) if (tokens, name) not in done]
 
-    def pin(self) -> None:
-        """Let checkpoints wait that are due and not evaluated yet."""
+    def pin(self, path: Path) -> None:
+        """Let a checkpoint wait if it is due and not evaluated yet."""
+        place = self.pending / path.name
+        if place.exists() or not self.missing(tokens_of(path)):
+            return
+        with contextlib.suppress(FileNotFoundError), new_folder(place) as beside:  # retention may be faster
+            for file in path.iterdir():
+                os.link(file, beside / file.name)
+
+    def pin_all(self) -> None:
+        """All that are there."""
         for path in list_checkpoints(self.run / "checkpoints"):
-            place = self.pending / path.name
-            if place.exists() or not self.missing(tokens_of(path)):
-                continue
-            try:
-                with new_folder(place) as beside:
-                    for file in path.iterdir():
-                        if not file.name.startswith("optimizer"):  # half of a checkpoint, and never read here
-                            os.link(file, beside / file.name)
-            except FileNotFoundError:  # retention was faster
-                continue
+            self.pin(path)
 
     def waiting(self) -> list[Path]:
         return list_checkpoints(self.pending)
@@ -118,7 +119,8 @@ def follow(run: Path, console: Console, watch: bool) -> bool:
     with lock(run / ".evaluations.lock", run, "evaluating its checkpoints"):
         while True:
             finished = following.folder.finished() is not None  # asked before: what it wrote last is seen
-            following.pin()
+            if finished or not watch:  # else the training process does
+                following.pin_all()
             busy = False
             for path in following.waiting():
                 tokens = tokens_of(path)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -104,11 +105,17 @@ class Evaluations:
         self.model.train(was_training)
         return result
 
+    def written(self, path: Path) -> None:
+        """Tell those that evaluate checkpoints (`written(path)`) of a whole one, which may soon be removed."""
+        for evaluation in self.others.values():
+            if (tell := getattr(evaluation, "written", None)) is not None:
+                tell(path)
+
     def finish(self, logger: Logger) -> None:
         """After the run's summary: let those end that go on beside it (`finish(logger)`)."""
         for evaluation in self.others.values():
-            if hasattr(evaluation, "finish"):
-                evaluation.finish(logger)  # pyright: ignore[reportAttributeAccessIssue]
+            if (end := getattr(evaluation, "finish", None)) is not None:
+                end(logger)
 
     def loss_at(self, step: int) -> float | None:
         """The held-out loss after so many steps, where this process has measured it last."""

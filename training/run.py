@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,8 +94,7 @@ class Run:
         self.optimizer = OPTIMIZERS.build(config.optimizer, model=self.model, lr=self.plan.phases[0].peak_lr)
         self.ledger = Ledger(self.folder.ledger, list(config.data.streams))
         remote = RemoteCheckpoints(config) if config.checkpoint.remote and self.rank == 0 else None
-        note = self.folder.note_checkpoint
-        self.saver = Saver(self.folder.checkpoints, config.checkpoint, self._is_permanent, note, remote)
+        self.saver = Saver(self.folder.checkpoints, config.checkpoint, self._is_permanent, self._written, remote)
         self.faults = Faults(config, self.plan, self.saver, self.ledger, self._say, split_batch, self._generator_seed)
         self.clock = Clock(config.trainer.log_interval, self.ledger, self.plan)
         guard = self.faults.guard
@@ -298,6 +298,11 @@ class Run:
         every = [getattr(entry, "every", None) for entry in self.config.evaluations]
         wanted = any(self.plan.crosses(step, interval) for interval in [options.interval, *every])
         return best or self._is_permanent(step) or wanted
+
+    def _written(self, path: Path) -> None:
+        """Told of each whole checkpoint, before older ones go (rank 0, on the saver's thread)."""
+        self.folder.note_checkpoint(path)
+        self.evaluations.written(path)
 
     def _is_permanent(self, step: int) -> bool:
         """Whether the checkpoint after `step` steps is kept for ever."""
