@@ -1,0 +1,229 @@
+"""Cells are computed once, go on where they ended, and stand side by side; one that fails costs nothing else."""
+
+import csv
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from commands.evaluate import run_eval
+from evals.config import overrides_of
+from evals.interface import EVALS, Cell, CelledEval, EvalConfig, Model
+from evals.models import digest_of, resolve
+from evals.results import ScoreTable, flat_scores, numbers, over_seeds
+from flexbert_core.schema import ConfigError, RunError
+from tests.helpers.exports import write_export
+from tests.helpers.runs import ROOT, command, run
+
+
+@EVALS.register("test_sums")
+class Sums(CelledEval):
+    """Numbers, and a last cell whose settings depend on them."""
+
+    class Config(EvalConfig):
+        numbers: list[int]
+        broken: list[int] = []
+        log: str
+
+    def cells(self, model: Model, results: Any) -> list[Cell]:
+        first = [Cell(f"of/{number}", {"number": number}, group=f"g{number % 2}") for number in self.config.numbers]
+        if any(cell.name not in results for cell in first):
+            return first
+        return [*first, Cell("total", {"of": [results[cell.name]["value"] for cell in first]})]
+
+    def compute(self, cell: Cell, model: Model, out: Path) -> Any:
+        with Path(self.config.log).open("a") as log:
+            log.write(f"{model.label} {cell.name}\n")
+        if cell.name == "total":
+            return {"value": sum(cell.settings["of"])}
+        if cell.settings["number"] in self.config.broken:
+            raise RunError(f"number {cell.settings['number']} is broken")
+        return {"value": cell.settings["number"] * 10}
+
+    def scores(self, model: Model, results: Any) -> Any:
+        return {"total": results["total"]["value"]}
+
+    def scores_without_model(self) -> Any:
+        return {"nothing": {"total": 0}}
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("exports")
+    return write_export(folder / "one"), write_export(folder / "two", seed=1)
+
+
+class Desk:
+    """A place to evaluate at: an eval file, its results, and what was computed."""
+
+    def __init__(self, folder: Path, **config: Any) -> None:
+        self.folder, self.out, self.log = folder, folder / "results", folder / "log"
+        self.file = folder / "sums.yaml"
+        self.write(**config)
+
+    def write(self, **config: Any) -> None:
+        node = {"name": "test_sums", "numbers": [1, 2, 3], "log": str(self.log), **config}
+        self.file.write_text(json.dumps({"evaluation": node}))
+
+    def run(self, *arguments: Any) -> bool:
+        return run_eval(str(self.file), [str(each) for each in arguments], self.out, Console(quiet=True))
+
+    def computed(self) -> list[str]:
+        """Since it was asked last."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        self.log.unlink(missing_ok=True)
+        return lines
+
+    def results(self, label: str) -> Any:
+        return json.loads((self.out / "sums" / label / "results.json").read_text())
+
+
+def test_models_stand_side_by_side_and_nothing_is_done_twice(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    assert desk.run(*exports)
+    first = ["of/1", "of/2", "of/3"]
+    assert desk.computed() == [
+        *(f"one {cell}" for cell in first),
+        *(f"two {cell}" for cell in first),
+        "one total",
+        "two total",
+    ]
+    rows = list(csv.DictReader((desk.out / "table.csv").read_text().splitlines()))
+    assert [(row["model"], row["score"], row["value"]) for row in rows] == [
+        ("one", "sums: total", "60"),
+        ("two", "sums: total", "60"),
+        ("nothing", "sums: total", "0"),
+    ]
+    assert (
+        desk.out / "table.md"
+    ).read_text() == "| | one | two | nothing |\n|---|---|---|---|\n| sums: total | 60 | 60 | 0 |\n"
+    node = desk.results("two")
+    assert node["scores"] == {"total": 60}
+    assert node["complete"]
+    assert node["model"]["digest"] == digest_of(exports[1])
+    assert node["cells"]["of/2"] == {"value": 20}
+    assert {"torch", "transformers"} <= node["versions"].keys()
+    assert desk.run(*exports)
+    assert desk.computed() == []
+
+
+def test_more_cells_are_added_and_other_weights_are_another_model(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.run(exports[0])
+    desk.computed()
+    assert desk.run(exports[0], "numbers=[3,2,1,4]")
+    assert desk.computed() == ["one of/4", "one total"]
+    moved = tmp_path / "one"
+    subprocess.run(["cp", "-r", exports[0], moved], check=True)
+    assert desk.run(moved)
+    assert desk.computed() == []  # the same bytes elsewhere
+    write_export(moved, seed=5)
+    assert desk.run(moved)
+    assert len(desk.computed()) == 4
+
+
+def test_a_failing_cell_costs_nothing_else_and_leaves_no_mean(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    desk = Desk(tmp_path, broken=[2])
+    assert not desk.run(exports[0])
+    assert desk.computed() == ["one of/1", "one of/2", "one of/3"]
+    node = desk.results("one")
+    assert node["scores"] is None
+    assert not node["complete"]
+    assert node["failed"] == {"of/2": "number 2 is broken"}
+    assert "incomplete (1 failed)" in (desk.out / "table.md").read_text()
+    desk.write()
+    assert desk.run(exports[0])
+    assert desk.computed() == ["one of/2", "one total"]
+    assert not list((desk.out / "sums" / "one" / "failed").rglob("*.txt"))
+
+
+def test_a_damaged_result_is_said(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.run(exports[0])
+    (file,) = (desk.out / "sums" / "one" / "cells" / "of").glob("1-*.json")
+    file.write_text("{")
+    with pytest.raises(RunError, match=r"1-\w+-1\.json: damaged: remove it"):
+        desk.run(exports[0])
+
+
+def test_what_is_wrong_is_said_before_anything_is_computed(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    for arguments, message in [
+        ((), "eval: no model"),
+        ((tmp_path / "no",), "no: no such folder: give a run"),
+        ((tmp_path,), "has no config.json, and is no run or checkpoint"),
+        ((exports[0], exports[0]), "one: is given twice"),
+        ((f"{exports[0]}@tokens-3",), "is no run, so @tokens-3 says nothing"),
+        ((exports[0], "nubers=[1]"), r"sums\.yaml: evaluation: unknown key 'nubers', did you mean 'numbers'"),
+        ((exports[0], "executor=locl"), "unknown executor of jobs 'locl', did you mean 'local'"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            desk.run(*arguments)
+    assert desk.computed() == []
+
+
+def test_overrides_go_to_the_evaluation_that_they_name() -> None:
+    names = ["glue", "sums"]
+    given = ["executor=local", "sums.numbers=[1]", "glue.seeds=[3]"]
+    assert overrides_of("sums", names, given) == ["executor=local", "evaluation.numbers=[1]"]
+    assert overrides_of("glue", names, given) == ["executor=local", "evaluation.seeds=[3]"]
+
+
+def test_fresh_weights_are_a_model_of_the_same_architecture(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    given, fresh = resolve([str(exports[0]), f"{exports[0]}@random"], tmp_path)
+    assert fresh.label == "one@random"
+    assert fresh.digest != given.digest
+    config, other = ((model.folder / "config.json").read_text() for model in (given, fresh))
+    assert config == other
+    (again,) = resolve([f"{exports[0]}@random"], tmp_path)
+    assert again.digest == fresh.digest
+
+
+def test_labels_tell_models_apart(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    for parent in ("a", "b"):
+        (tmp_path / parent).mkdir()
+        subprocess.run(["cp", "-r", exports[0], tmp_path / parent / "same"], check=True)
+    models = resolve([str(tmp_path / parent / "same") for parent in ("a", "b")], tmp_path)
+    assert [model.label for model in models] == ["a/same", "b/same"]
+    assert models[0].digest == models[1].digest
+
+
+@pytest.mark.slow
+def test_jobs_compute_the_same(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    """In processes, two at once, through the command line; killed jobs are told apart by their logs."""
+    (tmp_path / "made").mkdir()
+    file = tmp_path / "weigh.yaml"
+    file.write_text(
+        f"imports: [{ROOT}/tests/helpers/weigher.py]\n"
+        f"evaluation: {{name: weigher, count_in: {tmp_path}/made, refuses: two}}\n"
+        "executor: {name: local, at_once: 2, cores_per_job: 1}\n"
+    )
+    arguments = [str(file), *map(str, exports), "--output", str(tmp_path / "jobs")]
+    done = run(command("eval", *arguments))
+    assert done.returncode == 1, done.stderr
+    assert "weigh two all: exit code 1: warning: weigh  two  all: refused (log: " in done.stdout
+    one = json.loads((tmp_path / "jobs" / "weigh" / "one" / "results.json").read_text())
+    two = json.loads((tmp_path / "jobs" / "weigh" / "two" / "results.json").read_text())
+    assert two["failed"] == {"all": "refused"}
+    here = run(command("eval", str(file), str(exports[0]), "executor=null", "--output", str(tmp_path / "here")))
+    assert here.returncode == 0, here.stderr
+    assert json.loads((tmp_path / "here" / "weigh" / "one" / "results.json").read_text())["scores"] == one["scores"]
+    assert len(list((tmp_path / "made").iterdir())) == 3
+
+
+def test_scores_of_seeds() -> None:
+    score = over_seeds([1.0, 2.0, 6.0])
+    assert score == {"mean": 3.0, "deviation": pytest.approx(7**0.5), "best": 6.0, "seeds": 3}
+    assert over_seeds([2.0])["deviation"] is None
+    nested = {"a": score, "b": {"c": 1, "d": 2.5}}
+    assert flat_scores(nested) == {"a": score, "b c": 1, "b d": 2.5}
+    assert numbers(nested) == {"a": 3.0, "b c": 1, "b d": 2.5}
+
+
+def test_a_table_escapes_what_markdown_reads() -> None:
+    table = ScoreTable()
+    table.add("e", "a|b", {"x": 0.5})
+    assert table.markdown().splitlines()[0] == "| | a\\|b |"

@@ -1,0 +1,160 @@
+"""Files of labelled texts: GLUE's own layouts with their quirks, and other people's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from evals.text_data import Columns, read_rows
+from evals.text_scores import scored
+from evals.text_tasks import TextTask, load_task
+from flexbert_core.schema import ConfigError, validate
+
+# The first lines of GLUE's files, in their columns; the texts are ours.
+OFFICIAL = {
+    "CoLA": {"train.tsv": 'gj04\t1\t\tShe "sang.\ngj04\t0\t*\tSang she.\n', "dev.tsv": "gj04\t1\t\tHe ran.\n"},
+    "SST-2": {"train.tsv": "sentence\tlabel\nfine \t1\nbad \t0\n", "dev.tsv": "sentence\tlabel\nso so\t0\n"},
+    "MRPC": {
+        "train.tsv": '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tA "b c\tA b\n0\t7\t9\tD\tE\n',
+        "dev.tsv": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n0\t1\t2\tF\tG\r\n",
+    },
+    "STS-B": {
+        "train.tsv": "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
+        "0\tg\tf\ty\to\ts\tt\tA\tB\t5.000\n",
+        "dev.tsv": "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
+        "0\tg\tf\ty\to\ts\tt\tC\tD\t1.25\n",
+    },
+    "RTE": {
+        "train.tsv": "index\tsentence1\tsentence2\tlabel\n0\tA\tB\tentailment\n1\tC\tD\tnot_entailment\n",
+        "dev.tsv": "index\tsentence1\tsentence2\tlabel\n0\tE\tF\tnot_entailment\n",
+    },
+    "MNLI": {
+        "train.tsv": "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\t"
+        "sentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label\n"
+        "0\t1\t1n\tg\tp\tp\tp\tp\tA\tB\tneutral\tneutral\n",
+        "dev_matched.tsv": "index\tsentence1\tsentence2\tgold_label\n0\tC\tD\tentailment\n",
+        "dev_mismatched.tsv": "index\tsentence1\tsentence2\tgold_label\n0\tE\tF\tcontradiction\n",
+    },
+    "AX": {"diagnostic.tsv": "index\tsentence1\tsentence2\n0\tA\tB\n"},
+}
+
+
+@pytest.fixture
+def glue(tmp_path: Path) -> Path:
+    for task, files in OFFICIAL.items():
+        (tmp_path / task).mkdir()
+        for name, text in files.items():
+            (tmp_path / task / name).write_bytes(text.encode())
+    return tmp_path
+
+
+def task(glue: Path, **node: Any) -> Any:
+    return load_task(validate(TextTask, node, "tasks"), str(glue), None)
+
+
+def test_official_files_are_read_as_they_are(glue: Path) -> None:
+    cola = task(glue, name="cola")
+    assert cola.train.texts == ['She "sang.', "Sang she."]
+    assert cola.train.labels == [1, 0]
+    assert cola.train.pairs is None
+    mrpc = task(glue, name="mrpc")
+    assert (mrpc.train.texts, mrpc.train.pairs, mrpc.train.labels) == (['A "b c', "D"], ["A b", "E"], [1, 0])
+    assert (mrpc.dev[""].pairs, mrpc.starts_from) == (["G"], "mnli")
+    assert task(glue, name="sst2").train.texts == ["fine ", "bad "]
+    stsb = task(glue, name="stsb")
+    assert (stsb.train.labels, stsb.num_labels, stsb.dev[""].labels) == ([5.0], 1, [1.25])
+    assert task(glue, name="rte").train.labels == [0, 1]
+    mnli = task(glue, name="mnli")
+    assert (mnli.train.pairs, mnli.train.labels) == (["B"], [1])
+    assert {name: rows.labels for name, rows in mnli.dev.items()} == {"m": [0], "mm": [2]}
+
+
+def test_the_diagnostic_set_is_read_with_its_labels_or_without(glue: Path) -> None:
+    assert task(glue, name="ax").dev[""].labels is None
+    header = "Lexical Semantics\tPremise\tHypothesis\tLabel\n"
+    (glue / "AX" / "diagnostic-full.tsv").write_text(header + "x\tA\tB\tcontradiction\n")
+    ax = task(glue, name="ax")
+    assert (ax.dev[""].labels, ax.trained_on, ax.train) == ([2], "mnli", None)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv"])
+def test_other_formats_give_the_same_rows(tmp_path: Path, suffix: str) -> None:
+    rows = [{"said": 'a, "b"\tc', "about": "x", "mark": "up"}, {"said": "d", "about": "y", "mark": "down"}]
+    for name in ("train", "dev"):
+        file = tmp_path / f"{name}.{suffix}"
+        if suffix == "jsonl":
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        elif suffix == "parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+        else:
+            file.write_text('said,about,mark\n"a, ""b""\tc",x,up\nd,y,down\n')
+    node = {"name": "mine", "data": str(tmp_path), "train": f"train.{suffix}", "dev": {"": f"dev.{suffix}"}}
+    found = task(tmp_path, **node, text="said", pair="about", label="mark", metrics=["accuracy", "f1"])
+    assert found.classes == ("down", "up")
+    assert (found.train.texts, found.train.pairs, found.train.labels) == (['a, "b"\tc', "d"], ["x", "y"], [1, 0])
+
+
+def test_a_few_broken_rows_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = ["sentence\tlabel", *(f"s{number}\t1" for number in range(300)), "broken\tby\ta tab", "last\t0"]
+    (tmp_path / "t.tsv").write_text("\n".join(lines) + "\n")
+    rows = read_rows(tmp_path / "t.tsv", Columns("sentence", None, "label"))
+    assert len(rows) == 301
+    assert rows.texts[-1] == "last"
+    assert f"{tmp_path}/t.tsv: 1 rows have other columns and are left out, the first in line 302" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("node", "change", "message"),
+    [
+        (
+            {"name": "rte"},
+            {"RTE/train.tsv": "index\tsentence1\tsentence2\tlabel\n0\tA\tB\tmaybe\n"},
+            "row 1: 'maybe' is no class; they are: entailment, not_entailment",
+        ),
+        ({"name": "rte"}, {"RTE/dev.tsv": "index\tsentence1\tsentence2\n0\tA\tB\n"}, "no column 'label', "),
+        (
+            {"name": "rte"},
+            {"RTE/dev.tsv": "index\tsentence1\n0\tA\tB\n1\tC\n"},
+            r"dev\.tsv:2: 3 columns, in the first line 2",
+        ),
+        (
+            {"name": "stsb"},
+            {"STS-B/dev.tsv": "sentence1\tsentence2\tscore\nA\tB\tmuch\n"},
+            "row 1: 'much' is no number",
+        ),
+        ({"name": "rte", "train": "trian.tsv"}, {}, r"trian\.tsv: no such file; there are: dev\.tsv, train\.tsv"),
+        ({"name": "rte", "train": "train.txt"}, {}, r"train\.txt: expected one of \.tsv, \.csv, \.jsonl, \.parquet"),
+        ({"name": "qqp"}, {}, "no folder QQP in it"),
+        ({"name": "mnli", "metrics": ["f1"]}, {}, "f1 is of two classes, there are 3: use accuracy"),
+        ({"name": "rte", "metrics": ["spearman"]}, {}, "spearman is no metric of classes"),
+        ({"name": "glu"}, {}, r"'glu' is no task of GLUE .*; of your own give text, too"),
+        ({"name": "rte"}, {"RTE/train.tsv": b"\xff\xfe"}, r"train\.tsv: is no UTF-8 text"),
+        ({"name": "rte"}, {"RTE/train.tsv": "index\tsentence1\tsentence2\tlabel\n"}, r"train\.tsv: holds no rows"),
+    ],
+)
+def test_what_is_wrong_is_named(glue: Path, node: Any, change: dict[str, Any], message: str) -> None:
+    for name, text in change.items():
+        (glue / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=message):
+        task(glue, **node)
+
+
+def test_scores_by_hand() -> None:
+    labels, found = [1, 1, 1, 0, 0], [1, 1, 0, 1, 0]
+    # true positives 2, false positives 1, false negatives 1, true negatives 1
+    mcc = (2 * 1 - 1 * 1) / (3 * 3 * 2 * 2) ** 0.5
+    assert scored(["accuracy", "f1", "mcc"], labels, found) == pytest.approx(
+        {"accuracy": 3 / 5, "f1": 2 / 3, "mcc": mcc, "score": (3 / 5 + 2 / 3 + mcc) / 3}
+    )
+    # ranks 1 2 3 against 1 3 2: 1 - 6 * 2 / (3 * 8); deviations -1 0 1 against -2 1 1
+    assert scored(["pearson", "spearman"], [1.0, 2.0, 3.0], [0.0, 3.0, 3.0 - 1e-9]) == pytest.approx(
+        {"pearson": 3 / (2 * 6) ** 0.5, "spearman": 0.5, "score": (3 / 12**0.5 + 0.5) / 2}
+    )
+
+
+def test_a_constant_scores_nothing_where_it_has_no_score() -> None:
+    assert scored(["pearson", "spearman"], [1.0, 2.0], [3.0, 3.0])["score"] == 0
+    assert scored(["mcc", "f1"], [0, 1], [0, 0])["score"] == 0
