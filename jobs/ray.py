@@ -4,15 +4,12 @@ import importlib.util
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from flexbert_core.schema import Component, ConfigError, RunError
-from jobs.base import JOBS, Changed, Job, JobExecutor, run_here
-
-_ROOT = Path(__file__).parent.parent
+from jobs.base import JOBS, ROOT, Changed, Job, JobExecutor, run_here
 
 
 @JOBS.register("ray")
@@ -46,7 +43,7 @@ class RayJobs(JobExecutor):
 
         config = self.config
         options: dict[str, Any] = {} if config.address else {"include_dashboard": False}
-        paths = [str(_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         options["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
         try:
             ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR, **options)

@@ -1,5 +1,6 @@
 """Jobs as a Slurm array, through submitit. The command waits for them; interrupting it cancels them."""
 
+import shlex
 import shutil
 import sys
 import time
@@ -9,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from flexbert_core.schema import Component, ConfigError, RunError
-from jobs.base import JOBS, Changed, Job, JobExecutor, run_here
+from jobs.base import JOBS, ROOT, Changed, Job, JobExecutor, run_here
 
 
 @JOBS.register("slurm")
@@ -63,7 +64,7 @@ class SlurmJobs(JobExecutor):
             cpus_per_task=config.cpus_per_job,
             gpus_per_node=config.gpus_per_job or None,
             mem=None if config.mem_gb is None else f"{round(config.mem_gb * 1024)}M",
-            setup=config.setup or None,
+            setup=[f"export PYTHONPATH={shlex.quote(str(ROOT))}:$PYTHONPATH", *config.setup],
             additional_parameters=dict(config.sbatch_args),
         )
         try:

@@ -100,7 +100,7 @@ def test_each_slot_has_a_page_that_the_site_lists() -> None:
     listed = set(re.findall(r"extending/(\w+)\.md", (ROOT / "mkdocs.yml").read_text()))
     pages = {page.stem for page in (ROOT / "docs/extending").glob("*.md")}
     others = (MASKINGS, OBJECTIVES, EVALUATIONS, SCHEDULES, OPTIMIZERS, SOURCES, FILTERS, TOKENIZERS, EXECUTORS)
-    slots = {*SLOTS, *(each.slot_name for each in others)}
+    slots = {*SLOTS, "eval", *(each.slot_name for each in others)}
     # `callback` is the page of callbacks, algorithms and loggers
     assert listed == pages == slots | {"index", "callback"}
 

@@ -73,8 +73,14 @@ def batch(lengths: list[int]) -> tuple[Tensor, Tensor, int]:
 
 def test_every_example_is_tested_and_shown() -> None:
     parts = {file.stem for file in EXAMPLES.glob("*.py")}
-    # tests/callbacks/test_slots.py has the first, tests/training/test_doors.py the others.
-    elsewhere = {"weight_norm"} | {"span_masking", "every_token", "mean_similarity", "centred_gradients", "csv_logger"}
+    # tests/callbacks/test_slots.py has the first, tests/evals/test_example.py the second, test_doors.py the others.
+    elsewhere = {"weight_norm", "anisotropy"} | {
+        "span_masking",
+        "every_token",
+        "mean_similarity",
+        "centred_gradients",
+        "csv_logger",
+    }
     assert set(MODEL_PARTS) | {"power_schedule", "lion"} | elsewhere | DATA_PARTS | {"with_data_parts"} == parts
     pages = "".join(file.read_text() for file in (ROOT / "docs" / "extending").glob("*.md"))
     assert {part for part in parts if f'--8<-- "examples/{part}.py"' in pages} == parts

@@ -252,9 +252,7 @@ def test_the_chain_the_grid_and_the_table(tmp_path: Path) -> None:
         )
     order = [
         line
-        for line in sorted(
-            (tmp_path / "out/glue/bert/cells").rglob("*.json"), key=lambda file: file.stat().st_mtime_ns
-        )
+        for line in sorted((tmp_path / "out/glue/bert/cells").rglob("*.json"), key=lambda file: file.stat().st_mtime_ns)
     ]
     names = [json.loads(file.read_text())["cell"] for file in order]
     assert max(names.index(name) for name in of["mnli"]) < min(
