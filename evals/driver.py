@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,7 @@ def _run_here(
             there, result = task.result(cell)  # of a process that held the lock before
             if not there:
                 start = time.monotonic()
+                task.evaluation.say = partial(_say, console, f"{task.name}  {task.model.label}  {cell.name}")
                 try:
                     result = task.compute(cell)
                 except (RunError, ConfigError) as error:
@@ -207,6 +209,10 @@ def _run_here(
                         soft_wrap=True,
                     )
             done[cell.name] = result
+
+
+def _say(console: Console, where: str, text: str) -> None:
+    console.print(f"{where}: {text}", soft_wrap=True)
 
 
 def _shown(result: Any) -> str:

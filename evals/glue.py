@@ -46,11 +46,13 @@ class Glue(CelledEval):
             min_length=1,
             description="of GLUE by their names, or your own",
         )
-        data: UserPath | None = Field(None, description="a folder with a folder for each task, as GLUE comes")
+        data: UserPath | None = Field(default=None, description="a folder with a folder for each task, as GLUE comes")
         hub: str | None = Field(
             None, description="a dataset of the hub that has them as subsets, such as nyu-mll/glue; the network is used"
         )
-        seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1, description="one training for each")
+        seeds: list[Annotated[int, Field(ge=0)]] = Field(
+            default=[0, 1, 2], min_length=1, description="one training for each"
+        )
         lr: list[Annotated[float, Field(gt=0)]] = Field(
             [1e-5, 3e-5, 5e-5, 8e-5], min_length=1, description="grid: peak learning rates"
         )
@@ -60,9 +62,11 @@ class Glue(CelledEval):
         epochs: list[Annotated[int, Field(ge=1)]] | None = Field(
             None, min_length=1, description="grid: default: as each task says (1, 2, 3 or 2, 5, 10)"
         )
-        batch_size: int = Field(64, ge=1, description="rows a step")
-        max_length: int = Field(512, ge=8, description="tokens of a row at most; longer ones are cut, and counted")
-        warmup: float = Field(0.06, ge=0, lt=1, description="share of the steps over which lr rises")
+        batch_size: int = Field(default=64, ge=1, description="rows a step")
+        max_length: int = Field(
+            default=512, ge=8, description="tokens of a row at most; longer ones are cut, and counted"
+        )
+        warmup: float = Field(default=0.06, ge=0, lt=1, description="share of the steps over which lr rises")
         early_stopping: int | None = Field(
             3, ge=1, description="epochs without a better score after which training ends; null: never"
         )
@@ -75,9 +79,11 @@ class Glue(CelledEval):
         runtime: Literal["flexbert", "transformers"] | None = Field(
             None, description="default: ours, unpadded, for architectures that it knows, else transformers, padded"
         )
-        precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU")
-        microbatch_tokens: int = Field(16384, ge=1, description="slots at once in a step, which bounds memory")
-        rows: int | None = Field(None, ge=1, description="training rows of a task at most, its first; default: all")
+        precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto: bf16 on a GPU")
+        microbatch_tokens: int = Field(default=16384, ge=1, description="slots at once in a step, which bounds memory")
+        rows: int | None = Field(
+            default=None, ge=1, description="training rows of a task at most, its first; default: all"
+        )
 
         @model_validator(mode="after")
         def _check(self) -> Any:
@@ -207,7 +213,7 @@ class Glue(CelledEval):
         start = load_file(out / f"start-{settings['start']}.safetensors") if "start" in settings else None
         classifier = self._classifier(task, model, settings["seed"], start)
         result, weights = fine_tune(
-            classifier, train, lambda current: self._scored(current, task, dev), plan, task.kind, self.device
+            classifier, train, lambda current: self._scored(current, task, dev), plan, task.kind, self.device, self.say
         )
         if "/start-" in cell.name:
             path = out / f"start-{cell.key(model)}.safetensors"

@@ -15,7 +15,7 @@ and may run at the same time.
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,6 +90,8 @@ class Eval(ABC):
     def __init__(self, config: Any) -> None:
         """Raises ConfigError for what cannot be evaluated, before any model is looked at: missing data or packages."""
         self.config = config
+        self.say: Callable[[str], None] = lambda text: None
+        """For a line about how far a long computation is; whoever runs it sets where it goes."""
 
     @abstractmethod
     def run(self, model: Model, out: Path) -> Scores:

@@ -19,25 +19,39 @@ class TextTask(Schema):
     give text, label and metrics."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="one of GLUE's, or your own")
-    data: UserPath | None = Field(None, description="its folder; default: of that name in the evaluation's `data`")
-    hub: str | None = Field(None, description="a dataset of the hub, NAME or NAME:SUBSET; default: the evaluation's")
-    train: str | None = Field(None, description="file or, of the hub, split to train on; default: train.tsv or train")
+    data: UserPath | None = Field(
+        default=None, description="its folder; default: of that name in the evaluation's `data`"
+    )
+    hub: str | None = Field(
+        default=None, description="a dataset of the hub, NAME or NAME:SUBSET; default: the evaluation's"
+    )
+    train: str | None = Field(
+        default=None, description="file or, of the hub, split to train on; default: train.tsv or train"
+    )
     dev: dict[str, str] | None = Field(
         None, min_length=1, description="files or splits to score by, with a name for each where there are several"
     )
-    text: Column | None = Field(None, description="column of the text: its name, or number from 0 without a header")
-    pair: Column | None = Field(None, description="column of the second text")
-    label: Column | None = Field(None, description="column of the label")
+    text: Column | None = Field(
+        default=None, description="column of the text: its name, or number from 0 without a header"
+    )
+    pair: Column | None = Field(default=None, description="column of the second text")
+    label: Column | None = Field(default=None, description="column of the label")
     labels: list[str] | None = Field(
         None, min_length=2, description="the classes; default: those of the training file, sorted"
     )
-    kind: Literal["classes", "score"] | None = Field(None, description="classes, or a number to be predicted")
+    kind: Literal["classes", "score"] | None = Field(default=None, description="classes, or a number to be predicted")
     metrics: list[Literal["accuracy", "f1", "mcc", "pearson", "spearman"]] | None = Field(
         None, min_length=1, description="the task's score is their mean; f1: of the class that stands last"
     )
-    epochs: list[int] | None = Field(None, min_length=1, description="how long to train; default: the evaluation's")
-    starts_from: str | None = Field(None, description="the task whose best weights training starts from; GLUE: mnli")
-    trained_on: str | None = Field(None, description="the task whose best weights are scored, without training (ax)")
+    epochs: list[int] | None = Field(
+        default=None, min_length=1, description="how long to train; default: the evaluation's"
+    )
+    starts_from: str | None = Field(
+        default=None, description="the task whose best weights training starts from; GLUE: mnli"
+    )
+    trained_on: str | None = Field(
+        default=None, description="the task whose best weights are scored, without training (ax)"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "TextTask":

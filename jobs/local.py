@@ -24,11 +24,11 @@ class LocalJobs(JobExecutor):
 
     class Config(Component):
         name: Literal["local"] = "local"
-        at_once: int | None = Field(None, ge=1)
+        at_once: int | None = Field(default=None, ge=1)
         """Jobs that run at the same time; default: as many as there are GPUs for, without GPUs one."""
-        gpus_per_job: int | None = Field(None, ge=0)
+        gpus_per_job: int | None = Field(default=None, ge=0)
         """GPUs that a job sees; default: 1 where there are some."""
-        cores_per_job: int | None = Field(None, ge=1)
+        cores_per_job: int | None = Field(default=None, ge=1)
         """Cores that a job is pinned to; default: an equal share of those that this process may use."""
 
     config: Config

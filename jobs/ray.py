@@ -20,9 +20,9 @@ class RayJobs(JobExecutor):
         name: Literal["ray"] = "ray"
         address: str | None = None
         """Of a running cluster, such as `auto` or ray://host:10001; default: start Ray on this machine, and stop it."""
-        gpus_per_job: float = Field(0, ge=0)
+        gpus_per_job: float = Field(default=0, ge=0)
         """GPUs that a job has; a fraction shares one."""
-        cpus_per_job: int = Field(1, ge=1)
+        cpus_per_job: int = Field(default=1, ge=1)
         """Cores that a job has."""
 
     config: Config

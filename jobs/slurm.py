@@ -21,21 +21,21 @@ class SlurmJobs(JobExecutor):
         name: Literal["slurm"] = "slurm"
         partition: str = Field(min_length=1)
         """Where the jobs run, as sbatch understands it."""
-        minutes: int = Field(240, ge=1)
+        minutes: int = Field(default=240, ge=1)
         """Limit for each job."""
-        at_once: int = Field(256, ge=1)
+        at_once: int = Field(default=256, ge=1)
         """Jobs that run at the same time."""
-        gpus_per_job: int = Field(1, ge=0)
+        gpus_per_job: int = Field(default=1, ge=0)
         """GPUs of a job."""
-        cpus_per_job: int = Field(8, ge=1)
+        cpus_per_job: int = Field(default=8, ge=1)
         """Cores of a job."""
-        mem_gb: float | None = Field(None, gt=0)
+        mem_gb: float | None = Field(default=None, gt=0)
         """Memory of a job; default: the cluster's."""
         sbatch_args: dict[str, str | int] = {}
         """More options for sbatch, such as {account: nlp, qos: normal}."""
         setup: list[str] = []
         """Shell commands at the start of each job, such as `module load cuda`."""
-        poll_seconds: float = Field(10.0, gt=0)
+        poll_seconds: float = Field(default=10.0, gt=0)
         """Seconds between looks at the jobs."""
 
     config: Config

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,7 +22,7 @@ REPORT = (
 )
 
 
-def executor(**config: int) -> LocalJobs:
+def executor(**config: Any) -> LocalJobs:
     return LocalJobs(LocalJobs.Config(**config))
 
 
