@@ -39,7 +39,7 @@ def settle_finished(
     if rank == 0:
         done = f"{folder.path}: this run is finished ({summary['steps']} steps)"
         console.print(f"{done}; {_copy(config, folder) or 'nothing to do'}", highlight=False, soft_wrap=True)
-        Publisher(config, folder.path, rank).finish()
+        Publisher(config, folder.path, rank).finish(lambda text: console.print(text, highlight=False, soft_wrap=True))
     return {**summary, "export": None if export is None else str(export)}
 
 

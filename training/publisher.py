@@ -5,13 +5,17 @@ import logging
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from recipe.config import RunConfig
+from training import signals
 
 log = logging.getLogger(__name__)
 _MAIN = Path(__file__).parent.parent / "main.py"
 _OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "NODE_RANK", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC", "OMP_")
+_LOOK_SECONDS = 0.1
 LAST_SECONDS = 1800.0  # that a finished run waits for its last push; a job's end would kill it
 
 
@@ -42,23 +46,22 @@ class Publisher:
         except OSError as error:
             log.warning("%s: publishing could not be started, training goes on: %s", self.folder, error)
 
-    def finish(self) -> None:
-        """Push what is missing, and wait for it: training is done."""
+    def finish(self, say: Callable[[str], None]) -> None:
+        """Push what is missing, and wait for it: training is done. A signal that asks the run to stop ends the waiting,
+        and not the push."""
         if not self.wanted:
             return
-        for _ in range(2):  # one that was under way may have looked before the last export was there
-            under_way = self._busy()
-            self.push()
-            if self._process is None:
+        say(f"{self.folder}: publishing what is not published yet; {self.log.name} says how it goes")
+        end, last = time.monotonic() + LAST_SECONDS, not self._busy()
+        self.push()
+        while self._busy() or not last:
+            if self._process is None:  # the one that was under way may have looked before the last export was there
+                last = True
+                self.push()
+            if signals.received() or time.monotonic() > end:
+                log.warning("%s: not all is published yet, a process of its own goes on with it", self.folder)
                 return
-            try:
-                self._process.wait(LAST_SECONDS)
-            except subprocess.TimeoutExpired:
-                log.warning("%s: still publishing: process %d goes on by itself", self.folder, self._process.pid)
-                return
-            if not under_way:
-                break
-        self._busy()
+            time.sleep(_LOOK_SECONDS)
 
     def _busy(self) -> bool:
         """Whether a push is under way. Says what became of the one before."""

@@ -384,5 +384,4 @@ class Run:
         if self.rank == 0:
             draw_curves(self.folder.metrics, self.folder.curves, self.plan)
             write_file(self.folder.summary, json.dumps(summary, indent=1))
-        self.publisher.finish()
         return summary

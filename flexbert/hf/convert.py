@@ -144,8 +144,8 @@ def _own_state(given: dict[str, Tensor], wanted: list[str], task: str) -> dict[s
 
 
 def to_hf(model: FlexBertForMaskedLM, tokenizer: Any, out_dir: str | Path, card: str | None = None) -> None:
-    """Write a folder that transformers loads: config.json, model.safetensors, the tokenizer, README.md; parity.json says
-    how far its logits are from the model's.
+    """Write a folder that transformers loads: config.json, model.safetensors, the tokenizer, README.md; parity.json
+    says how far its logits are from the model's.
 
     An architecture without a class in transformers also gets modeling_flexbert.py, for trust_remote_code=True; one with
     parts from outside their files, too, whose sha256 are in config.json and README.md.
