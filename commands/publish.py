@@ -52,7 +52,7 @@ def publish(
     if dry_run:
         _show(publishing.plan(only), console)
         return
-    pushed = publishing.push(only, lambda text: console.print(text, soft_wrap=True))
+    pushed = publishing.push(only, lambda text: console.print(text, soft_wrap=True), wait=background)
     plural = "" if pushed == 1 else "s"
     done = f"{pushed} revision{plural} pushed" if pushed else "all is there, nothing to do"
     console.print(f"{publishing.target.where}: {done}", soft_wrap=True)

@@ -170,7 +170,7 @@ class HubTarget:
 
         try:
             return attempt()
-        except TransferError:
+        except (TransferError, FileNotFoundError):
             raise
         except (requests.RequestException, OSError, RuntimeError, ValueError) as error:
             cause: BaseException = error

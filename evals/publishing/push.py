@@ -6,9 +6,11 @@ more than that: without it, or with a wrong one, the target's own content decide
 
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from data.store.transfer import TransferError
 from evals.publishing.revisions import Revision, find_revisions
@@ -19,6 +21,7 @@ from recipe.config import RunConfig
 from training.folder import RunFolder
 
 log = logging.getLogger(__name__)
+_LOOK_SECONDS = 0.5
 _STATE, _LOCK = "publish.json", ".publish-lock"
 
 
@@ -48,16 +51,14 @@ class Publishing:
                 raise ConfigError(f"--results: {path}: no such folder: give one that `main.py eval` wrote to")
         self.folder, self.config = folder, config
         self.target = _plain(lambda: open_target(config))
-        self.state = _read_state(folder.path / _STATE)
-        if self.state["where"] != self.target.where:
-            self.state |= {"where": self.target.where, "revisions": {}}
-        self.results = sorted({*self.state["results"], *(str(path.resolve()) for path in results)})
-        self.state["results"] = self.results
+        self.results = [str(path.resolve()) for path in results]
+        self._read_state()
 
     def plan(self, only: str | None = None) -> Plan:
         """Compare the run with the target. only: one revision. Raises ConfigError when the run has none of that name,
         or the target refuses; RunError when it cannot be reached."""
-        found = find_revisions(self.folder, self.config, [Path(path) for path in self.results])
+        results = [Path(path) for path in self.state["results"]]
+        found: list[Revision] = _plain(lambda: find_revisions(self.folder, self.config, results))
         names = [revision.name for revision in found]
         if only is not None and only not in names:
             known = did_you_mean(only, names) if names else "it has none yet"
@@ -72,11 +73,13 @@ class Publishing:
             main = None  # what is newer there comes from a run that has gone on elsewhere, or lost an export since
         return Plan(self.target.where, there, missing, main)
 
-    def push(self, only: str | None = None, say: Callable[[str], None] = log.info) -> int:
+    def push(self, only: str | None = None, say: Callable[[str], None] = log.info, wait: bool = False) -> int:
         """Do what `plan` says, until nothing is left: exports may come while it is at work. Returns how many revisions
-        were pushed. Raises as `plan`, and RunError when another process publishes this run."""
-        handle, pushed = lock(self.folder.path / _LOCK, self.folder.path, "publishing this run"), 0
+        were pushed. wait: for another process that publishes this run. Raises as `plan`, and RunError when there is
+        one."""
+        handle, pushed = self._lock(wait), 0
         done: set[tuple[str, str]] = set()
+        self._read_state()  # another process may have held the lock until now
         try:
             while (plan := self.plan(only)).missing or plan.main is not None:
                 coming = {(each.name, each.stamp) for each in plan.missing}
@@ -86,17 +89,33 @@ class Publishing:
                 done |= coming
                 _plain(self.target.open)
                 for revision in plan.missing:
-                    files = revision.files()
-                    self._note(revision, revision.name, _plain(lambda: self.target.push(revision.name, files)))  # noqa: B023
+                    files = _plain(revision.files)
+                    version = _plain(partial(self.target.push, revision.name, files))
+                    self._note(revision, revision.name, version)
                     say(f"{revision.name} is at {self.target.where}")
                     pushed += 1
                 if plan.main is not None:
-                    main, files = plan.main, plan.main.files()
-                    self._note(main, MAIN, _plain(lambda: self.target.set_main(main.name, files)))  # noqa: B023
-                    say(f"main is {main.name}")
+                    files = _plain(plan.main.files)
+                    self._note(plan.main, MAIN, _plain(partial(self.target.set_main, plan.main.name, files)))
+                    say(f"main is {plan.main.name}")
             return pushed
         finally:
             handle.close()
+
+    def _read_state(self) -> None:
+        self.state = _state_of(self.folder.path / _STATE)
+        if self.state["where"] != self.target.where:
+            self.state |= {"where": self.target.where, "revisions": {}}
+        self.state["results"] = sorted({*self.state["results"], *self.results})
+
+    def _lock(self, wait: bool) -> TextIO:
+        while True:
+            try:
+                return lock(self.folder.path / _LOCK, self.folder.path, "publishing this run")
+            except RunError:
+                if not wait:
+                    raise
+                time.sleep(_LOOK_SECONDS)
 
     def _is_there(self, revision: Revision, name: str, versions: dict[str, str]) -> bool:
         noted = self.state["revisions"].get(name, {})
@@ -113,7 +132,7 @@ def _newest(versions: dict[str, str]) -> int:
     return max((int(tokens) for tokens in plain if tokens.isdecimal()), default=-1)
 
 
-def _read_state(file: Path) -> dict[str, Any]:
+def _state_of(file: Path) -> dict[str, Any]:
     empty: dict[str, Any] = {"where": None, "results": [], "revisions": {}}
     try:
         node = json.loads(file.read_text())
