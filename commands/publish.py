@@ -69,10 +69,10 @@ def _checked(overrides: Sequence[str]) -> list[str]:
 
 
 def _show(plan: "Plan", console: Console) -> None:
-    table = Table("revision", "state", "files", show_edge=False, pad_edge=False)
+    table = Table("revision", "state", show_edge=False, pad_edge=False)
     for revision in sorted([*plan.there, *plan.missing], key=lambda each: (each.tokens, each.average)):
         state = "to be pushed" if revision in plan.missing else "there"
-        table.add_row(revision.name, state, str(len(revision.files())))
+        table.add_row(revision.name, state)
     console.print(table)
     main = "stays" if plan.main is None else f"becomes {plan.main.name}"
     console.print(

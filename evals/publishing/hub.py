@@ -47,11 +47,10 @@ class HubTarget:
         from huggingface_hub import HfApi, constants
 
         self.repo, self.private, self.patience = repo, private, patience
-        endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-        self.where = f"{endpoint}/{repo}"
+        self.where = f"{constants.ENDPOINT}/{repo}"
         if constants.HF_HUB_OFFLINE:
             raise TransferError("denied", f"{self.where}: HF_HUB_OFFLINE is set: unset it to publish there")
-        self.api = HfApi(endpoint=endpoint)
+        self.api = HfApi()
         self._digests: dict[tuple[Any, bool], str] = {}
 
     def open(self) -> None:

@@ -40,7 +40,7 @@ class Revision:
     stamp: str
     _made: Mapping[str, bytes]
     _export: Path
-    _picture: "tuple[Path, PhasePlan] | None"
+    _pictures: "_Pictures | None"
 
     def files(self) -> dict[str, Content]:
         """By their paths in it; large ones as files."""
@@ -48,12 +48,24 @@ class Revision:
             str(path.relative_to(self._export)): path for path in sorted(self._export.rglob("*")) if path.is_file()
         }
         files |= self._made
-        if self._picture is not None:
+        if self._pictures is not None:
+            files["curves.png"] = self._pictures.until(self.tokens)
+        return dict(sorted(files.items()))
+
+
+class _Pictures:
+    """The curves of a run, drawn when asked for, once."""
+
+    def __init__(self, metrics: Path, plan: PhasePlan) -> None:
+        self._metrics, self._plan, self._drawn = metrics, plan, dict[int, bytes]()
+
+    def until(self, tokens: int) -> bytes:
+        if tokens not in self._drawn:
             with tempfile.TemporaryDirectory() as scratch:
                 picture = Path(scratch) / "curves.png"
-                draw_until(self._picture[0], picture, self._picture[1], self.tokens)
-                files["curves.png"] = picture.read_bytes()
-        return dict(sorted(files.items()))
+                draw_until(self._metrics, picture, self._plan, tokens)
+                self._drawn[tokens] = picture.read_bytes()
+        return self._drawn[tokens]
 
 
 def find_revisions(folder: RunFolder, config: RunConfig, results: Sequence[Path] = ()) -> list[Revision]:
@@ -63,6 +75,7 @@ def find_revisions(folder: RunFolder, config: RunConfig, results: Sequence[Path]
     lines = list(read_lines(folder.metrics))
     ledger = {line["step"]: line["streams"] for line in read_lines(folder.ledger) if "streams" in line}
     measured = _measured([folder.path / "evaluations", *results])
+    pictures = _Pictures(folder.metrics, plan)
     shared, found = training_config(config).encode(), []
     for path in sorted(folder.exports.glob("tokens-*"), key=_order):
         match = _NAME.fullmatch(path.name)
@@ -80,8 +93,8 @@ def find_revisions(folder: RunFolder, config: RunConfig, results: Sequence[Path]
         )
         made = {"README.md": model_card(path, config, origin, facts).encode(), "training_config.yaml": shared}
         made |= _of_sentence_transformers(path)
-        where = (folder.metrics, plan) if picture else None
-        found.append(Revision(path.name, tokens, average, _stamp(path, made), made, path, where))
+        stamp = _stamp(path, made)
+        found.append(Revision(path.name, tokens, average, stamp, made, path, pictures if picture else None))
     return found
 
 

@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from data.store.transfer import Patience, TransferError
 from evals.publishing.hub import HubTarget
 from evals.publishing.revisions import Content
 from tests.helpers.hub import Hub, run_hub
+from tests.helpers.servers import free_port
 
 REPO = "org/model"
 CARD = b"---\nlicense: mit\n---\n# A card\n"
@@ -19,7 +21,7 @@ TWO: dict[str, Content] = {"README.md": CARD + b"2", "config.json": b"{}", "mode
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> Iterator[Hub]:
     with run_hub(tmp_path / "hub", token="secret") as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)  # HF_ENDPOINT's, when the package was imported
         monkeypatch.setenv("HF_TOKEN", "secret")
         yield hub
 
@@ -148,7 +150,7 @@ def test_what_does_not_pass_is_said_at_once(hub: Hub, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HF_TOKEN", "another")
     with pytest.raises(TransferError, match="set HF_TOKEN"):
         HubTarget("org/other", True, Patience(2, 5)).open()
-    hub.close()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(TransferError, match="after 2 attempts") as gone:
         target(retries=1).versions()
     assert gone.value.kind == "passing"

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from data.store.transfer import Patience
+from data.store.transfer import Patience, TransferError
 from evals.publishing.places import MANIFEST, FolderTarget, UrlTarget
 from evals.publishing.revisions import Content
 from evals.publishing.target import Target
-from tests.helpers.servers import BUCKET, Bucket
+from tests.helpers.servers import BUCKET, Bucket, Proxy
 
 ONE: dict[str, Content] = {"config.json": b"{}", "model.safetensors": b"one" * 999, "1_Pooling/config.json": b"1"}
 TWO: dict[str, Content] = {"config.json": b"{}", "model.safetensors": b"two" * 999, "more.txt": b"3"}
@@ -99,13 +99,17 @@ def test_a_half_or_damaged_revision_is_none(tmp_path: Path) -> None:
             assert (folder / "tokens-1/model.safetensors").read_bytes() == ONE["model.safetensors"]
 
 
-def test_the_manifest_of_a_url_goes_first_and_comes_last(tmp_path: Path, s3: str, bucket: Bucket) -> None:
+def test_the_manifest_of_a_url_goes_first_and_comes_last(tmp_path: Path, proxy: Proxy, bucket: Bucket) -> None:
     """Pushing stops in the middle: the server refuses one file."""
     target = UrlTarget(f"s3://{BUCKET}/{tmp_path.name}", Patience(0, 5))
     target.open()
     target.push("tokens-1", ONE)
-    with pytest.raises(FileNotFoundError):
-        target.push("tokens-1", {**TWO, "model.safetensors": tmp_path / "nothing"})
+    proxy.misbehave = lambda request: (
+        "403 Forbidden" if request.startswith("PUT") and "safetensors" in request else None
+    )
+    with pytest.raises(TransferError, match="refused"):
+        target.push("tokens-1", TWO)
+    proxy.misbehave = lambda request: None
     assert target.versions() == {}
     keys = [each["Key"] for each in bucket.client.list_objects_v2(Bucket=BUCKET, Prefix=tmp_path.name)["Contents"]]
     assert f"{tmp_path.name}/tokens-1/{MANIFEST}" not in keys
