@@ -39,9 +39,7 @@ def publish(
     from evals.publishing.push import Publishing
     from recipe.config import read_recorded_config
     from training.folder import RunFolder
-    from training.trainer import quiet_libraries
 
-    quiet_libraries()
     if background:
         os.nice(_NICE)
         sys.stdout.write(f"{datetime.now().isoformat(' ', 'seconds')}: looking for what is to be published\n")
