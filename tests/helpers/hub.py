@@ -54,6 +54,7 @@ class Hub:
         self.delay = 0.0  # seconds, of every call
         self._faults: dict[str, list[tuple[int, dict[str, str]]]] = {}
         self._lost: Counter[str] = Counter()
+        self._strike: tuple[int, bool, Callable[[], None]] = (0, False, lambda: None)
         self._before: dict[str, Callable[[], None]] = {}
         self._lock = threading.RLock()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -79,6 +80,10 @@ class Hub:
     def before(self, kind: str, act: Callable[[], None]) -> None:
         """Once, before the next call of a kind is answered."""
         self._before[kind] = act
+
+    def strike(self, call: int, done: bool, act: Callable[[], None]) -> None:
+        """At the call of this number from now on, before it is done or after, and before its answer."""
+        self._strike = (self.calls.total() + call, done, act)
 
     def branches(self, repo: str) -> dict[str, str]:
         return {unquote(file.name): file.read_text() for file in (self._repo(repo) / "refs").iterdir()}
@@ -316,6 +321,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         hub = self.hub
         hub.calls[kind] += 1
         time.sleep(hub.delay)
+        number, done, strike = hub._strike
+        struck = hub.calls.total() == number
+        if struck and not done:
+            strike()
         act = hub._before.pop(kind, None)
         if act is not None:
             act()
@@ -335,6 +344,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 headers["X-Repo-Commit"] = refusal.more.pop("commit")
             self._answer(refusal.status, json.dumps({"error": str(refusal), **refusal.more}).encode(), headers)
             return
+        if struck and done:
+            strike()
         if hub._lost[kind]:
             hub._lost[kind] -= 1
             self.close_connection = True

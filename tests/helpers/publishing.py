@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,17 @@ class Pushes:
             text=True,
         )
 
-    def push(self, *arguments: str, kill_after: float | None = None) -> tuple[int, str]:
-        """`main.py publish ARGUMENTS`: its exit code (-9: it was killed, after so many seconds) and what it said."""
+    def push(
+        self, *arguments: str, kill_after: float | None = None, started: Callable[[int], None] = lambda pid: None
+    ) -> tuple[int, str]:
+        """`main.py publish ARGUMENTS`: its exit code (-9: it was killed, after so many seconds) and what it said.
+        started: called with its process id."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([arguments, kill_after]) + "\n")
+        self._process.stdin.flush()
+        started(int(self._process.stdout.readline()))
+        self._process.stdin.write("\n")
         self._process.stdin.flush()
         code, text = json.loads(self._process.stdout.readline())
         return code, text
@@ -70,9 +77,17 @@ def _serve() -> None:
     for line in sys.stdin:
         arguments, kill_after = json.loads(line)
         log = Path(f"/proc/{os.getpid()}/fd/{os.memfd_create('log')}")
+        go, tell = os.pipe()
         child = os.fork()
         if not child:
+            os.read(go, 1)
             _push(main.app, arguments, log)
+        sys.stdout.write(f"{child}\n")
+        sys.stdout.flush()
+        sys.stdin.readline()
+        os.write(tell, b"x")
+        os.close(go)
+        os.close(tell)
         status = None
         if kill_after is not None:
             end = time.monotonic() + kill_after

@@ -1,5 +1,6 @@
 """A push that SIGKILL ends, at any moment: what can be seen of a revision is whole, and the next push makes up for it."""
 
+import os
 import random
 import shutil
 import time
@@ -39,46 +40,53 @@ def expected(run: Path, to: str) -> dict[str, dict[str, bytes]]:
     }
 
 
+def check_whole(hub: Hub, repo: str, files: dict[str, dict[str, bytes]]) -> None:
+    """What can be seen of a revision, and of main when there is something, is all of it."""
+    if not (hub.folder / repo / "refs").is_dir():
+        return
+    for name in {*EXPORTS, "main"} & set(hub.branches(repo)):
+        found = hub.files(repo, name)
+        assert found == files[EXPORTS[3] if name == "main" else name] or (name == "main" and not found)
+
+
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_push_that_is_killed_ends_with_every_revision_whole(
     finished: Path, tmp_path: Path, hub: Hub, pushes: Pushes, kills: int
 ) -> None:
-    """At random moments of a push that takes as long as the first, whole one. Each kill falls on another repository's
-    or the same one's push, so that the later ones meet what the earlier ones left."""
-    rng, killed = random.Random(kills), 0
+    """At a random call, before it is done or before its answer comes; every third kill of the many at a random moment.
+    A push that was not killed ends with all; the next one begins with an empty repository."""
+    rng, killed, number = random.Random(kills), 0, 0
     run = shutil.copytree(finished, tmp_path / "run")
-    hub.delay = 0.01
-    start = time.monotonic()
-    code, text = pushes.push(str(run), f"publish.repo=org/whole-{kills}")
-    whole = time.monotonic() - start
+    base, calls, start = expected(run, "publish.repo=org/REPO"), hub.calls.total(), time.monotonic()
+    code, text = pushes.push(str(run), "publish.repo=org/REPO")
     assert code == 0, text
-    number = 0
+    calls, seconds = hub.calls.total() - calls, time.monotonic() - start
     while killed < kills:
         number += 1
-        repo = f"org/model-{kills}-{number}"
-        to = f"publish.repo={repo}"
-        files = expected(run, to)
-        (run / "publish.json").unlink(missing_ok=True)
-        while killed < kills:
-            code, text = pushes.push(str(run), to, kill_after=rng.random() * whole)
-            if code == 0:
-                break
-            assert code == -9, text
-            killed += 1
-            if (hub.folder / repo / "refs").is_dir():
-                for name in set(hub.branches(repo)) & set(EXPORTS):
-                    assert hub.files(repo, name) == files[name]
-                if "main" in hub.branches(repo) and hub.files(repo, "main"):
-                    assert hub.files(repo, "main") == files[EXPORTS[3]]
-        code, text = pushes.push(str(run), to)
+        repo, code = f"org/model-{kills}-{number}", -9
+        files = {
+            name: {path: data.replace(b"org/REPO", repo.encode()) for path, data in content.items()}
+            for name, content in base.items()
+        }
+        while code and killed < kills:
+            if kills > 3 and killed % 3 == 2:
+                code, text = pushes.push(str(run), f"publish.repo={repo}", kill_after=rng.random() * seconds)
+            else:
+                call, done = rng.randrange(1, calls), rng.random() < 0.5
+                strike = lambda pid, call=call, done=done: hub.strike(call, done, lambda: os.kill(pid, 9))  # noqa: E731
+                code, text = pushes.push(str(run), f"publish.repo={repo}", started=strike)
+                hub.strike(0, False, lambda: None)
+            assert code in (0, -9), text
+            killed += code == -9
+            check_whole(hub, repo, files)
+        code, text = pushes.push(str(run), f"publish.repo={repo}")
         assert code == 0, text
         assert set(hub.branches(repo)) == {*EXPORTS, "main"}
-        for name in EXPORTS:
-            assert hub.files(repo, name) == files[name]
-        assert hub.files(repo, "main") == files[EXPORTS[3]]
-        commits = hub.calls["commit"]
-        assert "nothing to do" in pushes.push(str(run), to)[1]
-        assert hub.calls["commit"] == commits
+        check_whole(hub, repo, files)
+        assert hub.files(repo, "main")
+    commits = hub.calls["commit"]
+    assert "nothing to do" in pushes.push(str(run), f"publish.repo={repo}")[1]
+    assert hub.calls["commit"] == commits
 
 
 def test_a_hub_that_is_gone_for_a_while_gets_what_it_missed(
@@ -86,7 +94,6 @@ def test_a_hub_that_is_gone_for_a_while_gets_what_it_missed(
 ) -> None:
     """One line, exit code 1; the next push goes on where it failed, and uploads no weights twice."""
     run = shutil.copytree(finished, tmp_path / "run")
-    hub.delay = 0.0
     to = ["publish.repo=org/gone"]
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("download_retries: 8", "download_retries: 1"))
