@@ -335,6 +335,31 @@ def follow(
 
 
 @app.command()
+def publish(
+    run: Annotated[Path, typer.Argument(parser=_path, help="a run folder: runs/NAME", metavar="RUN")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="keys of `publish` to set, such as publish.folder=DIR", metavar="[KEY=VALUE]..."),
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="one revision: tokens-N, or tokens-N-ema")] = None,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(
+            parser=_path, metavar="DIR", help="where `eval` wrote results, for the model cards; may be repeated"
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be pushed, write nothing")] = False,
+    background: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """Push a run's exports to the hub, a folder or a URL, each as a revision. What is there already is left."""
+    with plain_errors():
+        from commands.publish import publish as push
+        from flexbert_core.schema import plain_console
+
+        push(run, overrides or [], only, results or [], dry_run, background, plain_console())
+
+
+@app.command()
 def schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="every key: type, range, default, meaning")] = False,
     json: Annotated[bool, typer.Option("--json", help="a JSON Schema for each kind of file, for editors")] = False,

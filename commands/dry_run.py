@@ -157,11 +157,12 @@ def _print_totals(config: RunConfig, plan: PhasePlan, console: Console, price: d
     said = "".join(f", {name} {value}" for name, value in price.items())
     often = f", one for ever every {options.keep_every:,} tokens" if options.keep_every is not None else ""
     best = f", the best {options.keep_best} too" if options.keep_best else ""
+    more = "; step 0 and every checkpoint kept for ever are exported too" if config.exports_permanent else ""
     console.print(
         f"total: {plan.total_tokens:,} tokens (slots) in {plan.total_steps:,} steps; {config.lanes} lanes; "
         f"{flops:.3e} FLOPs{said}\n"
         f"checkpoints every {options.interval:,} tokens, {options.keep} kept{often}{best}; "
-        f"milestones (kept, evaluated, exported) at {milestones}; {need.checkpoint / 1e9:,.2f} GB each, "
+        f"milestones (kept, evaluated, exported) at {milestones}{more}; {need.checkpoint / 1e9:,.2f} GB each, "
         f"{need.total / 1e9:,.1f} GB in all, {need.exports} exports among them",
     )
 

@@ -41,8 +41,16 @@ def disk_need(config: RunConfig, plan: PhasePlan) -> DiskNeed:
         export=parameters * _NUMBER,
         permanent=sum(plan.checkpoints(phase, options.keep_every) for phase in plan.phases),
         passing=options.keep + options.keep_best + 1,
-        exports=len(plan.phases) * (1 + averages),
+        exports=_exports(config, plan, averages),
     )
+
+
+def _exports(config: RunConfig, plan: PhasePlan, averages: int) -> int:
+    """How many are written; of step 0 there is no average."""
+    if not config.exports_permanent:
+        return len(plan.phases) * (1 + averages)
+    kept = sum(plan.checkpoints(phase, config.checkpoint.keep_every) for phase in plan.phases)
+    return kept * (1 + averages) + 1
 
 
 def already_there(folder: Path) -> int:

@@ -65,7 +65,8 @@ class Following:
 
     def due(self, tokens: int) -> list[str]:
         """Evaluations to make of the checkpoint with these tokens."""
-        step = self.plan.step_at(tokens)
+        step = self.plan.step_of(tokens)
+        assert step is not None, f"{self.run}: no step ends at {tokens} tokens"
         milestone = self.plan.is_milestone(step)
         return [name for name, entry in self.names.items() if milestone or self.plan.crosses(step, entry.every)]
 
@@ -148,7 +149,7 @@ def _evaluate(
     console: Console,
 ) -> bool:
     tokens, output = tokens_of(path), following.run / "evaluations"
-    line: dict[str, Any] = {"step": following.plan.step_at(tokens), "tokens": tokens, "evaluation": name}
+    line: dict[str, Any] = {"step": following.plan.step_of(tokens), "tokens": tokens, "evaluation": name}
     try:
         (model,) = resolve([str(path)], output / ".models")
         (outcome,) = evaluate(name, file, evaluation, [model], output, again, console)

@@ -18,12 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from evals.interface import Model
+from flexbert.hf.verify import PARITY_FILE
 from flexbert_core.durable import new_folder
 from flexbert_core.schema import ConfigError, expand_user, named
 
 _HUB = "hf:"
 _RANDOM = "@random"
-_ABOUT = {".md", ".gitattributes", ".png"}  # files that say something about a model and are no part of it
+_ABOUT = {".md", ".gitattributes", ".png", PARITY_FILE}  # files that say something about a model and are no part of it
 
 
 def resolve(sources: Sequence[str], scratch: Path) -> list[Model]:

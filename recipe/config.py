@@ -19,6 +19,7 @@ from recipe.batch_sizes import BatchSizeWarmup
 from recipe.imports import import_components
 from recipe.inheriting import inherit_masking
 from recipe.origin import Origin, named_origin
+from recipe.publishing import PublishConfig
 from recipe.recorded import as_recorded
 from recipe.schedules import SCHEDULES
 from recipe.sections import CheckpointConfig, EmaConfig, EvaluationConfig, TrainerConfig
@@ -147,6 +148,12 @@ class RunConfig(Schema):
         json_schema_extra=MAY_CHANGE,
     )
 
+    publish: PublishConfig | None = Field(
+        default=None,
+        description="where exports are pushed to while the run trains; absent: nowhere",
+        json_schema_extra=MAY_CHANGE,
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _inherit_masking(cls, node: Any) -> Any:
@@ -159,6 +166,12 @@ class RunConfig(Schema):
     def folder(self) -> Path:
         """Where everything the run writes goes."""
         return Path(self.runs) / self.name
+
+    @property
+    def exports_permanent(self) -> bool:
+        """checkpoint.exports, or its default: whether exports are written between milestones, too."""
+        default = "milestones" if self.publish is None else "permanent"
+        return (self.checkpoint.exports or default) == "permanent"
 
     @property
     def lanes(self) -> int:
@@ -285,9 +298,10 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     return check_run(node, Path(path))
 
 
-def read_recorded_config(file: Path) -> RunConfig:
-    """The config that a run recorded in its folder. Raises ConfigError when it does not load any more."""
-    return check_run(as_recorded(load_node(file)), file)
+def read_recorded_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config that a run recorded in its folder, with keys set. Raises ConfigError when it does not load any
+    more."""
+    return check_run(as_recorded(load_node(file, overrides)), file)
 
 
 def check_run(node: dict[str, Any], path: Path) -> RunConfig:

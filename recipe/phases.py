@@ -1,6 +1,6 @@
 """Phases resolved to steps: everything about step k that the config decides, without looking at data or state."""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,12 +136,6 @@ class PhasePlan:
         """Tokens (slots) of all steps before this one."""
         return self.at(step).tokens_before(step)
 
-    def step_at(self, tokens: int) -> int:
-        """The number of steps after which the run has so many tokens; of those between two, the lesser number."""
-        segments = [segment for phase in self.phases for segment in phase.segments if segment.first_token <= tokens]
-        last = segments[-1]
-        return last.first_step + min((tokens - last.first_token) // last.tokens_per_step, last.steps)
-
     def facts(self, step: int) -> dict[str, Any]:
         """Where a run stands after `step` steps: tokens, and of its last step phase, max_seq_len, global_batch_size."""
         last = step - 1 if step else 0
@@ -152,6 +146,11 @@ class PhasePlan:
             "max_seq_len": phase.max_seq_len,
             "global_batch_size": self.rows_at(last),
         }
+
+    def step_of(self, tokens: int) -> int | None:
+        """The number of steps that make up so many tokens (slots); None when no number does."""
+        step = bisect_left(range(self.total_steps + 1), tokens, key=self.tokens_before)
+        return step if step <= self.total_steps and self.tokens_before(step) == tokens else None
 
     def rows_at(self, step: int) -> int:
         """Rows of the global batch of a step."""
@@ -170,6 +169,11 @@ class PhasePlan:
     def is_permanent(self, step: int, keep_every: int | None) -> bool:
         """Whether the checkpoint after `step` steps is kept for ever."""
         return self.is_milestone(step) or self.crosses(step, keep_every)
+
+    def is_exported(self, step: int, keep_every: int | None, permanent: bool) -> bool:
+        """Whether the weights after `step` steps are exported. permanent: not at milestones alone, but at step 0 and
+        wherever the checkpoint is kept for ever."""
+        return self.is_milestone(step) or (permanent and (step == 0 or self.is_permanent(step, keep_every)))
 
     def checkpoints(self, phase: Phase, interval: int | None) -> int:
         """Checkpoints that a phase's steps write: where they cross a multiple of `interval` tokens, and at its end."""

@@ -102,7 +102,8 @@ class TrainerConfig(Schema):
     )
 
 
-def _writable(url: str) -> str:
+def writable_url(url: str) -> str:
+    """The URL itself. Raises ValueError for what is none, or cannot be written to."""
     if not is_url(url) or url.startswith(("http://", "https://")):
         raise ValueError(f"expected a URL that can be written to, such as s3://bucket/path, got {url!r}")
     return url
@@ -117,10 +118,15 @@ class CheckpointConfig(Schema):
     keep_best: int = Field(
         default=0, ge=0, description="of the lowest validation loss, kept too; over 0: every evaluation is saved"
     )
+    exports: Literal["milestones", "permanent"] | None = Field(
+        default=None,
+        description="what is exported, and what of ema: milestones, or permanent: also the weights of step 0 and every "
+        "checkpoint that is kept for ever; default: milestones, with `publish` permanent",
+    )
     max_failures: int = Field(
         default=3, ge=1, description="writes in a row that fail and end the run; before, training goes on without"
     )
-    remote: Annotated[Line, AfterValidator(_writable)] | None = Field(
+    remote: Annotated[Line, AfterValidator(writable_url)] | None = Field(
         default=None,
         description="URL (s3://bucket/path, or of fsspec) where each checkpoint is copied, to URL/NAME; a run folder "
         "without one that is whole and as new fetches the newest",

@@ -38,13 +38,18 @@ def draw_curves(metrics: Path, picture: Path, plan: PhasePlan) -> None:
         )
 
 
-def _draw(metrics: Path, picture: Path, plan: PhasePlan) -> bool:
+def draw_until(metrics: Path, picture: Path, plan: PhasePlan, tokens: int) -> bool:
+    """The picture of a checkpoint: what was logged up to its tokens. False, and no picture, when that is no loss."""
+    return _draw(metrics, picture, plan, tokens)
+
+
+def _draw(metrics: Path, picture: Path, plan: PhasePlan, until: int | None = None) -> bool:
     """Five panels over one axis of tokens (slots): training and held-out loss, then what the phases set; phases shaded.
 
     All from the lines of metrics.jsonl, so from what was trained and not from what was planned. False, and no picture,
     when none of them has a loss.
     """
-    lines = list(read_lines(metrics))
+    lines = [line for line in read_lines(metrics) if until is None or line["tokens"] <= until]
     train = [line for line in lines if line.get("loss") is not None]
     if not train:
         return False

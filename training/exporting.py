@@ -1,4 +1,5 @@
-"""What a run exports at the end of each phase: its weights, and their moving average, as folders for `transformers`."""
+"""What a run exports: its weights, and their moving average, as folders for `transformers`. At milestones, and with
+checkpoint.exports `permanent` also at step 0 and wherever a checkpoint is kept for ever."""
 
 import logging
 from pathlib import Path
@@ -11,6 +12,7 @@ from data.feed.loader import tokenizer_folder
 from flexbert.hf.convert import check_exportable
 from flexbert.hf.parts import outside
 from flexbert.model import FlexBertForMaskedLM
+from flexbert_core.durable import remove_folder
 from flexbert_core.schema import ConfigError, RunError
 from recipe.config import RunConfig
 from recipe.origin import read_origin_record
@@ -40,8 +42,22 @@ class Exporter:
     def path(self, step: int, suffix: str = "") -> Path:
         return self.folder / (checkpoint_name(self.plan.tokens_before(step)) + suffix)
 
+    def due(self, step: int) -> bool:
+        """Whether the weights after `step` steps are exported."""
+        return self.plan.is_exported(step, self.config.checkpoint.keep_every, self.config.exports_permanent)
+
+    def forget_after(self, step: int) -> None:
+        """Remove exports of later steps (rank 0): the run went back to this one, and will have other weights there."""
+        for path in self.folder.glob("tokens-*") if ranks.rank() == 0 else ():
+            if int(path.name.split("-")[1]) > self.plan.tokens_before(step):
+                log.warning("%s: removed: the run went back to step %d", path, step)
+                remove_folder(path)
+
     def export(self, step: int) -> None:
         """The state after `step` steps. A collective."""
+        if step == 0:  # as the first step will set it
+            phase = self.plan.phases[0]
+            self.model.set_rope_theta(phase.theta_global, phase.theta_local)
         self._write(step, self.path(step), "validation", None)
         if self.ema is not None and self.ema.updates:
             note = (

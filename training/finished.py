@@ -11,6 +11,7 @@ from recipe.phases import PhasePlan
 from training.checkpoints.files import list_checkpoints
 from training.checkpoints.remote import RemoteCheckpoints
 from training.folder import RunFolder
+from training.publisher import Publisher
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def export_gone(folder: RunFolder, summary: dict[str, Any], rank: int) -> bool:
 def settle_finished(
     config: RunConfig, folder: RunFolder, summary: dict[str, Any], rank: int, console: Console
 ) -> dict[str, Any]:
-    """Say that the run is finished; with checkpoint.remote, copy there what is not there yet (rank 0). Returns the
+    """Say that the run is finished; copy to checkpoint.remote, and publish, what is not there yet (rank 0). Returns the
     summary, with `export` where it lies now, or None.
 
     Raises RunError when the copy fails.
@@ -38,6 +39,7 @@ def settle_finished(
     if rank == 0:
         done = f"{folder.path}: this run is finished ({summary['steps']} steps)"
         console.print(f"{done}; {_copy(config, folder) or 'nothing to do'}", highlight=False, soft_wrap=True)
+        Publisher(config, folder.path, rank).finish(lambda text: console.print(text, highlight=False, soft_wrap=True))
     return {**summary, "export": None if export is None else str(export)}
 
 

@@ -36,7 +36,8 @@ _SUMMARY = {"steps", "tokens", "tokens_per_second", "packing_efficiency", "valid
 
 class RunFolder:
     """runs/NAME: config.yaml, environment.json, metrics.jsonl, ledger.jsonl, checkpoints/, first_checkpoint.json,
-    exports/, tensorboard/, summary.json, curves.png, and of a branch origin.json."""
+    exports/, tensorboard/, summary.json, curves.png, of a branch origin.json, and with `publish` publish.json and
+    publish.log."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -48,6 +48,7 @@ from training.gauges import build_gauges, gauges_state, load_gauges
 from training.growing import read_source
 from training.parallelism import PARALLELISMS, Parallelism
 from training.parts import Parts, build_objective, pack, unpack
+from training.publisher import Publisher
 from training.same_data import check_same_data
 from training.vocabulary import check_vocabulary
 
@@ -106,6 +107,7 @@ class Run:
         self.objective = build_objective(config, self.plan)
         self.evaluations = Evaluations(config, self.plan, train_streams, self.model, self.ema, self.autocast, self._say)
         self.exporter = Exporter(config, self.plan, self.model, self.ema, self.folder.exports, self.metrics)
+        self.publisher = Publisher(config, self.folder.path, self.rank)
         self.seconds_before = 0.0  # of earlier processes, up to their last checkpoint
         self.started = time.monotonic()
         self._trainer: Trainer | None = None
@@ -161,7 +163,7 @@ class Run:
                 (self.plan.is_milestone, self.faults.check_predicted),
                 (self.evaluations.due, self._evaluate),
                 (self._checkpoint_due, self._save),
-                (self.plan.is_milestone, self.exporter.export),
+                (self.exporter.due, self._export),
             ],
             on_resume=self._catch_up,
             after=self.clock.restart,
@@ -290,7 +292,10 @@ class Run:
                 self.saver.settle_last(finished=False)
                 self.trainer.close()  # together: a launcher kills the rest when the first rank is gone
                 raise SystemExit(signals.EXIT_PREEMPTED)
-            step = self.resume() if self.faults.rolled_back else self.plan.total_steps
+            if not self.faults.rolled_back:
+                return
+            step = self.resume()
+            self.exporter.forget_after(step)
 
     def _checkpoint_due(self, step: int) -> bool:
         options = self.config.checkpoint
@@ -314,7 +319,14 @@ class Run:
             self._evaluate(step)
         if self.plan.is_milestone(step):
             self.faults.check_predicted(step)
-            self.exporter.export(step)
+        if self.exporter.due(step):
+            self._export(step)
+        else:
+            self.publisher.push()  # what an earlier process left behind
+
+    def _export(self, step: int) -> None:
+        self.exporter.export(step)
+        self.publisher.push()
 
     def _evaluate(self, step: int) -> None:
         self.evaluations.run(step, self.trainer.logger)
@@ -380,5 +392,6 @@ class Run:
         if self.rank == 0:
             draw_curves(self.folder.metrics, self.folder.curves, self.plan)
             write_file(self.folder.summary, json.dumps(summary, indent=1))
+        self.watchdog.stop()  # what goes on beside the run may take longer than a step may
         self.evaluations.finish(self.trainer.logger)
         return summary

@@ -73,7 +73,7 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
                 soft_wrap=True,
             )
         run.fit(step)
-        return run.finish()
+        summary = run.finish()
     except RuntimeError as error:  # PyTorch raises this in the training process at the moment when a worker dies
         raise worker_death(error) or lost_rank(error) or error from None
     except OSError as error:
@@ -84,3 +84,6 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
         if run is not None:
             run.close()
         watchdog.stop()
+    # With the folder free for others, and no watchdog: this may take longer than a step may.
+    run.publisher.finish(lambda text: console.print(text, soft_wrap=True))
+    return summary

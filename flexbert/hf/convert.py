@@ -23,7 +23,7 @@ from flexbert.hf.mappings import MAPPINGS, Mapping, at_padding_id, config_of, lo
 from flexbert.hf.read import OwnFields, read_fields, read_model, read_weights
 from flexbert.hf.state import from_hf_state, moved_table, require_numbers, to_hf_state
 from flexbert.hf.tokenizer import load_tokenizer, save_tokenizer, token_ids
-from flexbert.hf.verify import verify_export
+from flexbert.hf.verify import PARITY_FILE, verify_export
 from flexbert.model import FlexBertForMaskedLM, build
 from flexbert_core.durable import new_folder
 from flexbert_core.schema import ConfigError, named, validate
@@ -144,7 +144,8 @@ def _own_state(given: dict[str, Tensor], wanted: list[str], task: str) -> dict[s
 
 
 def to_hf(model: FlexBertForMaskedLM, tokenizer: Any, out_dir: str | Path, card: str | None = None) -> None:
-    """Write a folder that transformers loads: config.json, model.safetensors, the tokenizer, README.md.
+    """Write a folder that transformers loads: config.json, model.safetensors, the tokenizer, README.md; parity.json
+    says how far its logits are from the model's.
 
     An architecture without a class in transformers also gets modeling_flexbert.py, for trust_remote_code=True; one with
     parts from outside their files, too, whose sha256 are in config.json and README.md.
@@ -197,7 +198,8 @@ def to_hf(model: FlexBertForMaskedLM, tokenizer: Any, out_dir: str | Path, card:
         title = "FlexBERT" if mapping is None else mapping.title
         text = card if card is not None else default_card(model, out_dir.name, title, lost)
         (folder / "README.md").write_text(text + more)
-        verify_export(model, folder, hf_config.pad_token_id, carries_code=mapping is None)
+        parity = verify_export(model, folder, hf_config.pad_token_id, carries_code=mapping is None)
+        (folder / PARITY_FILE).write_text(json.dumps(parity, indent=1) + "\n")
 
 
 def _write_code(folder: Path, parts: from_outside.Parts) -> None:

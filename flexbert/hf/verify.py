@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +18,18 @@ from flexbert_core.schema import RunError
 
 # Largest difference between our logits and the export's: float32, other kernels; measured below 1e-5 on every preset.
 LOGIT_TOLERANCE = 1e-4
+PARITY_FILE = "parity.json"
+"""Of an export: what its verification measured."""
 
 _CHECK_FILE = Path(__file__).with_name("check_export.py")
 
 
 @torch.no_grad()
-def verify_export(model: FlexBertForMaskedLM, folder: Path, pad_token_id: int | None, carries_code: bool) -> None:
+def verify_export(
+    model: FlexBertForMaskedLM, folder: Path, pad_token_id: int | None, carries_code: bool
+) -> dict[str, Any]:
     """Raise RunError unless transformers loads `folder` and gives `model`'s logits, one sequence at a time and of
-    sequences padded to one length.
+    sequences padded to one length. Returns what was measured, plain values for PARITY_FILE.
 
     carries_code: the folder's own modeling file is run, in a process that cannot import FlexBERT.
     """
@@ -64,6 +70,14 @@ def verify_export(model: FlexBertForMaskedLM, folder: Path, pad_token_id: int | 
     known = {"config": PretrainedConfig()} if carries_code else {}
     if len(AutoTokenizer.from_pretrained(folder, local_files_only=True, **known)) > config.vocab_size:
         raise RunError(f"{folder}: the tokenizer read back has more entries than the model: not published")
+    return {
+        "largest_logit_difference": difference,
+        "tolerance": LOGIT_TOLERANCE,
+        "dtype": "float32",
+        "sequence_lengths": lengths,
+        "transformers": version("transformers"),
+        "torch": torch.__version__,
+    }
 
 
 def _difference_without_flexbert(

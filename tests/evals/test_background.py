@@ -11,8 +11,6 @@ from safetensors.torch import load_file
 
 from commands.status import read_status
 from flexbert_core.schema import ConfigError
-from recipe.config import load_run_config
-from recipe.phases import PhasePlan
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import ROOT, command, run
 from tests.helpers.tiny import ROW, ROWS, write_config
@@ -119,12 +117,6 @@ def test_a_finished_run_catches_up_with_an_evaluation_that_is_added(straight: Pa
     again = run(command("follow", str(folder / "run")))
     assert again.returncode == 0
     assert list(evaluated(folder)) == [4, 6]
-
-
-def test_a_step_is_known_by_its_tokens(tiny_data: Path, tmp_path: Path) -> None:
-    plan = PhasePlan(load_run_config(config(tmp_path, tiny_data)))
-    assert [plan.step_at(plan.tokens_before(step)) for step in range(STEPS + 1)] == list(range(STEPS + 1))
-    assert plan.step_at(PER_STEP + 1) == 1
 
 
 @pytest.mark.parametrize(
