@@ -36,12 +36,16 @@ class Judged:
 
 @dataclass(frozen=True)
 class RetrievalSet:
-    """A corpus by id, with titles before texts; the splits that were asked for; the hash of the files."""
+    """A corpus by id, with titles before texts; the splits that were asked for; the hash of all that.
+
+    ignore_identical_ids: queries are documents, so that each finds itself.
+    """
 
     name: str
     documents: Mapping[str, str]
     splits: Mapping[str, Judged]
     digest: str
+    ignore_identical_ids: bool = False
 
 
 @dataclass(frozen=True)

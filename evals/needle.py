@@ -23,21 +23,8 @@ from flexbert_core.schema import ConfigError, RunError, UserPath
 
 _FACT = " The pass code of {name} is {number}."
 _FEWEST = 8  # numbers to choose from
-_FIRST = ("amber", "brown", "crimson", "dark", "early", "fair", "golden", "hollow", "iron", "late", "little", "lonely")
-_SECOND = (
-    "bridge",
-    "castle",
-    "field",
-    "forest",
-    "garden",
-    "harbour",
-    "hill",
-    "house",
-    "island",
-    "lake",
-    "river",
-    "road",
-)
+NAMES = ("amber", "bridge", "castle", "dark", "field", "garden", "hill", "iron", "lake", "old", "river", "stone")
+"""Words of which two name what a fact is about."""
 
 
 @EVALS.register("needle")
@@ -186,7 +173,7 @@ class Facts:
 
         stream: tokens to draw a stretch from. Raises RunError for a length without room for the fact.
         """
-        name = f"{_FIRST[draw.integers(len(_FIRST))]} {_SECOND[draw.integers(len(_SECOND))]}"
+        name = " ".join(NAMES[word] for word in draw.integers(len(NAMES), size=2))
         answer = int(draw.integers(len(self.answers)))
         numbers = list(self._numbers)
         fact, other = self._ids(name, numbers[answer]), self._ids(name, numbers[answer - 1])

@@ -152,7 +152,7 @@ class Retrieval(CelledEval):
         kept = {}
         for query, row in ranking.items():
             hits = sorted(row.items(), key=lambda hit: -hit[1])
-            if self.config.ignore_identical_ids:
+            if self.config.ignore_identical_ids or data.ignore_identical_ids:
                 hits = [hit for hit in hits if hit[0] != query]
             kept[query] = dict(hits[:DEPTH])
         return measured(data.splits[self.config.split].relevance, kept)
