@@ -46,7 +46,7 @@ class Encoder(Protocol):
 class Tune(Schema):
     """How a model is trained for retrieval before it is scored."""
 
-    on: UserPath = Field(
+    examples: UserPath = Field(
         "train",
         description="a split of each set (train), or a .tsv or .jsonl file of queries, positives and negatives, as MS "
         "MARCO's triples, after which one model is scored on all sets",
@@ -76,18 +76,18 @@ class Tune(Schema):
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: a value stands there twice: {self.seeds}")
         if self.of_triples and self.negatives is not None:
-            raise ValueError(f"negatives: the triples of {self.on} bring theirs: leave it out")
+            raise ValueError(f"negatives: the triples of {self.examples} bring theirs: leave it out")
         return self
 
     @property
     def of_triples(self) -> bool:
-        return self.on.endswith((".tsv", ".jsonl"))
+        return self.examples.endswith((".tsv", ".jsonl"))
 
 
 def mined(data: RetrievalSet, tune: Tune, encoder: Encoder, bm25: Bm25, batch_size: int, seed: int) -> list[Example]:
     """An example for each relevant document of each query of the split to train on. Where fewer hard negatives are
     found than wanted, others are drawn from the corpus."""
-    judged = data.splits[tune.on]
+    judged = data.splits[tune.examples]
     wanted = 0 if tune.negatives == "none" else tune.num_negatives
     depth = _MINED_FROM + max(len(row) for row in judged.relevance.values())
     found: Mapping[str, Mapping[str, float]] = {}
@@ -111,7 +111,7 @@ def mined(data: RetrievalSet, tune: Tune, encoder: Encoder, bm25: Bm25, batch_si
             negatives = tuple(data.documents[other] for other in chosen)
             examples.append(Example(text, data.documents[name], negatives))
     if len(examples) < 2:
-        raise ConfigError(f"{data.name}: {tune.on}: {len(examples)} relevant documents: too few to train on")
+        raise ConfigError(f"{data.name}: {tune.examples}: {len(examples)} relevant documents: too few to train on")
     return examples
 
 

@@ -66,8 +66,8 @@ class Retrieval(CelledEval):
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"methods: {twice[0]} stands there twice: give one of them a label")
             for number, method in enumerate(self.methods):
-                if method.tune is not None and method.tune.on == self.split:
-                    raise ValueError(f"methods[{number}].tune.on: {self.split} is what the model is scored by")
+                if method.tune is not None and method.tune.examples == self.split:
+                    raise ValueError(f"methods[{number}].tune.examples: {self.split} is what the model is scored by")
             return self
 
     config: Config
@@ -80,7 +80,7 @@ class Retrieval(CelledEval):
         if not config.data and not config.mteb:
             raise ConfigError("give data=FOLDER, a folder in BEIR's layout (or several), or mteb=NAME")
         tunings = [method.tune for method in config.methods if method.tune is not None]
-        splits = list(dict.fromkeys([config.split, *(tune.on for tune in tunings if not tune.of_triples)]))
+        splits = list(dict.fromkeys([config.split, *(tune.examples for tune in tunings if not tune.of_triples)]))
         sets = [read_beir(Path(folder), splits) for folder in config.data]
         if config.mteb:
             from evals.mteb_data import read_mteb
@@ -92,7 +92,7 @@ class Retrieval(CelledEval):
         self.sets = {
             each.name: sampled(each, config.split, config.documents, config.queries, config.seed) for each in sets
         }
-        self.triples = {tune.on: read_triples(Path(tune.on)) for tune in tunings if tune.of_triples}
+        self.triples = {tune.examples: read_triples(Path(tune.examples)) for tune in tunings if tune.of_triples}
         self.work = work_of(config.methods, names)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         auto = "bf16" if self.device.type == "cuda" else "fp32"
@@ -113,7 +113,7 @@ class Retrieval(CelledEval):
         if work.seed is not None:
             found["tuning"] = work.seed
             if work.tune.of_triples:
-                found["triples"] = hashlib.sha256(repr(self.triples[work.tune.on]).encode()).hexdigest()[:16]
+                found["triples"] = hashlib.sha256(repr(self.triples[work.tune.examples]).encode()).hexdigest()[:16]
         return found
 
     def compute(self, cell: Cell, model: Model, out: Path) -> Any:
@@ -130,7 +130,7 @@ class Retrieval(CelledEval):
 
     def _examples(self, work: Work, encoder: Encoder, seed: int) -> list[Example]:
         if work.tune.of_triples:
-            return drawn(self.triples[work.tune.on], work.tune.rows, seed)
+            return drawn(self.triples[work.tune.examples], work.tune.rows, seed)
         data = self.sets[work.sets[0]]
         examples = mined(data, work.tune, encoder, self._index(data), self.config.batch_size, seed)
         return drawn(examples, work.tune.rows, seed)

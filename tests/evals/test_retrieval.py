@@ -17,7 +17,7 @@ from flexbert_core.schema import ConfigError
 from tests.helpers.sentences import write_beir, write_model
 
 QUICK = ["resamples=199"]
-TUNE = "{on: train, negatives: bm25, epochs: 4, lr: 2.0e-3, batch_size: 8, num_negatives: 2}"
+TUNE = "{examples: train, negatives: bm25, epochs: 4, lr: 2.0e-3, batch_size: 8, num_negatives: 2}"
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +132,7 @@ def test_triples_train_once_for_all_sets(data: Path, model: Path, tmp_path: Path
     other = write_beir(tmp_path / "other", per_topic=2)
     rows = [f"{topic} word1\t{topic} word2 word3\tword4 word5" for topic in ("sea", "bread", "steel", "opera")]
     (tmp_path / "triples.tsv").write_text("\n".join(rows))
-    tune = f"{{on: {tmp_path / 'triples.tsv'}, batch_size: 2, microbatch: 1}}"
+    tune = f"{{examples: {tmp_path / 'triples.tsv'}, batch_size: 2, microbatch: 1}}"
     file = write_config(
         tmp_path, [data, other], f"[{{name: single_vector, pooling: cls, max_length: 16, tune: {tune}}}]"
     )
@@ -197,12 +197,12 @@ def test_exact_scores_are_sums_of_largest_products() -> None:
         (["methods=[single_vector,single_vector]"], "single_vector stands there twice: give one of them a label"),
         (["methods=[{name: multi_vector, pooling: cls}]"], "pooling: says nothing of multi_vector"),
         (
-            ["methods=[{name: single_vector, tune: {on: test}}]"],
-            r"methods\[0\]\.tune\.on: test is what the model is scored by",
+            ["methods=[{name: single_vector, tune: {examples: test}}]"],
+            r"methods\[0\]\.tune\.examples: test is what the model is scored by",
         ),
-        (["methods=[{name: single_vector, tune: {on: a.tsv, negatives: bm25}}]"], "the triples of a.tsv bring theirs"),
-        (["data=DATA", "methods=[{name: single_vector, tune: {on: a.tsv}}]"], r"tune\.on: a\.tsv: no such file"),
-        (["data=DATA", "methods=[{name: single_vector, tune: {on: dev}}]"], r"qrels/dev\.tsv: no such file"),
+        (["methods=[{name: single_vector, tune: {examples: a.tsv, negatives: bm25}}]"], "the triples of a.tsv bring theirs"),
+        (["data=DATA", "methods=[{name: single_vector, tune: {examples: a.tsv}}]"], r"tune\.examples: a\.tsv: no such file"),
+        (["data=DATA", "methods=[{name: single_vector, tune: {examples: dev}}]"], r"qrels/dev\.tsv: no such file"),
         (["data=[DATA,DATA]"], "two sets are called 'topics'"),
     ],
 )
