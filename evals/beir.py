@@ -123,7 +123,9 @@ def read_triples(file: Path) -> list[Example]:
     Raises ConfigError naming file and line.
     """
     if not file.is_file():
-        raise ConfigError(f"tune.examples: {file}: no such file: write train for the folder's own split, or a .tsv or .jsonl")
+        raise ConfigError(
+            f"tune.examples: {file}: no such file: write train for the folder's own split, or a .tsv or .jsonl"
+        )
     if file.suffix not in (".tsv", ".jsonl"):
         raise ConfigError(f"tune.examples: {file}: expected a .tsv or .jsonl file of queries, positives and negatives")
     found: list[Example] = []

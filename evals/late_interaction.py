@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from evals.classifiers import load_tokenizer, longest
 from evals.finetuning import autocast
 from evals.ranking import Ranking
-from evals.sentence_modules import is_sentence_model, transformer
+from evals.sentence_modules import is_sentence_model, quiet, transformer
 from flexbert_core.schema import ConfigError
 
 EXACT_DOCUMENTS = 50_000
@@ -54,7 +54,7 @@ class MultiVector:
         else:
             options["modules"] = [transformer(folder, None)]
         try:
-            with torch.random.fork_rng(devices=[]):
+            with quiet(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 self.model: Any = models.ColBERT(**options)
         except NotImplementedError as error:
@@ -141,7 +141,9 @@ def plaid(
     """The same by an index that keeps centroids and residuals of 4 bits (PLAID, arXiv 2205.09707)."""
     from pylate import indexes
 
-    with tempfile.TemporaryDirectory() as folder:
+    # The documents that centroids are drawn from, it draws from the global generator, before it seeds that.
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         index = indexes.PLAID(
             index_folder=folder,
             index_name="index",

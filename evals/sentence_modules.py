@@ -5,7 +5,8 @@ length from the config alone; so the modules are made here one by one.
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,19 @@ def is_sentence_model(folder: Path) -> bool:
     return (folder / "modules.json").is_file()
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what transformers says of fresh poolers and of tables that grow."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def transformer(folder: Path, max_length: int | None) -> Any:
     """The first module: tokens in, hidden states out. max_length: tokens of a text; None, or more than the model
     takes: as many as it takes.
@@ -38,10 +52,9 @@ def transformer(folder: Path, max_length: int | None) -> Any:
     """
     from sentence_transformers.models import Transformer
     from transformers import AutoModel
-    from transformers.utils import logging
 
     class Whole(Transformer):
-        """One that knows which weights were not there; what else transformers says of poolers and heads is known."""
+        """One that knows which weights were not there."""
 
         def _load_model(self, name: str, config: Any, cache_dir: Any, *_: Any, **options: Any) -> None:
             self.auto_model, about = AutoModel.from_pretrained(
@@ -50,10 +63,8 @@ def transformer(folder: Path, max_length: int | None) -> Any:
             self.missing = [key for key in about["missing_keys"] if ".pooler." not in f".{key}"]
 
     most = longest(folder, load_tokenizer(folder))
-    spoken = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        with torch.random.fork_rng(devices=[]):  # a pooler that nobody reads is drawn from the global generator
+        with quiet(), torch.random.fork_rng(devices=[]):  # a pooler is drawn from the global generator
             module = Whole(
                 str(folder),
                 max_seq_length=most if max_length is None else min(most, max_length),
@@ -64,8 +75,6 @@ def transformer(folder: Path, max_length: int | None) -> Any:
     except Exception as error:  # the loaders raise bare Exception among others
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{folder}: sentence-transformers cannot load it: {said}") from None
-    finally:
-        logging.set_verbosity(spoken)
     if missing := module.missing:
         raise RunError(f"{folder}: {missing[0]} and {len(missing) - 1} more are not in its weights: it is not whole")
     return module

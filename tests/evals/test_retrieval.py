@@ -14,7 +14,7 @@ from commands.evaluate import run_eval
 from evals.config import build_eval, load_eval_config
 from evals.interface import EVALS
 from flexbert_core.schema import ConfigError
-from tests.helpers.sentences import write_beir, write_model
+from tests.helpers.sentences import TOPICS, write_beir, write_model
 
 QUICK = ["resamples=199"]
 TUNE = "{examples: train, negatives: bm25, epochs: 4, lr: 2.0e-3, batch_size: 8, num_negatives: 2}"
@@ -68,7 +68,10 @@ def test_minilm_scores_as_sentence_transformers_own_evaluator(minilm: Path, tmp_
 
     from evals.beir import read_beir
 
-    folder = write_beir(tmp_path / "set", graded=False)  # their evaluator knows no grades
+    folder = write_beir(tmp_path / "set")
+    # Relevant by chance, so that scores lie between 0 and 1; without grades, which their evaluator does not know.
+    rows = [f"test-{topic}-0\t{TOPICS[(7 * n + k) % 10]}-{k}\t1" for n, topic in enumerate(TOPICS) for k in range(3)]
+    (folder / "qrels/test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *rows]))
     read = read_beir(folder, ["test"])
     judged = read.splits["test"]
     relevant = {query: set(row) for query, row in judged.relevance.items()}
@@ -91,7 +94,7 @@ def test_minilm_scores_as_sentence_transformers_own_evaluator(minilm: Path, tmp_
         value = ours[f"single_vector {name}"]
         assert value["mean"] == pytest.approx(theirs[other], abs=1e-4), name
         assert value["low"] <= value["mean"] <= value["high"]
-    assert 0.5 < ours["single_vector ndcg@10"]["mean"] < 1
+    assert 0.1 < ours["single_vector ndcg@10"]["mean"] < 0.9
 
 
 def test_tuning_for_one_vector_and_for_several_teaches(data: Path, model: Path, tmp_path: Path) -> None:
@@ -200,8 +203,14 @@ def test_exact_scores_are_sums_of_largest_products() -> None:
             ["methods=[{name: single_vector, tune: {examples: test}}]"],
             r"methods\[0\]\.tune\.examples: test is what the model is scored by",
         ),
-        (["methods=[{name: single_vector, tune: {examples: a.tsv, negatives: bm25}}]"], "the triples of a.tsv bring theirs"),
-        (["data=DATA", "methods=[{name: single_vector, tune: {examples: a.tsv}}]"], r"tune\.examples: a\.tsv: no such file"),
+        (
+            ["methods=[{name: single_vector, tune: {examples: a.tsv, negatives: bm25}}]"],
+            "the triples of a.tsv bring theirs",
+        ),
+        (
+            ["data=DATA", "methods=[{name: single_vector, tune: {examples: a.tsv}}]"],
+            r"tune\.examples: a\.tsv: no such file",
+        ),
         (["data=DATA", "methods=[{name: single_vector, tune: {examples: dev}}]"], r"qrels/dev\.tsv: no such file"),
         (["data=[DATA,DATA]"], "two sets are called 'topics'"),
     ],

@@ -15,7 +15,7 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _FACT = ("the", "pass", "code", "of", "is", ".", "x")
 
 
-def write_beir(folder: Path, per_topic: int = 3, graded: bool = True) -> Path:
+def write_beir(folder: Path, per_topic: int = 3) -> Path:
     """Documents on ten topics; a query has its topic's word, and finds its topic's documents. Their grades fall."""
     rng = np.random.default_rng(7)
     (folder / "qrels").mkdir(parents=True)
@@ -31,7 +31,7 @@ def write_beir(folder: Path, per_topic: int = 3, graded: bool = True) -> Path:
                 query = f"{split}-{topic}-{number}"
                 text = f"{topic} {rng.choice(_FILLERS)} {rng.choice(_FILLERS)}"
                 queries.append({"_id": query, "text": text})
-                grades = range(per_topic, 0, -1) if graded else [1] * per_topic
+                grades = range(per_topic, 0, -1)
                 rows[split] += [f"{query}\t{name}\t{grade}" for name, grade in zip(names, grades, strict=True)]
     write_jsonl(folder / "corpus.jsonl", documents)
     write_jsonl(folder / "queries.jsonl", queries)
