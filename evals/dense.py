@@ -19,7 +19,7 @@ Pooling = Literal["mean", "cls"]
 class SingleVector:
     """A checkpoint that embeds texts."""
 
-    columns = ("",)
+    columns: Sequence[str] = ("",)
     """Its rankings' names in the table."""
 
     def __init__(

@@ -28,7 +28,7 @@ _AT_ONCE = 2**26  # similarities held in memory: 256 MB
 class MultiVector:
     """A checkpoint that embeds each token."""
 
-    columns = ("exact", "plaid")
+    columns: Sequence[str] = ("exact", "plaid")
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ def plaid(
     # The documents that centroids are drawn from, it draws from the global generator, before it seeds that.
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        index = indexes.PLAID(
+        index: Any = indexes.PLAID(
             index_folder=folder,
             index_name="index",
             override=True,

@@ -26,13 +26,13 @@ def read_mteb(name: str, splits: Sequence[str]) -> RetrievalSet:
     except (KeyError, ValueError) as error:
         said = str(error.args[0]).removeprefix("KeyError: ")
         raise ConfigError(f"mteb: {name}: {said}") from None
-    if not isinstance(task, AbsTaskRetrieval):
+    if not issubclass(type(task), AbsTaskRetrieval):
         raise ConfigError(f"mteb: {name}: is a task of {task.metadata.type}, not of retrieval")
     if len(task.hf_subsets) > 1:
         raise ConfigError(f"mteb: {name}: has subsets: write {name}:SUBSET; they are: {', '.join(task.hf_subsets)}")
     if splits[0] not in task.eval_splits:
         raise ConfigError(f"mteb: {name}: split: no {splits[0]!r}; there are: {', '.join(task.eval_splits)}")
-    task.eval_splits = [splits[0]]
+    task.filter_eval_splits([splits[0]])
     return set_of_task(task, subset or task.hf_subsets[0], splits[0], name.replace(":", "-"))
 
 

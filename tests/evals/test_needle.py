@@ -82,7 +82,7 @@ def test_one_who_can_say_it_again_finds_it_at_every_depth(copier: Path, tmp_path
 @pytest.mark.parametrize("ask", ["end", "start"])
 @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
 def test_a_text_has_the_fact_once_whole_and_once_masked(ask: str, depth: float) -> None:
-    tokenizer = word_tokenizer(128)
+    tokenizer: Any = word_tokenizer(128)
     facts = Facts(tokenizer)
     filler = tokenizer("word1 word2", add_special_tokens=False)["input_ids"]
     stream = np.asarray(filler * 100)
