@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evals.classifiers import load_tokenizer, longest
 from evals.finetuning import autocast
 from evals.ranking import Ranking
 from evals.sentence_modules import is_sentence_model, transformer
@@ -46,7 +47,7 @@ class SingleVector:
                 said = (str(error) or type(error).__name__).splitlines()[0]
                 raise ConfigError(f"{folder}: sentence-transformers cannot load it: {said}") from None
             if max_length is not None:
-                model.max_seq_length = min(max_length, transformer(folder, None).max_seq_length)
+                model.max_seq_length = min(max_length, longest(folder, load_tokenizer(folder)))
         else:
             first = transformer(folder, max_length)
             pool = PoolingModule(first.get_word_embedding_dimension(), pooling or "mean")

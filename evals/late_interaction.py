@@ -54,7 +54,7 @@ class MultiVector:
         else:
             options["modules"] = [transformer(folder, None)]
         try:
-            with quiet(), torch.random.fork_rng(devices=[]):
+            with quiet(), torch.random.fork_rng(devices=_devices(device)):
                 torch.manual_seed(seed)
                 self.model: Any = models.ColBERT(**options)
         except NotImplementedError as error:
@@ -142,7 +142,7 @@ def plaid(
     from pylate import indexes
 
     # The documents that centroids are drawn from, it draws from the global generator, before it seeds that.
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=_devices(device)):
         torch.manual_seed(seed)
         index: Any = indexes.PLAID(
             index_folder=folder,
@@ -157,3 +157,8 @@ def plaid(
         index.add_documents(list(documents), list(documents.values()))
         found = index(list(queries), k=min(count, len(documents)))
     return [{str(hit["id"]): float(hit["score"]) for hit in hits} for hits in found]
+
+
+def _devices(device: torch.device) -> list[torch.device]:
+    """Whose generators are put back beside the CPU's."""
+    return [device] if device.type == "cuda" else []
