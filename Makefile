@@ -3,7 +3,7 @@ PYTEST_ARGS ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow test-transformers5 lint format schema docs bench clean
+.PHONY: help setup setup-dev demo setup-eval test test-slow test-transformers5 lint format schema docs bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -14,13 +14,19 @@ help: ## list the targets
 	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.venv/.dev: .venv/.run requirements-dev.txt requirements-data.txt
+.venv/.eval: .venv/.run requirements-eval.txt
+	$(PY) -m pip install --disable-pip-version-check -r requirements-eval.txt
+	@touch $@
+
+.venv/.dev: .venv/.run requirements-dev.txt requirements-data.txt requirements-eval.txt
 	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
 setup: .venv/.run ## create .venv with everything a run needs
 
 setup-dev: .venv/.dev
+
+setup-eval: .venv/.eval ## add what only evaluations need: retrieval, similarity, scores (a minute, 0.7 GB)
 
 demo: setup ## prepare text, pretrain a small encoder, export it, fill masks (5 minutes on two cores, after the install)
 	$(PY) main.py demo

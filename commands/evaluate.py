@@ -54,7 +54,7 @@ def run_eval(
         (model,) = models
         named = model if label is None else type(model)(**{**vars(model), "label": label})
         return run_group(name, evaluations[name], named, output, group, console)
-    table, fine = ScoreTable(), True
+    table, fine, lines = ScoreTable(), True, []
     for name, config in configs.items():
         again = [str(files[name]), *overrides_of(name, list(files), overrides)]
         outcomes = evaluate(name, config, evaluations[name], models, output, again, console)
@@ -62,15 +62,20 @@ def run_eval(
             write_results(outcome, config.evaluation)
             table.add(name, outcome.task.model.label, outcome.scores, list(outcome.failed))
             fine = fine and not outcome.failed
+        whole = {outcome.task.model.label: outcome.results for outcome in outcomes if outcome.scores is not None}
+        if whole:
+            lines += [f"{name}: {line}" for line in evaluations[name].compare(whole, output / name)]
     for name, evaluation in evaluations.items():
         for row, scores in evaluation.scores_without_model().items():
             table.add(name, row, scores)
     try:
-        write_file(output / "table.md", table.markdown())
+        write_file(output / "table.md", table.markdown() + "".join(f"\n- {line}" for line in lines))
         write_file(output / "table.csv", table.csv())
     except OSError as error:
         raise RunError(f"{error.filename or output}: {error.strerror}") from None
     table.print(console)
+    for line in lines:
+        console.print(line, soft_wrap=True)
     console.print(
         f"{output}/table.md, {output}/table.csv; NAME/MODEL/results.json has each score's parts", soft_wrap=True
     )

@@ -1,3 +1,3 @@
 """The evaluations that come with the project: each of these modules registers some."""
 
-from evals import glue  # noqa: F401
+from evals import glue, needle, retrieval, sts  # noqa: F401

@@ -102,6 +102,14 @@ class Eval(ABC):
         """Further rows of the table, such as what guessing scores, by their labels."""
         return {}
 
+    def compare(self, results: Mapping[str, Mapping[str, Any]], out: Path) -> Sequence[str]:
+        """What several models say beside one another: lines under the table, such as paired tests.
+
+        results: of all models whose cells have all results, by label and cell (`all` of an evaluation without cells).
+        out: a folder for files about all of them, such as a picture.
+        """
+        return []
+
 
 class CelledEval(Eval):
     """An evaluation in parts."""

@@ -105,22 +105,24 @@ class ScoreTable:
         return "\n".join(lines) + "\n"
 
     def csv(self) -> str:
-        """One line for each score of each model: model, evaluation and score, mean, deviation, best, seeds."""
+        """One line for each score of each model: model, evaluation and score, mean, deviation, best, seeds, and
+        the 95 % interval where there is one."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["model", "score", "value", "deviation", "best", "seeds"])
+        keys = ("mean", "deviation", "best", "seeds", "low", "high")
+        writer.writerow(["model", "score", "value", *keys[1:]])
         for row in self.rows:
             for column in self.columns:
                 value = self.cells.get((row, column))
                 if isinstance(value, Mapping):
-                    writer.writerow([row, column, *(value.get(key) for key in ("mean", "deviation", "best", "seeds"))])
+                    writer.writerow([row, column, *map(value.get, keys)])
                 elif value is not None:
-                    writer.writerow([row, column, value, None, None, None])
+                    writer.writerow([row, column, value, *[None] * (len(keys) - 1)])
         return text.getvalue()
 
 
 def flat_scores(scores: Scores) -> dict[str, Any]:
-    """By one name each; a mapping with `mean` is one score."""
+    """By one name each; a mapping with `mean` is one score, with `low` and `high` one with a 95 % interval."""
     found: dict[str, Any] = {}
     for key, value in scores.items():
         if isinstance(value, Mapping) and "mean" not in value:
@@ -144,9 +146,11 @@ def shown(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, Mapping):
+        between = f" [{shown(value['low'])}, {shown(value['high'])}]" if "low" in value else ""
         if value.get("deviation") is None:
-            return shown(value["mean"])
-        return f"{shown(value['mean'])} ± {value['deviation']:.4f} (best {shown(value['best'])} of {value['seeds']})"
+            return shown(value["mean"]) + between
+        best = f"(best {shown(value['best'])} of {value['seeds']})"
+        return f"{shown(value['mean'])} ± {value['deviation']:.4f}{between} {best}"
     if isinstance(value, float):
         return f"{value:.4f}" if abs(value) < 100 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
