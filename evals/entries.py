@@ -1,3 +1,12 @@
 """The evaluations that come with the project: each of these modules registers some."""
 
-from evals import glue  # noqa: F401
+from evals import (  # noqa: F401
+    efficiency,
+    embeddings,
+    glue,
+    linear_probe,
+    masked,
+    minimal_pairs,
+    ner,
+    pseudo_perplexity,
+)
