@@ -62,8 +62,8 @@ def fine_tune(
     """Train with a linear warmup and a linear fall to 0; score after each epoch.
 
     score: of the model as it stands; its `score` chooses the best. The loss of a batch is the mean over its rows, or
-    with kind tokens over its labelled tokens, however it is split into microbatches. Returns facts (the best scores, their epoch, losses, steps) and the best
-    weights. Raises RunError when the loss is no number.
+    with kind tokens over its labelled tokens, however it is split into microbatches. Returns facts (the best scores,
+    their epoch, losses, steps) and the best weights. Raises RunError when the loss is no number.
     """
     assert train.labels is not None
     optimizer = OPTIMIZERS.build(plan.optimizer, model=model.model, lr=plan.lr)  # pyright: ignore[reportAttributeAccessIssue]

@@ -56,20 +56,22 @@ def hidden_rows(
 
 
 def pseudo_log_likelihoods(masked: MaskedModel, texts: Sequence[str], method: Method) -> list[Pseudo]:
-    """Of each text. Unknown tokens are left out of the sum, as special ones are."""
+    """Of each text. Unknown tokens are left out of the sum, as special ones are. Texts of the same tokens are computed
+    once: rounding must not tell them apart."""
     encoded = masked.encode(texts)
     rows: list[Hidden] = []
-    counts, cut = [], []
+    places: dict[tuple[int, ...], range] = {}
     for number, ids in enumerate(encoded["input_ids"]):
-        mine = hidden_rows(ids, encoded.word_ids(number), masked.special, masked.mask_token_id, method)
-        rows += mine
-        counts.append(len(mine))
-        end = max((stop for _, stop in encoded["offset_mapping"][number]), default=0)
-        cut.append(bool(texts[number][end:].strip()))
+        if tuple(ids) not in places:
+            words = encoded.word_ids(number)
+            mine = hidden_rows(ids, words, masked.special, masked.mask_token_id, method)
+            places[tuple(ids)] = range(len(rows), len(rows) + len(mine))
+            rows += mine
     scores = masked.scores(rows)
-    found, first = [], 0
-    for count, was_cut in zip(counts, cut, strict=True):
-        total = math.fsum(values[0] for values, _ in scores[first : first + count])
-        found.append(Pseudo(total, count, was_cut))
-        first += count
+    found = []
+    for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        mine = places[tuple(ids)]
+        total = math.fsum(scores[row][0][0] for row in mine)
+        end = max((stop for _, stop in offsets), default=0)
+        found.append(Pseudo(total, len(mine), bool(text[end:].strip())))
     return found

@@ -66,7 +66,8 @@ def from_hf(source: str | Path | Any, task: str = "mlm", trust_remote_code: bool
 
     source: BERT, RoBERTa, ModernBERT, saved by transformers 4 or 5, or what `to_hf` wrote (its modeling file is not
     run). task: "mlm", or "encoder" for models without a masked-token head, or to leave it out; "classification" (of
-    sequences) or "tokens" for a model that was fine-tuned so; poolers and other tasks' heads are left out. Weights are copied, as float32. Nothing is downloaded.
+    sequences) or "tokens" for a model that was fine-tuned so; poolers and other tasks' heads are left out. Weights are
+    copied, as float32. Nothing is downloaded.
     trust_remote_code: run the files of parts from outside that an export of ours carries, once each is the one that
     config.json has the sha256 of. Without, no code of the folder runs: such parts must have been imported.
     Raises ConfigError naming the field when the architecture cannot be expressed or a field is not known, and naming
@@ -174,8 +175,8 @@ def to_hf(
     An architecture without a class in transformers also gets modeling_flexbert.py, for trust_remote_code=True; one with
     parts from outside their files, too, whose sha256 are in config.json and README.md.
     tokenizer: a transformers tokenizer, or a folder that AutoTokenizer loads; its special ids go into the config, and
-    the model's longest sequence into its copy. card: text of README.md, or what makes it of the comparison; default: what
-    the architecture alone tells. labels: names of a classifier's classes.
+    the model's longest sequence into its copy. card: text of README.md, or what makes it of the comparison; default:
+    what the architecture alone tells. labels: names of a classifier's classes.
     The folder is written beside `out_dir`, loaded back by transformers (in a process without FlexBERT, if it carries
     code), its logits compared with `model`'s (float32, within 1e-4), and only then renamed to `out_dir`; an earlier
     export there is replaced, anything else refused.

@@ -1,8 +1,8 @@
 """An export as one ONNX graph, compared with itself in onnxruntime before it is published.
 
-The graph has `input_ids` and `attention_mask` (batch, sequence) int64, with models of token types `token_type_ids`, too;
-it gives `logits`, or `last_hidden_state` of a folder without a head. Both axes are dynamic. It is traced from the
-padded path of the class that transformers loads.
+The graph has `input_ids` and `attention_mask` (batch, sequence) int64, with models of several token types
+`token_type_ids`, too; it gives `logits`, or `last_hidden_state` of a folder without a head. Both axes are dynamic. It
+is traced from the padded path of the class that transformers loads.
 """
 
 import importlib.util
