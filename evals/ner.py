@@ -36,7 +36,7 @@ class Ner(CelledEval):
         tag_column: int = Field(-1, description="column of the tag, from 0; -1: the last")
         seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1, description="one training for each")
         lr: float = Field(5e-5, gt=0, description="peak learning rate")
-        weight_decay: float = Field(1e-2, ge=0, description="as the optimizer understands it")
+        weight_decay: float = Field(1e-5, ge=0, description="as the optimizer understands it")
         epochs: int = Field(3, ge=1, description="of training")
         batch_size: int = Field(32, ge=1, description="sentences a step")
         max_length: int = Field(256, ge=8, description="tokens of a sentence at most; longer ones are cut, and counted")

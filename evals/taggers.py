@@ -13,12 +13,17 @@ from torch import Tensor
 
 from evals.classifiers import Encoded, PackedClassifier, PaddedClassifier
 from flexbert import build, from_hf
+from flexbert.dropout import TokenKeys
 from flexbert.hf.mappings import MAPPINGS
 from flexbert_core.schema import ConfigError, RunError
 
 
 class PackedTagger(PackedClassifier):
     """Ours: `logits` gives (T, C)."""
+
+    def _head_keys(self, seed: int, keys: TokenKeys, rows: int) -> TokenKeys:
+        """A line for each token."""
+        return keys
 
 
 class PaddedTagger(PaddedClassifier):

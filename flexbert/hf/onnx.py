@@ -51,6 +51,7 @@ class _Padded(nn.Module):
     def __init__(self, model: Any, names: tuple[str, ...], output: str) -> None:
         super().__init__()
         self.model, self.names, self.output = model, names, output
+        self.eval()  # the exporter puts back the mode that it finds here, and of all inside
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.model(**dict(zip(self.names, inputs, strict=True)), return_dict=True)[self.output]
@@ -124,8 +125,10 @@ def _inputs(model: Any) -> tuple[str, ...]:
 
 
 def _longest(model: Any) -> int:
+    """Tokens that it takes: RoBERTa's positions start behind the padding's."""
     positions = int(model.config.max_position_embeddings)
-    return positions - 2 if model.config.model_type in ("roberta", "xlm-roberta", "camembert") else positions
+    is_roberta = model.config.model_type in ("roberta", "xlm-roberta", "camembert")
+    return positions - int(model.config.pad_token_id) - 1 if is_roberta else positions
 
 
 def _trace(module: nn.Module, names: tuple[str, ...], output: str, longest: int, file: Path, folder: Path) -> None:

@@ -63,11 +63,11 @@ def write(file: Path, count: int, seed: int) -> None:
     file.write_text("\n".join(lines) + "\n")
 
 
-@pytest.mark.parametrize("runtime", [None, "transformers"])
+@pytest.mark.parametrize("runtime", [None, pytest.param("transformers", marks=pytest.mark.slow)])
 def test_a_model_learns_names(runtime: str | None, model: Model, tmp_path: Path) -> None:
-    write(tmp_path / "train.txt", 60, 1)
+    write(tmp_path / "train.txt", 48, 1)
     write(tmp_path / "dev.txt", 20, 2)
-    config = {"name": "ner", "data": str(tmp_path), "seeds": [0], "lr": 3e-3, "epochs": 4, "batch_size": 8}
+    config = {"name": "ner", "data": str(tmp_path), "seeds": [0], "lr": 3e-3, "epochs": 3, "batch_size": 8}
     ner = evaluation(**config, runtime=runtime)
     results = {cell.name: ner.compute(cell, model, tmp_path) for cell in ner.cells(model, {})}
     assert results["seed0"]["runtime"] == (runtime or "flexbert")
@@ -75,8 +75,6 @@ def test_a_model_learns_names(runtime: str | None, model: Model, tmp_path: Path)
     scores = ner.scores(model, results)
     assert scores["f1"]["mean"] > 0.9
     assert set(scores) == {"f1", "precision", "recall"}
-    if runtime is None:
-        assert ner.compute(ner.cells(model, {})[0], model, tmp_path) == results["seed0"]
 
 
 def test_words_that_are_cut_off_count_as_untagged(model: Model, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Pseudo-log-likelihoods against a loop over transformers' model; what perplexities and pairs make of them."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -17,10 +18,14 @@ from tests.helpers.texts import SENTENCES, evaluation, model_of
 TOLERANCE = 1e-3
 
 
+@functools.cache
+def loaded(folder: Path) -> tuple[Any, Any]:
+    return AutoTokenizer.from_pretrained(folder), AutoModelForMaskedLM.from_pretrained(folder)
+
+
 def reference(model: Model, sentence: str, method: str) -> tuple[float, int]:
     """Sum and tokens: each token hidden by itself, or with those of its word behind it."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(model.folder)
-    theirs = AutoModelForMaskedLM.from_pretrained(model.folder)
+    tokenizer, theirs = loaded(model.folder)
     ids, pieces = tokenizer(sentence)["input_ids"], tokenizer.tokenize(sentence)
     total = 0.0
     for at in range(1, len(ids) - 1):

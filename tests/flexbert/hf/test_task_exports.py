@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from flexbert import build, from_hf, to_hf
+from flexbert.config import without_init
 from flexbert.encoder import FlexBertEncoder
 from flexbert.hf.verify import Comparison
 from flexbert_core.schema import ConfigError, RunError
@@ -16,6 +17,7 @@ from tests.helpers.hf_models import CLASSES, FIELDS, SIZES, batch_for
 from tests.helpers.models import ODD_LENGTHS, batch_of, scrambled, tiny
 from tests.helpers.tokenizer import tokenizer_of
 
+SLOW = pytest.mark.slow
 ROBERTA = {**BERT, "position": {"name": "learned", "offset": 4}}
 POOLED = {"name": "classification", "activation": "gelu", "dense_bias": False, "norm": True}
 CASES: list[Any] = [
@@ -39,7 +41,8 @@ def same(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("changes", "head", "architecture"), CASES, ids=[f"{case[2]}-{i}" for i, case in enumerate(CASES)]
+    ("changes", "head", "architecture"),
+    [pytest.param(*case, id=f"{case[2]}-{i}", marks=() if i in (0, 3, 5, 6) else SLOW) for i, case in enumerate(CASES)],
 )
 def test_a_fine_tuned_model_is_what_transformers_loads(
     changes: dict[str, Any], head: dict[str, Any], architecture: str, tmp_path: Path
@@ -62,7 +65,7 @@ def test_a_fine_tuned_model_is_what_transformers_loads(
     torch.testing.assert_close(theirs, logits, atol=2e-5, rtol=0)
     again = from_hf(tmp_path / "export", task)
     assert same(again.state_dict(), model.state_dict())
-    assert again.config == config
+    assert without_init(again.config) == without_init(config)  # an export with code leaves it out
     assert same(from_hf(tmp_path / "export", "encoder").state_dict(), model.encoder.state_dict())
     card = (tmp_path / "export" / "README.md").read_text()
     assert f"{'token' if task == 'tokens' else 'text'}-classification" in card
@@ -126,7 +129,9 @@ class WrongWhenLong(FlexBertEncoder):
 
 
 @pytest.mark.parametrize("encoder", [WrongWhereMasked, WrongWhenLong])
-@pytest.mark.parametrize("changes", [{}, {"norm": "rmsnorm"}], ids=["modernbert", "own code"])
+@pytest.mark.parametrize(
+    "changes", [pytest.param({}, id="modernbert"), pytest.param({"norm": "rmsnorm"}, id="own code", marks=SLOW)]
+)
 def test_what_is_wrong_at_masked_places_or_full_length_is_not_published(
     encoder: Any, changes: Any, tmp_path: Path
 ) -> None:
