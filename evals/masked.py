@@ -112,15 +112,15 @@ class Masked(CelledEval):
         return Hidden(ids, chosen, targets), hidden_bytes, whole
 
     def scores(self, model: Model, results: Mapping[str, Any]) -> Scores:
-        """By domain and rate, and over all hidden tokens of all domains."""
+        """Over all hidden tokens of all domains, and of each."""
         rates = list(dict.fromkeys(self.config.rates))
         found: dict[str, Any] = {}
-        for name in self.corpora:
-            for rate in rates:
-                found |= _columns(f"{name} {rate:g}", [results[f"{name}/rate{rate:g}"]])
         if len(self.corpora) > 1:
             for rate in rates:
                 found |= _columns(f"all {rate:g}", [results[f"{name}/rate{rate:g}"] for name in self.corpora])
+        for name in self.corpora:
+            for rate in rates:
+                found |= _columns(f"{name} {rate:g}", [results[f"{name}/rate{rate:g}"]])
         return found
 
 

@@ -47,7 +47,7 @@ def run(folder: Path, ids: list[list[int]], types: bool) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in ("modernbert", *WITH_TYPES) else SLOW) for name in ARCHITECTURES]
+    "name", [pytest.param(name, marks=() if name in ("modernbert", "own code") else SLOW) for name in ARCHITECTURES]
 )
 def test_the_graph_computes_what_transformers_does(name: str, tmp_path: Path) -> None:
     to_hf(build(tiny(**ARCHITECTURES[name], **IDS)), tokenizer_of(97), tmp_path / "export")
