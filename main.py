@@ -290,6 +290,29 @@ def average(
         run(sources, output, last, tokens, weights, plain_console())
 
 
+@app.command()
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="a run (newest checkpoint, or RUN@tokens-N), a checkpoint, an export, a folder with a config.json, or "
+            "hf:ORG/NAME",
+            metavar="MODEL",
+        ),
+    ],
+    output: Annotated[Path, typer.Option(parser=_path, metavar="DIR", help="the folder to write")],
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="a graph, model.onnx, checked in onnxruntime, in place of the weights")
+    ] = False,
+) -> None:
+    """Write a model as a folder that transformers loads, or as an ONNX graph with its tokenizer."""
+    with plain_errors():
+        from commands.export import export as run
+        from flexbert_core.schema import plain_console
+
+        run(model, output, onnx, plain_console())
+
+
 @app.command("eval")
 def evaluate(
     names: Annotated[

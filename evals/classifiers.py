@@ -207,12 +207,16 @@ class PackedClassifier:
         keys = of_head = None
         if dropout_seed is not None:
             keys = TokenKeys(dropout_seed, 0, cu_seqlens, len(ids))
-            rows = torch.arange(len(batch) + 1, dtype=torch.int32, device=self.device)
-            of_head = TokenKeys(dropout_seed, 0, rows, len(batch))
+            of_head = self._head_keys(dropout_seed, keys, len(batch))
         with keyed_dropout(keys):
             hidden_states = self.model.encoder(ids.to(self.device), cu_seqlens, int(lengths.max()), types)
         with keyed_dropout(of_head):
             return self.model.head(hidden_states, cu_seqlens)
+
+    def _head_keys(self, seed: int, keys: TokenKeys, rows: int) -> TokenKeys:
+        """Of the lines that the head drops from: a line for each row."""
+        bounds = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
+        return TokenKeys(seed, 0, bounds, rows)
 
     def parameters(self) -> Any:
         return self.model.parameters()

@@ -1,3 +1,15 @@
 """The evaluations that come with the project: each of these modules registers some."""
 
-from evals import glue, needle, retrieval, sts  # noqa: F401
+from evals import (  # noqa: F401
+    efficiency,
+    embeddings,
+    glue,
+    linear_probe,
+    masked,
+    minimal_pairs,
+    needle,
+    ner,
+    pseudo_perplexity,
+    retrieval,
+    sts,
+)

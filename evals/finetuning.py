@@ -17,11 +17,13 @@ from flexbert_core.schema import RunError
 from recipe.slots import OPTIMIZERS
 
 Labels = Sequence[Any]
+IGNORE = -100
 
 
 @dataclass(frozen=True)
 class Split:
-    """Tokenized rows. labels: class numbers or float scores; None: hidden."""
+    """Tokenized rows. labels: class numbers or float scores, or for tokens a list of class numbers for each row, -100 =
+    none; None: hidden."""
 
     rows: Sequence[Encoded]
     labels: Labels | None
@@ -53,15 +55,15 @@ def fine_tune(
     train: Split,
     score: Callable[[Classifier], dict[str, float]],
     plan: Plan,
-    kind: Literal["classes", "score"],
+    kind: Literal["classes", "score", "tokens"],
     device: torch.device,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Train with a linear warmup and a linear fall to 0; score after each epoch.
 
-    score: of the model as it stands; its `score` chooses the best. The loss of a batch is the mean over its rows,
-    however it is split into microbatches. Returns facts (the best scores, their epoch, losses, steps) and the best
-    weights. Raises RunError when the loss is no number.
+    score: of the model as it stands; its `score` chooses the best. The loss of a batch is the mean over its rows, or
+    with kind tokens over its labelled tokens, however it is split into microbatches. Returns facts (the best scores,
+    their epoch, losses, steps) and the best weights. Raises RunError when the loss is no number.
     """
     assert train.labels is not None
     optimizer = OPTIMIZERS.build(plan.optimizer, model=model.model, lr=plan.lr)  # pyright: ignore[reportAttributeAccessIssue]
@@ -116,20 +118,30 @@ def _step(
 ) -> float:
     """Gradients of one batch; its mean loss."""
     assert train.labels is not None
-    loss = 0.0
+    loss, whole = 0.0, _weight(train.labels, chosen, kind)
     for number, part in enumerate(_parts(train.rows, chosen, plan.microbatch_tokens)):
         with autocast(device, plan.precision):
             logits = model.logits([train.rows[row] for row in part], torch_seed(plan.seed, "dropout", step, number))
         labels = [train.labels[row] for row in part]
-        share = loss_of(logits, labels, kind) * (len(part) / len(chosen))
+        share = loss_of(logits, labels, kind) * (_weight(train.labels, part, kind) / max(whole, 1))
         share.backward()
         loss += float(share.detach())
     return loss
 
 
+def _weight(labels: Labels, rows: Sequence[int], kind: str) -> int:
+    """What a mean is over: rows, or labelled tokens."""
+    return sum(label != IGNORE for row in rows for label in labels[row]) if kind == "tokens" else len(rows)
+
+
 def loss_of(logits: Tensor, labels: Labels, kind: str) -> Tensor:
-    """Mean over rows: cross entropy of classes, or squared error of the one score."""
+    """Mean over rows: cross entropy of classes, or squared error of the one score. kind tokens: mean cross entropy of
+    the labelled tokens, logits (T, C) of all rows' tokens; 0 without any."""
     scores = logits.float()
+    if kind == "tokens":
+        targets = torch.tensor([label for row in labels for label in row], dtype=torch.int64, device=scores.device)
+        total = F.cross_entropy(scores, targets, reduction="sum", ignore_index=IGNORE)
+        return total / (targets != IGNORE).sum().clamp_min(1)
     if kind == "classes":
         return F.cross_entropy(scores, torch.tensor(labels, dtype=torch.int64, device=scores.device))
     return F.mse_loss(scores.squeeze(1), torch.tensor(labels, dtype=torch.float32, device=scores.device))

@@ -18,7 +18,7 @@ from data.keyed import keyed_generator
 from evals.beir import read_corpus
 from evals.classifiers import load_tokenizer, longest
 from evals.interface import EVALS, Cell, CelledEval, EvalConfig, Model, Scores
-from evals.masked_models import MaskedReader
+from evals.masked_reader import MaskedReader
 from flexbert_core.schema import ConfigError, RunError, UserPath
 
 _FACT = " The pass code of {name} is {number}."

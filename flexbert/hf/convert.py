@@ -8,7 +8,7 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -19,12 +19,24 @@ from flexbert.config import FlexBertConfig
 from flexbert.encoder import FlexBertEncoder
 from flexbert.hf import parts as from_outside
 from flexbert.hf.fields import OLDER_FIELDS, POSITION_OFFSET, Fields
-from flexbert.hf.mappings import MAPPINGS, Mapping, at_padding_id, config_of, lost_dropouts, misfits
+from flexbert.hf.mappings import MAPPINGS, Mapping, config_of, lost_dropouts, misfits
 from flexbert.hf.read import OwnFields, read_fields, read_model, read_weights
 from flexbert.hf.state import from_hf_state, moved_table, require_numbers, to_hf_state
+from flexbert.hf.task_heads import (
+    TASKS,
+    at_padding_id_for,
+    for_task,
+    head_from,
+    masked_counterpart,
+    name_labels,
+    task_fields,
+    task_misfits,
+)
 from flexbert.hf.tokenizer import load_tokenizer, save_tokenizer, token_ids
-from flexbert.hf.verify import PARITY_FILE, verify_export
-from flexbert.model import FlexBertForMaskedLM, build
+from flexbert.hf.verify import PARITY_FILE, Comparison, Exportable, task_of, verify_export
+from flexbert.model import FlexBertForMaskedLM, Model, build
+from flexbert.registry import HEADS
+from flexbert.tasks import FlexBertForSequenceClassification, FlexBertForTokenClassification
 from flexbert_core.durable import new_folder
 from flexbert_core.schema import ConfigError, named, validate
 
@@ -41,21 +53,28 @@ def from_hf(
 ) -> FlexBertForMaskedLM: ...
 @overload
 def from_hf(source: str | Path | Any, task: Literal["encoder"], trust_remote_code: bool = False) -> FlexBertEncoder: ...
+@overload
 def from_hf(
-    source: str | Path | Any, task: str = "mlm", trust_remote_code: bool = False
-) -> FlexBertForMaskedLM | FlexBertEncoder:
+    source: str | Path | Any, task: Literal["classification"], trust_remote_code: bool = False
+) -> FlexBertForSequenceClassification: ...
+@overload
+def from_hf(
+    source: str | Path | Any, task: Literal["tokens"], trust_remote_code: bool = False
+) -> FlexBertForTokenClassification: ...
+def from_hf(source: str | Path | Any, task: str = "mlm", trust_remote_code: bool = False) -> Model:
     """A model with the weights of a transformers model, or of a folder that holds one in safetensors.
 
     source: BERT, RoBERTa, ModernBERT, saved by transformers 4 or 5, or what `to_hf` wrote (its modeling file is not
-    run). task: "mlm", or "encoder" for models without a masked-token head, or to leave it out; poolers and other tasks'
-    heads are left out. Weights are copied, as float32. Nothing is downloaded.
+    run). task: "mlm", or "encoder" for models without a masked-token head, or to leave it out; "classification" (of
+    sequences) or "tokens" for a model that was fine-tuned so; poolers and other tasks' heads are left out. Weights are
+    copied, as float32. Nothing is downloaded.
     trust_remote_code: run the files of parts from outside that an export of ours carries, once each is the one that
     config.json has the sha256 of. Without, no code of the folder runs: such parts must have been imported.
     Raises ConfigError naming the field when the architecture cannot be expressed or a field is not known, and naming
     the weight or file when weights are missing, left over, of another shape, quantized or an adapter's.
     """
-    if task not in ("mlm", "encoder"):
-        raise ConfigError(f"task: {task!r}: transformers' weights are for mlm or encoder")
+    if task not in ("mlm", "encoder", *TASKS):
+        raise ConfigError(f"task: {task!r}: transformers' weights are for mlm, encoder, {' or '.join(TASKS)}")
     if isinstance(source, str | Path):
         folder = Path(source).expanduser()
         with named(folder):
@@ -67,9 +86,7 @@ def from_hf(
     return _converted(fields, lambda: weights, task, "model")
 
 
-def _converted(
-    fields: Fields | OwnFields, weights: Callable[[], dict[str, Tensor]], task: str, place: str
-) -> FlexBertForMaskedLM | FlexBertEncoder:
+def _converted(fields: Fields | OwnFields, weights: Callable[[], dict[str, Tensor]], task: str, place: str) -> Model:
     """The model of a transformers config. place: of the config, in messages. The weights are read once the config is
     known to make sense here."""
     config = (
@@ -77,6 +94,8 @@ def _converted(
         if isinstance(fields, OwnFields)
         else validate(FlexBertConfig, config_of(fields), place)
     )
+    if isinstance(fields, Fields) and task in TASKS:
+        config = head_from(fields, config, task)
     result = _without_weights(config, task)
     wanted = {name: tensor.shape for name, tensor in result.state_dict().items()}
     given = weights()
@@ -90,7 +109,8 @@ def _converted(
                 raise ConfigError(f"{name}: {shapes}: they are of different models")
     else:
         ours = {f"encoder.{name}" if task == "encoder" else name: shape for name, shape in wanted.items()}
-        state = dict(zip(wanted, from_hf_state(MAPPINGS[fields.model_type], given, ours, task).values(), strict=True))
+        mapping = for_task(fields.model_type, task)
+        state = dict(zip(wanted, from_hf_state(mapping, given, ours, task).values(), strict=True))
         if (offset := fields.given.get(POSITION_OFFSET)) is not None:
             table, before = (
                 next(name for name in state if name.endswith("position.table.weight")),
@@ -143,23 +163,31 @@ def _own_state(given: dict[str, Tensor], wanted: list[str], task: str) -> dict[s
     return {name: given[name].to("cpu", torch.float32, copy=True) for name in wanted}
 
 
-def to_hf(model: FlexBertForMaskedLM, tokenizer: Any, out_dir: str | Path, card: str | None = None) -> None:
+def to_hf(
+    model: Exportable,
+    tokenizer: Any,
+    out_dir: str | Path,
+    card: str | None = None,
+    labels: Sequence[str] | None = None,
+) -> Comparison:
     """Write a folder that transformers loads: config.json, model.safetensors, the tokenizer, README.md; parity.json
     says how far its logits are from the model's.
 
     An architecture without a class in transformers also gets modeling_flexbert.py, for trust_remote_code=True; one with
     parts from outside their files, too, whose sha256 are in config.json and README.md.
     tokenizer: a transformers tokenizer, or a folder that AutoTokenizer loads; its special ids go into the config, and
-    the model's longest sequence into its copy. card: text of README.md; default: what the architecture alone tells.
+    the model's longest sequence into its copy. card: text of README.md; default: what the architecture
+    alone tells. labels: names of a classifier's classes.
     The folder is written beside `out_dir`, loaded back by transformers (in a process without FlexBERT, if it carries
     code), its logits compared with `model`'s (float32, within 1e-4), and only then renamed to `out_dir`; an earlier
     export there is replaced, anything else refused.
-    Raises ConfigError for a part from outside that cannot travel (naming it), a tokenizer that does not fit or an
-    `out_dir` that is something else; RunError when the logits differ. Then nothing new is under `out_dir`.
+    Returns what was compared, and by how much it differs. Raises ConfigError for a part from outside that cannot travel
+    (naming it), a tokenizer or labels that do not fit or an `out_dir` that is something else; RunError when the logits
+    differ. Then nothing new is under `out_dir`.
     """
     model = getattr(model, "_orig_mod", model)  # compiled
-    if not isinstance(model, FlexBertForMaskedLM):
-        raise ConfigError(f"{type(model).__name__}: expected a FlexBertForMaskedLM")
+    if not isinstance(model, Exportable):
+        raise ConfigError(f"{type(model).__name__}: expected a FlexBertForMaskedLM, or a model for classification")
     out_dir = Path(out_dir).expanduser()
     if out_dir.exists() and not all((out_dir / name).is_file() for name in ("config.json", "model.safetensors")):
         raise ConfigError(f"{out_dir}: exists and is not an export: choose another folder, or remove it")
@@ -168,9 +196,12 @@ def to_hf(model: FlexBertForMaskedLM, tokenizer: Any, out_dir: str | Path, card:
     tokenizer = load_tokenizer(tokenizer)
     state = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in model.state_dict().items()}
     ids = token_ids(model.config, tokenizer)
-    config = at_padding_id(model.config, ids["pad_token_id"])
+    task = task_of(model)
+    config = at_padding_id_for(model.config, task, ids["pad_token_id"])
     hf_config, mapping = transformers_config(config, ids)
-    lost = [] if mapping is None else lost_dropouts(config, hf_config)
+    name_labels(hf_config, config, labels)
+    as_masked = config if mapping is None or task == "mlm" else masked_counterpart(hf_config.model_type, config)
+    lost = [] if mapping is None else lost_dropouts(as_masked, hf_config)
     if lost:
         verb, title = "has" if len(lost) == 1 else "have", MAPPINGS[hf_config.model_type].title
         message = "%s: %s no field in Hugging Face's %s: fine-tuning the export drops nothing there"
@@ -192,14 +223,15 @@ def to_hf(model: FlexBertForMaskedLM, tokenizer: Any, out_dir: str | Path, card:
             _write_code(folder, parts)
             more = from_outside.card(parts) if parts.files else ""
         else:
-            _state_older_fields(folder / "config.json", mapping.config_to(config))
+            _state_older_fields(folder / "config.json", mapping.config_to(as_masked))
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         save_tokenizer(tokenizer, model.config, folder)
+        compared = verify_export(model, folder, hf_config.pad_token_id, carries_code=mapping is None)
         title = "FlexBERT" if mapping is None else mapping.title
-        text = card if card is not None else default_card(model, out_dir.name, title, lost)
+        text = default_card(model, out_dir.name, title, lost) if card is None else card
+        (folder / PARITY_FILE).write_text(json.dumps(compared.facts(), indent=1) + "\n")
         (folder / "README.md").write_text(text + more)
-        parity = verify_export(model, folder, hf_config.pad_token_id, carries_code=mapping is None)
-        (folder / PARITY_FILE).write_text(json.dumps(parity, indent=1) + "\n")
+    return compared
 
 
 def _write_code(folder: Path, parts: from_outside.Parts) -> None:
@@ -230,14 +262,18 @@ def transformers_config(config: FlexBertConfig, ids: dict[str, int | None]) -> t
 
     common = {"dtype": "float32", **ids}
     reasons = []
+    task = HEADS.entries[config.head.name].task
     for name, mapping in MAPPINGS.items():
 
-        def of(name: str = name, mapping: Mapping = mapping, **fields: Any) -> Any:
-            return AutoConfig.for_model(name, **{**fields, **common}, architectures=[mapping.architecture])
+        def of(name: str = name, **fields: Any) -> Any:
+            return AutoConfig.for_model(name, **{**fields, **common})
 
-        faults = misfits(mapping, config, of)
+        faults = misfits(mapping, config, of) if task == "mlm" else task_misfits(name, config, of)
         if not faults:
-            return of(**mapping.config_to(config)), mapping
+            of_task = for_task(name, task)
+            own = config if task == "mlm" else masked_counterpart(name, config)
+            fields = {**of_task.config_to(own), **(task_fields(name, config) if task in TASKS else {})}
+            return of(**fields, architectures=[of_task.architecture]), of_task
         reasons.append(faults[0])
     parts = from_outside.parts_of(config)
     log.info("the export carries its own modeling file: %s", "; ".join(reasons))
@@ -259,7 +295,7 @@ def transformers_config(config: FlexBertConfig, ids: dict[str, int | None]) -> t
         auto_map={
             auto: f"{'modeling_flexbert' if auto == 'AutoConfig' else file}.{name}" for auto, name in names.items()
         },
-        architectures=["FlexBertForMaskedLM"],
+        architectures=[f"FlexBert{TASKS.get(task, 'ForMaskedLM')}"],
     )
     return hf_config, None
 
@@ -275,20 +311,25 @@ def check_exportable(config: FlexBertConfig) -> None:
     from_outside.parts_of(config)
 
 
-def default_card(model: FlexBertForMaskedLM, name: str, title: str, lost: list[str]) -> str:
+def default_card(model: Exportable, name: str, title: str, lost: list[str]) -> str:
     """README.md of an export: what the architecture tells, and how to load it."""
     config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trust = ", trust_remote_code=True" if title == "FlexBERT" else ""
+    task = task_of(model)
+    loader = f"AutoModel{TASKS.get(task, 'ForMaskedLM')}"
+    kind = {"classification": "A classifier of texts", "tokens": "A classifier of tokens"}
+    what, made = kind.get(task, "A masked language model"), "fine-tuned" if task in TASKS else "pretrained"
+    pipeline = {"classification": "text-classification", "tokens": "token-classification"}.get(task, "fill-mask")
     without = f"\nFine-tuning drops nothing at {', '.join(lost)}, which had dropout in pretraining.\n" if lost else ""
     return f"""---
 library_name: transformers
-pipeline_tag: fill-mask
+pipeline_tag: {pipeline}
 ---
 
 # {name}
 
-A masked language model of the {title} architecture, pretrained with FlexBERT.
+{what} of the {title} architecture, {made} with FlexBERT.
 
 | | |
 |---|---|
@@ -298,9 +339,9 @@ A masked language model of the {title} architecture, pretrained with FlexBERT.
 | longest sequence | {config.max_position_embeddings:,} tokens |
 {without}
 ```python
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
-model = AutoModelForMaskedLM.from_pretrained("{name}"{trust})
+model = {loader}.from_pretrained("{name}"{trust})
 tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
 ```
 """

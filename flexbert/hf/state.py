@@ -62,7 +62,7 @@ def from_hf_state(
     state, used = {}, set()
     for name, shape in wanted.items():
         names = hf_names(mapping, name)
-        parts = [_plain(theirs, _get(mapping, given, theirs)) for theirs in names]
+        parts = [_plain(theirs, _get(mapping, given, theirs, task)) for theirs in names]
         expected = (shape[0] // len(names), *shape[1:])
         for theirs, part in zip(names, parts, strict=True):
             if part.shape != expected:
@@ -94,14 +94,15 @@ def _full_names(mapping: Mapping, given: dict[str, Tensor]) -> dict[str, Tensor]
     return {name: given[before] for name, before in names.items()}
 
 
-def _get(mapping: Mapping, given: dict[str, Tensor], name: str) -> Tensor:
+def _get(mapping: Mapping, given: dict[str, Tensor], name: str, task: str) -> Tensor:
     """The weight, or what repeats it."""
     stand_ins = [other for other, first in mapping.repeats.items() if first == name]
     for candidate in (name, *stand_ins):
         if candidate in given:
             return given[candidate]
     of_encoder = name.startswith(mapping.prefix)
-    hint = "" if of_encoder else ": an encoder without a masked-token head loads with task='encoder'"
+    head = "a masked-token head" if task == "mlm" else f"a head for {task}"
+    hint = "" if of_encoder else f": an encoder without {head} loads with task='encoder'"
     raise ConfigError(f"{name}: missing in the weights{hint}")
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForMaskedLM
 
 from commands.evaluate import run_eval
 from evals.classifiers import load_tokenizer
-from evals.masked_models import MaskedReader
+from evals.masked_reader import MaskedReader
 from evals.needle import Facts
 from flexbert_core.schema import RunError
 from tests.helpers.sentences import word_tokenizer, write_beir, write_model

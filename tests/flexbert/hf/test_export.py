@@ -210,8 +210,8 @@ def test_other_architectures_and_folders_are_refused(tmp_path: Path) -> None:
         ConfigError, match="model_type: 'electra' is not known, valid names: bert, flexbert, modernbert"
     ):
         from_hf(ElectraForMaskedLM(ElectraConfig(**sizes)))
-    with pytest.raises(ConfigError, match="task: 'classification': transformers' weights are for mlm or encoder"):
-        from_hf(reference_model("eager"), "classification")  # pyright: ignore[reportArgumentType, reportCallIssue]
+    with pytest.raises(ConfigError, match="task: 'regression': .* are for mlm, encoder, classification or tokens"):
+        from_hf(reference_model("eager"), "regression")  # pyright: ignore[reportArgumentType, reportCallIssue]
     with pytest.raises(ConfigError, match=r"no config\.json in it"):
         from_hf(tmp_path)
     reference_model("eager").config.save_pretrained(tmp_path / "pickled")
