@@ -25,6 +25,7 @@ from data.keyed import keyed_generator
 from evals.classifiers import Encoded, encode, load_classifier, load_tokenizer
 from evals.finetuning import autocast, loss_of
 from evals.text_tasks import TextTask, load_task
+from flexbert_core.schema import validate
 from recipe.slots import OPTIMIZERS
 
 BAR = 1.8
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
     options = parser.parse_args()
-    task = load_task(TextTask(name=options.task), options.data, None)
+    task = load_task(validate(TextTask, {"name": options.task}, "--task"), options.data, None)
     assert task.train is not None
     assert task.train.labels is not None
     tokenizer = load_tokenizer(options.model)

@@ -47,29 +47,33 @@ class Tune(Schema):
     """How a model is trained for retrieval before it is scored."""
 
     examples: UserPath = Field(
-        "train",
+        default="train",
         description="a split of each set (train), or a .tsv or .jsonl file of queries, positives and negatives, as MS "
         "MARCO's triples, after which one model is scored on all sets",
     )
     negatives: Literal["bm25", "model", "none"] | None = Field(
-        None,
+        default=None,
         description="hard negatives of a split: drawn from the 100 best that are not relevant, by BM25 or by the model "
         "before it is tuned; default: bm25. Triples bring theirs",
     )
-    num_negatives: int = Field(1, ge=1, description="of each example; those of the batch's other examples count, too")
-    epochs: int = Field(1, ge=1, description="passes over the examples")
-    lr: float = Field(5e-5, gt=0, description="peak learning rate (arXiv 2412.13663 sweeps 1e-5 to 1e-4)")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps over which lr rises; then it falls to 0")
-    batch_size: int = Field(32, ge=2, description="examples a step")
+    num_negatives: int = Field(
+        default=1, ge=1, description="of each example; those of the batch's other examples count, too"
+    )
+    epochs: int = Field(default=1, ge=1, description="passes over the examples")
+    lr: float = Field(default=5e-5, gt=0, description="peak learning rate (arXiv 2412.13663 sweeps 1e-5 to 1e-4)")
+    warmup: float = Field(
+        default=0.05, ge=0, lt=1, description="share of the steps over which lr rises; then it falls to 0"
+    )
+    batch_size: int = Field(default=32, ge=2, description="examples a step")
     microbatch: int | None = Field(
-        None, ge=1, description="texts at once (GradCache, arXiv 2101.06983), which bounds memory; default: all"
+        default=None, ge=1, description="texts at once (GradCache, arXiv 2101.06983), which bounds memory; default: all"
     )
     temperature: float | None = Field(
-        None, gt=0, description="of the softmax over documents; default: 0.05 of one vector, 1 of several"
+        default=None, gt=0, description="of the softmax over documents; default: 0.05 of one vector, 1 of several"
     )
-    optimizer: Annotated[Any, *OPTIMIZERS.slot()] = Field("stableadamw", description="with its weight_decay")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="one training for each")
-    rows: int | None = Field(None, ge=2, description="examples at most, drawn by the seed; default: all")
+    optimizer: Annotated[Any, *OPTIMIZERS.slot()] = Field(default="stableadamw", description="with its weight_decay")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1, description="one training for each")
+    rows: int | None = Field(default=None, ge=2, description="examples at most, drawn by the seed; default: all")
 
     @model_validator(mode="after")
     def _check(self) -> "Tune":

@@ -21,14 +21,16 @@ class CorpusConfig(EvalConfig):
     """What evaluations of running text say of it."""
 
     data: UserPath | None = Field(
-        None, description="a prepared dataset: the validation split of each of its streams is a domain"
+        default=None, description="a prepared dataset: the validation split of each of its streams is a domain"
     )
     texts: dict[str, UserPath] | None = Field(
-        None, min_length=1, description="files by domain: .jsonl or text, plain or .gz, .bz2, .xz, .zst"
+        default=None, min_length=1, description="files by domain: .jsonl or text, plain or .gz, .bz2, .xz, .zst"
     )
-    text_column: str = Field("text", description="of .jsonl files")
-    document: Literal["file", "paragraph", "line"] = Field("paragraph", description="what one is, of text files")
-    documents: int = Field(1000, ge=1, description="of each domain at most, its first")
+    text_column: str = Field(default="text", description="of .jsonl files")
+    document: Literal["file", "paragraph", "line"] = Field(
+        default="paragraph", description="what one is, of text files"
+    )
+    documents: int = Field(default=1000, ge=1, description="of each domain at most, its first")
 
     @model_validator(mode="after")
     def _check_source(self) -> "CorpusConfig":

@@ -46,23 +46,29 @@ class Efficiency(CelledEval):
     """
 
     class Config(EvalConfig):
-        documents: int = Field(8192, ge=1, description="of each case")
-        lengths: list[Lengths] = Field([_SHORT, _LONG], min_length=1, description="each fixed, and drawn")
+        documents: int = Field(default=8192, ge=1, description="of each case")
+        lengths: list[Lengths] = Field(default=[_SHORT, _LONG], min_length=1, description="each fixed, and drawn")
         kinds: list[Literal["fixed", "variable"]] = Field(
-            ["fixed", "variable"], min_length=1, description="which cases"
+            default=["fixed", "variable"], min_length=1, description="which cases"
         )
         runtimes: list[Literal["flexbert", "transformers"]] = Field(
-            ["flexbert", "transformers"], min_length=1, description="unpadded; padded to the longest of the batch"
+            default=["flexbert", "transformers"],
+            min_length=1,
+            description="unpadded; padded to the longest of the batch",
         )
-        rounds: int = Field(10, ge=1, description="over all documents, by turns of the runtimes, after one batch each")
-        seed: int = Field(42, ge=0, description="of lengths and tokens")
+        rounds: int = Field(
+            default=10, ge=1, description="over all documents, by turns of the runtimes, after one batch each"
+        )
+        seed: int = Field(default=42, ge=0, description="of lengths and tokens")
         batch_tokens: int = Field(
-            8192, ge=1, description="on a CPU: slots of a batch, since memory there has no clear end"
+            default=8192, ge=1, description="on a CPU: slots of a batch, since memory there has no clear end"
         )
-        max_batch: int = Field(2048, ge=1, description="documents of a batch at most")
-        precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the weights; auto: bf16 on a GPU")
+        max_batch: int = Field(default=2048, ge=1, description="documents of a batch at most")
+        precision: Literal["auto", "fp32", "bf16"] = Field(
+            default="auto", description="of the weights; auto: bf16 on a GPU"
+        )
         attention: str | None = Field(
-            None, description="transformers' attn_implementation; default: what it takes by itself"
+            default=None, description="transformers' attn_implementation; default: what it takes by itself"
         )
 
     config: Config

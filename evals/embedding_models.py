@@ -28,13 +28,15 @@ Runtime = Literal["flexbert", "transformers"]
 class EmbeddingConfig(EvalConfig):
     """What evaluations of embeddings say of the model."""
 
-    pooling: Literal["mean", "cls"] = Field("mean", description="of a text: the mean over its tokens, or the first")
-    max_length: int = Field(256, ge=8, description="tokens of a text at most; longer ones are cut, and counted")
-    batch_tokens: int = Field(16384, ge=1, description="slots at once, which bounds memory")
-    runtime: Runtime | None = Field(
-        None, description="default: ours, unpadded, for architectures that it knows, else transformers, padded"
+    pooling: Literal["mean", "cls"] = Field(
+        default="mean", description="of a text: the mean over its tokens, or the first"
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU")
+    max_length: int = Field(default=256, ge=8, description="tokens of a text at most; longer ones are cut, and counted")
+    batch_tokens: int = Field(default=16384, ge=1, description="slots at once, which bounds memory")
+    runtime: Runtime | None = Field(
+        default=None, description="default: ours, unpadded, for architectures that it knows, else transformers, padded"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto: bf16 on a GPU")
 
 
 class EmbeddingModel:

@@ -48,11 +48,13 @@ class Embeddings(CelledEval):
 
     class Config(EmbeddingConfig):
         data: UserPath = Field(description="a .tsv, .csv, .jsonl or .parquet file of pairs that mean the same")
-        first: str | int = Field(0, description="column of a pair's first text: number from 0 (no header), or name")
-        second: str | int = Field(1, description="column of its second text")
-        score: str | int | None = Field(None, description="column of a number that says how alike a pair is")
-        min_score: float | None = Field(None, description="pairs below it are none, only texts; of STS-B 4")
-        pairs: int = Field(2000, ge=2, description="the first ones, at most; uniformity is over their texts")
+        first: str | int = Field(
+            default=0, description="column of a pair's first text: number from 0 (no header), or name"
+        )
+        second: str | int = Field(default=1, description="column of its second text")
+        score: str | int | None = Field(default=None, description="column of a number that says how alike a pair is")
+        min_score: float | None = Field(default=None, description="pairs below it are none, only texts; of STS-B 4")
+        pairs: int = Field(default=2000, ge=2, description="the first ones, at most; uniformity is over their texts")
 
     config: Config
 

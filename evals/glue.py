@@ -48,19 +48,20 @@ class Glue(CelledEval):
         )
         data: UserPath | None = Field(default=None, description="a folder with a folder for each task, as GLUE comes")
         hub: str | None = Field(
-            None, description="a dataset of the hub that has them as subsets, such as nyu-mll/glue; the network is used"
+            default=None,
+            description="a dataset of the hub that has them as subsets, such as nyu-mll/glue; the network is used",
         )
         seeds: list[Annotated[int, Field(ge=0)]] = Field(
             default=[0, 1, 2], min_length=1, description="one training for each"
         )
         lr: list[Annotated[float, Field(gt=0)]] = Field(
-            [1e-5, 3e-5, 5e-5, 8e-5], min_length=1, description="grid: peak learning rates"
+            default=[1e-5, 3e-5, 5e-5, 8e-5], min_length=1, description="grid: peak learning rates"
         )
         weight_decay: list[Annotated[float, Field(ge=0)]] = Field(
-            [1e-6, 5e-6, 8e-6, 1e-5], min_length=1, description="grid: as the optimizer understands it"
+            default=[1e-6, 5e-6, 8e-6, 1e-5], min_length=1, description="grid: as the optimizer understands it"
         )
         epochs: list[Annotated[int, Field(ge=1)]] | None = Field(
-            None, min_length=1, description="grid: default: as each task says (1, 2, 3 or 2, 5, 10)"
+            default=None, min_length=1, description="grid: default: as each task says (1, 2, 3 or 2, 5, 10)"
         )
         batch_size: int = Field(default=64, ge=1, description="rows a step")
         max_length: int = Field(
@@ -68,16 +69,17 @@ class Glue(CelledEval):
         )
         warmup: float = Field(default=0.06, ge=0, lt=1, description="share of the steps over which lr rises")
         early_stopping: int | None = Field(
-            3, ge=1, description="epochs without a better score after which training ends; null: never"
+            default=3, ge=1, description="epochs without a better score after which training ends; null: never"
         )
         optimizer: Annotated[Any, *OPTIMIZERS.slot()] = Field(
-            "stableadamw", description="its weight_decay is the grid's"
+            default="stableadamw", description="its weight_decay is the grid's"
         )
         pooling: Literal["cls", "mean"] | None = Field(
-            None, description="what the classifier reads; default: as transformers has it for the architecture"
+            default=None, description="what the classifier reads; default: as transformers has it for the architecture"
         )
         runtime: Literal["flexbert", "transformers"] | None = Field(
-            None, description="default: ours, unpadded, for architectures that it knows, else transformers, padded"
+            default=None,
+            description="default: ours, unpadded, for architectures that it knows, else transformers, padded",
         )
         precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto: bf16 on a GPU")
         microbatch_tokens: int = Field(default=16384, ge=1, description="slots at once in a step, which bounds memory")

@@ -37,13 +37,19 @@ class LinearProbe(CelledEval):
         tasks: list[Task] = Field(  # pyright: ignore[reportAssignmentType]
             default=["sst2", "cola", "mrpc", "rte", "stsb"], min_length=1, description="GLUE's by name, or your own"
         )
-        data: UserPath | None = Field(None, description="a folder with a folder for each task, as GLUE comes")
-        hub: str | None = Field(None, description="a dataset of the hub with them as subsets; the network is used")
-        strengths: list[Annotated[float, Field(gt=0)]] = Field(
-            [1e-3, 1e-2, 1e-1, 1.0], min_length=1, description="C of logistic regression; of ridge, alpha is 1 / C"
+        data: UserPath | None = Field(default=None, description="a folder with a folder for each task, as GLUE comes")
+        hub: str | None = Field(
+            default=None, description="a dataset of the hub with them as subsets; the network is used"
         )
-        rows: int | None = Field(5000, ge=1, description="training rows of a task at most, its first; null: all")
-        seed: int = Field(0, ge=0, description="of the choice of a fifth")
+        strengths: list[Annotated[float, Field(gt=0)]] = Field(
+            default=[1e-3, 1e-2, 1e-1, 1.0],
+            min_length=1,
+            description="C of logistic regression; of ridge, alpha is 1 / C",
+        )
+        rows: int | None = Field(
+            default=5000, ge=1, description="training rows of a task at most, its first; null: all"
+        )
+        seed: int = Field(default=0, ge=0, description="of the choice of a fifth")
 
     config: Config
 
@@ -80,7 +86,7 @@ class LinearProbe(CelledEval):
             tried = [
                 scored(
                     task.metrics,
-                    labels[chosen],
+                    labels[chosen].tolist(),
                     _answers(_fit(task, features[rest], labels[rest], each), features[chosen]),
                 )["score"]
                 for each in self.config.strengths

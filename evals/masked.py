@@ -28,14 +28,14 @@ class Masked(CelledEval):
 
     class Config(CorpusConfig, MaskedModelConfig):
         rates: list[Annotated[float, Field(gt=0, le=1)]] = Field(
-            [0.15, 0.3, 0.4], min_length=1, description="shares that are hidden, as expected"
+            default=[0.15, 0.3, 0.4], min_length=1, description="shares that are hidden, as expected"
         )
         unit: Literal["tokens", "words"] = Field(
-            "tokens", description="what is hidden; words: the same text for models of different tokenizers"
+            default="tokens", description="what is hidden; words: the same text for models of different tokenizers"
         )
-        rows: int = Field(256, ge=1, description="pieces of text of each domain, at most")
-        words: int = Field(200, ge=1, description="of a piece, as blanks part them")
-        seed: int = Field(0, ge=0, description="of the masks")
+        rows: int = Field(default=256, ge=1, description="pieces of text of each domain, at most")
+        words: int = Field(default=200, ge=1, description="of a piece, as blanks part them")
+        seed: int = Field(default=0, ge=0, description="of the masks")
 
     config: Config
 

@@ -29,12 +29,14 @@ _MOST_SCORES = 2**27  # numbers of logits that exist at once: 512 MiB
 class MaskedModelConfig(EvalConfig):
     """What evaluations of hidden tokens say of the model."""
 
-    max_length: int = Field(512, ge=8, description="tokens of a row at most, with special ones; longer ones are cut")
-    batch_tokens: int = Field(8192, ge=1, description="slots at once, which bounds memory")
-    runtime: Runtime | None = Field(
-        None, description="default: ours, unpadded, for architectures that it knows, else transformers, padded"
+    max_length: int = Field(
+        default=512, ge=8, description="tokens of a row at most, with special ones; longer ones are cut"
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU")
+    batch_tokens: int = Field(default=8192, ge=1, description="slots at once, which bounds memory")
+    runtime: Runtime | None = Field(
+        default=None, description="default: ours, unpadded, for architectures that it knows, else transformers, padded"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto: bf16 on a GPU")
 
 
 @dataclass(frozen=True)

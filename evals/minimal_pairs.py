@@ -25,7 +25,7 @@ class MinimalPairs(CelledEval):
     class Config(PseudoConfig):
         data: UserPath = Field(description="a .jsonl file with sentence_good and sentence_bad, or a folder of them")
         by: str = Field("UID", description="what groups pairs; where a row has none, its file's name does")
-        pairs: int | None = Field(None, ge=1, description="of each group at most, its first; default: all")
+        pairs: int | None = Field(default=None, ge=1, description="of each group at most, its first; default: all")
 
     config: Config
 

@@ -34,19 +34,24 @@ class Needle(CelledEval):
 
     class Config(EvalConfig):
         data: UserPath | None = Field(
-            None, description="what texts are made of: a folder in BEIR's layout, a .txt file, or a folder of them"
+            default=None,
+            description="what texts are made of: a folder in BEIR's layout, a .txt file, or a folder of them",
         )
         lengths: list[Annotated[int, Field(ge=64)]] = Field(
-            [512, 1024, 2048, 4096, 8192], min_length=1, description="tokens; those beyond the model's are left out"
+            default=[512, 1024, 2048, 4096, 8192],
+            min_length=1,
+            description="tokens; those beyond the model's are left out",
         )
-        depths: int = Field(11, ge=2, description="places of the fact, evenly from the text's begin (0) to its end (1)")
-        texts: int = Field(10, ge=1, description="of each length and depth")
+        depths: int = Field(
+            default=11, ge=2, description="places of the fact, evenly from the text's begin (0) to its end (1)"
+        )
+        texts: int = Field(default=10, ge=1, description="of each length and depth")
         ask: list[Literal["end", "start"]] = Field(
-            ["end", "start"], min_length=1, description="where the number is masked: behind the text, before it"
+            default=["end", "start"], min_length=1, description="where the number is masked: behind the text, before it"
         )
-        microbatch_tokens: int = Field(16384, ge=1, description="slots at once, which bounds memory")
-        precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU")
-        seed: int = Field(0, ge=0, description="of texts, facts and numbers")
+        microbatch_tokens: int = Field(default=16384, ge=1, description="slots at once, which bounds memory")
+        precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto: bf16 on a GPU")
+        seed: int = Field(default=0, ge=0, description="of texts, facts and numbers")
 
     config: Config
 

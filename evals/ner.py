@@ -32,21 +32,28 @@ class Ner(CelledEval):
         data: UserPath = Field(description="a folder with column files: a word and its tag (BIO, IOB1, BIOES) a line")
         train: str = Field("train.txt", description="its file to train on")
         dev: str = Field("dev.txt", description="its file to score by")
-        word_column: int = Field(0, description="column of the word, from 0")
-        tag_column: int = Field(-1, description="column of the tag, from 0; -1: the last")
-        seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1, description="one training for each")
-        lr: float = Field(5e-5, gt=0, description="peak learning rate")
-        weight_decay: float = Field(1e-5, ge=0, description="as the optimizer understands it")
-        epochs: int = Field(3, ge=1, description="of training")
-        batch_size: int = Field(32, ge=1, description="sentences a step")
-        max_length: int = Field(256, ge=8, description="tokens of a sentence at most; longer ones are cut, and counted")
-        warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps over which lr rises")
-        optimizer: Annotated[Any, *OPTIMIZERS.slot()] = Field("stableadamw", description="with weight_decay above")
-        runtime: Literal["flexbert", "transformers"] | None = Field(
-            None, description="default: ours, unpadded, for architectures that it knows, else transformers, padded"
+        word_column: int = Field(default=0, description="column of the word, from 0")
+        tag_column: int = Field(default=-1, description="column of the tag, from 0; -1: the last")
+        seeds: list[Annotated[int, Field(ge=0)]] = Field(
+            default=[0, 1, 2], min_length=1, description="one training for each"
         )
-        precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU")
-        microbatch_tokens: int = Field(16384, ge=1, description="slots at once in a step, which bounds memory")
+        lr: float = Field(default=5e-5, gt=0, description="peak learning rate")
+        weight_decay: float = Field(default=1e-5, ge=0, description="as the optimizer understands it")
+        epochs: int = Field(default=3, ge=1, description="of training")
+        batch_size: int = Field(default=32, ge=1, description="sentences a step")
+        max_length: int = Field(
+            default=256, ge=8, description="tokens of a sentence at most; longer ones are cut, and counted"
+        )
+        warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps over which lr rises")
+        optimizer: Annotated[Any, *OPTIMIZERS.slot()] = Field(
+            default="stableadamw", description="with weight_decay above"
+        )
+        runtime: Literal["flexbert", "transformers"] | None = Field(
+            default=None,
+            description="default: ours, unpadded, for architectures that it knows, else transformers, padded",
+        )
+        precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto: bf16 on a GPU")
+        microbatch_tokens: int = Field(default=16384, ge=1, description="slots at once in a step, which bounds memory")
 
     config: Config
 

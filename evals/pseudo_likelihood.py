@@ -16,7 +16,7 @@ class PseudoConfig(MaskedModelConfig):
     """What evaluations by pseudo-log-likelihood say."""
 
     method: Method = Field(
-        "word_l2r",
+        default="word_l2r",
         description="token: each token by itself (Salazar et al. 2020); word_l2r: with it those of its word that come "
         "after it (Kauf & Ivanova 2023), so that the rest of a long word does not give it away",
     )

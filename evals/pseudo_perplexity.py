@@ -23,10 +23,12 @@ class PseudoPerplexity(CelledEval):
     nats/byte, -PLL by UTF-8 bytes without blanks, by which models of different tokenizers compare."""
 
     class Config(CorpusConfig, PseudoConfig):
-        sentences: int = Field(100, ge=1, description="of each domain, its first; each costs a row for each token")
-        min_words: int = Field(4, ge=1, description="shorter sentences are left out: headings, numbers")
+        sentences: int = Field(
+            default=100, ge=1, description="of each domain, its first; each costs a row for each token"
+        )
+        min_words: int = Field(default=4, ge=1, description="shorter sentences are left out: headings, numbers")
         max_words: int = Field(
-            60, ge=1, description="longer sentences are left out: a row's cost grows with its square"
+            default=60, ge=1, description="longer sentences are left out: a row's cost grows with its square"
         )
 
     config: Config

@@ -34,31 +34,34 @@ class Retrieval(CelledEval):
 
     class Config(EvalConfig):
         data: Annotated[list[UserPath], BeforeValidator(_listed), or_text(".", "datasets/scifact")] = Field(
-            [], description="folders in BEIR's layout"
+            default=[], description="folders in BEIR's layout"
         )
         mteb: Annotated[list[Line], BeforeValidator(_listed), or_text(".", "SciFact")] = Field(
-            [], description="retrieval tasks of mteb, NAME or NAME:SUBSET, which come from the hub: the network is used"
+            default=[],
+            description="retrieval tasks of mteb, NAME or NAME:SUBSET, which come from the hub: the network is used",
         )
-        split: str = Field("test", pattern=LABEL, description="to score by: qrels/SPLIT.tsv")
+        split: str = Field(default="test", pattern=LABEL, description="to score by: qrels/SPLIT.tsv")
         methods: list[Annotated[Method, BeforeValidator(spelled_out), or_text(".", "single_vector")]] = Field(  # pyright: ignore[reportAssignmentType]
             ["single_vector"], min_length=1, description="ways to find documents"
         )
         ignore_identical_ids: bool = Field(
-            False,
+            default=False,
             description="leave out a document that has the query's id: sets whose queries are documents (ArguAna)",
         )
         documents: int | None = Field(
-            None,
+            default=None,
             ge=2,
             description="documents of a set at most: judged ones and drawn others; scores are of that sample",
         )
         queries: int | None = Field(
-            None, ge=1, description="queries of a set at most, drawn; scores are of that sample"
+            default=None, ge=1, description="queries of a set at most, drawn; scores are of that sample"
         )
-        batch_size: int = Field(32, ge=1, description="texts embedded at once")
-        precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU")
-        resamples: int = Field(9999, ge=99, description="draws for intervals and permutation tests")
-        seed: int = Field(0, ge=0, description="of samples, intervals, tests, and of a projection that is not trained")
+        batch_size: int = Field(default=32, ge=1, description="texts embedded at once")
+        precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto: bf16 on a GPU")
+        resamples: int = Field(default=9999, ge=99, description="draws for intervals and permutation tests")
+        seed: int = Field(
+            default=0, ge=0, description="of samples, intervals, tests, and of a projection that is not trained"
+        )
 
         @model_validator(mode="after")
         def _check(self) -> Any:

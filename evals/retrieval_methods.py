@@ -19,22 +19,30 @@ class Method(Schema):
     """One way to find documents with a model."""
 
     name: Literal["single_vector", "multi_vector"]
-    label: str | None = Field(None, pattern=LABEL, description="in tables, where a method comes twice; default: name")
+    label: str | None = Field(
+        default=None, pattern=LABEL, description="in tables, where a method comes twice; default: name"
+    )
     pooling: Literal["mean", "cls"] | None = Field(
-        None, description="of one vector; default: as the folder says (its modules.json), else mean"
+        default=None, description="of one vector; default: as the folder says (its modules.json), else mean"
     )
     max_length: int | None = Field(
-        None,
+        default=None,
         ge=8,
         description="of one vector: tokens of a text; default: as the folder says, else what the model takes",
     )
-    query_prefix: str | None = Field(None, description="of one vector: before queries; default: the folder's prompt")
-    document_prefix: str | None = Field(None, description="of one vector: before documents, likewise")
-    query_length: int | None = Field(None, ge=8, description="of several: tokens of a query; default: 32")
-    document_length: int | None = Field(None, ge=8, description="of several: tokens of a document; default: 180")
-    dimensions: int | None = Field(None, ge=1, description="of several: width of a token's vector; default: 128")
-    tune: Tune | None = Field(None, description="train it for retrieval, too")
-    untuned: bool = Field(True, description="with tune: score the model as it is, too")
+    query_prefix: str | None = Field(
+        default=None, description="of one vector: before queries; default: the folder's prompt"
+    )
+    document_prefix: str | None = Field(default=None, description="of one vector: before documents, likewise")
+    query_length: int | None = Field(default=None, ge=8, description="of several: tokens of a query; default: 32")
+    document_length: int | None = Field(
+        default=None, ge=8, description="of several: tokens of a document; default: 180"
+    )
+    dimensions: int | None = Field(
+        default=None, ge=1, description="of several: width of a token's vector; default: 128"
+    )
+    tune: Tune | None = Field(default=None, description="train it for retrieval, too")
+    untuned: bool = Field(default=True, description="with tune: score the model as it is, too")
 
     @model_validator(mode="after")
     def _check(self) -> "Method":

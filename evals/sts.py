@@ -19,17 +19,21 @@ class Sts(Eval):
 
     class Config(EvalConfig):
         data: UserPath | None = Field(
-            None, description="a .tsv, .csv, .jsonl or .parquet file, such as STS-B's dev.tsv"
+            default=None, description="a .tsv, .csv, .jsonl or .parquet file, such as STS-B's dev.tsv"
         )
-        text: str | int = Field("sentence1", description="column of a sentence: its name, or number without a header")
-        pair: str | int = Field("sentence2", description="column of the other one")
-        label: str | int = Field("score", description="column of the score")
+        text: str | int = Field(
+            default="sentence1", description="column of a sentence: its name, or number without a header"
+        )
+        pair: str | int = Field(default="sentence2", description="column of the other one")
+        label: str | int = Field(default="score", description="column of the score")
         pooling: Literal["mean", "cls"] | None = Field(
-            None, description="default: as the folder says (its modules.json), else mean"
+            default=None, description="default: as the folder says (its modules.json), else mean"
         )
-        max_length: int | None = Field(None, ge=8, description="tokens of a sentence; default: as the folder says")
-        batch_size: int = Field(32, ge=1, description="texts embedded at once")
-        precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU")
+        max_length: int | None = Field(
+            default=None, ge=8, description="tokens of a sentence; default: as the folder says"
+        )
+        batch_size: int = Field(default=32, ge=1, description="texts embedded at once")
+        precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto: bf16 on a GPU")
 
     config: Config
 

@@ -29,7 +29,9 @@ class TextTask(Schema):
         default=None, description="file or, of the hub, split to train on; default: train.tsv or train"
     )
     dev: dict[str, str] | None = Field(
-        None, min_length=1, description="files or splits to score by, with a name for each where there are several"
+        default=None,
+        min_length=1,
+        description="files or splits to score by, with a name for each where there are several",
     )
     text: Column | None = Field(
         default=None, description="column of the text: its name, or number from 0 without a header"
@@ -37,11 +39,11 @@ class TextTask(Schema):
     pair: Column | None = Field(default=None, description="column of the second text")
     label: Column | None = Field(default=None, description="column of the label")
     labels: list[str] | None = Field(
-        None, min_length=2, description="the classes; default: those of the training file, sorted"
+        default=None, min_length=2, description="the classes; default: those of the training file, sorted"
     )
     kind: Literal["classes", "score"] | None = Field(default=None, description="classes, or a number to be predicted")
     metrics: list[Literal["accuracy", "f1", "mcc", "pearson", "spearman"]] | None = Field(
-        None, min_length=1, description="the task's score is their mean; f1: of the class that stands last"
+        default=None, min_length=1, description="the task's score is their mean; f1: of the class that stands last"
     )
     epochs: list[int] | None = Field(
         default=None, min_length=1, description="how long to train; default: the evaluation's"

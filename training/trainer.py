@@ -84,6 +84,7 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
         if run is not None:
             run.close()
         watchdog.stop()
+    assert run is not None
     # With the folder free for others, and no watchdog: this may take longer than a step may.
     run.publisher.finish(lambda text: console.print(text, soft_wrap=True))
     return summary

@@ -145,7 +145,7 @@ def _of_export(measured: Sequence[dict[str, Any]], export: Path, tokens: int) ->
         return []
     digest = digest_of(export)
     return [
-        Result(_TASKS.get(node["config"]["name"], node["config"]["name"]), node["evaluation"], name, float(value))
+        Result(str(_TASKS.get(node["config"]["name"], node["config"]["name"])), node["evaluation"], name, float(value))
         for node in mine
         if node["model"]["digest"] == digest
         for name, value in numbers(node["scores"]).items()

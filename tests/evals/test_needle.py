@@ -49,7 +49,7 @@ def copier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluate(folder: Path, model: Path, *overrides: str) -> tuple[dict[str, Any], str]:
     file = folder / "reach.yaml"
-    file.write_text("name: needle\n")
+    file.write_text("evaluation: {name: needle}\n")
     data = write_beir(folder / "set") if not (folder / "set").exists() else folder / "set"
     console = Console(file=io.StringIO(), width=400)
     assert run_eval(str(file), [str(model), f"data={data}", *overrides], folder / "out", console)
@@ -130,7 +130,7 @@ def test_a_model_without_a_masked_token_head_is_refused(tmp_path: Path, model: P
     AutoModel.from_pretrained(model).save_pretrained(tmp_path / "bare")
     word_tokenizer(128).save_pretrained(tmp_path / "bare")
     file = tmp_path / "reach.yaml"
-    file.write_text(f"name: needle\ndata: {write_beir(tmp_path / 'set')}\nlengths: [64]\n")
+    file.write_text(f"evaluation: {{name: needle, data: {write_beir(tmp_path / 'set')}, lengths: [64]}}\n")
     console = Console(file=io.StringIO(), width=400)
     assert not run_eval(str(file), [str(tmp_path / "bare")], tmp_path / "out", console)
     assert "missing in the weights" in console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]

@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console
 
 from commands.evaluate import run_eval
-from evals.config import build_eval, load_eval_config
+from evals.config import load_eval_file
 from evals.interface import EVALS
 from flexbert_core.schema import ConfigError
+from tests.helpers.evals import evaluation_of
 from tests.helpers.sentences import TOPICS, write_beir, write_model
 
 QUICK = ["resamples=199"]
@@ -49,7 +50,8 @@ def minilm() -> Path:
 def write_config(folder: Path, data: Path | list[Path], methods: str) -> Path:
     file = folder / "found.yaml"
     file.write_text(
-        f"name: retrieval\ndata: {data if isinstance(data, Path) else [str(each) for each in data]}\nmethods: {methods}\n"
+        "evaluation:\n  name: retrieval\n"
+        f"  data: {data if isinstance(data, Path) else [str(each) for each in data]}\n  methods: {methods}\n"
     )
     return file
 
@@ -219,9 +221,9 @@ def test_what_cannot_be_is_said_before_a_model_is_looked_at(
     data: Path, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     file = tmp_path / "found.yaml"
-    file.write_text("name: retrieval\n")
+    file.write_text("evaluation: {name: retrieval}\n")
     with pytest.raises(ConfigError, match=message):
-        build_eval(load_eval_config(file, [each.replace("DATA", str(data)) for each in overrides]), "found")
+        evaluation_of(file, *[each.replace("DATA", str(data)) for each in overrides])
 
 
 def test_a_model_that_is_not_whole_is_refused(data: Path, model: Path, tmp_path: Path) -> None:
@@ -241,7 +243,7 @@ def test_a_model_that_is_not_whole_is_refused(data: Path, model: Path, tmp_path:
 
 @pytest.mark.parametrize("name", ["scifact", "scifact-tuned", "cosqa", "beir", "long-documents", "needle", "sts"])
 def test_the_projects_own_files_load(name: str) -> None:
-    config = load_eval_config(Path("configs/eval") / f"{name}.yaml")
+    config = load_eval_file(Path("configs/eval") / f"{name}.yaml").evaluation
     assert config.name in EVALS.entries
 
 

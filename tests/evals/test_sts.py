@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from commands.evaluate import run_eval
-from evals.config import build_eval, load_eval_config
 from flexbert_core.schema import ConfigError
+from tests.helpers.evals import evaluation_of
 
 ROWS = [
     ("A cat sits on the mat.", "A kitten is on a rug.", 4.0),
@@ -51,6 +51,6 @@ def test_a_score_that_is_no_number_is_said(tmp_path: Path) -> None:
     file = write_file(tmp_path)
     file.write_text(file.read_text().replace("0.6", "low"))
     with pytest.raises(ConfigError, match=r"sts: .*dev\.tsv: row 4: score: 'low' is no number"):
-        build_eval(load_eval_config(Path("configs/eval/sts.yaml"), [f"data={file}"]), "sts")
+        evaluation_of(Path("configs/eval/sts.yaml"), f"data={file}")
     with pytest.raises(ConfigError, match="sts: give data=FILE"):
-        build_eval(load_eval_config(Path("configs/eval/sts.yaml")), "sts")
+        evaluation_of(Path("configs/eval/sts.yaml"))

@@ -77,7 +77,7 @@ class Hub:
         """The next so many calls of a kind are done, and not answered."""
         self._lost[kind] += times
 
-    def before(self, kind: str, act: Callable[[], None]) -> None:
+    def before(self, kind: str, act: Callable[[], Any]) -> None:
         """Once, before the next call of a kind is answered."""
         self._before[kind] = act
 

@@ -59,7 +59,7 @@ def test_the_card_says_what_the_run_knows(finished: Path) -> None:
     scores = next(line for line in lines if line.get("tokens") == 3 * PER_STEP and "validation" in line)
     for name, key in ((last, "validation"), (f"{last}-ema", "validation_ema")):
         card = ModelCard(text_of(found[name]), ignore_metadata_errors=False)
-        data = card.data
+        data: Any = card.data
         assert (data.license, data.language, data.library_name, data.pipeline_tag) == (
             "apache-2.0",
             ["en"],
@@ -118,7 +118,7 @@ def test_results_of_evaluations_reach_the_card(finished: Path, tmp_path: Path) -
     (run / "evaluations/own/results.json").write_text(json.dumps({**node, "evaluation": "own", "scores": {"f1": 0.25}}))
     before = revisions(run)
     found = revisions(run, results=(tmp_path / "results",))
-    data = ModelCard(text_of(found[name])).data
+    data: Any = ModelCard(text_of(found[name])).data
     assert data.eval_results is not None
     assert sorted((each.dataset_name, each.task_type, each.metric_value) for each in data.eval_results) == [
         ("glue-quick", "text-classification", 0.5),
