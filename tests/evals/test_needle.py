@@ -133,7 +133,7 @@ def test_a_model_without_a_masked_token_head_is_refused(tmp_path: Path, model: P
     file.write_text(f"evaluation: {{name: needle, data: {write_beir(tmp_path / 'set')}, lengths: [64]}}\n")
     console = Console(file=io.StringIO(), width=400)
     assert not run_eval(str(file), [str(tmp_path / "bare")], tmp_path / "out", console)
-    assert "missing in the weights" in console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "has no masked-token head" in console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_a_length_without_room_is_refused() -> None:

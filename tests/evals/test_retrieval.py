@@ -99,6 +99,7 @@ def test_minilm_scores_as_sentence_transformers_own_evaluator(minilm: Path, tmp_
     assert 0.1 < ours["single_vector ndcg@10"]["mean"] < 0.9
 
 
+@pytest.mark.slow
 def test_tuning_for_one_vector_and_for_several_teaches(data: Path, model: Path, tmp_path: Path) -> None:
     methods = f"[{{name: single_vector, tune: {TUNE}}}, {{name: multi_vector, query_length: 16, document_length: 32, tune: {TUNE}}}]"
     scores, said = run(write_config(tmp_path, data, methods), [model], tmp_path / "out")

@@ -25,6 +25,9 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.slow
 def test_a_run_exports_what_it_keeps(tiny_data: Path, tmp_path: Path) -> None:
     """And not the checkpoints that pass; with weights of its own each, those of step 0 as they were drawn."""
     run = go(write_run(tmp_path, tiny_data))

@@ -49,7 +49,8 @@ def check_whole(hub: Hub, repo: str, files: dict[str, dict[str, bytes]]) -> None
         assert found == files[EXPORTS[3] if name == "main" else name] or (name == "main" and not found)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [3, 20])
 def test_a_push_that_is_killed_ends_with_every_revision_whole(
     finished: Path, tmp_path: Path, hub: Hub, pushes: Pushes, kills: int
 ) -> None:

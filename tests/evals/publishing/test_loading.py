@@ -82,6 +82,7 @@ def load(hub: Hub, home: Path, repo: str, revisions: list[str], trust: bool, poo
     return answer
 
 
+@pytest.mark.slow
 def check(answer: Any, revisions: list[str]) -> None:
     assert answer["said"] == []
     for revision in revisions:
