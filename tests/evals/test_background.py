@@ -54,7 +54,6 @@ def times_made(folder: Path) -> dict[str, int]:
     return {name: names.count(name) for name in names}
 
 
-@pytest.mark.slow
 @pytest.fixture(scope="module")
 def straight(ranks: Ranks, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
@@ -62,6 +61,7 @@ def straight(ranks: Ranks, tiny_data: Path, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
+@pytest.mark.slow
 def test_each_checkpoint_that_is_due_is_evaluated_and_logged_with_its_step(straight: Path) -> None:
     scores = evaluated(straight)
     assert list(scores) == [2, 4, 6]

@@ -99,7 +99,6 @@ def test_minilm_scores_as_sentence_transformers_own_evaluator(minilm: Path, tmp_
     assert 0.1 < ours["single_vector ndcg@10"]["mean"] < 0.9
 
 
-@pytest.mark.slow
 def test_tuning_for_one_vector_and_for_several_teaches(data: Path, model: Path, tmp_path: Path) -> None:
     methods = f"[{{name: single_vector, tune: {TUNE}}}, {{name: multi_vector, query_length: 16, document_length: 32, tune: {TUNE}}}]"
     scores, said = run(write_config(tmp_path, data, methods), [model], tmp_path / "out")
@@ -115,6 +114,7 @@ def test_tuning_for_one_vector_and_for_several_teaches(data: Path, model: Path, 
     assert "BM25" in (tmp_path / "out/table.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_seed_gives_one_result_and_another_seed_another(data: Path, model: Path, tmp_path: Path) -> None:
     short = TUNE.replace("epochs: 4", "epochs: 1, rows: 16")
     methods = f"[{{name: single_vector, untuned: false, tune: {short.replace('bm25', 'model')}}}, {{name: multi_vector, document_length: 16, untuned: false, tune: {short}}}]"

@@ -25,9 +25,6 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.slow
-@pytest.mark.slow
-@pytest.mark.slow
 def test_a_run_exports_what_it_keeps(tiny_data: Path, tmp_path: Path) -> None:
     """And not the checkpoints that pass; with weights of its own each, those of step 0 as they were drawn."""
     run = go(write_run(tmp_path, tiny_data))
@@ -39,6 +36,7 @@ def test_a_run_exports_what_it_keeps(tiny_data: Path, tmp_path: Path) -> None:
     assert not (run / "publish.log").exists()
 
 
+@pytest.mark.slow
 def test_resuming_neither_skips_nor_repeats_an_export(ranks: Ranks, tiny_data: Path, tmp_path: Path) -> None:
     """Killed in the step before, at and behind each export."""
     straight = go(write_run(tmp_path / "straight", tiny_data))
@@ -61,6 +59,7 @@ def test_resuming_neither_skips_nor_repeats_an_export(ranks: Ranks, tiny_data: P
             assert (run / "exports" / name / "model.safetensors").stat().st_mtime_ns == times[name]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_published(tiny_data: Path, tmp_path: Path) -> None:
     published = tmp_path / "published"
     file = write_run(tmp_path, tiny_data, publish={"folder": str(published)})
@@ -73,6 +72,7 @@ def test_a_finished_run_is_published(tiny_data: Path, tmp_path: Path) -> None:
     assert names(published) == sorted([*EXPORTS, "main"])
 
 
+@pytest.mark.slow
 def test_a_push_that_fails_is_a_warning(tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "taken").write_text("a file")
     file = write_run(tmp_path, tiny_data, publish={"folder": str(tmp_path / "taken")})

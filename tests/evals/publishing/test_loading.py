@@ -82,7 +82,6 @@ def load(hub: Hub, home: Path, repo: str, revisions: list[str], trust: bool, poo
     return answer
 
 
-@pytest.mark.slow
 def check(answer: Any, revisions: list[str]) -> None:
     assert answer["said"] == []
     for revision in revisions:
@@ -93,6 +92,7 @@ def check(answer: Any, revisions: list[str]) -> None:
     assert len(vectors) == len(set(revisions) - {"main"})  # each revision has weights of its own; main is one of them
 
 
+@pytest.mark.slow
 def test_revisions_load_without_a_warning(finished: Path, tmp_path: Path, hub: Hub, pushes: Pushes) -> None:
     code, text = pushes.push(str(finished), "publish.repo=org/modernbert")
     (finished / "publish.json").unlink()
