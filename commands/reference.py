@@ -87,16 +87,21 @@ def _slot(name: str, slot: ShownSlot, tree: dict[str, Node]) -> list[str]:
     bare = bare_names(slot, tree)
     for entry in sorted(slot.registry.entries):
         node = tree[f"{name}.{entry}"]
-        rows = [
-            _Row(key, value, _default(key, value, {}, key in node["required"]))
-            for key, value in node["properties"].items()
-            if key != "name"
-        ]
+        rows = [row for row in _flat_rows(tree, node, "") if row.key != "name"]
         lines += [f"**`{entry}`**: {_text(node['description'])}", ""]
         if entry not in bare:
             lines += ["Its name alone is not enough: it has options that must be given.", ""]
         lines += [*_table(rows, tree), ""] if rows else []
     return lines
+
+
+def _flat_rows(tree: dict[str, Node], node: Node, prefix: str) -> Iterator[_Row]:
+    """The keys of a definition, each followed by those of the section that it holds."""
+    for key, value in node["properties"].items():
+        yield _Row(prefix + key, value, _default(key, value, {}, key in node.get("required", ())))
+        if (inner := _inner(value)) is not None and inner[0] != FlexBertConfig.__name__:
+            name, path = inner
+            yield from _flat_rows(tree, tree[name], f"{prefix}{key}{path}.")
 
 
 def _table(rows: list[_Row], tree: dict[str, Node]) -> Iterator[str]:

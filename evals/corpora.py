@@ -8,7 +8,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from evals.interface import EvalConfig
 from flexbert_core.schema import ConfigError, RunError, UserPath, named
@@ -32,12 +32,6 @@ class CorpusConfig(EvalConfig):
     )
     documents: int = Field(default=1000, ge=1, description="of each domain at most, its first")
 
-    @model_validator(mode="after")
-    def _check_source(self) -> "CorpusConfig":
-        if (self.data is None) == (self.texts is None):
-            raise ValueError("give data=FOLDER, a prepared dataset, or texts.NAME=FILE, and not both")
-        return self
-
 
 @dataclass(frozen=True)
 class Corpus:
@@ -49,6 +43,8 @@ class Corpus:
 
 def read_corpora(config: CorpusConfig) -> dict[str, Corpus]:
     """Documents of each domain, those that are not blank. Raises ConfigError for what cannot be read or holds none."""
+    if (config.data is None) == (config.texts is None):
+        raise ConfigError("give data=FOLDER, a prepared dataset, or texts.NAME=FILE, and not both")
     if config.texts is not None:
         found = {name: _of_file(file, config) for name, file in config.texts.items()}
     else:

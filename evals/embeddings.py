@@ -47,7 +47,10 @@ class Embeddings(CelledEval):
     cosine. A text that stands there twice counts once in the latter two."""
 
     class Config(EmbeddingConfig):
-        data: UserPath = Field(description="a .tsv, .csv, .jsonl or .parquet file of pairs that mean the same")
+        data: UserPath | None = Field(
+            default=None,
+            description="a .tsv, .csv, .jsonl or .parquet file of pairs that mean the same",
+        )
         first: str | int = Field(
             default=0, description="column of a pair's first text: number from 0 (no header), or name"
         )
@@ -60,6 +63,8 @@ class Embeddings(CelledEval):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        if config.data is None:
+            raise ConfigError("give data=PATH, a file of pairs")
         if (config.score is None) != (config.min_score is None):
             raise ConfigError("score, min_score: give both, or none")
         rows = read_rows(Path(config.data), Columns(config.first, config.second, config.score))

@@ -23,7 +23,10 @@ class MinimalPairs(CelledEval):
     (BLiMP, Warstadt et al. 2020, arXiv 1912.00582). A tie counts as wrong."""
 
     class Config(PseudoConfig):
-        data: UserPath = Field(description="a .jsonl file with sentence_good and sentence_bad, or a folder of them")
+        data: UserPath | None = Field(
+            default=None,
+            description="a .jsonl file with sentence_good and sentence_bad, or a folder of them",
+        )
         by: str = Field("UID", description="what groups pairs; where a row has none, its file's name does")
         pairs: int | None = Field(default=None, ge=1, description="of each group at most, its first; default: all")
 
@@ -31,6 +34,8 @@ class MinimalPairs(CelledEval):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        if config.data is None:
+            raise ConfigError("give data=PATH, a .jsonl file of pairs, or a folder of them")
         self.groups: dict[str, list[tuple[str, str]]] = {}
         for file in _files(Path(config.data)):
             for group, pair in _pairs(file, config.by):

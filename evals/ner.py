@@ -29,7 +29,10 @@ class Ner(CelledEval):
     """Entity-level precision, recall and F1, equal to conlleval's and seqeval's, at the epoch with the best F1."""
 
     class Config(EvalConfig):
-        data: UserPath = Field(description="a folder with column files: a word and its tag (BIO, IOB1, BIOES) a line")
+        data: UserPath | None = Field(
+            default=None,
+            description="a folder with column files: a word and its tag (BIO, IOB1, BIOES) a line",
+        )
         train: str = Field("train.txt", description="its file to train on")
         dev: str = Field("dev.txt", description="its file to score by")
         word_column: int = Field(default=0, description="column of the word, from 0")
@@ -59,6 +62,8 @@ class Ner(CelledEval):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        if config.data is None:
+            raise ConfigError("give data=PATH, a folder with column files")
         if len(set(config.seeds)) != len(config.seeds):
             raise ConfigError(f"seeds: a value stands there twice: {config.seeds}")
         folder = Path(config.data)

@@ -18,7 +18,9 @@ LABEL = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 class Method(Schema):
     """One way to find documents with a model."""
 
-    name: Literal["single_vector", "multi_vector"]
+    name: Literal["single_vector", "multi_vector"] = Field(
+        description="one vector for each text, compared by cosine; or one for each token, by MaxSim (ColBERT)"
+    )
     label: str | None = Field(
         default=None, pattern=LABEL, description="in tables, where a method comes twice; default: name"
     )

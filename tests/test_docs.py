@@ -156,6 +156,7 @@ def test_yaml_is_what_the_loaders_take(text: str, tmp_path: Path) -> None:
 
 # A part of a file may be of any kind, of a phase or of a stream; components from outside have any name.
 PARTS = [("run", "RunConfig.open"), ("prepare", "PrepareConfig.partial"), ("model", "FlexBertConfig.partial")]
+PARTS += [("eval", "EvalFile.open")]
 PARTS += [("run", "PhaseConfig.open"), ("run", "FlexBertConfig.open"), ("prepare", "StreamConfig.partial")]
 OUTSIDE = {"serial", "words"}
 

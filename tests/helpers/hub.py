@@ -52,10 +52,10 @@ class Hub:
         self.folder, self.token = folder, token
         self.calls: Counter[str] = Counter()
         self.delay = 0.0  # seconds, of every call
-        self._faults: dict[str, list[tuple[int, dict[str, str]]]] = {}
+        self.faults: dict[str, list[tuple[int, dict[str, str]]]] = {}
         self._lost: Counter[str] = Counter()
-        self._strike: tuple[int, bool, Callable[[], None]] = (0, False, lambda: None)
-        self._before: dict[str, Callable[[], None]] = {}
+        self.struck_at: tuple[int, bool, Callable[[], None]] = (0, False, lambda: None)
+        self.acts: dict[str, Callable[[], None]] = {}
         self._lock = threading.RLock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
@@ -71,7 +71,7 @@ class Hub:
     def fail(self, kind: str, status: int, times: int = 1, **headers: str) -> None:
         """The next so many calls of a kind get this status. headers: `Retry_After` is Retry-After."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        self._faults.setdefault(kind, []).extend([(status, named)] * times)
+        self.faults.setdefault(kind, []).extend([(status, named)] * times)
 
     def lose(self, kind: str, times: int = 1) -> None:
         """The next so many calls of a kind are done, and not answered."""
@@ -79,11 +79,11 @@ class Hub:
 
     def before(self, kind: str, act: Callable[[], Any]) -> None:
         """Once, before the next call of a kind is answered."""
-        self._before[kind] = act
+        self.acts[kind] = act
 
     def strike(self, call: int, done: bool, act: Callable[[], None]) -> None:
         """At the call of this number from now on, before it is done or after, and before its answer."""
-        self._strike = (self.calls.total() + call, done, act)
+        self.struck_at = (self.calls.total() + call, done, act)
 
     def branches(self, repo: str) -> dict[str, str]:
         return {unquote(file.name): file.read_text() for file in (self._repo(repo) / "refs").iterdir()}
@@ -321,15 +321,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         hub = self.hub
         hub.calls[kind] += 1
         time.sleep(hub.delay)
-        number, done, strike = hub._strike
+        number, done, strike = hub.struck_at
         struck = hub.calls.total() == number
         if struck and not done:
             strike()
-        act = hub._before.pop(kind, None)
+        act = hub.acts.pop(kind, None)
         if act is not None:
             act()
-        if hub._faults.get(kind):
-            status, headers = hub._faults[kind].pop(0)
+        if hub.faults.get(kind):
+            status, headers = hub.faults[kind].pop(0)
             self._answer(status, json.dumps({"error": "as asked"}).encode(), headers)
             return
         try:
