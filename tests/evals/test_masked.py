@@ -164,7 +164,7 @@ def test_bad_text_is_one_line(config: dict[str, Any], words: str, tmp_path: Path
 
 
 def test_one_source_of_text_must_be_given() -> None:
-    with pytest.raises(ValueError, match="give data=FOLDER"):
+    with pytest.raises(ConfigError, match="give data=FOLDER"):
         evaluation(name="masked")
 
 
