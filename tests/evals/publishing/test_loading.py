@@ -115,6 +115,7 @@ def test_other_architectures_load_without_a_warning(
         "num_hidden_layers": 2,
         "intermediate_size": 24,
         "max_position_embeddings": 64,
+        **dict.fromkeys(f"{role}_token_id" for role in ("pad", "cls", "sep", "mask")),
     }
     run = go(write_run(tmp_path / "run", tiny_data, model=bert if kind == "bert" else {"norm": "rmsnorm"}))
     repo = f"org/{kind.replace(' ', '-')}"
