@@ -67,7 +67,7 @@ def longest(folder: Path, tokenizer: Any) -> int:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     positions = config.get("max_position_embeddings") or config.get("max_length_tokens") or 512
     if config.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
-        positions -= 2  # counted from behind the padding's
+        positions -= config.get("pad_token_id", 1) + 1  # counted from behind the padding's
     return int(min(positions, tokenizer.model_max_length))
 
 

@@ -124,7 +124,7 @@ def _records(file: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
             raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
         yield from enumerate(table.to_pylist(), 1)
         return
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             try:
                 record = json.loads(line)

@@ -70,6 +70,11 @@ def model_of(source: CheckpointSource, weights: Mapping[str, Tensor]) -> FlexBer
 
 def write_export(source: CheckpointSource, model: FlexBertForMaskedLM, output: Path, note: str | None) -> None:
     """The model as a folder for transformers, with the source's tokenizer and a card that says what it is."""
+    tokenizer = tokenizer_folder(source.run.data)
+    if not (tokenizer / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"its run's tokenizer {tokenizer} is not there: say the command in the folder where it trained"
+        )
     origin = read_origin_record(source.path.parent.parent)
     card = report.model_card(source.run, source.plan, source.tokens, None, note, origin)
-    flexbert.to_hf(model, tokenizer_folder(source.run.data), output, card=card)
+    flexbert.to_hf(model, tokenizer, output, card=card)

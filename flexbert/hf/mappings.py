@@ -174,7 +174,7 @@ def _bert_to(config: FlexBertConfig) -> dict[str, Any]:
     return {
         **_common_to(config),
         "max_position_embeddings": config.max_position_embeddings + config.position.offset,
-        "type_vocab_size": config.embedding.token_types,
+        "type_vocab_size": config.embedding.token_types or 1,  # transformers' BERT always looks one up
         "hidden_act": _activation_to(config.mlp.activation),
         "hidden_dropout_prob": dropouts.pop() if len(dropouts) == 1 else 0.0,
         "attention_probs_dropout_prob": config.attention.probs_dropout,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexbert.hf.verify import PARITY_FILE
 from flexbert_core.durable import new_folder
 from flexbert_core.schema import ConfigError, RunError
 
@@ -32,7 +33,8 @@ _KINDS = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForTokenClassification": "AutoModelForTokenClassification",
 }
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".py")
+# Left behind: what the graph replaces, and what was measured of it.
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".py", PARITY_FILE)
 
 
 @dataclass(frozen=True)

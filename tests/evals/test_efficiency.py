@@ -45,6 +45,8 @@ def test_documents_are_the_same_every_time_and_as_long_as_asked_for() -> None:
     assert all(one.equal(other) for one, other in zip(documents, again, strict=True))
     assert not make_documents(lengths, 1, 97, {3, 4}, 43)[0].equal(documents[0])
     assert {len(ids) for ids in make_documents(Lengths(longest=8, mean=8, deviation=0), 5, 9, set(), 0)} == {8}
+    cut = [len(ids) for ids in make_documents(Lengths(longest=8, mean=6, deviation=9), 200, 9, set(), 0)]
+    assert (min(cut), max(cut)) == (1, 8)
 
 
 def test_both_runtimes_by_turns(model: Model, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from data.keyed import keyed_generator
+from evals.embedding_models import EmbeddingConfig, EmbeddingModel
 from evals.embeddings import alignment, mean_cosine, uniformity
 from evals.interface import Model
 from flexbert_core.schema import ConfigError
@@ -72,6 +73,22 @@ def test_the_evaluation_embeds_as_transformers_does(
         scores = evaluation(**config, batch_tokens=30).run(each, tmp_path)
         assert scores["alignment"] == pytest.approx(alignment(first, second), abs=1e-5)
         assert scores["uniformity"] == pytest.approx(uniformity(np.concatenate((first, second))), abs=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("runtime", ["flexbert", "transformers"])
+def test_embeddings_keep_their_length(runtime: Any, pooling: Any, model: Model) -> None:
+    """Alignment looks at directions only, a linear probe does not."""
+    config = EmbeddingConfig(name="embeddings", pooling=pooling, runtime=runtime, batch_tokens=30)
+    found, cut = EmbeddingModel(model.folder, config).embed(SENTENCES)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model.folder)
+    theirs = AutoModel.from_pretrained(model.folder)
+    for sentence, embedding in zip(SENTENCES, found, strict=True):
+        with torch.no_grad():
+            states = theirs(input_ids=torch.tensor([tokenizer(sentence)["input_ids"]])).last_hidden_state[0]
+        expected = states.mean(0) if pooling == "mean" else states[0]
+        torch.testing.assert_close(torch.from_numpy(embedding), expected, atol=1e-5, rtol=0)
+    assert cut == 0
 
 
 def test_pairs_of_low_scores_count_as_texts_only(model: Model, tmp_path: Path) -> None:

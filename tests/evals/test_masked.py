@@ -89,6 +89,13 @@ def test_words_hide_the_same_text_for_another_tokenizer(model: Model, tmp_path: 
     assert found["words"][0]["bytes"] == found["words"][1]["bytes"]
     assert found["words"][0]["tokens"] < found["words"][1]["tokens"]
     assert found["tokens"][0]["bytes"] != found["tokens"][1]["bytes"]
+    lines = (tmp_path / "prose.jsonl").read_text().splitlines()
+    hidden = 0
+    for number, line in enumerate(lines):
+        words = json.loads(line)["text"].split()
+        draws = keyed_generator(0, "masked evaluation, words, prose", number).random(len(words))
+        hidden += sum(len(word) for word, draw in zip(words, draws, strict=True) if draw < 0.3)
+    assert found["words"][0]["bytes"] == hidden
 
 
 def test_what_is_hidden_at_one_rate_is_hidden_at_a_higher_one(model: Model, tmp_path: Path) -> None:

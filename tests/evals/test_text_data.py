@@ -158,3 +158,8 @@ def test_scores_by_hand() -> None:
 def test_a_constant_scores_nothing_where_it_has_no_score() -> None:
     assert scored(["pearson", "spearman"], [1.0, 2.0], [3.0, 3.0])["score"] == 0
     assert scored(["mcc", "f1"], [0, 1], [0, 0])["score"] == 0
+
+
+def test_a_line_separator_inside_a_text_ends_no_row_of_jsonl(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(json.dumps({"said": "a\u2028b", "mark": 1}, ensure_ascii=False) + "\n")
+    assert read_rows(tmp_path / "t.jsonl", Columns("said", None, "mark")).texts == ["a\u2028b"]

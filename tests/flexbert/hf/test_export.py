@@ -159,6 +159,13 @@ def test_bert_and_roberta_are_exported_as_such(tmp_path: Path, changes: dict[str
     assert all(torch.equal(tensor, encoder.state_dict()[name]) for name, tensor in model.encoder.state_dict().items())
 
 
+def test_bert_without_token_types_carries_its_code(tmp_path: Path) -> None:
+    """transformers' BERT always looks a token type up, so it has no class for this one."""
+    model = build(tiny(**{**BERT, **IDS, "embedding": {"name": "tokens", "token_types": 0}}))
+    to_hf(model, tokenizer_of(97), tmp_path / "export")
+    assert (tmp_path / "export" / "modeling_flexbert.py").is_file()
+
+
 def test_separate_projections_are_exported_like_fused_ones(tmp_path: Path) -> None:
     attention = {**BERT["attention"], "fused": False}
     model = build(tiny(**{**BERT, "attention": attention})).eval()
