@@ -3,7 +3,7 @@ PYTEST_ARGS ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo setup-eval test test-slow test-transformers5 lint format schema docs bench clean
+.PHONY: help setup setup-dev demo ablation setup-eval test test-slow setup-next test-next smoke-next lint format schema docs bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -18,7 +18,7 @@ help: ## list the targets
 	$(PY) -m pip install --disable-pip-version-check -r requirements-eval.txt
 	@touch $@
 
-.venv/.dev: .venv/.run requirements-dev.txt requirements-data.txt requirements-eval.txt
+.venv/.dev: .venv/.run requirements-dev.txt requirements-data.txt requirements-search.txt requirements-eval.txt
 	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
@@ -31,24 +31,37 @@ setup-eval: .venv/.eval ## add what only evaluations need: retrieval, similarity
 demo: setup ## prepare text, pretrain a small encoder, export it, fill masks (5 minutes on two cores, after the install)
 	$(PY) main.py demo
 
+ablation: setup ## prepare the demo's text, train four activations with three seeds each, write the report (half an hour on two cores)
+	$(PY) main.py prepare configs/data/demo.yaml
+	$(PY) main.py sweep configs/sweep/activation.yaml
+	$(PY) main.py report runs/sweep-activation
+
 # Two processes, since most tests wait for one thread; OpenMP's idle threads must then not spin on the other's core.
 PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile --durations=15
 
-test: setup-dev ## the quick tests, at most 8 minutes on two cores after the install (PYTEST_ARGS="tests/data -k masking" for some)
+test: setup-dev ## the quick tests, ten to fifteen minutes on two cores after the install (PYTEST_ARGS="tests/data -k masking" for some)
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-slow: setup-dev ## the slow tests: kills, launchers, compilers, more sizes of what `make test` proves
 	$(PYTEST) -m slow $(PYTEST_ARGS)
 
-# The packages of .venv, with those of requirements-transformers5.txt before them.
-.venv-hf5/.run: .venv/.dev requirements-transformers5.txt
-	$(PY) -m venv .venv-hf5
-	.venv-hf5/bin/python -m pip install --disable-pip-version-check --no-deps --ignore-installed -r requirements-transformers5.txt
-	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$(.venv-hf5/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/of_venv.pth"
+# The second stack. The first Python 3.12 or 3.13 that runs; a machine's constraints have no say in a whole lock.
+PYTHON_NEXT ?= $(shell for each in $$(bash -c 'type -ap python3.12 python3.13'); do $$each -c "" 2>/dev/null && echo $$each && break; done)
+NEXT := OMP_WAIT_POLICY=passive .venv-next/bin/python -m pytest -n 2 --dist loadfile
+
+.venv-next/.done: requirements-next.txt
+	@test -n "$(PYTHON_NEXT)" || { echo "Python 3.12 or 3.13 is needed: install it or say make PYTHON_NEXT=/path/to/python3.12"; exit 1; }
+	$(PYTHON_NEXT) -m venv .venv-next
+	PIP_CONSTRAINT=/dev/null .venv-next/bin/python -m pip install --disable-pip-version-check --no-deps -r requirements-next.txt
 	@touch $@
 
-test-transformers5: .venv-hf5/.run ## exports with code of their own in transformers 5
-	OMP_WAIT_POLICY=passive .venv-hf5/bin/python -m pytest tests/flexbert/hf/transformers5.py tests/flexbert/hf/test_parts.py $(PYTEST_ARGS)
+setup-next: .venv-next/.done ## create .venv-next: newest torch and transformers, Python 3.12 or 3.13 (5 minutes, 8 GB)
+
+test-next: setup-next ## the quick tests on the second stack
+	$(NEXT) -m "not slow" $(PYTEST_ARGS)
+
+smoke-next: setup-dev setup-next ## seeds, exports and checkpoints go from one stack to the other and back; exports in transformers 5
+	$(NEXT) tests/stacks.py tests/flexbert/hf/transformers5.py tests/flexbert/hf/test_parts.py $(PYTEST_ARGS)
 
 lint: setup-dev ## ruff, pyright and the arrows between rooms
 	.venv/bin/ruff check .

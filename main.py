@@ -4,37 +4,22 @@ Exit codes: 0 done, 1 failed while running, 2 wrong usage or config, 85 (trainin
 """
 
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
+
+from commands.arguments import Config, Overrides, path, place, token_count
+from commands.generate_app import generate
+from commands.launch_app import launch_app
+from commands.one_line import OneLineUsage, plain_errors
+from commands.speedrun_app import speedrun_app
+from commands.steering_app import decay, phases
+from commands.sweep_app import sweep_app
 
 # OpenMP threads that wait by spinning take the cores from the loader and from other jobs: on two busy cores a demo step
 # took 2.6 times as long (2026-11-23). Read once, when torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-class OneLineUsage(TyperGroup):
-    """Says what is wrong with the command line in one line on stderr, like everything else that is wrong: typer's box
-    of six lines hides it from scripts and logs."""
-
-    def main(self, *args: Any, **options: Any) -> Any:
-        try:
-            code = super().main(*args, **options, standalone_mode=False)
-        except typer.TyperException as error:
-            # What a command without arguments prints is its help; the message holds nothing then.
-            if message := " ".join(error.format_message().split()):
-                print(f"error: {message}", file=sys.stderr, flush=True)
-            sys.exit(error.exit_code)
-        except typer.Abort:
-            sys.exit(1)
-        sys.exit(code)
-
-
 app = typer.Typer(
     cls=OneLineUsage,
     help="Pretrain BERT-family encoders from YAML.",
@@ -43,51 +28,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-launch_app = typer.Typer(help="Start a run on a cluster.", no_args_is_help=True)
 app.add_typer(launch_app, name="launch")
+app.add_typer(sweep_app, name="sweep")
+app.add_typer(speedrun_app, name="speedrun")
 
 
-def _place(path: str) -> str:
-    """A folder, file or URL with a leading ~ expanded, also where no shell has seen it (--output=~/x)."""
-    from flexbert_core.schema import expand_user
-
-    try:
-        return expand_user(path)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-def _path(path: str) -> Path:
-    return Path(_place(path))
-
-
-Config = Annotated[Path, typer.Argument(parser=_path, help="the run file, such as configs/demo.yaml", metavar="CONFIG")]
 DataConfig = Annotated[
-    Path, typer.Argument(parser=_path, help="what to prepare, such as configs/data/demo.yaml", metavar="CONFIG")
+    Path, typer.Argument(parser=path, help="what to prepare, such as configs/data/demo.yaml", metavar="CONFIG")
 ]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="values to set: key.path=value; of one key the last counts", metavar="[KEY=VALUE]..."),
-]
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Errors that the user can act on become one line each on stderr and an exit code; bugs keep their traceback."""
-    from flexbert_core.schema import ConfigError, RunError
-
-    try:
-        yield
-    except (ConfigError, RunError) as error:
-        sys.stdout.flush()
-        print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr, flush=True)
-        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
-    except (KeyboardInterrupt, SystemExit) as stop:
-        # Composer turns SIGINT and SIGTERM into SystemExit(128 + number); 85: training.signals.EXIT_PREEMPTED.
-        code = stop.code if isinstance(stop, SystemExit) else 130
-        if code in (85, 130, 143):
-            print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
-        raise typer.Exit(code if isinstance(code, int) else 1) from None
 
 
 @app.command()
@@ -105,7 +53,7 @@ def inspect(
     folder: Annotated[
         str,
         typer.Argument(
-            parser=_place,
+            parser=place,
             help="a prepared dataset or one of its streams (folder or URL); with --step, a run",
             metavar="DIR",
         ),
@@ -144,7 +92,24 @@ def train(
         float | None, typer.Option(min=1e-3, help="with --dry-run: of all processes together; gives hours")
     ] = None,
     price_per_hour: Annotated[
-        float | None, typer.Option(min=0, help="with --tokens-per-second: of all machines together; gives the cost")
+        float | None,
+        typer.Option(min=0, help="with --tokens-per-second or --device: of all machines together; gives the cost"),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="with --dry-run: predict speed, hours and cost on it, such as h100-sxm")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="with --device: so many of them [8]")] = None,
+    efficiency: Annotated[
+        float | None,
+        typer.Option(min=1e-3, max=1, help="with --device: model FLOPs over the peak (MFU), instead of the prediction"),
+    ] = None,
+    until: Annotated[
+        int | None,
+        typer.Option(
+            parser=token_count,
+            metavar="TOKENS",
+            help="pause there (150K): measure, save, exit with 0; the same command without it goes on",
+        ),
     ] = None,
 ) -> None:
     """Pretrain an encoder, or continue where the same command was interrupted.
@@ -158,64 +123,44 @@ def train(
 
         if tokens_per_second is not None and not dry_run:
             raise ConfigError("--tokens-per-second: only says something with --dry-run")
-        if price_per_hour is not None and tokens_per_second is None:
-            raise ConfigError("--price-per-hour: needs --tokens-per-second")
+        if device is not None and (not dry_run or tokens_per_second is not None):
+            fix = "without --tokens-per-second, which says it already" if dry_run else "with --dry-run"
+            raise ConfigError(f"--device: predicts the speed: give it {fix}")
+        for name, value in (("--gpus", gpus), ("--efficiency", efficiency)):
+            if value is not None and device is None:
+                raise ConfigError(f"{name}: needs --device")
+        if price_per_hour is not None and tokens_per_second is None and device is None:
+            raise ConfigError("--price-per-hour: needs --tokens-per-second or --device")
         from recipe.config import load_run_config
-        from training.effects import check_effects, check_launch, ranks
+        from training.effects import check_effects, ranks
 
+        if until is not None and dry_run:
+            raise ConfigError("--until: says nothing with --dry-run")
         run = load_run_config(config, overrides or [])
         check_effects(run, config)
         # Rank 0 speaks; the launchers set RANK.
         console = plain_console(quiet=os.environ.get("RANK", "0") != "0")
         if dry_run:
             from commands.dry_run import dry_run as show
+            from commands.prediction import Target
 
-            show(run, console, ranks(), tokens_per_second, price_per_hour)
+            target = None if device is None else Target(device, 8 if gpus is None else gpus, efficiency)
+            show(run, console, ranks(), tokens_per_second, price_per_hour, target)
             return
-        check_launch()
-        from training import report
-        from training.trainer import train as start
+        from commands.start import start
 
-        was_finished = (run.folder / "summary.json").exists()
-        summary = start(run, console)
-        report.closing_table(run, summary, console)
-        evaluated = any(entry.name == "eval" for entry in run.evaluations)
-        if was_finished and evaluated and os.environ.get("RANK", "0") == "0":  # else it has waited for them
-            from commands.follow import catch_up
-
-            catch_up(run.folder, console)
+        start(run, console, until)
 
 
-@launch_app.command()
-def slurm(
-    config: Config,
-    overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1, help="machines")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="and processes, on each")] = 8,
-    partition: Annotated[str | None, typer.Option(help="as for sbatch")] = None,
-    time: Annotated[str | None, typer.Option(help="limit, as for sbatch: minutes, HH:MM:SS or D-HH:MM:SS")] = None,
-    account: Annotated[str | None, typer.Option(help="as for sbatch")] = None,
-    cpus_per_node: Annotated[int | None, typer.Option(min=1, help="for the loader's processes, too")] = None,
-    setup: Annotated[str, typer.Option(help="shell commands at the job's start, such as `module load cuda`")] = "",
-    sbatch: Annotated[
-        list[str] | None, typer.Option(help="another option of sbatch: qos=high, or exclusive; may be repeated")
-    ] = None,
-    print_only: Annotated[bool, typer.Option("--print", help="print the job script, submit nothing")] = False,
-) -> None:
-    """Submit a run as a Slurm job. It requeues itself when preempted or at its time limit, until the run is done."""
-    with plain_errors():
-        from commands.launch import SlurmOptions, launch_slurm, parse_sbatch
-
-        more = parse_sbatch(sbatch or [])
-        options = SlurmOptions(nodes, gpus_per_node, partition, time, account, cpus_per_node, setup, more)
-        print(launch_slurm(config, overrides or [], options, print_only))
+app.command()(decay)
+app.command()(phases)
 
 
 @app.command()
 def doctor(
     config: Annotated[
         Path | None,
-        typer.Argument(parser=_path, help="a run file: its streams, disk room and run folder are checked too"),
+        typer.Argument(parser=path, help="a run file: its streams, disk room and run folder are checked too"),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -235,7 +180,7 @@ def doctor(
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(parser=_path, help="a run folder: runs/NAME", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(parser=path, help="a run folder: runs/NAME", metavar="RUN")],
     json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
 ) -> None:
     """Show where a run stands, live or dead: phase, loss, speed, ETA, newest checkpoint and whether it is whole."""
@@ -248,16 +193,29 @@ def status(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(parser=_path, help="a run folder: runs/NAME", metavar="RUN")],
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            parser=path, help="one sweep's folder, or one or more run folders: runs/NAME", metavar="SWEEP|RUN..."
+        ),
+    ],
     output: Annotated[
-        Path | None, typer.Option(parser=_path, metavar="FILE", help="the picture; default: RUN/curves.png")
+        Path | None,
+        typer.Option(
+            parser=path,
+            metavar="FILE",
+            help="page (.html), tables (.md, .tex), or of one run a picture (.png, .pdf, .svg); default: "
+            "FOLDER/report.html, and of a run curves.png beside it",
+        ),
     ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="write it again and again while something trains")] = False,
 ) -> None:
-    """Draw a run's curves against tokens: loss, learning rate, batch size, RoPE theta, sequence length."""
+    """Show runs or a sweep on one page: verdicts, intervals, curves. One file, which asks nothing of the network."""
     with plain_errors():
-        from training.curves import report as draw
+        from commands.report import report as write
 
-        print(draw(run, output))
+        for file in write(sources, output, watch):
+            print(file)
 
 
 @app.command()
@@ -265,11 +223,11 @@ def average(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            parser=_path, help="a run (runs/NAME), or checkpoints (.../tokens-N)", metavar="RUN|CHECKPOINT..."
+            parser=path, help="a run (runs/NAME), or checkpoints (.../tokens-N)", metavar="RUN|CHECKPOINT..."
         ),
     ],
     output: Annotated[
-        Path, typer.Option(parser=_path, metavar="DIR", help="the folder to write, which transformers loads")
+        Path, typer.Option(parser=path, metavar="DIR", help="the folder to write, which transformers loads")
     ],
     last: Annotated[int | None, typer.Option(help="of a run: its newest K checkpoints", metavar="K")] = None,
     tokens: Annotated[str | None, typer.Option(help="of a run: those with these tokens", metavar="N1,N2,...")] = None,
@@ -300,7 +258,7 @@ def export(
             metavar="MODEL",
         ),
     ],
-    output: Annotated[Path, typer.Option(parser=_path, metavar="DIR", help="the folder to write")],
+    output: Annotated[Path, typer.Option(parser=path, metavar="DIR", help="the folder to write")],
     onnx: Annotated[
         bool, typer.Option("--onnx", help="a graph, model.onnx, checked in onnxruntime, in place of the weights")
     ] = False,
@@ -313,6 +271,9 @@ def export(
         run(model, output, onnx, plain_console())
 
 
+app.command()(generate)
+
+
 @app.command("eval")
 def evaluate(
     names: Annotated[
@@ -323,14 +284,17 @@ def evaluate(
         list[str],
         typer.Argument(
             help="runs (newest checkpoint, or RUN@tokens-N), checkpoints, exports, folders with a config.json, "
-            "hf:ORG/NAME; @random behind one: fresh weights. And values to set: key=value, of several evaluations "
-            "NAME.key=value",
+            "hf:ORG/NAME (hf+code:ORG/NAME runs the code that a model brings); @random behind one: fresh weights. And "
+            "values to set: key=value, of several evaluations NAME.key=value",
             metavar="MODEL... [KEY=VALUE]...",
         ),
     ],
     output: Annotated[
-        Path, typer.Option(parser=_path, metavar="DIR", help="where results lie; what is done there is not done again")
-    ] = Path("results"),
+        Path | None,
+        typer.Option(
+            parser=path, metavar="DIR", help="where results lie; what is done there is not done again; default: results"
+        ),
+    ] = None,
     group: Annotated[str | None, typer.Option(hidden=True)] = None,
     label: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -339,27 +303,31 @@ def evaluate(
         from commands.evaluate import run_eval
         from flexbert_core.schema import plain_console
 
-        fine = run_eval(names, arguments, output, plain_console(), group, label)
+        fine = run_eval(names, arguments, output or Path("results"), plain_console(), group, label)
     raise typer.Exit(0 if fine else 1)
 
 
 @app.command()
 def follow(
-    run: Annotated[Path, typer.Argument(parser=_path, help="a run folder: runs/NAME", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(parser=path, help="a run folder: runs/NAME", metavar="RUN")],
     watch: Annotated[bool, typer.Option("--watch", help="until the run is finished")] = False,
+    only: Annotated[
+        str | None,
+        typer.Option(help="one entry, by its evaluations: glue-quick,scifact; default: all", metavar="NAME,..."),
+    ] = None,
 ) -> None:
     """Evaluate a run's checkpoints as its `evaluations` say (entry `eval`). `train` starts this by itself."""
     with plain_errors():
-        from evals.following import follow as run_it
+        from evals.follower import follow as run_it
         from flexbert_core.schema import plain_console
 
-        fine = run_it(run, plain_console(), watch)
+        fine = run_it(run, plain_console(), watch, only)
     raise typer.Exit(0 if fine else 1)
 
 
 @app.command()
 def publish(
-    run: Annotated[Path, typer.Argument(parser=_path, help="a run folder: runs/NAME", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(parser=path, help="a run folder: runs/NAME", metavar="RUN")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="keys of `publish` to set, such as publish.folder=DIR", metavar="[KEY=VALUE]..."),
@@ -368,7 +336,7 @@ def publish(
     results: Annotated[
         list[Path] | None,
         typer.Option(
-            parser=_path, metavar="DIR", help="where `eval` wrote results, for the model cards; may be repeated"
+            parser=path, metavar="DIR", help="where `eval` wrote results, for the model cards; may be repeated"
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be pushed, write nothing")] = False,
@@ -387,7 +355,8 @@ def schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="every key: type, range, default, meaning")] = False,
     json: Annotated[bool, typer.Option("--json", help="a JSON Schema for each kind of file, for editors")] = False,
     output: Annotated[
-        Path | None, typer.Option(help="Markdown: the file, else it is printed; JSON: the folder [configs/schema]")
+        Path | None,
+        typer.Option(help="Markdown: the file, else it is printed; JSON: the folder; default: configs/schema"),
     ] = None,
 ) -> None:
     """Write what run files, prepare files and model files may say, as Markdown or as JSON Schemas."""

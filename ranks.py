@@ -4,11 +4,14 @@ Collectives run on the device that the process group wants: CUDA under NCCL, whi
 """
 
 import os
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 
 Operation = Literal["SUM", "MAX", "MIN"]
 
@@ -71,15 +74,49 @@ def of_all_ranks(value: Any) -> list[Any]:
     return values
 
 
-def average_of_ones(device: torch.device) -> float:
-    """What the backend makes of ones when asked to scatter their average, as fully_shard does with gradients: 1, but
-    the number of ranks in the gloo of torch 2.7, which sums without a word."""
-    if not _initialized():
-        return 1.0
-    ones = torch.ones(dist.get_world_size(), device=device)
-    average = torch.empty(1, device=device)
-    dist.reduce_scatter_tensor(average, ones, dist.ReduceOp.AVG)
-    return average.item()
+def shared_out(items: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+    """work(items), to which each rank does its share; on every rank. A collective.
+
+    items: (count, ...), the same on all ranks. work: gives as many of the same shape, each of its own item alone.
+    """
+    count = len(items)
+    if _alone() or count < 2:
+        return work(items)
+    share = -(-count // world_size())
+    mine = items[rank() * share : (rank() + 1) * share]
+    done = items.new_zeros(share, *items.shape[1:])
+    if len(mine):
+        done[: len(mine)] = work(mine)
+    parts = items.new_empty(share * world_size(), *items.shape[1:])
+    dist.all_gather_into_tensor(parts, done)
+    return parts[:count]
+
+
+def mesh(replicate: int, device: str) -> Any:
+    """The ranks as (copies of the model, ranks that share one): neighbours share. A collective."""
+    return init_device_mesh(device, (replicate, world_size() // replicate), mesh_dim_names=("replicate", "shard"))
+
+
+def averages() -> bool:
+    """Whether the backend takes means, as fully_shard asks it to: NCCL does. The gloo of torch 2.7 scatters sums in
+    their place without a word, and refuses to reduce to one."""
+    return not _initialized() or "nccl" in dist.get_backend()
+
+
+def average_by_sums(model: nn.Module) -> None:
+    """Make fully_shard add gradients up and divide, on a backend that takes no means. model: as fully_shard left it."""
+    if hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):  # torch 2.8 and later
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)  # pyright: ignore
+        return
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+
+    def factors(scattered: Any, reduced: Any, *_: Any) -> tuple[float, float]:
+        """What is divided by before and after the sum; a factor that is there makes it one."""
+        return 1.0, float(scattered.size() * (1 if reduced is None else reduced.size()))
+
+    _fsdp_collectives._get_gradient_divide_factors = factors
 
 
 def _initialized() -> bool:
@@ -91,4 +128,5 @@ def _alone() -> bool:
 
 
 def _device() -> str:
-    return "cuda" if "nccl" in dist.get_backend() else "cpu"
+    """Where the group takes tensors from: NCCL's has no backend for the CPU."""
+    return "cpu" if "cpu:" in dist.get_backend_config() else "cuda"

@@ -1,5 +1,6 @@
 """How fast training goes, and what share of the hardware's peak that is."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -32,24 +33,24 @@ class Efficiency(Gauge):
     def __init__(
         self,
         clock: Clock,
-        flops: Callable[[NDArray[np.int64], NDArray[np.int64]], float],
+        flops: Callable[[int, NDArray[np.int64], NDArray[np.int64]], float],
         peak_flops: float | None,
     ) -> None:
-        """flops: of forward and backward over sequences of these lengths, with so many masked tokens in each.
-        peak_flops: of one device, in FLOP/s."""
+        """flops: of forward and backward in a phase, by its number, over sequences of these lengths, with so many
+        masked tokens in each. peak_flops: of one device, in FLOP/s."""
         super().__init__(clock)
         self.flops, self.peak_flops = flops, peak_flops
-        self._sequences = [np.zeros((2, 0), np.int64)]  # lengths and masked tokens, of each step
+        self._sequences = defaultdict[int, list[NDArray[np.int64]]](list)  # of each phase: lengths and masked tokens
 
     def take_in(self, state: State) -> None:
         bounds = state.batch["cu_seqlens"].long()
         masked = F.pad((state.batch["labels"] != IGNORE).cumsum(0), (1, 0)).index_select(0, bounds)
-        self._sequences.append(torch.stack([bounds, masked]).diff().cpu().numpy())
+        self._sequences[state.batch["phase"]].append(torch.stack([bounds, masked]).diff().cpu().numpy())
 
     def read(self, state: State, window: Window) -> dict[str, Any]:
-        flops = self.flops(*np.concatenate(self._sequences, 1))
+        flops = sum(self.flops(phase, *np.concatenate(steps, 1)) for phase, steps in self._sequences.items())
         rate = float(ranks.over_ranks(torch.tensor([flops], dtype=torch.float64))) / window.seconds
-        self._sequences = [np.zeros((2, 0), np.int64)]
+        self._sequences.clear()
         line = {
             "tokens_per_second": window.real_tokens / window.seconds,
             "slots_per_second": window.slots / window.seconds,

@@ -4,7 +4,7 @@ import inspect
 import logging
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -97,13 +97,16 @@ class StepGuard(Callback):
         phase_of: Callable[[int], str],
         culprit: Callable[[State], str],
         detector: SpikeDetector | None,
+        left_out: Sequence[range] = (),
     ) -> None:
-        """phase_of: name by step (0-based). culprit: names the first bad module; a collective."""
+        """phase_of: name by step (0-based). culprit: names the first bad module; a collective. left_out: steps, from 1
+        on, that the run file skips."""
         self.max_bad_steps, self.phase_of, self.culprit, self.detector = max_bad_steps, phase_of, culprit, detector
         self.bad_steps = 0
         self.predicted_steps = 0  # applied ones whose batch had a token to predict
         self._has_warned = False
-        self.skipped: list[range] = []  # 1-based steps
+        self.left_out = left_out
+        self.skipped: list[range] = []  # 1-based steps, by rollbacks
         self.spike: Spike | None = None  # of the step just finished
         self._in_a_row = 0
         self._applied = True
@@ -126,7 +129,7 @@ class StepGuard(Callback):
                 inspect.signature(closure).parameters["loss_dict"].default[_LOSS].fill_(self._loss)
                 return self._loss
             number = state.timestamp.batch.value + 1
-            if any(number in steps for steps in self.skipped):
+            if any(number in steps for steps in (*self.skipped, *self.left_out)):
                 self._applied, self._loss = False, 0.0
                 return 0.0
             state.batch = self._batch  # out of memory, Composer leaves a microbatch there

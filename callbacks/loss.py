@@ -35,7 +35,7 @@ class Loss(Gauge):
     def read(self, state: State, window: Window) -> dict[str, Any]:
         line = {
             "loss": self._sum / self._steps if self._steps else math.nan,
-            "lr": state.optimizers[0].param_groups[0]["lr"],
+            "lr": self.clock.plan.lr(window.step - 1),
             "real_tokens": window.all_real_tokens,
             "data_wait": window.wait_seconds / window.seconds,
             "bad_steps": self.guard.bad_steps,

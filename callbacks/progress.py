@@ -69,7 +69,7 @@ class ProgressLine(Callback):
         facts = self.plan.facts(step)
         tokens, now = facts["tokens"], time.monotonic()
         speed = (tokens - self._first_tokens) / (now - self._start)
-        lr, latest = state.optimizers[0].param_groups[0]["lr"], self.metrics.latest
+        lr, latest = self.plan.lr(step - 1), self.metrics.latest
         done = [f"{_short(tokens)}/{_short(self.plan.total_tokens)} tokens", f"{_short(speed)} tokens/s"]
         scores = _scores(self._loss if self._steps else None, lr, latest)
         if self._progress is not None:

@@ -8,6 +8,7 @@ from composer.loggers import Logger
 
 from flexbert import FlexBertForMaskedLM
 from recipe.phases import Phase, PhasePlan
+from recipe.schedules import set_learning_rate
 
 
 class StepSchedule(Callback):
@@ -34,10 +35,7 @@ class StepSchedule(Callback):
         if phase is not self._phase:
             self.model.set_rope_theta(phase.theta_global, phase.theta_local)
             self._phase = phase
-        for group in state.optimizers[0].param_groups:
-            group["lr"] = phase.lr(step)
-            if group.get("max_lr") is not None:  # optimi's decoupled decay is relative to the phase's peak
-                group["max_lr"] = phase.peak_lr
+        set_learning_rate(state.optimizers[0], phase.lr(step), phase.peak_lr)
         # Not torch.manual_seed: before CUDA is up it formats the call stack for later, a millisecond each time.
         seed = self.generator_seed(step)
         torch.default_generator.manual_seed(seed)

@@ -34,7 +34,7 @@ from training.vocabulary import check_vocabulary
 
 ROOT = Path(__file__).parent.parent
 # Of environments of their own, beside .venv.
-_ELSEWHERE = ("requirements-docs.txt", "requirements-transformers5.txt")
+_ELSEWHERE = ("requirements-docs.txt", "requirements-next.txt")
 _GB = 10**9
 _BACKEND = "model.attention.backend"
 _STYLES = {"ok": "green", "-": "", "warn": "yellow", "FAIL": "bold red"}
@@ -96,22 +96,56 @@ def _cgroup_memory() -> int | None:
     return None
 
 
+@dataclass(frozen=True)
+class Stack:
+    """A set of versions that the tests run with. pins: its requirements file; `make TARGET` installs it in FOLDER."""
+
+    name: str
+    pins: str
+    pythons: tuple[str, ...]
+    folder: str
+    target: str
+
+
+STACKS = (
+    Stack("pinned", "requirements.txt", ("3.11",), ".venv", "setup"),
+    Stack("next", "requirements-next.txt", ("3.12", "3.13"), ".venv-next", "setup-next"),
+)
+
+
+def stack_in_use() -> Stack:
+    """The one that pins the installed torch; where none does, the first, whose pins then say what is wrong."""
+    for stack in STACKS:
+        pins = _pins(ROOT / stack.pins) if (ROOT / stack.pins).is_file() else ()
+        if any(pin.name == "torch" and _fits(pin, found) for pin, found in pins):
+            return stack
+    return STACKS[0]
+
+
 def _versions() -> Iterator[Check]:
+    stack = stack_in_use()
+    yield Check("stack", "ok", f"{stack.name} ({stack.pins}), torch {torch.__version__}")
     version = platform.python_version()
-    good = version.startswith("3.11.")
-    yield Check("Python", "ok" if good else "FAIL", version, "" if good else "make .venv anew with Python 3.11")
-    for file in sorted(set(ROOT.glob("requirements*.txt")) - {ROOT / name for name in _ELSEWHERE}):
+    good = version.rsplit(".", 1)[0] in stack.pythons
+    fix = f"make {stack.folder} anew with Python {' or '.join(stack.pythons)}: make {stack.target}"
+    yield Check("Python", "ok" if good else "FAIL", version, "" if good else fix)
+    if stack.pins != STACKS[0].pins:  # a lock: it holds all that there is
+        files = {ROOT / stack.pins}
+    else:
+        files = set(ROOT.glob("requirements*.txt")) - {ROOT / name for name in _ELSEWHERE}
+    for file in sorted(files):
         pins = list(_pins(file))
         wrong = [
             f"{pin.name} {found or 'missing'}, not {pin.specifier}" for pin, found in pins if not _fits(pin, found)
         ]
-        needed = file.name == "requirements.txt"
+        needed = file.name == stack.pins
         if not needed and not any(found for _, found in pins):
             yield Check(file.name, "-", "not installed (optional)")
         elif wrong:
             shown = "; ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
             flag = "--no-build-isolation " if "gpu" in file.name else ""
-            fix = f"{ROOT / '.venv/bin/pip'} install {flag}-r {file.name}"
+            flag = "--no-deps " if stack.pins != STACKS[0].pins else flag
+            fix = f"{ROOT / stack.folder / 'bin/pip'} install {flag}-r {file.name}"
             yield Check(file.name, "FAIL" if needed else "warn", shown, fix)
         else:
             yield Check(file.name, "ok", f"{len(pins)} packages as pinned")

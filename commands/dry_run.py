@@ -1,6 +1,6 @@
 """`train CONFIG --dry-run`: the run on paper. First what the run file alone decides, then what needs the data."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -8,14 +8,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from commands.sizes import disk_need
+from commands.prediction import Target
+from commands.sizes import disk_need, more_states
 from data.feed.loader import LoaderConfig, MixtureDataset, check_tokenizer, open_streams
 from data.feed.mixture import MixtureOrder
 from data.store.shards import Stream
 from data.store.transfer import is_url
-from flexbert.accounting import attention_weights_memory, flops_per_token, memory_estimate
+from flexbert.accounting import attention_weights_memory, count_parameters, memory_estimate
 from flexbert_core.schema import ConfigError
 from recipe.config import PhaseConfig, RunConfig
+from recipe.cost import frozen_models, other_models, phase_flops_per_token, run_flops
 from recipe.phases import Phase, PhasePlan
 from recipe.slots import PARALLELISMS
 from training.begun import as_begun
@@ -24,8 +26,9 @@ from training.checkpoints.files import list_checkpoints
 from training.evaluations import build_evaluations
 from training.folder import RunFolder
 from training.growing import check_source
-from training.parts import build_objective
-from training.report import describe_model
+from training.microbatches import Microbatches
+from training.objectives.phases import build_objectives
+from training.report import describe_model, describe_tokens
 from training.vocabulary import check_vocabulary
 
 
@@ -35,11 +38,13 @@ def dry_run(
     world_size: int = 1,
     tokens_per_second: float | None = None,
     price_per_hour: float | None = None,
+    target: Target | None = None,
 ) -> None:
     """Print the resolved run: model, phases with steps, FLOPs and memory, checkpoints, mixture. Writes nothing.
 
     world_size: the ranks whose memory is told.
-    tokens_per_second: of all ranks, for the hours; price_per_hour: of all machines, for the cost. What the run file
+    tokens_per_second: of all ranks, for the hours; price_per_hour: of all machines, for the cost. target: devices whose
+    speed is predicted instead. What the run file
     alone decides is printed even where data or starting weights are absent.
     Raises ConfigError, a line for each reason, when a real start would; RunError for damaged shards.
     """
@@ -48,25 +53,36 @@ def dry_run(
     plan = PhasePlan(config)
     loader = plan.loader_config(config)
     console.print(f"{config.name}: {describe_model(config)} -> {config.folder}", soft_wrap=True)
+    for said, models in (("beside it", other_models), ("beside it, not trained", frozen_models)):
+        for model in models(config, plan):
+            console.print(f"{said}: {count_parameters(model):,} parameters in {model.num_hidden_layers} layers")
     table = Table("phase", *(phase.name for phase in plan.phases))
+    if target is not None:
+        world_size, price_per_hour = target.gpus, target.price if price_per_hour is None else price_per_hour
+        rates = [target.tokens_per_second(config, phase) for phase in plan.phases]
+    else:
+        rates = [tokens_per_second for _ in plan.phases]
     columns = [
-        _phase_facts(config, plan, phase, given, world_size) | _price(phase.tokens, tokens_per_second, price_per_hour)
-        for phase, given in zip(plan.phases, config.phases, strict=True)
+        _phase_facts(config, plan, phase, given, world_size, target) | _price([phase.tokens], [rate], price_per_hour)
+        for phase, given, rate in zip(plan.phases, config.phases, rates, strict=True)
     ]
     for fact in columns[0]:
         table.add_row(fact, *(column[fact] for column in columns))
     console.print(table)
-    _print_totals(config, plan, console, _price(plan.total_tokens, tokens_per_second, price_per_hour))
+    _print_totals(config, plan, console, _price([phase.tokens for phase in plan.phases], rates, price_per_hour))
+    if target is not None:
+        console.print(target.describe(), soft_wrap=True)
 
     faults: list[str] = []
     streams, start = list[Stream](), None
     with _collected(faults):
-        folder.check_config(config)
+        for change in folder.check_config(config):
+            console.print(f"{folder.path}: to come: {change}", soft_wrap=True)
         folder.check_checkpoints()
     with _collected(faults):
         streams = _print_mixture(config, plan, loader, console)
     with _collected(faults):
-        build_objective(config, plan)
+        build_objectives(config, plan)
     if streams:
         with _collected(faults):
             MixtureDataset(loader, 0, 1).check_maskings()
@@ -81,6 +97,8 @@ def dry_run(
         with _collected(faults):
             start = read_origin(config)
             readable = True
+            if start is not None and "vocabulary" in start.record:
+                console.print(describe_tokens(start.record["vocabulary"]), soft_wrap=True)
         if streams and readable:
             with _collected(faults):
                 check_vocabulary(config, streams, start and start.rows)
@@ -103,17 +121,24 @@ def _collected(faults: list[str]) -> Iterator[None]:
 
 
 def _phase_facts(
-    config: RunConfig, plan: PhasePlan, phase: Phase, given: PhaseConfig, world_size: int
+    config: RunConfig, plan: PhasePlan, phase: Phase, given: PhaseConfig, world_size: int, target: Target | None
 ) -> dict[str, str]:
     rows = phase.global_batch_size // world_size
-    microbatch = config.trainer.microbatch_size
-    rows = min(microbatch, rows) if isinstance(microbatch, int) else rows
-    flops = flops_per_token(config.model, phase.max_seq_len, phase.masking.rate)
-    half = config.trainer.precision == "amp_bf16" or (config.trainer.precision == "auto" and torch.cuda.is_available())
-    shards = world_size if PARALLELISMS.build(config.trainer.parallelism, world_size=world_size).shards else 1
+    rows = Microbatches(config.trainer).rows(phase.max_seq_len, rows)
+    flops = phase_flops_per_token(config, phase)
+    on_gpu = target is not None or torch.cuda.is_available()
+    half = config.trainer.precision == "amp_bf16" or (config.trainer.precision == "auto" and on_gpu)
+    parallelism = config.trainer.parallelism
+    shards = world_size if PARALLELISMS.build(parallelism, world_size=world_size).shards else 1
+    shards //= getattr(parallelism, "replicate", 1)
     averages = int(config.ema is not None)
     tokens, activation_bytes = rows * phase.max_seq_len, 2 if half else 4
-    memory = memory_estimate(config.model, tokens, phase.masking.rate, activation_bytes, shards, averages)
+    memory = sum(
+        memory_estimate(model, tokens, phase.masking.highest_rate, activation_bytes, shards, averages)
+        for model in [config.model, *other_models(config, plan)]
+    )
+    memory += sum(4 * count_parameters(model) for model in frozen_models(config, plan))  # float32, on each rank
+    memory += more_states(config, plan)
     scores = attention_weights_memory(config.model, phase.max_seq_len, activation_bytes) * tokens
     more = f", {scores / 2**30:.2f} GiB more for dropped attention weights without flash-attn" if scores else ""
     ranks = f"{world_size} ranks, {'sharded' if shards > 1 else 'each whole'}" if world_size > 1 else "1 rank"
@@ -128,7 +153,8 @@ def _phase_facts(
         "warmup tokens": f"{phase.warmup:,}",
         "RoPE theta, global": f"{phase.theta_global or 'as the model'}",
         "RoPE theta, local": f"{phase.theta_local or 'as the model'}",
-        "masking rate": f"{phase.masking.rate:g}",
+        "objective": phase.objective.name,
+        "masking rate": "none: next tokens" if phase.is_causal else phase.masking.describe(),
         "checkpoints": f"{plan.checkpoints(phase, config.checkpoint.interval):,}",
         "FLOPs per token": f"{flops / 1e9:.3f} G",
         "FLOPs": f"{flops * phase.tokens:.3e}",
@@ -140,19 +166,18 @@ def _span(first: int, last: int, form: str) -> str:
     return form.format(last) if first == last else f"{form.format(first)} to {form.format(last)}"
 
 
-def _price(tokens: int, tokens_per_second: float | None, price_per_hour: float | None) -> dict[str, str]:
-    """Time and cost of so many tokens, as far as they can be told."""
-    if tokens_per_second is None:
+def _price(tokens: list[int], rates: Sequence[float | None], price_per_hour: float | None) -> dict[str, str]:
+    """Speed, time and cost of the phases' tokens at their rates, as far as they can be told."""
+    told = [(each, rate) for each, rate in zip(tokens, rates, strict=True) if rate is not None]
+    if len(told) < len(tokens):
         return {}
-    hours = tokens / tokens_per_second / 3600
-    return {"hours": f"{hours:,.1f}"} | ({} if price_per_hour is None else {"cost": f"{hours * price_per_hour:,.2f}"})
+    hours = sum(each / rate for each, rate in told) / 3600
+    cost = {} if price_per_hour is None else {"cost": f"{hours * price_per_hour:,.2f}"}
+    return {"tokens/s": f"{sum(tokens) / hours / 3600:,.0f}", "hours": f"{hours:,.1f}"} | cost
 
 
 def _print_totals(config: RunConfig, plan: PhasePlan, console: Console, price: dict[str, str]) -> None:
     need, options = disk_need(config, plan), config.checkpoint
-    flops = sum(
-        flops_per_token(config.model, phase.max_seq_len, phase.masking.rate) * phase.tokens for phase in plan.phases
-    )
     milestones = ", ".join(f"{phase.end_token:,}" for phase in plan.phases)
     said = "".join(f", {name} {value}" for name, value in price.items())
     often = f", one for ever every {options.keep_every:,} tokens" if options.keep_every is not None else ""
@@ -160,7 +185,7 @@ def _print_totals(config: RunConfig, plan: PhasePlan, console: Console, price: d
     more = "; step 0 and every checkpoint kept for ever are exported too" if config.exports_permanent else ""
     console.print(
         f"total: {plan.total_tokens:,} tokens (slots) in {plan.total_steps:,} steps; {config.lanes} lanes; "
-        f"{flops:.3e} FLOPs{said}\n"
+        f"{run_flops(config):.3e} FLOPs{said}\n"
         f"checkpoints every {options.interval:,} tokens, {options.keep} kept{often}{best}; "
         f"milestones (kept, evaluated, exported) at {milestones}{more}; {need.checkpoint / 1e9:,.2f} GB each, "
         f"{need.total / 1e9:,.1f} GB in all, {need.exports} exports among them",

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from evals.following import follow, left_to_do
+from evals.follower import follow
+from evals.following import left_to_do
 
 
 def catch_up(run: Path, console: Console) -> None:

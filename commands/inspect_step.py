@@ -17,7 +17,7 @@ from callbacks.step_log import read_lines
 from data.feed.batches import Assembler, join_pieces
 from data.feed.lanes import Rows
 from data.feed.loader import MixtureDataset, tokenizer_folder
-from data.feed.masking import IGNORE, MaskingConfig
+from data.feed.masking import IGNORE, MaskingConfig, is_causal
 from data.store.shards import Stream
 from data.tokenizer import corpus_tokenizer
 from flexbert_core.schema import ConfigError
@@ -48,6 +48,7 @@ def inspect_step(path: Path, step: int, rows: int, as_json: bool, console: Conso
     elif (later := next((each for each in read_lines(folder.ledger) if "lanes" in each), None)) is not None:
         dataset.keep_rule(later["lanes"])
     spike = _skipped_for(folder.ledger, step)
+    left_out = any(step in steps for steps in config.trainer.skipped)
     _, loader_phase, taken, _ = next(islice(dataset.plan(), step - 1 - dataset.step, None))
     phase = plan.at(step - 1)
     last = max((line["step"] for line in read_lines(folder.metrics)), default=0)
@@ -58,12 +59,17 @@ def inspect_step(path: Path, step: int, rows: int, as_json: bool, console: Conso
             f"{plan.tokens_before(step):,}): {loader_phase.global_batch_size} rows of {phase.max_seq_len}"
             + (f", the first {shown} below (--rows 0: all)" if shown < loader_phase.global_batch_size else "")
             + (f"\nthis step was skipped (loss spike in step {spike})" if spike is not None else "")
+            + ("\nthis step is left out (trainer.skip_steps)" if left_out else "")
             + (f"\nnot trained yet: the last step that is known is {last}" if step > last else "")
-            + "\n⟦the⟧ is masked, ⟦the→cat⟧ replaced, ⟦the=⟧ kept but to be predicted",
+            + (
+                "\neach token is told from those before it"
+                if phase.is_causal
+                else "\n⟦the⟧ is masked, ⟦the→cat⟧ replaced, ⟦the=⟧ kept but to be predicted"
+            ),
             soft_wrap=True,
         )
-    Printer(config, dataset.streams, console, as_json, spike).show(
-        taken, shown, phase.max_seq_len, loader_phase.masking
+    Printer(config, dataset.streams, console, as_json, spike, left_out).show(
+        taken, shown, phase.max_seq_len, dataset.steps.masking(step - 1)
     )
 
 
@@ -77,10 +83,16 @@ class Printer:
     """Prints rows piece by piece."""
 
     def __init__(
-        self, config: RunConfig, streams: Sequence[Stream], console: Console, as_json: bool, spike: int | None
+        self,
+        config: RunConfig,
+        streams: Sequence[Stream],
+        console: Console,
+        as_json: bool,
+        spike: int | None,
+        left_out: bool,
     ) -> None:
-        """spike: the step for whose loss this one was skipped."""
-        self.spike = spike
+        """spike: the step for whose loss this one was skipped. left_out: whether the run file skips it."""
+        self.spike, self.left_out = spike, left_out
         self.names, self.streams, self.console, self.as_json = list(config.data.streams), streams, console, as_json
         self.assembler = Assembler(streams, config.seed, partial(tokenizer_folder, config.data))
         self.tokenizer = corpus_tokenizer(tokenizer_folder(config.data))
@@ -96,6 +108,7 @@ class Printer:
 
     def _row(self, row: int, rows: Rows, max_seq_len: int, masking: MaskingConfig) -> None:
         batch = self.assembler.batch([rows], max_seq_len, masking).unpack()
+        rate = {"rate": round(float(batch["row_rates"][0]), 6)} if "row_rates" in batch else {}
         documents, pieces = join_pieces([rows])
         bounds = batch["cu_seqlens"].tolist()
         for number, (begin, end) in enumerate(pairwise(bounds)):
@@ -109,19 +122,22 @@ class Printer:
                 "stop": int(pieces.stop[number]),
                 "length": int(documents.length[number]),
                 "pass": int(documents.number[number]),
+                **rate,
             }
             ids, labels = (batch[key][begin + 1 : end - 1].tolist() for key in ("input_ids", "labels"))
+            hidden = [IGNORE] * len(ids) if is_causal(masking) else labels
             if self.as_json:
                 line = {
                     **facts,
                     "skipped_for_spike_in_step": self.spike,
+                    "left_out": self.left_out,
                     "input_ids": ids,
                     "labels": labels,
-                    "text": self._text(ids, labels).plain,
+                    "text": self._text(ids, hidden).plain,
                 }
                 sys.stdout.write(json.dumps(line) + "\n")
             else:
-                self.console.print(Panel(self._text(ids, labels), title=Text(_title(facts)), title_align="left"))
+                self.console.print(Panel(self._text(ids, hidden), title=Text(_title(facts)), title_align="left"))
 
     def _text(self, ids: list[int], labels: list[int]) -> Text:
         """Decoded text; runs of tokens that are not to be predicted are decoded together."""
@@ -145,4 +161,7 @@ def _title(facts: dict[str, Any]) -> str:
     whole = facts["stop"] - facts["start"] == facts["length"]
     piece = "whole" if whole else f"tokens {facts['start']} to {facts['stop']} of {facts['length']}"
     again = f", pass {facts['pass'] + 1}" if facts["pass"] else ""
-    return f"row {facts['row']}: {facts['stream']}, {facts['shard']}, document {facts['document']}, {piece}{again}"
+    rate = f", rate {facts['rate']:.3f}" if "rate" in facts else ""
+    return (
+        f"row {facts['row']}: {facts['stream']}, {facts['shard']}, document {facts['document']}, {piece}{again}{rate}"
+    )

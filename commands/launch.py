@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 TEMPLATE = ROOT / "configs" / "launch" / "slurm.sbatch"
 # Seconds between SIGUSR2 and the time limit: a step and a checkpoint must fit.
 LEAD = 300
+CPUS_PER_GPU = 4
 # Options of sbatch that have a flag here, and those that the script sets or that would break what it does.
 _FLAGS = {
     "nodes": "--nodes",
@@ -49,7 +50,8 @@ _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(
 
 @dataclass(frozen=True)
 class SlurmOptions:
-    """Of the job. time: as sbatch takes it. sbatch: further options by their long names; "" for one without a value."""
+    """Of the job. time: as sbatch takes it. max_restarts: after crashes. sbatch: more options by their long names; ""
+    for one without a value."""
 
     nodes: int
     gpus_per_node: int = 8
@@ -57,6 +59,7 @@ class SlurmOptions:
     time: str | None = None
     account: str | None = None
     cpus_per_node: int | None = None
+    max_restarts: int = 0
     setup: str = ""
     sbatch: Mapping[str, str] = field(default_factory=dict)
 
@@ -121,6 +124,8 @@ def render(config_file: Path, overrides: Sequence[str], name: str, folder: Path,
         "COMMAND": shlex.join(command),
         "PREEMPTED": str(EXIT_PREEMPTED),
         "LEAD": str(LEAD),
+        "MAX_RESTARTS": str(options.max_restarts),
+        "CRASHES": shlex.quote(str(folder / "crashes")),
     }
     body = TEMPLATE.read_text()
     for key, value in values.items():
@@ -133,7 +138,8 @@ def render(config_file: Path, overrides: Sequence[str], name: str, folder: Path,
         nodes=options.nodes,
         ntasks_per_node=1,
         gpus_per_node=options.gpus_per_node,
-        cpus_per_task=options.cpus_per_node,
+        # A rank trains, a process loads for it, evaluations have room: Slurm's own default is one core in all.
+        cpus_per_task=options.cpus_per_node or CPUS_PER_GPU * options.gpus_per_node,
         partition=options.partition,
         account=options.account,
         time=options.time,  # pyright: ignore[reportArgumentType]  # sbatch's own forms pass, too; None: the cluster's
@@ -160,15 +166,20 @@ def _check(config: RunConfig, options: SlurmOptions) -> None:
             raise ConfigError(f"--{name}: is empty: give one, or leave it out")
     for key in options.sbatch:
         _check_sbatch(key)
-    ranks = options.nodes * options.gpus_per_node
+    check_rows(config, options.nodes, options.gpus_per_node)
+    dry_run(config, plain_console(quiet=True), options.nodes * options.gpus_per_node)
+
+
+def check_rows(config: RunConfig, nodes: int, processes: int) -> None:
+    """Raise ConfigError for batches that so many processes on each node cannot divide among them."""
+    ranks = nodes * processes
     loader = PhasePlan(config).loader_config(config)
     for rows in dict.fromkeys(phase.global_batch_size for phase in loader.phases):
         if rows % ranks:
             raise ConfigError(
-                f"phases: batches of {rows} rows cannot be divided among {ranks} ranks ({options.nodes} nodes x "
-                f"{options.gpus_per_node} GPUs): change one of them"
+                f"phases: batches of {rows} rows cannot be divided among {ranks} ranks ({nodes} nodes x {processes} "
+                "GPUs): change one of them"
             )
-    dry_run(config, plain_console(quiet=True), ranks)
 
 
 def _check_sbatch(key: str) -> None:

@@ -14,6 +14,8 @@ _INTRODUCTIONS = {
     "prepare": "What `main.py prepare` reads: `configs/data/`.",
     "model": "A preset in `configs/model/`, or `model:` in a run file.",
     "eval": "What `main.py eval` reads: `configs/eval/`.",
+    "sweep": "What `main.py sweep` reads: `configs/sweep/`.",
+    "track": "What `main.py speedrun` reads: `configs/speedrun/track-*.yaml`.",
 }
 _BOUNDS = {
     "minimum": "at least {}",
@@ -141,7 +143,7 @@ def _holds(node: Node) -> str:
     if "x-slot" in node:
         slot: ShownSlot = node["x-slot"]
         name = slot.registry.slot_name
-        return f"an entry of [slot `{name}`](#slot-{name})" + (", or null" if slot.optional else "")
+        return f"an entry of [slot `{name}`](#slot-{name.replace(' ', '-')})" + (", or null" if slot.optional else "")
     if (name := target(node)) is not None:
         if name == FlexBertConfig.__name__:
             return f"a [model](#model-file), or a preset: {', '.join(f'`{each}`' for each in presets())}"

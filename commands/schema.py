@@ -25,6 +25,9 @@ from evals.interface import EvalFile
 from flexbert.config import PRESETS, FlexBertConfig
 from flexbert_core.schema import ShownSlot
 from recipe.config import RunConfig
+from recipe.source_model import NAME as SOURCE
+from recipe.track import Track
+from sweeps.file import SweepFile
 
 # A new kind of file is one line here. Its JSON Schema is FOLDER/KIND.json, which the files name in their first line.
 KINDS: dict[str, type[BaseModel]] = {
@@ -32,6 +35,8 @@ KINDS: dict[str, type[BaseModel]] = {
     "prepare": PrepareConfig,
     "model": FlexBertConfig,
     "eval": EvalFile,
+    "sweep": SweepFile,
+    "track": Track,
 }
 FOLDER = Path("configs/schema")
 
@@ -235,7 +240,8 @@ class _Builder:
     def _models(self, form: str) -> list[Node]:
         """A preset's name, a preset with changes, or a whole model."""
         changed = f"{FlexBertConfig.__name__}.preset"
-        names = {"enum": presets(), "description": "a preset: configs/model/NAME.yaml"}
+        told = "a preset: configs/model/NAME.yaml; from: as the Hugging Face folder that the run's `from` names"
+        names = {"enum": [*presets(), SOURCE], "description": told}
         if changed not in self.tree:
             own = self.tree[FlexBertConfig.__name__]
             self.tree[changed] = {**own, "properties": {"preset": names, **own["properties"]}}

@@ -3,9 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from flexbert import FlexBertForMaskedLM
 from flexbert.accounting import count_parameters
 from recipe.config import RunConfig
+from recipe.cost import parameters_beside, parameters_exported
 from recipe.phases import PhasePlan
+from recipe.slots import OBJECTIVES, OPTIMIZERS
+from training.objectives.phases import Objectives
 
 _NUMBER = 4  # bytes: everything is saved in float32, whatever the steps were computed in
 _MOMENTS = 2  # of a weight, in the optimizer's state; muon has one for matrices and takes less
@@ -18,7 +24,7 @@ class DiskNeed:
 
     permanent: checkpoints that are kept for ever: ends of phases, and those of checkpoint.keep_every.
     passing: others that are there at a time: the newest, the best, and the one being written, as an old one goes only
-    when that is whole.
+    when that is whole. beside: bytes of what objectives export beside the model, in all.
     """
 
     checkpoint: int
@@ -26,34 +32,57 @@ class DiskNeed:
     permanent: int
     passing: int
     exports: int
+    beside: int
 
     @property
     def total(self) -> int:
-        return self.checkpoint * (self.permanent + self.passing) + self.export * self.exports
+        return self.checkpoint * (self.permanent + self.passing) + self.export * self.exports + self.beside
 
 
 def disk_need(config: RunConfig, plan: PhasePlan) -> DiskNeed:
     """What a run takes at its end, when it takes most."""
-    parameters, averages = count_parameters(config.model), int(config.ema is not None)
-    options = config.checkpoint
+    averages, exported = int(config.ema is not None), count_parameters(config.model)
+    parameters = exported + parameters_beside(config, plan)
+    options, exports = config.checkpoint, _exports(config, plan, averages)
     return DiskNeed(
-        checkpoint=parameters * _NUMBER * (1 + _MOMENTS + averages),
-        export=parameters * _NUMBER,
+        checkpoint=parameters * _NUMBER * (1 + _MOMENTS + averages) + more_states(config, plan),
+        export=exported * _NUMBER,
         permanent=sum(plan.checkpoints(phase, options.keep_every) for phase in plan.phases),
         passing=options.keep + options.keep_best + 1,
-        exports=_exports(config, plan, averages),
+        exports=sum(exports),
+        beside=sum(
+            count * _NUMBER * parameters_exported(config, phase)
+            for count, phase in zip(exports, plan.phases, strict=True)
+        ),
     )
 
 
-def _exports(config: RunConfig, plan: PhasePlan, averages: int) -> int:
-    """How many are written; of step 0 there is no average."""
+def more_states(config: RunConfig, plan: PhasePlan) -> int:
+    """Bytes of the optimizer's state besides two moments of each parameter. Raises ConfigError, starting with the key,
+    when the optimizer cannot be made for the model."""
+    with torch.device("meta"):
+        model = FlexBertForMaskedLM(config.model)
+        Objectives(config, plan, model)
+        OPTIMIZERS.build(config.optimizer, model=model, lr=plan.phases[0].peak_lr)
+    more = getattr(OPTIMIZERS.entries[config.optimizer.name], "more_states", None)
+    return 0 if more is None else more(model) * _NUMBER
+
+
+def _exports(config: RunConfig, plan: PhasePlan, averages: int) -> list[int]:
+    """How many each phase writes; of step 0, which is the first's, there is no average."""
     if not config.exports_permanent:
-        return len(plan.phases) * (1 + averages)
-    kept = sum(plan.checkpoints(phase, config.checkpoint.keep_every) for phase in plan.phases)
-    return kept * (1 + averages) + 1
+        return [1 + averages] * len(plan.phases)
+    kept = [plan.checkpoints(phase, config.checkpoint.keep_every) * (1 + averages) for phase in plan.phases]
+    return [kept[0] + 1, *kept[1:]]
 
 
 def already_there(folder: Path) -> int:
     """Bytes that a run folder's checkpoints and exports take now."""
-    files = (file for part in ("checkpoints", "exports") for file in (folder / part).rglob("*") if file.is_file())
+    kinds = {kind for entry in OBJECTIVES.entries.values() for kind in getattr(entry, "export_kinds", ())}
+    files = (
+        file
+        for part in ("checkpoints", "exports", *sorted(kinds))
+        for file in (folder / part).rglob("*")
+        if file.is_file()
+    )
     return sum(file.stat().st_size for file in files)

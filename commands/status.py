@@ -54,14 +54,7 @@ def read_status(path: Path) -> dict[str, Any]:
     evaluations = {line["evaluation"]: line for line in read_evaluations(path)}
     # A line that a kill left behind the newest checkpoint is trained again, but it is the last that is known.
     step = plan.total_steps if summary else line.get("step", 0)
-    if process is not None:
-        state = "training"
-    elif summary is not None:
-        state = "finished"
-    elif folder.checkpoints_gone():
-        state = "checkpoints gone"
-    else:
-        state = "stopped" if line or list_checkpoints(folder.checkpoints) else "not started"
+    state = folder.state(trained=bool(line))
     return {
         "run": str(path),
         "state": state,

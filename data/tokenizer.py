@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from data.added_tokens import add_tokens
 from flexbert_core.durable import new_folder
-from flexbert_core.schema import Component, ConfigError, Count, Registry, RunError, Schema, UserPath
+from flexbert_core.schema import Component, ConfigError, Count, Registry, RunError, Schema, UserPath, named
 
 TOKENIZERS = Registry("tokenizer")
 
@@ -93,8 +94,8 @@ class LoadedTokenizer:
     """A tokenizer.json, a folder that AutoTokenizer loads, or (only then the network is used) a name on the hub.
 
     Special tokens that it lacks are added behind its vocabulary, but for an unknown token: its model would never give
-    it. Text that such a tokenizer does not know is an error. Truncation and padding are switched off; its normalizer
-    and the rest stay as they are.
+    it. Behind them come the tokens of `add`. Text that such a tokenizer does not know is an error. Truncation and
+    padding are switched off; its normalizer and the rest stay as they are.
     """
 
     class Config(Component):
@@ -103,10 +104,16 @@ class LoadedTokenizer:
         """tokenizer.json or a folder. Give this or `hub`."""
         hub: str | None = None
         """Name of a hub model whose tokenizer to take."""
+        add: UserPath | None = None
+        """A file of tokens to add, one on each line: terms of a domain, for a model that a run goes on from."""
+        add_inside_words: bool = False
+        """Whether they are found inside longer words, too, as signs and scripts without blanks need."""
 
         def model_post_init(self, context: Any) -> None:
             if (self.path is None) == (self.hub is None):
                 raise ValueError("give either path (tokenizer.json or a folder) or hub (a name on the hub)")
+            if self.add_inside_words and self.add is None:
+                raise ValueError("add_inside_words: says nothing without `add`: give that, or leave it out")
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -143,6 +150,9 @@ class LoadedTokenizer:
         tokenizer.no_padding()
         unknown = _unknown_token(tokenizer, names.get("unk"))
         others = {role: names.get(role) or _find_or_add(tokenizer, role) for role in ROLES if role != "unk"}
+        if self.config.add is not None:
+            with named("tokenizer.add"):
+                add_tokens(tokenizer, self.config.add, self.config.add_inside_words, unknown)
         return tokenizer, others if unknown is None else {"unk": unknown, **others}
 
 
@@ -161,13 +171,13 @@ def _unknown_token(tokenizer: Any, named: str | None) -> str | None:
         return None
     fallback = [f"<0x{byte:02X}>" for byte in range(256)] if model["byte_fallback"] else None
     by_bytes = any('"ByteLevel"' in json.dumps(node[part]) for part in ("pre_tokenizer", "normalizer"))
-    alphabet = fallback or (_byte_alphabet() if by_bytes else None)
+    alphabet = fallback or (byte_alphabet() if by_bytes else None)
     if alphabet is None or not all(byte in model["vocab"] for byte in alphabet):
         return None
     return named or _find_or_add(tokenizer, "unk")
 
 
-def _byte_alphabet() -> list[str]:
+def byte_alphabet() -> list[str]:
     """The characters that stand for the 256 bytes in a byte-level vocabulary."""
     from tokenizers import pre_tokenizers
 
@@ -271,18 +281,22 @@ def fingerprint(folder: Path) -> str:
 _ROLE_FILES = ("special_tokens_map.json", "tokenizer_config.json")
 
 
+def role_ids(folder: Path, tokenizer: Any) -> dict[str, int]:
+    """The id of each of ROLES that a saved tokenizer has. tokenizer: its `corpus_tokenizer`."""
+    # transformers 5 writes the roles into the one file only, 4 into both.
+    file = next((file for name in _ROLE_FILES if (file := folder / name).is_file()), None)
+    given = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+    tokens = {role: given.get(f"{role}_token") for role in ROLES}
+    names = {role: token["content"] if isinstance(token, dict) else token for role, token in tokens.items() if token}
+    ids = {role: tokenizer.token_to_id(name) for role, name in names.items()}
+    return {role: index for role, index in ids.items() if index is not None}
+
+
 def tokenizer_facts(folder: Path, tokenizer: Any = None) -> TokenizerFacts:
     """Ids and fingerprint of a saved tokenizer. tokenizer: its `corpus_tokenizer`, where that is loaded already."""
     tokenizer = tokenizer or corpus_tokenizer(folder)
-    # transformers 5 writes the roles into the one file only, 4 into both.
-    file = next(file for name in _ROLE_FILES if (file := folder / name).is_file())
-    given = json.loads(file.read_text(encoding="utf-8"))
-    names = {role: token for role, token in given.items() if role in {f"{role}_token" for role in ROLES} and token}
-    names = {role: token["content"] if isinstance(token, dict) else token for role, token in names.items()}
-    roles: dict[str, Any] = {
-        f"{role}_token_id": tokenizer.token_to_id(names[f"{role}_token"]) if f"{role}_token" in names else None
-        for role in ROLES
-    }
+    named_ids = role_ids(folder, tokenizer)
+    roles: dict[str, Any] = {f"{role}_token_id": named_ids.get(role) for role in ROLES}
     ids = set(tokenizer.get_vocab().values())
     vocab_size = -(-(max(ids) + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     added = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}

@@ -4,18 +4,20 @@ B sequences, T packed tokens, C classes.
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from data.keyed import torch_seed
+from evals.loading import Runtime, load_transformers, model_type, require_encoder, runtime_of
 from flexbert import FlexBertForMaskedLM, FlexBertForSequenceClassification, build, from_hf
 from flexbert.dropout import TokenKeys, keyed_dropout
 from flexbert.heads import MaskedLanguageHead
-from flexbert.hf.mappings import MAPPINGS
 from flexbert.hf.read import read_weights
 from flexbert_core.schema import ConfigError, RunError
 
@@ -32,22 +34,31 @@ class Encoded:
         self.input_ids, self.token_type_ids = input_ids, token_type_ids
 
 
-class Classifier(Protocol):
+class Classifier(ABC):
     """A model of one row of scores for each text."""
 
-    runtime: str
+    runtime: Runtime
 
-    def logits(self, batch: Sequence[Encoded], dropout_seed: int | None) -> Tensor:
-        """(B, C). dropout_seed: key of what is dropped in training; None: nothing is."""
-        ...
+    def __init__(self, model: Any, device: torch.device, starts_from: str = "fresh weights") -> None:
+        """starts_from: where the layers between encoder and scores have their weights from."""
+        self.model, self.device, self.starts_from = model.to(device), device, starts_from
 
-    def parameters(self) -> Any: ...
+    @abstractmethod
+    def logits(self, batch: Sequence[Encoded], dropout_seed: int | None, first_row: int = 0) -> Tensor:
+        """(B, C). dropout_seed: key of what is dropped in a step; None: nothing is. first_row: place of the first text
+        in the step's batch."""
 
-    def state_dict(self) -> dict[str, Tensor]: ...
+    def parameters(self) -> Any:
+        return self.model.parameters()
 
-    def train(self, mode: bool = True) -> Any: ...
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
 
-    def eval(self) -> Any: ...
+    def train(self, mode: bool = True) -> Any:
+        return self.model.train(mode)
+
+    def eval(self) -> Any:
+        return self.model.eval()
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -94,7 +105,7 @@ def load_classifier(
     device: torch.device,
     pooling: Pooling | None = None,
     start: Mapping[str, Tensor] | None = None,
-    runtime: Literal["flexbert", "transformers"] | None = None,
+    runtime: Runtime | None = None,
 ) -> Classifier:
     """A classifier with the folder's weights and a fresh last layer.
 
@@ -102,16 +113,14 @@ def load_classifier(
     pooling: None: as transformers has it. runtime: None: ours where it knows the architecture.
     Raises ConfigError for a folder that neither can load, RunError for one whose weights are not all there.
     """
-    model_type = str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
-    ours = model_type in (*MAPPINGS, "flexbert")
-    if runtime == "flexbert" and not ours:
-        raise ConfigError(f"runtime: flexbert does not know {model_type!r}: leave it out")
-    if ours and runtime != "transformers":
-        model: Any = PackedClassifier(packed_model(folder, model_type, num_labels, seed, pooling), device)
+    model: Classifier
+    if runtime_of(folder, runtime) == "flexbert":
+        packed, starts_from = packed_model(folder, num_labels, seed, pooling)
+        model = PackedClassifier(packed, device, starts_from)
     else:
         if pooling is not None:
             raise ConfigError("pooling: is for our own runtime; transformers' models have theirs")
-        model = PaddedClassifier(_padded_model(folder, num_labels, seed), folder, device)
+        model = PaddedClassifier(*_padded_model(folder, num_labels, seed), folder, device)
     if start is not None:
         _take_over(model.model, start)
     return model
@@ -127,17 +136,19 @@ def _take_over(model: nn.Module, start: Mapping[str, Tensor]) -> None:
 
 
 def packed_model(
-    folder: Path, model_type: str, num_labels: int, seed: int, pooling: Pooling | None
-) -> FlexBertForSequenceClassification:
-    """Ours. BERT and RoBERTa: their pooler, with the folder's weights where it has them. Others: what the masked-token
-    head does before its decoder, with its weights, as transformers' ModernBERT has it."""
+    folder: Path, num_labels: int, seed: int, pooling: Pooling | None
+) -> tuple[FlexBertForSequenceClassification, str]:
+    """Ours, and where the layers between encoder and scores have their weights from. BERT and RoBERTa: their pooler,
+    with the folder's weights where it has them. Others: what the masked-token head does before its decoder, with its
+    weights, as transformers' ModernBERT has it."""
     try:
         pretrained: Any = from_hf(folder, trust_remote_code=True)
     except ConfigError:
         pretrained = from_hf(folder, "encoder", trust_remote_code=True)  # raises anew for what is not about the head
     encoder = pretrained.encoder if isinstance(pretrained, FlexBertForMaskedLM) else pretrained
     head: Any = pretrained.head if isinstance(pretrained, FlexBertForMaskedLM) else None
-    by_head = isinstance(head, MaskedLanguageHead) and head.config.transform and model_type not in _POOLER_FAMILIES
+    with_pooler = model_type(folder) in _POOLER_FAMILIES
+    by_head = isinstance(head, MaskedLanguageHead) and head.config.transform and not with_pooler
     node: dict[str, Any] = {"name": "classification", "num_labels": num_labels}
     if by_head:
         given = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("classifier_pooling", "cls")
@@ -152,50 +163,35 @@ def packed_model(
         own = {"dense": head.dense, "norm": head.norm}
         for name, module in own.items():
             getattr(model.head, name).load_state_dict(module.state_dict())
-    elif model_type == "bert":
+        return model, "the masked-token head"
+    if model_type(folder) == "bert":
         weights = read_weights(folder)
         pooler = {key.rpartition("pooler.dense.")[2]: weights[key] for key in weights if "pooler.dense." in key}
         if pooler:
             model.head.dense.load_state_dict(pooler)
-    return model
+            return model, "the folder's pooler"
+    return model, "fresh weights"
 
 
-def _padded_model(folder: Path, num_labels: int, seed: int) -> Any:
-    from transformers import AutoModelForSequenceClassification
-
-    kind = {"problem_type": "regression"} if num_labels == 1 else {"problem_type": "single_label_classification"}
-    with torch.random.fork_rng(devices=[]):  # what is fresh is drawn from the global generator
-        torch.manual_seed(seed)
-        try:
-            model, about = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                num_labels=num_labels,
-                ignore_mismatched_sizes=True,
-                local_files_only=True,
-                trust_remote_code=True,
-                output_loading_info=True,
-                **kind,
-            )
-        except Exception as error:  # the loaders raise bare Exception among others
-            said = (str(error) or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"{folder}: transformers cannot load it for classification: {said}") from None
-    base = model.base_model_prefix + "."
-    if missing := [name for name in about["missing_keys"] if name.startswith(base) and ".pooler." not in f".{name}"]:
-        raise RunError(f"{folder}: {missing[0]} and {len(missing) - 1} more are not in its weights: it is not whole")
-    return model
+def _padded_model(folder: Path, num_labels: int, seed: int) -> tuple[Any, str]:
+    kind = "regression" if num_labels == 1 else "single_label_classification"
+    options = {"num_labels": num_labels, "problem_type": kind, "ignore_mismatched_sizes": True}
+    name = "AutoModelForSequenceClassification"
+    model, missing = load_transformers(folder, name, " for classification", seed, **options)
+    require_encoder(folder, model, missing)
+    return model, f"transformers' {type(model).__name__}, fresh: {', '.join(missing) or 'nothing'}"
 
 
-class PackedClassifier:
+class PackedClassifier(Classifier):
     """Ours: sequences one after the other, without padding."""
 
     runtime = "flexbert"
 
-    def __init__(self, model: FlexBertForSequenceClassification, device: torch.device) -> None:
-        self.model, self.device = model.to(device), device
-        types = model.config.embedding.model_dump().get("token_types", 0)
-        self.takes_types = types >= 2
+    def __init__(self, model: Any, device: torch.device, starts_from: str = "fresh weights") -> None:
+        super().__init__(model, device, starts_from)
+        self.takes_types = model.config.embedding.model_dump().get("token_types", 0) >= 2
 
-    def logits(self, batch: Sequence[Encoded], dropout_seed: int | None) -> Tensor:
+    def logits(self, batch: Sequence[Encoded], dropout_seed: int | None, first_row: int = 0) -> Tensor:
         lengths = torch.tensor([0, *(len(each.input_ids) for each in batch)], dtype=torch.int32)
         bounds = lengths.cumsum(0, dtype=torch.int32)
         ids = torch.tensor([number for each in batch for number in each.input_ids], dtype=torch.int64)
@@ -206,43 +202,30 @@ class PackedClassifier:
         cu_seqlens = bounds.to(self.device)
         keys = of_head = None
         if dropout_seed is not None:
-            keys = TokenKeys(dropout_seed, 0, cu_seqlens, len(ids))
-            of_head = self._head_keys(dropout_seed, keys, len(batch))
+            keys = TokenKeys(dropout_seed, first_row, cu_seqlens, len(ids))
+            of_head = self._head_keys(keys, len(batch))
         with keyed_dropout(keys):
             hidden_states = self.model.encoder(ids.to(self.device), cu_seqlens, int(lengths.max()), types)
         with keyed_dropout(of_head):
             return self.model.head(hidden_states, cu_seqlens)
 
-    def _head_keys(self, seed: int, keys: TokenKeys, rows: int) -> TokenKeys:
+    def _head_keys(self, keys: TokenKeys, rows: int) -> TokenKeys:
         """Of the lines that the head drops from: a line for each row."""
         bounds = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
-        return TokenKeys(seed, 0, bounds, rows)
-
-    def parameters(self) -> Any:
-        return self.model.parameters()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
-
-    def train(self, mode: bool = True) -> Any:
-        return self.model.train(mode)
-
-    def eval(self) -> Any:
-        return self.model.eval()
+        return TokenKeys(keys.seed, keys.first_row, bounds, rows)
 
 
-class PaddedClassifier:
-    """Any of transformers': sequences padded to the longest of their batch."""
+class PaddedClassifier(Classifier):
+    """Any of transformers': sequences padded to the longest of their batch. What it drops depends on microbatches."""
 
     runtime = "transformers"
 
-    def __init__(self, model: Any, folder: Path, device: torch.device) -> None:
-        self.model, self.device = model.to(device), device
+    def __init__(self, model: Any, starts_from: str, folder: Path, device: torch.device) -> None:
+        super().__init__(model, device, starts_from)
         self.padding_id = model.config.pad_token_id or 0
-        names = load_tokenizer(folder).model_input_names
-        self.takes_types = "token_type_ids" in names
+        self.takes_types = "token_type_ids" in load_tokenizer(folder).model_input_names
 
-    def logits(self, batch: Sequence[Encoded], dropout_seed: int | None) -> Tensor:
+    def logits(self, batch: Sequence[Encoded], dropout_seed: int | None, first_row: int = 0) -> Tensor:
         longest = max(len(each.input_ids) for each in batch)
 
         def padded(rows: Sequence[Sequence[int]], by: int) -> Tensor:
@@ -258,17 +241,5 @@ class PaddedClassifier:
             return self.model(**given).logits
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices) if devices or self.device.type == "cpu" else nullcontext():
-            torch.manual_seed(dropout_seed)
+            torch.manual_seed(torch_seed(dropout_seed, "dropout", first_row))
             return self.model(**given).logits
-
-    def parameters(self) -> Any:
-        return self.model.parameters()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
-
-    def train(self, mode: bool = True) -> Any:
-        return self.model.train(mode)
-
-    def eval(self) -> Any:
-        return self.model.eval()

@@ -17,6 +17,7 @@ from evals.bm25 import Bm25
 from evals.finetuning import autocast
 from evals.ranking import Ranking
 from flexbert_core.schema import ConfigError, RunError, Schema, UserPath
+from recipe.schedules import set_learning_rate
 from recipe.slots import OPTIMIZERS
 
 _MINED_FROM = 100  # the best documents that are not relevant
@@ -72,6 +73,9 @@ class Tune(Schema):
         default=None, gt=0, description="of the softmax over documents; default: 0.05 of one vector, 1 of several"
     )
     optimizer: Annotated[Any, *OPTIMIZERS.slot()] = Field(default="stableadamw", description="with its weight_decay")
+    gradient_clip_norm: float | None = Field(
+        default=1.0, gt=0, description="global norm (sentence-transformers: 1.0); null: none"
+    )
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1, description="one training for each")
     rows: int | None = Field(default=None, ge=2, description="examples at most, drawn by the seed; default: all")
 
@@ -140,6 +144,7 @@ def fine_tune(encoder: Encoder, examples: Sequence[Example], tune: Tune, seed: i
     epochs = [_batches(examples, tune.batch_size, torch_seed(seed, "order", epoch)) for epoch in range(tune.epochs)]
     steps = sum(len(batches) for batches in epochs)
     optimizer = OPTIMIZERS.build(tune.optimizer, model=encoder.model, lr=tune.lr)
+    set_learning_rate(optimizer, tune.lr)
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(tune.warmup * steps), steps + 1)
     losses, step = [], 0
     encoder.model.train()
@@ -153,7 +158,8 @@ def fine_tune(encoder: Encoder, examples: Sequence[Example], tune: Tune, seed: i
                 value = loss(_columns(encoder, batch), None)
                 value.backward()
             total += float(value.detach()) * len(batch)
-            torch.nn.utils.clip_grad_norm_(encoder.model.parameters(), 1.0)
+            if tune.gradient_clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(encoder.model.parameters(), tune.gradient_clip_norm)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)

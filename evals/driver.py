@@ -4,8 +4,8 @@ OUTPUT/NAME/LABEL/ holds a model's results of one evaluation: cells/*.json with 
 on, failed/*.txt with what kept a cell from one, logs/, files/ of the evaluation's own, and results.json.
 """
 
+import hashlib
 import json
-import re
 import sys
 import time
 import traceback
@@ -18,9 +18,10 @@ from typing import Any
 from rich.console import Console
 
 from evals.interface import Cell, CelledEval, Eval, EvalFile, Model
+from evals.models import plain
 from flexbert_core.durable import lock, write_file
-from flexbert_core.schema import ConfigError, RunError
-from jobs.base import JOBS, Job, JobExecutor, explain
+from flexbert_core.schema import ConfigError, RunError, named_paths
+from jobs.base import JOBS, Job, JobExecutor, told
 
 MAIN = Path(__file__).parent.parent / "main.py"
 _WHOLE = "all"
@@ -43,7 +44,9 @@ class Task:
         """Those known so far."""
         if isinstance(self.evaluation, CelledEval):
             return list(self.evaluation.cells(self.model, results))
-        return [Cell(_WHOLE, self.evaluation.config.model_dump(mode="json"))]
+        config = self.evaluation.config
+        data = {key: _hash(path) for key, path in named_paths(config).items() if path.exists()}
+        return [Cell(_WHOLE, {**config.model_dump(mode="json"), "hashes of files": data})]
 
     def key(self, cell: Cell) -> str:
         return f"{cell.key(self.model)}-{self.evaluation.version}"
@@ -86,11 +89,10 @@ class Outcome:
     results: dict[str, Any]
     scores: Mapping[str, Any] | None
     failed: dict[str, str]
-    seconds: float
 
 
 def task_folder(output: Path, name: str, model: Model) -> Path:
-    return output / name / re.sub(r"[^A-Za-z0-9@._'-]+", "-", model.label)
+    return output / name / plain(model.label)
 
 
 def evaluate(
@@ -111,7 +113,6 @@ def evaluate(
     executor: JobExecutor | None = None if config.executor is None else JOBS.build(config.executor)
     if executor is not None:
         executor.check()
-    start = time.monotonic()
     done: list[dict[str, Any]] = [{} for _ in tasks]
     failed: list[dict[str, str]] = [{} for _ in tasks]
     while True:
@@ -131,8 +132,9 @@ def evaluate(
                         done[i][cell.name] = result
                     else:
                         failed[i][cell.name] = task.failure(cell) or "its job ended without a word: see logs/"
-    seconds = time.monotonic() - start
-    return [_outcome(task, done[i], failed[i], seconds) for i, task in enumerate(tasks)]
+    return [
+        Outcome(task, done[i], None if failed[i] else task.scores(done[i]), failed[i]) for i, task in enumerate(tasks)
+    ]
 
 
 def run_group(name: str, evaluation: Eval, model: Model, output: Path, group: str, console: Console) -> bool:
@@ -143,6 +145,16 @@ def run_group(name: str, evaluation: Eval, model: Model, output: Path, group: st
     todo = [cell for cell in _todo(task, done, failed) if cell.group == group]
     _run_here(task, todo, done, failed, console, group)
     return not failed
+
+
+def _hash(path: Path) -> str:
+    """Of a file's bytes, or of those of all files in a folder."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            digest.update(f"{file.relative_to(path)}\n".encode() + hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def _todo(task: Task, done: dict[str, Any], failed: Mapping[str, str]) -> list[Cell]:
@@ -182,7 +194,7 @@ def _run_here(
         return
     task.folder.mkdir(parents=True, exist_ok=True)
     with lock(
-        task.folder / f".lock{'-' + re.sub('[^A-Za-z0-9_-]', '-', group) if group else ''}",
+        task.folder / f".lock{'-' + plain(group) if group else ''}",
         task.folder,
         "evaluating it",
     ):
@@ -246,26 +258,10 @@ def _fail(task: Task, cell: Cell, message: str, console: Console) -> str:
 
 
 def _job(task: Task, group: str, again: Sequence[str], output: Path) -> Job:
-    log = task.folder.resolve() / "logs" / f"{re.sub('[^A-Za-z0-9_-]+', '-', group)}.log"
+    log = task.folder.resolve() / "logs" / f"{plain(group)}.log"
     command = [sys.executable, str(MAIN), "eval", *again, task.model.source, "--output", str(output), "--group", group]
     return Job(f"{task.name} {task.model.label} {group}", [*command, "--label", task.model.label], log)
 
 
 def _run_jobs(executor: JobExecutor, jobs: Sequence[Job], console: Console) -> None:
-    left = len(jobs)
-
-    def changed(job: Job, code: int | None) -> None:
-        nonlocal left
-        if code is None:
-            console.print(f"started  {job.name}", soft_wrap=True)
-            return
-        left -= 1
-        said = "done" if code == 0 else f"warning: {explain(job, code)}"
-        console.print(f"{said}  {job.name if code == 0 else ''}  ({left} jobs left)", soft_wrap=True)
-
-    executor.run(jobs, changed)
-
-
-def _outcome(task: Task, done: dict[str, Any], failed: dict[str, str], seconds: float) -> Outcome:
-    scores = None if failed else task.scores(done)
-    return Outcome(task, done, scores, failed, seconds)
+    executor.run(jobs, told(jobs, partial(console.print, soft_wrap=True)))

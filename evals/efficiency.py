@@ -4,7 +4,6 @@ Documents of random tokens, of one length or of lengths drawn from a normal dist
 through the encoder in the largest batches that fit, in no order of length. Tokens are counted without padding.
 """
 
-import json
 import platform
 import statistics
 from collections.abc import Mapping
@@ -18,8 +17,8 @@ from pydantic import Field
 from data.keyed import keyed_generator
 from evals.classifiers import load_tokenizer, longest
 from evals.interface import EVALS, Cell, CelledEval, EvalConfig, Model, Scores
+from evals.loading import Runtime, known, model_type
 from evals.speed import Encoder, fits_on_gpu, largest_batch
-from flexbert.hf.mappings import MAPPINGS
 from flexbert_core.schema import ConfigError, RunError, Schema
 
 
@@ -51,7 +50,7 @@ class Efficiency(CelledEval):
         kinds: list[Literal["fixed", "variable"]] = Field(
             default=["fixed", "variable"], min_length=1, description="which cases"
         )
-        runtimes: list[Literal["flexbert", "transformers"]] = Field(
+        runtimes: list[Runtime] = Field(
             default=["flexbert", "transformers"],
             min_length=1,
             description="unpadded; padded to the longest of the batch",
@@ -103,15 +102,13 @@ class Efficiency(CelledEval):
         """Raises RunError where not even one document fits."""
         lengths, kind = Lengths(**cell.settings["lengths"]), cell.settings["kind"]
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        model_type = json.loads((model.folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        ours = model_type in (*MAPPINGS, "flexbert")
         encoders = {
             name: Encoder(model.folder, name, self.device, dtype, self.config.attention)
             for name in self.config.runtimes
-            if ours or name != "flexbert"
+            if known(model.folder) or name != "flexbert"
         }
         if not encoders:
-            raise RunError(f"runtimes: flexbert does not know {model_type!r}: add transformers")
+            raise RunError(f"runtimes: flexbert does not know {model_type(model.folder)!r}: add transformers")
         first = next(iter(encoders.values()))
         documents = make_documents(
             lengths if kind == "variable" else Lengths(longest=lengths.longest, mean=lengths.longest, deviation=0),

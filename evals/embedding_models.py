@@ -3,7 +3,6 @@
 B texts, T packed tokens, D hidden.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +17,9 @@ from evals.batching import by_length
 from evals.classifiers import Encoded, encode, load_tokenizer, longest
 from evals.finetuning import autocast
 from evals.interface import EvalConfig, Model
+from evals.loading import Runtime, load_transformers, require_encoder, runtime_of
 from flexbert import from_hf
-from flexbert.hf.mappings import MAPPINGS
-from flexbert_core.schema import ConfigError, RunError
-
-Runtime = Literal["flexbert", "transformers"]
+from flexbert_core.schema import RunError
 
 
 class EmbeddingConfig(EvalConfig):
@@ -94,30 +91,12 @@ class EmbeddingModel:
 
 def load_encoder(folder: Path, runtime: Runtime | None, **options: Any) -> tuple[Any, Runtime]:
     """The folder's encoder, float32, and what runs it. options: for transformers' loader."""
-    model_type = str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
-    ours = model_type in (*MAPPINGS, "flexbert")
-    if runtime == "flexbert" and not ours:
-        raise ConfigError(f"runtime: flexbert does not know {model_type!r}: leave it out")
-    if ours and runtime != "transformers":
-        return from_hf(folder, "encoder", trust_remote_code=True), "flexbert"
-    from transformers import AutoModel
-
-    with torch.random.fork_rng(devices=[]):  # what is fresh is drawn from the global generator
-        try:
-            model, about = AutoModel.from_pretrained(
-                folder,
-                local_files_only=True,
-                trust_remote_code=True,
-                output_loading_info=True,
-                dtype=torch.float32,
-                **options,
-            )
-        except Exception as error:  # the loaders raise bare Exception among others
-            said = (str(error) or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"{folder}: transformers cannot load it: {said}") from None
-    if missing := sorted(name for name in about["missing_keys"] if "pooler." not in name):
-        raise RunError(f"{folder}: {missing[0]} is not in its weights: it is not whole")
-    return model, "transformers"
+    found = runtime_of(folder, runtime)
+    if found == "flexbert":
+        return from_hf(folder, "encoder", trust_remote_code=True), found
+    model, missing = load_transformers(folder, "AutoModel", "", **options)
+    require_encoder(folder, model, missing)
+    return model, found
 
 
 class LastEmbeddingModel:

@@ -14,6 +14,7 @@ from data.keyed import keyed_generator, torch_seed
 from evals.classifiers import Classifier, Encoded
 from evals.text_scores import scored
 from flexbert_core.schema import RunError
+from recipe.schedules import set_learning_rate
 from recipe.slots import OPTIMIZERS
 
 Labels = Sequence[Any]
@@ -66,7 +67,7 @@ def fine_tune(
     their epoch, losses, steps) and the best weights. Raises RunError when the loss is no number.
     """
     assert train.labels is not None
-    optimizer = OPTIMIZERS.build(plan.optimizer, model=model.model, lr=plan.lr)  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer = OPTIMIZERS.build(plan.optimizer, model=model.model, lr=plan.lr)
     steps_per_epoch = math.ceil(len(train.rows) / plan.batch_size)
     steps = steps_per_epoch * plan.epochs
     warmup = round(plan.warmup * steps)
@@ -79,8 +80,7 @@ def fine_tune(
         model.train()
         for first in range(0, len(order), plan.batch_size):
             chosen = order[first : first + plan.batch_size].tolist()
-            for group in optimizer.param_groups:
-                group["lr"] = plan.lr * _share(step, warmup, steps)
+            set_learning_rate(optimizer, plan.lr * _share(step, warmup, steps))
             total += _step(model, train, chosen, plan, kind, device, step) * len(chosen)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -119,9 +119,11 @@ def _step(
     """Gradients of one batch; its mean loss."""
     assert train.labels is not None
     loss, whole = 0.0, _weight(train.labels, chosen, kind)
-    for number, part in enumerate(_parts(train.rows, chosen, plan.microbatch_tokens)):
+    first_row, dropout_seed = 0, torch_seed(plan.seed, "dropout", step)
+    for part in _parts(train.rows, chosen, plan.microbatch_tokens):
         with autocast(device, plan.precision):
-            logits = model.logits([train.rows[row] for row in part], torch_seed(plan.seed, "dropout", step, number))
+            logits = model.logits([train.rows[row] for row in part], dropout_seed, first_row)
+        first_row += len(part)
         labels = [train.labels[row] for row in part]
         share = loss_of(logits, labels, kind) * (_weight(train.labels, part, kind) / max(whole, 1))
         share.backward()

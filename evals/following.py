@@ -1,35 +1,92 @@
-"""Evaluates a run's checkpoints beside it, as its `evaluations` say: each once, also those of before a restart.
+"""Which checkpoints of a run its entries `eval` evaluate, which of them wait, and what has scores.
 
-RUN/evaluations.jsonl has a line for each evaluation of a checkpoint: step, tokens, evaluation, and scores or failed.
-RUN/pending/tokens-N is a checkpoint (hard links) that waits, so that retention cannot take it away. RUN/evaluations
-holds the results as `main.py eval` writes them.
+Each entry has a TITLE, the names of its evaluations. RUN/pending-TITLE/tokens-N is a checkpoint (hard links) that waits
+for it, so that retention cannot take it away. RUN/evaluations.jsonl has a line for each evaluation of a checkpoint:
+step, tokens, evaluation, the mark of its weights, and scores or failed.
+
+A run that goes back to an older checkpoint trains other weights for the same number of tokens. The mark tells them
+apart: scores count for the weights that they were made of, and for no others.
 """
 
 import contextlib
 import json
+import logging
+import math
 import os
 import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from evals.background import BackgroundConfig
-from evals.config import build_eval, eval_files, load_eval_file, overrides_of
-from evals.driver import evaluate
-from evals.interface import Eval, EvalFile
-from evals.models import resolve
-from evals.results import numbers, write_results
-from flexbert_core.durable import lock, new_folder, remove_folder
-from flexbert_core.schema import ConfigError, RunError
+from evals.background_config import BackgroundConfig
+from evals.config import eval_files, load_eval_file, overrides_of
+from evals.interface import EvalFile
+from flexbert_core.durable import new_folder, remove_folder
+from flexbert_core.schema import ConfigError
 from recipe.config import RunConfig
 from recipe.phases import PhasePlan
-from training.checkpoints.files import checkpoint_name, list_checkpoints, tokens_of
+from training.checkpoints.files import MANIFEST, checkpoint_name, list_checkpoints, tokens_of
 from training.folder import RunFolder
 
-_POLL_SECONDS = 1.0
+log = logging.getLogger(__name__)
+_LONGEST_TITLE = 100  # letters: it is part of the names of files
+
+
+class Following:
+    """One entry of a run: what is due, what waits, what is done."""
+
+    def __init__(self, run: Path, config: RunConfig, entry: BackgroundConfig) -> None:
+        """run: runs/NAME, which need not be there yet. Raises ConfigError for evaluations that are none."""
+        self.run, self.entry, self.plan = run, entry, PhasePlan(config)
+        self.files = eval_files(",".join(entry.files))
+        # No name of an evaluation holds a comma, so two entries never have one title.
+        names = ",".join(self.files)
+        self.title = names if len(names) <= _LONGEST_TITLE else f"{next(iter(self.files))},and-{len(self.files) - 1}"
+        self.lines = run / "evaluations.jsonl"
+        self.pending = run / f"pending-{self.title}"
+        self.log = run / f"evaluations-{self.title}.log"
+        self.lock = run / f".{self.title}.lock"
+        self.results = run / "evaluations"
+        self.scratch = self.results / f".models-{self.title}"
+
+    def load(self) -> dict[str, tuple[EvalFile, list[str]]]:
+        """What each evaluation's file says, and a command line's arguments that say it again. Raises ConfigError."""
+        loaded = {}
+        for name, file in self.files.items():
+            overrides = overrides_of(name, list(self.files), self.entry.set)
+            loaded[name] = load_eval_file(file, overrides), [str(file), *overrides]
+        return loaded
+
+    def missing(self, path: Path) -> list[str]:
+        """Evaluations of a checkpoint that are due and have no scores of its weights."""
+        step = self.plan.step_of(tokens_of(path))  # None: of other batch sizes than the run has now
+        if step is None or not (self.plan.is_milestone(step) or self.plan.crosses(step, self.entry.every)):
+            return []
+        mark = mark_of(path)
+        lines = [line for line in read_evaluations(self.run) if "scores" in line and line["tokens"] == tokens_of(path)]
+        done = {line["evaluation"] for line in lines if mark is not None and line.get("weights") == mark}
+        return [name for name in self.files if name not in done]
+
+    def pin(self, path: Path) -> None:
+        """Let a checkpoint wait if evaluations of it are missing, in place of one of other weights. Raises OSError."""
+        place = self.pending / path.name
+        if not self.missing(path) or (place.exists() and mark_of(place) == mark_of(path)):
+            return
+        with contextlib.suppress(FileNotFoundError), new_folder(place) as beside:  # retention may be faster
+            for file in path.iterdir():
+                os.link(file, beside / file.name)
+
+    def pin_all(self, up_to: float = math.inf) -> None:
+        """Let all that are there wait. up_to: tokens; later ones wait no more: the run went back, and gave them up."""
+        for path in self.waiting():
+            if tokens_of(path) > up_to:
+                remove_folder(path)
+        for path in list_checkpoints(self.run / "checkpoints"):
+            if tokens_of(path) <= up_to:
+                self.pin(path)
+
+    def waiting(self) -> list[Path]:
+        return list_checkpoints(self.pending)
 
 
 def entries_of(config: RunConfig) -> list[BackgroundConfig]:
@@ -37,141 +94,63 @@ def entries_of(config: RunConfig) -> list[BackgroundConfig]:
     return [entry for entry in config.evaluations if isinstance(entry, BackgroundConfig)]
 
 
-class Following:
-    """What is due of a run, and what is done."""
+def followings(run: Path, config: RunConfig) -> list[Following]:
+    """One for each entry. Raises ConfigError for evaluations that are none, or that two entries name: their results
+    would lie in one place."""
+    found = [Following(run, config, entry) for entry in entries_of(config)]
+    names = [name for each in found for name in each.files]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"evaluations: {name!r} is named by two entries `eval`: leave it out of one, or give that one a copy "
+                "of its file under another name"
+            )
+    return found
 
-    def __init__(self, run: Path) -> None:
-        """Raises ConfigError for what is no run folder, or one whose `evaluations` name nothing to do beside it."""
-        self.folder = RunFolder(run)
-        self.run = run
-        self.config = self.folder.recorded_config()
-        self.plan = PhasePlan(self.config)
-        self.entries = entries_of(self.config)
-        if not self.entries:
-            raise ConfigError(f"{run}: its `evaluations` have no entry `eval`, so there is nothing to follow")
-        self.names = {name: entry for entry in self.entries for name in eval_files(",".join(entry.files))}
 
-    @property
-    def lines(self) -> Path:
-        return self.run / "evaluations.jsonl"
+def following_of(run: Path) -> list[Following]:
+    """Those of a run as it was last started. Raises ConfigError for what is no run folder, or has nothing to follow."""
+    found = followings(run, RunFolder(run).recorded_config())
+    if not found:
+        raise ConfigError(f"{run}: its `evaluations` have no entry `eval`, so there is nothing to follow")
+    return found
 
-    @property
-    def pending(self) -> Path:
-        return self.run / "pending"
 
-    def done(self) -> set[tuple[int, str]]:
-        """(tokens, evaluation) of what has scores."""
-        return {(line["tokens"], line["evaluation"]) for line in read_evaluations(self.run) if "scores" in line}
+def adopt(run: Path, everyone: Sequence[Following], up_to: float = math.inf) -> None:
+    """Give checkpoints that wait for entries which the run has no more to those that it has, where they are due; nobody
+    would take the others away. everyone: all of the run. up_to: tokens, as in `pin_all`."""
+    for folder in set(run.glob("pending*")) - {each.pending for each in everyone}:
+        for path in list_checkpoints(folder):
+            for each in everyone if tokens_of(path) <= up_to else ():
+                if not (each.pending / path.name).exists():
+                    each.pin(path)
+        shutil.rmtree(folder, ignore_errors=True)
 
-    def due(self, tokens: int) -> list[str]:
-        """Evaluations to make of the checkpoint with these tokens."""
-        step = self.plan.step_of(tokens)
-        assert step is not None, f"{self.run}: no step ends at {tokens} tokens"
-        milestone = self.plan.is_milestone(step)
-        return [name for name, entry in self.names.items() if milestone or self.plan.crosses(step, entry.every)]
 
-    def missing(self, tokens: int) -> list[str]:
-        done = self.done()
-        return [name for name in self.due(tokens) if (tokens, name) not in done]
-
-    def pin(self, path: Path) -> None:
-        """Let a checkpoint wait if it is due and not evaluated yet."""
-        place = self.pending / path.name
-        if place.exists() or not self.missing(tokens_of(path)):
-            return
-        with contextlib.suppress(FileNotFoundError), new_folder(place) as beside:  # retention may be faster
-            for file in path.iterdir():
-                os.link(file, beside / file.name)
-
-    def pin_all(self) -> None:
-        """All that are there."""
-        for path in list_checkpoints(self.run / "checkpoints"):
-            self.pin(path)
-
-    def waiting(self) -> list[Path]:
-        return list_checkpoints(self.pending)
+def mark_of(path: Path) -> str | None:
+    """The hash of a checkpoint's weights, as its manifest has it; None where that is damaged or gone."""
+    try:
+        return json.loads((path / MANIFEST).read_text())["files"]["model.safetensors"]["xxh3_64"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def read_evaluations(run: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of evaluations.jsonl."""
     file = run / "evaluations.jsonl"
-    for line in file.read_text().splitlines() if file.exists() else []:
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
         try:
-            yield json.loads(line)
-        except ValueError:
+            node = json.loads(line)
+        except ValueError:  # torn by a kill
             continue
-
-
-def follow(run: Path, console: Console, watch: bool) -> bool:
-    """Evaluate what waits; watch: until the run is finished, else once. Whether all went well.
-
-    Raises ConfigError for what can never be evaluated, RunError when another process follows the run.
-    """
-    following = Following(run)
-    made: dict[str, tuple[EvalFile, Eval, list[str]]] = {}
-    for entry in following.entries:
-        files = eval_files(",".join(entry.files))
-        for name, file in files.items():
-            overrides = overrides_of(name, list(files), entry.set)
-            loaded = load_eval_file(file, overrides)
-            made[name] = (loaded, build_eval(loaded.evaluation, name), [str(file), *overrides])
-    tried: set[tuple[int, str]] = set()
-    fine = True
-    with lock(run / ".evaluations.lock", run, "evaluating its checkpoints"):
-        while True:
-            finished = following.folder.finished() is not None  # asked before: what it wrote last is seen
-            if finished or not watch:  # else the training process does
-                following.pin_all()
-            busy = False
-            for path in following.waiting():
-                tokens = tokens_of(path)
-                todo = [name for name in following.missing(tokens) if (tokens, name) not in tried]
-                for name in todo:
-                    tried.add((tokens, name))
-                    fine = _evaluate(following, path, name, *made[name], console) and fine
-                    busy = True
-                if not [name for name in following.missing(tokens) if (tokens, name) not in tried]:
-                    remove_folder(path)
-            if busy:
-                continue
-            if finished or not watch:
-                return fine
-            time.sleep(_POLL_SECONDS)
-
-
-def _evaluate(
-    following: Following,
-    path: Path,
-    name: str,
-    file: EvalFile,
-    evaluation: Eval,
-    again: list[str],
-    console: Console,
-) -> bool:
-    tokens, output = tokens_of(path), following.run / "evaluations"
-    line: dict[str, Any] = {"step": following.plan.step_of(tokens), "tokens": tokens, "evaluation": name}
-    try:
-        (model,) = resolve([str(path)], output / ".models")
-        (outcome,) = evaluate(name, file, evaluation, [model], output, again, console)
-        write_results(outcome, file.evaluation)
-        if outcome.scores is None:
-            cell, said = next(iter(outcome.failed.items()))
-            line["failed"] = f"{cell}: {said}"
-        else:
-            line["scores"] = numbers(outcome.scores)
-    except (ConfigError, RunError) as error:
-        line["failed"] = str(error)
-    finally:
-        shutil.rmtree(output / ".models", ignore_errors=True)
-    with following.lines.open("a") as out:
-        out.write(json.dumps(line) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-    return "scores" in line
+        if isinstance(node, dict) and node.keys() >= {"step", "tokens", "evaluation"}:
+            yield node
 
 
 def left_to_do(run: Path) -> list[str]:
     """`evaluation of tokens-N` for all that is due of a run's checkpoints and has no scores."""
-    following = Following(run)
-    paths = {tokens_of(path) for path in (*list_checkpoints(run / "checkpoints"), *following.waiting())}
-    return [f"{name} of {checkpoint_name(tokens)}" for tokens in sorted(paths) for name in following.missing(tokens)]
+    left = set[tuple[int, str]]()
+    for each in following_of(run):
+        for path in (*list_checkpoints(run / "checkpoints"), *each.waiting()):
+            left |= {(tokens_of(path), name) for name in each.missing(path)}
+    return [f"{name} of {checkpoint_name(tokens)}" for tokens, name in sorted(left)]

@@ -156,7 +156,16 @@ class Glue(CelledEval):
     def _of(self, task: TaskData) -> dict[str, Any]:
         """Settings that all cells of a task have."""
         config = self.config
-        names = ("batch_size", "max_length", "warmup", "early_stopping", "pooling", "runtime", "rows")
+        names = (
+            "batch_size",
+            "max_length",
+            "warmup",
+            "early_stopping",
+            "pooling",
+            "runtime",
+            "rows",
+            "microbatch_tokens",
+        )
         return {
             **{name: getattr(config, name) for name in names},
             "optimizer": config.optimizer.model_dump(),
@@ -220,7 +229,7 @@ class Glue(CelledEval):
         if "/start-" in cell.name:
             path = out / f"start-{cell.key(model)}.safetensors"
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
-        return {**result, "cut_rows": cut, "runtime": classifier.runtime}
+        return {**result, "cut_rows": cut, "runtime": classifier.runtime, "starts_from": classifier.starts_from}
 
     def _classifier(self, task: TaskData, model: Model, seed: int, start: Any) -> Classifier:
         return load_classifier(
@@ -315,10 +324,6 @@ def _first(task: TaskData, rows: int) -> TaskData:
     if task.train is None or len(task.train) <= rows:
         return task
     train = task.train
-    cut = Rows(
-        train.texts[:rows],
-        None if train.pairs is None else train.pairs[:rows],
-        None if train.labels is None else train.labels[:rows],
-        train.digest,
-    )
+    pairs, labels = (None if column is None else column[:rows] for column in (train.pairs, train.labels))
+    cut = Rows(train.texts[:rows], pairs, labels)
     return TaskData(**{**vars(task), "train": cut})

@@ -3,7 +3,6 @@
 B rows, S slots, T packed tokens, M hidden tokens, V vocabulary.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,11 @@ from evals.batching import by_length
 from evals.classifiers import load_tokenizer, longest
 from evals.finetuning import autocast
 from evals.interface import EvalConfig, Model
+from evals.loading import Runtime, load_transformers, runtime_of
 from flexbert import FlexBertForMaskedLM, from_hf
-from flexbert.hf.mappings import MAPPINGS
 from flexbert.kernels import linear
 from flexbert_core.schema import ConfigError, RunError
 
-Runtime = Literal["flexbert", "transformers"]
 _MOST_SCORES = 2**27  # numbers of logits that exist at once: 512 MiB
 
 
@@ -139,29 +137,17 @@ def _scored(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def load_masked(folder: Path, runtime: Runtime | None) -> tuple[Any, Runtime]:
     """A folder's model, in float32 on the CPU, and whose it is. Raises RunError for one without a masked-token head,
     ConfigError for one that cannot be loaded."""
-    model_type = str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
-    ours = model_type in (*MAPPINGS, "flexbert")
-    if runtime == "flexbert" and not ours:
-        raise ConfigError(f"runtime: flexbert does not know {model_type!r}: leave it out")
-    if ours and runtime != "transformers":
+    found = runtime_of(folder, runtime)
+    if found == "flexbert":
         try:
-            return from_hf(folder, trust_remote_code=True), "flexbert"
+            return from_hf(folder, trust_remote_code=True), found
         except ConfigError as error:
             from_hf(folder, "encoder", trust_remote_code=True)  # raises anew for what is not about the head
             raise RunError(_no_head(folder, str(error).removeprefix(f"{folder}: ").split(":")[0])) from None
-    from transformers import AutoModelForMaskedLM
-
-    with torch.random.fork_rng(devices=[]):  # what is fresh is drawn from the global generator
-        try:
-            model, about = AutoModelForMaskedLM.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=True, output_loading_info=True
-            )
-        except Exception as error:  # the loaders raise bare Exception among others
-            said = (str(error) or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"{folder}: transformers cannot load it for masked tokens: {said}") from None
-    if about["missing_keys"]:
-        raise RunError(_no_head(folder, sorted(about["missing_keys"])[0]))
-    return model.float(), "transformers"
+    model, missing = load_transformers(folder, "AutoModelForMaskedLM", " for masked tokens")
+    if missing:
+        raise RunError(_no_head(folder, missing[0]))
+    return model, found
 
 
 def _no_head(folder: Path, weight: str) -> str:

@@ -6,11 +6,13 @@
 | runs/NAME@tokens-N, ...@tokens-N-ema | its checkpoint or export of that name |
 | .../checkpoints/tokens-N | a checkpoint |
 | FOLDER | an export, or any folder with a config.json |
-| hf:ORG/NAME, hf:ORG/NAME@REVISION | a model of the Hugging Face hub |
+| hf:ORG/NAME, hf:ORG/NAME@REVISION | a model of the Hugging Face hub, of an architecture that is here |
+| hf+code:ORG/NAME, ...@REVISION | one that brings Python code, which is run: say so only of those you trust |
 | any of these, then @random | its architecture and tokenizer, with fresh weights |
 """
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -21,8 +23,9 @@ from evals.interface import Model
 from flexbert.hf.verify import PARITY_FILE
 from flexbert_core.durable import new_folder
 from flexbert_core.schema import ConfigError, expand_user, named
+from recipe.hub import HUB, of_hub
 
-_HUB = "hf:"
+_HUB_WITH_CODE = "hf+code:"
 _RANDOM = "@random"
 _ABOUT = {".md", ".gitattributes", ".png", PARITY_FILE}  # files that say something about a model and are no part of it
 
@@ -40,9 +43,9 @@ def resolve(sources: Sequence[str], scratch: Path) -> list[Model]:
 
 
 def _resolve(source: str, scratch: Path) -> Model:
-    if source.startswith(_HUB):
-        name = source.removeprefix(_HUB).removesuffix(_RANDOM)
-        folder, label, again, tokens = _of_hub(name), name, _HUB + name, None
+    if source.startswith((HUB, _HUB_WITH_CODE)):
+        prefix, _, name = source.removesuffix(_RANDOM).partition(":")
+        folder, label, again, tokens = _of_hub(name, f"{prefix}:" == _HUB_WITH_CODE), name, f"{prefix}:{name}", None
     else:
         try:
             place = expand_user(source)
@@ -113,9 +116,10 @@ def _of_checkpoint(path: Path, scratch: Path) -> tuple[Path, str, str, int | Non
     from training.checkpoint_source import WEIGHTS, model_of, read_source, write_export
 
     run, tokens = path.parent.parent, _tokens(path.name)
-    label, again = f"{run.resolve().name}@{path.name}", f"{run}@{path.name}"
+    in_run = path.parent.name == "checkpoints"  # else it waits somewhere else in the run's folder
+    label, again = f"{run.resolve().name}@{path.name}", f"{run}@{path.name}" if in_run else str(path)
     export = run / "exports" / path.name
-    if (export / "config.json").is_file():
+    if in_run and (export / "config.json").is_file():
         return export, label, again, tokens
     source = read_source(path)
     export = scratch / "exports" / f"{run.resolve().name}-{path.name}-{_hash((path / 'manifest.json').read_bytes())}"
@@ -125,16 +129,16 @@ def _of_checkpoint(path: Path, scratch: Path) -> tuple[Path, str, str, int | Non
     return export, label, again, tokens
 
 
-def _of_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    repo, _, revision = name.partition("@")
-    wanted = ["*.json", "*.txt", "*.model", "*.safetensors", "*.py"]
-    try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
-    except Exception as error:  # the hub's client raises many kinds
-        said = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{_HUB}{name}: cannot be had from the Hugging Face hub: {said}") from None
+def _of_hub(name: str, with_code: bool) -> Path:
+    """Raises ConfigError for a model whose code would run without having been asked for."""
+    folder = of_hub(name, with_code)
+    for file in () if with_code else (folder / "config.json", folder / "tokenizer_config.json"):
+        if file.is_file() and "auto_map" in json.loads(file.read_text(encoding="utf-8")):
+            raise ConfigError(
+                f"{HUB}{name}: brings Python code ({file.name}: auto_map): {_HUB_WITH_CODE}{name} runs it, if you "
+                "trust it"
+            )
+    return folder
 
 
 def _randomized(model: Model, scratch: Path) -> Model:
@@ -172,6 +176,11 @@ def digest_of(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def plain(name: str) -> str:
+    """For a file's or folder's name."""
+    return re.sub(r"[^A-Za-z0-9@._'-]+", "-", name)
+
+
 def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
 
@@ -181,14 +190,15 @@ def _tokens(name: str) -> int:
 
 
 def _told_apart(models: list[Model]) -> list[Model]:
-    """With the folder's parent in labels that come twice, else with a number."""
-    counts = Counter(model.label for model in models)
+    """With the folder's parent in labels that come twice, and a mark where that does not help. Their folders differ,
+    too."""
+    counts = Counter(plain(model.label) for model in models)
     labels: list[str] = []
     for model in models:
         label = model.label
-        if counts[label] > 1:
+        if counts[plain(label)] > 1:
             label = f"{model.folder.resolve().parent.name}/{label}"
-        while label in labels:
+        while plain(label) in map(plain, labels):
             label += "'"
         labels.append(label)
     return [replace(model, label=label) for model, label in zip(models, labels, strict=True)]

@@ -78,7 +78,7 @@ class Ner(CelledEval):
         self.precision: Any = auto if config.precision == "auto" else config.precision
 
     def cells(self, model: Model, results: Mapping[str, Any]) -> list[Cell]:
-        names = ("lr", "weight_decay", "epochs", "batch_size", "max_length", "warmup", "runtime")
+        names = ("lr", "weight_decay", "epochs", "batch_size", "max_length", "warmup", "runtime", "microbatch_tokens")
         settings = {name: getattr(self.config, name) for name in names}
         settings |= {"optimizer": self.config.optimizer.model_dump(), "precision": self.precision}
         settings |= {"train": self.train.digest, "dev": self.dev.digest}

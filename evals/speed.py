@@ -3,15 +3,14 @@
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from evals.embedding_models import load_encoder
-
-Runtime = Literal["flexbert", "transformers"]
+from evals.loading import Runtime
 
 
 class Encoder:

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,23 @@ class Columns:
 
 @dataclass(frozen=True)
 class Rows:
-    """Texts, second texts (or None), labels as they stand (or None), and the hash of the files."""
+    """Texts, second texts (or None), and labels as they stand (or None)."""
 
     texts: list[str]
     pairs: list[str] | None
     labels: list[Any] | None
-    digest: str
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that stands there, whatever files and columns it was read from."""
+        none = [None] * len(self)
+        digest = hashlib.sha256()
+        for row in zip(self.texts, self.pairs or none, self.labels or none, strict=True):
+            digest.update(json.dumps(row, default=str).encode() + b"\n")
+        return digest.hexdigest()
 
 
 def read_rows(file: Path, columns: Columns) -> Rows:
@@ -50,7 +59,7 @@ def read_rows(file: Path, columns: Columns) -> Rows:
         near = sorted(path.name for path in file.parent.glob("*") if path.is_file()) if file.parent.is_dir() else []
         raise ConfigError(f"{file}: no such file" + (f"; there are: {', '.join(near)}" if near else ""))
     try:
-        return _collected(_records(file, columns), columns, str(file), _digest(file))
+        return _collected(_records(file, columns), columns, str(file))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: is no UTF-8 text: {error.reason}, byte {error.start}") from None
 
@@ -67,15 +76,10 @@ def rows_of_hub(name: str, subset: str | None, split: str, columns: Columns) -> 
         said = " ".join(str(error).split())[:300]
         raise ConfigError(f"{name} {subset or ''} {split}: cannot be had: {said}") from None
     place = f"{name}/{subset} {split}" if subset else f"{name} {split}"
-    return _collected(enumerate(table, 1), columns, place, str(table._fingerprint))
+    return _collected(enumerate(table, 1), columns, place)
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
-
-
-def _collected(records: "Iterator[tuple[int, Any]]", columns: Columns, place: str, digest: str) -> Rows:
+def _collected(records: "Iterator[tuple[int, Any]]", columns: Columns, place: str) -> Rows:
     texts: list[str] = []
     pairs: list[str] = []
     labels: list[Any] = []
@@ -91,9 +95,7 @@ def _collected(records: "Iterator[tuple[int, Any]]", columns: Columns, place: st
             labels.append(found.pop(0))
     if not texts:
         raise ConfigError(f"{place}: holds no rows")
-    return Rows(
-        texts, pairs if columns.pair is not None else None, labels if columns.label is not None else None, digest
-    )
+    return Rows(texts, pairs if columns.pair is not None else None, labels if columns.label is not None else None)
 
 
 def _value(record: Any, column: str | int, place: str, number: int) -> Any:

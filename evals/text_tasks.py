@@ -1,5 +1,7 @@
 """Tasks of classifying or scoring sentences and pairs: what they are, GLUE's among them, and their data."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,8 +181,12 @@ class TaskData:
 
     @property
     def digest(self) -> str:
-        parts = [rows.digest for rows in (self.train, *self.dev.values()) if rows is not None]
-        return "-".join(part[:8] for part in parts)
+        """Of its rows and the names of its splits."""
+        parts = {
+            "train": self.train and self.train.digest,
+            **{f"dev {name}": each.digest for name, each in self.dev.items()},
+        }
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def load_task(task: TextTask, data: str | None, hub: str | None) -> TaskData:
@@ -268,7 +274,7 @@ def _labelled(rows: Rows, kind: str, classes: tuple[str, ...], place: str) -> Ro
     """With class numbers or floats for labels; None where all of them are hidden (the hub says -1)."""
     labels = rows.labels
     if labels is None or all(label in (-1, "-1", None) for label in labels):
-        return Rows(rows.texts, rows.pairs, None, rows.digest)
+        return Rows(rows.texts, rows.pairs, None)
     numbers: list[Any] = []
     for row, label in enumerate(labels, 1):
         if kind == "score":
@@ -285,4 +291,4 @@ def _labelled(rows: Rows, kind: str, classes: tuple[str, ...], place: str) -> Ro
             numbers.append(classes.index(str(label)))
         else:
             raise ConfigError(f"{place}: row {row}: {label!r} is no class; they are: {', '.join(classes)}")
-    return Rows(rows.texts, rows.pairs, numbers, rows.digest)
+    return Rows(rows.texts, rows.pairs, numbers)

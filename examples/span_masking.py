@@ -1,7 +1,9 @@
-"""A masking from outside the project: spans of neighbouring tokens are restored together (SpanBERT, arXiv 1907.10529).
+"""A masking from outside the project: spans of neighbouring tokens are restored together.
+
+Words do not count here. The project's own `spans` has whole words.
 
 imports: [span_masking.py]
-masking: {name: spans, rate: 0.15}
+masking: {name: token_spans, rate: 0.15}
 """
 
 import numpy as np
@@ -14,7 +16,7 @@ from data.feed.philox import RowNames, draws
 _START, _LENGTH = 16, 17  # purposes of draws: those under 16 are the project's
 
 
-@MASKINGS.register("spans")
+@MASKINGS.register("token_spans")
 class SpanMasking:
     """Spans of geometric lengths, which end at the border of a document and may touch."""
 

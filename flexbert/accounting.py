@@ -14,35 +14,63 @@ from flexbert.layers import OutputProjection
 from flexbert.model import FlexBertForMaskedLM, build
 
 
-def count_parameters(config: FlexBertConfig) -> int:
-    """Parameters of the model with its masked-token head; a tied decoder counts once."""
-    return sum(parameter.numel() for parameter in _on_meta(config).parameters())
+def count_parameters(config: FlexBertConfig, head: bool = True) -> int:
+    """Parameters of the model with its masked-token head, where a tied decoder counts once; or of its encoder alone."""
+    model = _on_meta(config)
+    return sum(parameter.numel() for parameter in (model if head else model.encoder).parameters())
 
 
-def flops_per_token(config: FlexBertConfig, seq_len: int, masked_fraction: float) -> float:
+def flops_per_token(config: FlexBertConfig, seq_len: int, masked_fraction: float, causal: bool = False) -> float:
     """Floating-point operations of forward and backward, per token of sequences of `seq_len` tokens (batch_flops)."""
-    return batch_flops(config, [seq_len], [masked_fraction * seq_len]) / seq_len
+    return batch_flops(config, [seq_len], [masked_fraction * seq_len], causal) / seq_len
 
 
-def batch_flops(config: FlexBertConfig, lengths: ArrayLike, masked: ArrayLike) -> float:
+def batch_flops(
+    config: FlexBertConfig, lengths: ArrayLike, masked: ArrayLike, causal: bool = False, head: bool = True
+) -> float:
     """Floating-point operations of forward and backward over packed sequences of these lengths, of each of which so
-    many tokens are masked.
+    many tokens are masked. head: whether the masked-token head reads them.
 
     Per token: 3 * (2 * W_layers + sum over layers of 4 * D * K + masked share * 2 * (W_head + V * D)), where W counts
     the weights of linear layers, D is hidden_size and K the number of keys a token sees: its sequence in global layers,
-    in local ones the window less what falls off the sequence's ends. A multiply-add is 2 operations and backward twice
-    forward (Kaplan et al. 2020, arXiv 2001.08361, sec. 2.1); 4 * D * K: products with keys and values (PaLM, arXiv
-    2204.02311, app. B). Norms, activations, softmax and the embedding lookup are left out (about 1 % at base size).
+    in local ones the window less what falls off the sequence's ends, and where attention is causal none behind itself.
+    A multiply-add is 2 operations and backward twice forward (Kaplan et al. 2020, arXiv 2001.08361, sec. 2.1);
+    4 * D * K: products with keys and values (PaLM, arXiv 2204.02311, app. B). Norms, activations, softmax and the
+    embedding lookup are left out (about 1 % at base size).
     The last layer's queries and what follows them are needed at masked tokens only, and counted so, even where they are
     computed for more (queries in kernels other than sdpa; up to a sixteenth of the batch in compiled blocks).
     """
     sizes, wanted = np.asarray(lengths, np.float64), np.asarray(masked, np.float64)
     work = _work(without_init(config).model_dump_json())
-    pairs = sum(layers * keys_seen(window, sizes).sum() for window, layers in work.windows.items())
     shares = wanted / np.maximum(sizes, 1.0)
-    pairs += sum(layers * (keys_seen(window, sizes) * shares).sum() for window, layers in work.masked_windows.items())
-    weights = work.weights * sizes.sum() + work.masked_weights * wanted.sum()
+    pairs = 0.0
+    for windows, of_each in ((work.windows, np.ones_like(shares)), (work.masked_windows, shares)):
+        for (left, right), layers in windows.items():
+            pairs += layers * (keys_seen((left, 0 if causal else right), sizes) * of_each).sum()
+    masked_weights = work.masked_weights - (0 if head else work.head_weights)
+    weights = work.weights * sizes.sum() + masked_weights * wanted.sum()
     return float(3.0 * (2.0 * weights + 4.0 * config.hidden_size * pairs))
+
+
+class StepWork(NamedTuple):
+    """What a step does for each token of full rows, on average."""
+
+    weights: float  # of linear layers that multiply it, the decoder's for masked tokens
+    widths: dict[int, float]  # the same by the smaller of a layer's inputs and outputs
+    windows: dict[tuple[int, int], int]  # layers of each window size
+    ends: int  # inputs and outputs of the linear layers of blocks
+    parameters: int
+
+
+def step_work(config: FlexBertConfig, masked_fraction: float) -> StepWork:
+    """The parts that batch_flops adds up, and what moves through memory, for a prediction of time."""
+    work = _work(without_init(config).model_dump_json())
+    layers = [child for child in _on_meta(config).encoder.layers.modules() if isinstance(child, nn.Linear)]
+    windows = Counter(work.windows)
+    windows.update(work.masked_windows)
+    weights = work.weights + masked_fraction * work.masked_weights
+    ends = sum(child.in_features + child.out_features for child in layers)
+    return StepWork(weights, _widths(_on_meta(config), masked_fraction), dict(windows), ends, count_parameters(config))
 
 
 def memory_estimate(
@@ -114,8 +142,22 @@ class _Work(NamedTuple):
 
     weights: int  # of linear layers
     masked_weights: int
+    head_weights: int  # of them, those of the head with its decoder
     windows: dict[tuple[int, int], int]  # layers of each window size
     masked_windows: dict[tuple[int, int], int]
+
+
+def _widths(model: FlexBertForMaskedLM, masked_fraction: float) -> dict[int, float]:
+    late = {id(linear) for linear in _late(model)}
+    decoder, _ = model.head.decoder(model.encoder.token_table)
+    found = Counter[int]()
+    found[min(decoder.shape)] += masked_fraction * decoder.numel()  # pyright: ignore[reportArgumentType]
+    for part in (model.encoder, model.head):
+        for child in part.modules():
+            if isinstance(child, nn.Linear) and child.weight is not decoder:
+                share = masked_fraction if part is model.head or id(child) in late else 1.0
+                found[min(child.weight.shape)] += share * child.weight.numel()  # pyright: ignore[reportArgumentType]
+    return dict(found)
 
 
 @functools.lru_cache(maxsize=8)
@@ -126,9 +168,9 @@ def _work(key: str) -> _Work:
     weights, windows = _linear_weights(model.encoder), _windows(model.encoder)
     late = _late(model)
     if not late:
-        return _Work(weights, head, windows, Counter())
+        return _Work(weights, head, head, windows, Counter())
     late_weights, late_windows = sum(linear.weight.numel() for linear in late), _windows(model.encoder.layers[-1])
-    return _Work(weights - late_weights, head + late_weights, windows - late_windows, late_windows)
+    return _Work(weights - late_weights, head + late_weights, head, windows - late_windows, late_windows)
 
 
 def _late(model: FlexBertForMaskedLM) -> list[nn.Linear]:
@@ -147,10 +189,8 @@ def _windows(module: nn.Module) -> Counter[tuple[int, int]]:
 
 def keys_seen(window_size: tuple[int, int], lengths: NDArray[np.float64]) -> NDArray[np.float64]:
     """Keys that all tokens of a sequence of each length see together in a layer."""
-    if window_size[0] < 0:
-        return lengths**2
     # On each side: token p from the end sees min(side, p) tokens.
     return lengths + sum(
-        np.where(lengths > side, side * lengths - side * (side + 1) / 2, lengths * (lengths - 1) / 2)
+        np.where((lengths > side) & (side >= 0), side * lengths - side * (side + 1) / 2, lengths * (lengths - 1) / 2)
         for side in window_size
     )

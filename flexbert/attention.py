@@ -17,7 +17,9 @@ from flexbert_core.schema import MAY_CHANGE
 
 @ATTENTIONS.register("multihead")
 class MultiHeadAttention(nn.Module):
-    """Bidirectional softmax attention inside each sequence; every n-th layer sees all of it, the others a window.
+    """Softmax attention inside each sequence; every n-th layer sees all of it, the others a window.
+
+    It sees both sides of a token, unless the plan is causal.
 
     Wqkv rows are [N + 2K, H]: queries, keys, values, each head by head. Source: ModernBERT (arXiv 2412.13663, sec.
     2.1); fewer key-value heads: arXiv 2305.13245; norms of queries and keys: arXiv 2302.05442.
@@ -62,7 +64,8 @@ class MultiHeadAttention(nn.Module):
         )
         backend: Backend = Field(
             "auto",
-            description="kernel: auto (chosen by device), eager, sdpa, tiled, flash2, flash3 or flex",
+            description="kernel: auto (chosen by device), eager, sdpa, tiled, flash2, flash3, torch_flash (without a "
+            "package) or flex",
             json_schema_extra=MAY_CHANGE,
         )
 
@@ -106,6 +109,8 @@ class MultiHeadAttention(nn.Module):
         self.out_dropout = Dropout(config.out_dropout)
 
     selects_tokens: ClassVar[bool] = True
+    causal: ClassVar[bool] = True
+    """Whether it sees nothing behind a token where `plan.causal` says so."""
 
     def forward(
         self, hidden_states: Tensor, plan: AttentionPlan, positions: Positions, wanted: Tensor | None = None

@@ -66,6 +66,10 @@ class TokenKeys:
         torch.addcmul(b[:, None], drawn, drawn, out=drawn)
         return drawn >= min(round(probability * 2**32), 2**32 - 1) - 2**31
 
+    def uniform(self, site: int) -> Tensor:
+        """(T,) float64 in [0, 1), or (M,), one number for each token; another for each site (63 bits)."""
+        return ((_mix(self._tokens + site) >> 11) & (2**53 - 1)).double() * 2.0**-53
+
 
 _CURRENT: ContextVar[TokenKeys | None] = ContextVar("keys of dropout", default=None)
 
@@ -78,6 +82,11 @@ def keyed_dropout(keys: TokenKeys | None) -> Iterator[None]:
         yield
     finally:
         _CURRENT.reset(token)
+
+
+def current_keys() -> TokenKeys | None:
+    """Those of the `keyed_dropout` that is open, for other draws of its tokens."""
+    return _CURRENT.get()
 
 
 @contextmanager

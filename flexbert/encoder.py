@@ -14,10 +14,21 @@ from flexbert.kernels import AttentionPlan
 from flexbert.layers import build_norm
 from flexbert.packed import check_packed, check_wanted, pad, round_up, unpad
 from flexbert.positions import RotaryPosition
-from flexbert.registry import BLOCKS, EMBEDDINGS, POSITIONS
+from flexbert.registry import ATTENTIONS, BLOCKS, EMBEDDINGS, POSITIONS
 from flexbert_core.schema import ConfigError
 
 log = logging.getLogger(__name__)
+
+
+def require_causal(config: FlexBertConfig) -> None:
+    """Raise ConfigError for a model with a layer whose attention cannot be causal: one from outside that does not say
+    `causal = True`, which promises that it looks at `plan.causal`."""
+    for layer in map(config.layer, range(config.num_hidden_layers)):
+        if not getattr(ATTENTIONS.entries[layer.attention.name], "causal", False):
+            raise ConfigError(
+                f"model.attention: {layer.attention.name!r} does not say that it can be causal: use multihead, or look "
+                "at plan.causal in it and give it `causal = True`"
+            )
 
 
 class FlexBertEncoder(nn.Module):
@@ -51,27 +62,38 @@ class FlexBertEncoder(nn.Module):
         max_seqlen: int,
         token_type_ids: Tensor | None = None,
         wanted: Tensor | None = None,
+        causal: bool = False,
+        kept: dict[int, Tensor | None] | None = None,
     ) -> Tensor:
         """Hidden states (T, D) of a packed batch, or (M, D) of the tokens `wanted`.
 
         input_ids: (T,) int64. cu_seqlens: (num_seqs + 1,) int32, starts of the sequences, then T; empty sequences and
         T = 0 are fine. max_seqlen: tokens of the longest sequence, or more. token_type_ids: (T,) int64; None: all 0.
         wanted: (M,) int64, rising: the last block then leaves out what only other tokens need (0.94 of a training step
-        in float32 and 0.98 in bfloat16, 4 x 1024 tokens with 30 % masked). None: all tokens.
+        in float32 and 0.98 in bfloat16, 4 x 1024 tokens with 30 % masked). None: all tokens. causal: whether tokens see
+        only what stands before them; see `require_causal`. kept: numbers of blocks, from 0; their outputs, (T, D) and
+        without the final norm, are filled in.
         Raises ValueError for other shapes and dtypes, for sequences longer than a table of positions and, on the CPU,
         for bounds that do not fit and tokens wanted twice or out of order.
         """
         check_packed(input_ids, cu_seqlens, max_seqlen)
         if wanted is not None:
             check_wanted(wanted, len(input_ids))
-        plan = AttentionPlan(cu_seqlens, max_seqlen, len(input_ids))
+        plan = AttentionPlan(cu_seqlens, max_seqlen, len(input_ids), causal)
+        if self._compiled:
+            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # the number of documents differs in every batch
         added = self.position.embed(plan.position_ids, max_seqlen)
         hidden_states = self.embedding(input_ids, added, token_type_ids)
         positions = self.position.for_attention(plan.position_ids, max_seqlen)
         for index in range(len(self.layers) - 1):
             hidden_states = self._block(index, hidden_states, plan, positions)
+            if kept is not None and index in kept:
+                kept[index] = hidden_states
         last = len(self.layers) - 1
-        if wanted is None:
+        if kept is not None and last in kept:
+            kept[last] = hidden_states = self._block(last, hidden_states, plan, positions)
+            hidden_states = hidden_states if wanted is None else hidden_states.index_select(0, wanted)
+        elif wanted is None:
             hidden_states = self._block(last, hidden_states, plan, positions)
         elif len(wanted) and self.last_selects:
             computed = round_up(wanted, len(input_ids)) if self._compiled else wanted
@@ -102,13 +124,14 @@ class FlexBertEncoder(nn.Module):
         hidden_states = self(packed.input_ids, packed.cu_seqlens, packed.max_seqlen, types)
         return pad(hidden_states, packed.slots, *input_ids.shape)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, **options: Any) -> None:
         """Compile each block by itself with torch.compile, for batches of few different T: each T compiles anew (on two
-        CPU cores half a minute). Attention stays the kernel it is. Names of parameters do not change."""
+        CPU cores half a minute). Attention stays the kernel it is; with torch_flash a block is one graph, with
+        others it is two around the kernel. Names of parameters do not change. options: more for torch.compile."""
         torch._dynamo.config.cache_size_limit = 64  # kinds of blocks times lengths; 8 by default
         self._compiled = True
         for layer in self.layers:
-            layer.compile(dynamic=False)
+            layer.compile(dynamic=False, **options)
 
     def set_rope_theta(self, global_theta: float | None = None, local_theta: float | None = None) -> None:
         """Change the base of the rotary angles from the next forward on, here and in `config`; None: as it is.

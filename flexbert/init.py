@@ -59,8 +59,18 @@ def _normal(values: Tensor, std: float, cutoff_factor: float | None, generator: 
     if cutoff_factor is None:
         values.normal_(0.0, std, generator=generator)
     else:
-        limit = cutoff_factor * std
-        nn.init.trunc_normal_(values, 0.0, std, -limit, limit, generator=generator)
+        truncated_normal_(values, std, cutoff_factor, generator)
+
+
+def truncated_normal_(values: Tensor, std: float, cutoff_factor: float, generator: torch.Generator) -> None:
+    """Fill float32 `values` with a normal distribution of mean 0, cut off at cutoff_factor * std on either side.
+
+    By inverting the distribution function, as torch.nn.init.trunc_normal_ did up to torch 2.7, to the same bits. Newer
+    ones draw other numbers, and a seed must mean the same weights with every torch.
+    """
+    edge = math.erf(cutoff_factor / math.sqrt(2))  # the share of the normal distribution that is kept
+    values.uniform_(-edge, edge, generator=generator).erfinv_().mul_(std * math.sqrt(2))
+    values.clamp_(-cutoff_factor * std, cutoff_factor * std)
 
 
 class _SmallConfig(Component):

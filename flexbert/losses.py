@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -39,6 +39,8 @@ class CrossEntropy:
     PaLM, arXiv 2204.02311, sec. 5. Evaluation reports the plain cross entropy whatever is set here.
     """
 
+    takes_shares: ClassVar[bool] = True
+
     class Config(Component):
         label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over the vocabulary")
         z_loss: float = Field(0.0, ge=0, description="weight of log_norm^2, which keeps logits small (PaLM: 1e-4)")
@@ -55,10 +57,13 @@ class CrossEntropy:
         bias: Tensor | None,
         targets: Tensor,
         scores: TokenScores | None = None,
+        shares: Tensor | None = None,
     ) -> Tensor:
         """A float32 scalar; 0 for no tokens. Shapes: see masked_cross_entropy."""
         smoothing, z_loss = self.config.label_smoothing, self.config.z_loss
-        return masked_cross_entropy(hidden_states, weight, bias, targets, smoothing, z_loss, scores, self.compiled)
+        return masked_cross_entropy(
+            hidden_states, weight, bias, targets, smoothing, z_loss, scores, self.compiled, shares
+        )
 
 
 def masked_cross_entropy(
@@ -70,11 +75,13 @@ def masked_cross_entropy(
     z_loss: float = 0.0,
     scores: TokenScores | None = None,
     compiled: bool = False,
+    shares: Tensor | None = None,
 ) -> Tensor:
     """The sum that CrossEntropy states, for logits = hidden_states @ weight.T + bias; 0 for no tokens.
 
     hidden_states: (M, D). weight: (V, D). bias: (V,) or None. targets: (M,) int64 in [0, V). scores: filled if given.
-    compiled: what follows the products of a chunk by torch.compile, with gradients only.
+    compiled: what follows the products of a chunk by torch.compile, with gradients only. shares: (M,) float32, what
+    each token's term is multiplied by in the sum; None: 1. Scores are without.
     The products run in autocast's dtype if it is on, everything else in float32. Gradients are computed along with the
     loss, chunk by chunk, and only scaled in backward: exact, and no chunk's logits are made twice.
     """
@@ -86,16 +93,17 @@ def masked_cross_entropy(
             target, log_norm = targets[rows, None], logits.logsumexp(1, keepdim=True)
             if scores is not None:
                 _fill(scores, rows, logits.gather(1, target), logits.amax(1, keepdim=True), log_norm)
-            total += _chunk_loss(logits, target, log_norm, label_smoothing, z_loss)
+            share = None if shares is None else shares[rows]
+            total += _chunk_loss(logits, target, log_norm, label_smoothing, z_loss, share)
         return total
     return _MaskedCrossEntropy.apply(  # pyright: ignore[reportReturnType]
-        hidden_states, weight, bias, targets, dtype, label_smoothing, z_loss, scores, compiled
+        hidden_states, weight, bias, targets, dtype, label_smoothing, z_loss, scores, compiled, shares
     )
 
 
 @torch.no_grad()
 def masked_evaluation(
-    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scores: TokenScores | None = None
 ) -> tuple[Tensor, Tensor]:
     """Like masked_cross_entropy, without gradients: (loss sum float64, tokens whose best score is the target)."""
     loss = torch.zeros((), dtype=torch.float64, device=hidden_states.device)
@@ -104,8 +112,32 @@ def masked_evaluation(
     for products, rows in _chunks(hidden_states, factor(weight, dtype), dtype):
         logits = _logits(products, bias)
         correct += (logits.argmax(1) == targets[rows]).sum()
-        loss += _chunk_loss(logits, targets[rows, None], logits.logsumexp(1, keepdim=True), 0.0, 0.0)
+        target, log_norm = targets[rows, None], logits.logsumexp(1, keepdim=True)
+        if scores is not None:
+            _fill(scores, rows, logits.gather(1, target), logits.amax(1, keepdim=True), log_norm)
+        loss += _chunk_loss(logits, target, log_norm, 0.0, 0.0)
     return loss, correct
+
+
+@torch.no_grad()
+def sample_tokens(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    chance: Tensor,
+    adjust: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """A token for each row, drawn from the softmax of its logits: the first whose cumulative probability is over
+    `chance`, (M,) float64 in [0, 1). (M,) int64. adjust: what the logits of a chunk, (m, V) float32, become before.
+    Other arguments: see masked_cross_entropy."""
+    tokens = torch.empty(len(hidden_states), dtype=torch.int64, device=hidden_states.device)
+    dtype = _product_dtype(hidden_states)
+    for products, rows in _chunks(hidden_states, factor(weight, dtype), dtype):
+        logits = _logits(products, bias)
+        reached = (logits if adjust is None else adjust(logits)).softmax(1).cumsum(1, dtype=torch.float64)
+        drawn = chance[rows, None] * reached[:, -1:]  # rounding leaves the sum beside 1
+        tokens[rows] = torch.searchsorted(reached, drawn, right=True).squeeze(1).clamp_max(len(weight) - 1)
+    return tokens
 
 
 class _MaskedCrossEntropy(torch.autograd.Function):
@@ -121,6 +153,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         z_loss: float,
         scores: TokenScores | None,
         compiled: bool,
+        shares: Tensor | None,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         hidden_gradient = torch.empty_like(hidden_states)
@@ -131,7 +164,8 @@ class _MaskedCrossEntropy(torch.autograd.Function):
             gradient_of = _compiled_gradient() if compiled else _chunk_gradient
             for products, rows in _chunks(hidden_states, lowered, dtype):
                 target, states = targets[rows, None], factor(hidden_states[rows], dtype)
-                found = gradient_of(products, bias, target, dtype, label_smoothing, z_loss)
+                share = None if shares is None else shares[rows]
+                found = gradient_of(products, bias, target, dtype, label_smoothing, z_loss, share)
                 total += found.loss
                 if scores is not None:
                     _fill(scores, rows, found.chosen, found.largest, found.log_norm)
@@ -155,7 +189,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
             hidden_gradient * scale.to(hidden_gradient.dtype),
             (weight_gradient * scale).to(weight_dtype),
             None if bias_gradient is None else (bias_gradient * scale).to(bias_dtype),
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
@@ -203,13 +237,19 @@ class _ChunkGradient(NamedTuple):
 
 
 def _chunk_gradient(
-    products: Tensor, bias: Tensor | None, target: Tensor, dtype: torch.dtype, label_smoothing: float, z_loss: float
+    products: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    dtype: torch.dtype,
+    label_smoothing: float,
+    z_loss: float,
+    share: Tensor | None,
 ) -> _ChunkGradient:
     """The loss of rows (m, V) without their bias, and its gradient: softmax minus the smoothed one-hot, times
-    1 + 2 z log_norm for the z-loss. target: (m, 1)."""
+    1 + 2 z log_norm for the z-loss, and each row's share. target: (m, 1). share: (m,)."""
     logits = _logits(products, bias)
     chosen, largest = logits.gather(1, target), logits.amax(1, keepdim=True)
-    gradient, log_norm, loss = _softmax(logits, chosen, largest, label_smoothing, z_loss)
+    gradient, log_norm, loss = _softmax(logits, chosen, largest, label_smoothing, z_loss, share)
     if z_loss:
         gradient *= 1 + 2 * z_loss * log_norm
     if label_smoothing:
@@ -219,6 +259,8 @@ def _chunk_gradient(
         gradient = gradient + torch.where(is_target, label_smoothing - 1.0, 0.0)
     else:
         gradient.scatter_add_(1, target, gradient.new_full(target.shape, label_smoothing - 1.0))
+    if share is not None:
+        gradient *= share[:, None]
     bias_gradient = None if bias is None else gradient.sum(0)
     return _ChunkGradient(factor_(gradient, dtype), bias_gradient, loss, chosen, largest, log_norm)
 
@@ -236,12 +278,12 @@ def _fill(scores: TokenScores, rows: slice, chosen: Tensor, largest: Tensor, log
 
 
 def _softmax(
-    logits: Tensor, chosen: Tensor, largest: Tensor, label_smoothing: float, z_loss: float
+    logits: Tensor, chosen: Tensor, largest: Tensor, label_smoothing: float, z_loss: float, share: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities, which may be written over the logits (m, V), log_norm (m, 1) and the chunk's loss.
 
-    chosen, largest: logits of the targets and of the best, (m, 1). The softmax takes one pass: log_norm then follows
-    from its largest entry.
+    chosen, largest: logits of the targets and of the best, (m, 1). share: (m,). The softmax takes one pass: log_norm
+    then follows from its largest entry.
     """
     mean = logits.mean(1) if label_smoothing else None
     if torch.compiler.is_compiling():
@@ -250,19 +292,38 @@ def _softmax(
     else:
         probs = softmax_(logits)
         log_norm = largest - probs.amax(1, keepdim=True).log()
-    loss = (log_norm - chosen).sum()
+    return probs, log_norm, _sum_of_losses(log_norm, chosen, mean, label_smoothing, z_loss, share)
+
+
+def _chunk_loss(
+    logits: Tensor,
+    targets: Tensor,
+    log_norm: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    share: Tensor | None = None,
+) -> Tensor:
+    """Sum over the rows of logits (m, V), with targets and log_norm (m, 1), times their shares (m,)."""
+    mean = logits.mean(1) if label_smoothing else None
+    return _sum_of_losses(log_norm, logits.gather(1, targets), mean, label_smoothing, z_loss, share)
+
+
+def _sum_of_losses(
+    log_norm: Tensor,
+    chosen: Tensor,
+    mean: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    share: Tensor | None,
+) -> Tensor:
+    """log_norm, chosen (the targets' logits): (m, 1). mean: of all logits, (m,), for label smoothing."""
+
+    def total(terms: Tensor) -> Tensor:
+        return terms.sum() if share is None else (terms.reshape(-1) * share).sum()
+
+    loss = total(log_norm - chosen)
     if mean is not None:
-        loss = (1 - label_smoothing) * loss + label_smoothing * (log_norm.sum() - mean.sum())
+        loss = (1 - label_smoothing) * loss + label_smoothing * (total(log_norm) - total(mean))
     if z_loss:
-        loss = loss + z_loss * log_norm.square().sum()
-    return probs, log_norm, loss
-
-
-def _chunk_loss(logits: Tensor, targets: Tensor, log_norm: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
-    """Sum over the rows of logits (m, V), with targets and log_norm (m, 1)."""
-    loss = (log_norm - logits.gather(1, targets)).sum()
-    if label_smoothing:
-        loss = (1 - label_smoothing) * loss + label_smoothing * (log_norm.sum() - logits.mean(1).sum())
-    if z_loss:
-        loss = loss + z_loss * log_norm.square().sum()
+        loss = loss + z_loss * total(log_norm.square())
     return loss

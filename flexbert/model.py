@@ -82,16 +82,37 @@ class FlexBertForMaskedLM(nn.Module):
         labels: Tensor,
         token_type_ids: Tensor | None = None,
         num_masked: int | None = None,
+        causal: bool = False,
     ) -> tuple[Tensor, int, TokenScores]:
         """The loss of masked tokens as a sum (float32 scalar, nats), their number, and the scores of each.
 
-        Arguments, and what is raised, as in `forward`.
+        causal: as in FlexBertEncoder.forward. Other arguments, and what is raised, as in `forward`.
         """
         weight, bias = self.head.decoder(self.encoder.token_table)
-        index, targets = _masked(input_ids, labels, num_masked)
-        hidden_states = self.encoder(input_ids, cu_seqlens, max_seqlen, token_type_ids, index)
+        states, _, targets = self.masked_states(
+            input_ids, cu_seqlens, max_seqlen, labels, token_type_ids, num_masked, causal
+        )
         scores = TokenScores.empty(targets)
-        return self.loss(self.head(hidden_states), weight, bias, targets, scores), len(targets), scores
+        return self.loss(states, weight, bias, targets, scores), len(targets), scores
+
+    def masked_states(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        labels: Tensor,
+        token_type_ids: Tensor | None = None,
+        num_masked: int | None = None,
+        causal: bool = False,
+        kept: dict[int, Tensor | None] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the masked tokens what the decoder reads, (M, D), their places, (M,) int64 and rising, and labels, (M,).
+
+        kept: as in FlexBertEncoder.forward. Other arguments, and what is raised, as in `masked_loss`.
+        """
+        index, targets = _masked(input_ids, labels, num_masked)
+        hidden_states = self.encoder(input_ids, cu_seqlens, max_seqlen, token_type_ids, index, causal, kept)
+        return self.head(hidden_states), index, targets
 
     def within(self, function: Callable[["FlexBertForMaskedLM"], R]) -> R:
         """What the function makes of this model. Where ranks hold parts of the parameters (FSDP2), they are whole in
@@ -100,16 +121,23 @@ class FlexBertForMaskedLM(nn.Module):
 
     @torch.no_grad()
     def evaluate(
-        self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, labels: Tensor
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        labels: Tensor,
+        causal: bool = False,
+        scores: TokenScores | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss sum in nats float64, masked tokens predicted right int64, masked tokens int64), scalars.
 
-        Arguments as in `forward`. Without gradients; whether dropout acts is the caller's `eval()`.
+        Arguments as in `masked_loss`; scores: filled if given, of each masked token in order. Without gradients;
+        whether dropout acts is the caller's `eval()`.
         """
         weight, bias = self.head.decoder(self.encoder.token_table)
         index, targets = _masked(input_ids, labels)
-        hidden_states = self.encoder(input_ids, cu_seqlens, max_seqlen, wanted=index)
-        loss, correct = masked_evaluation(self.head(hidden_states), weight, bias, targets)
+        hidden_states = self.encoder(input_ids, cu_seqlens, max_seqlen, wanted=index, causal=causal)
+        loss, correct = masked_evaluation(self.head(hidden_states), weight, bias, targets, scores)
         return loss, correct, torch.tensor(len(targets), device=loss.device)
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:

@@ -33,7 +33,7 @@ def disagreement(backend: str, device: str) -> Parity:
     Raises ConfigError when the backend cannot run on this device.
     """
     require_backend(backend, device)  # pyright: ignore[reportArgumentType]
-    dtype = torch.bfloat16 if backend in ("flash2", "flash3") else torch.float32
+    dtype = torch.bfloat16 if backend in ("flash2", "flash3", "torch_flash") else torch.float32
     ours, theirs = (_outputs(name, device, dtype) for name in (backend, "eager"))
     error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True))
     return Parity(error, _TOLERANCES[dtype], str(dtype).removeprefix("torch."))

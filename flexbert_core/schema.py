@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -208,7 +208,9 @@ class Registry:
             node = {"name": node}
         if default is not None:
             node = {"name": default, **node}
-        name = str(node.get("name"))
+        if "name" not in node:
+            raise ValueError(f"has no name: say which {self.slot_name}, name: {' | '.join(sorted(self.entries))}")
+        name = str(node["name"])
         if name not in self.entries:
             raise ValueError(f"unknown {self.slot_name} {name!r}, {did_you_mean(name, self.entries)}")
         return self.entries[name].Config.model_validate(node)
@@ -289,6 +291,29 @@ def expand_user(path: str) -> str:
 
 # Of paths of the user's, local ones and URLs.
 UserPath = Annotated[str, AfterValidator(_one_line), AfterValidator(expand_user)]
+
+
+def named_paths(config: Schema) -> dict[str, Path]:
+    """What fields of type UserPath name, by their keys, those of sections among them."""
+    found: dict[str, Path] = {}
+    for key, field in type(config).model_fields.items():
+        value = getattr(config, key)
+        parts = (
+            [(key, value)] if not isinstance(value, list) else [(f"{key}.{i}", each) for i, each in enumerate(value)]
+        )
+        for place, each in parts:
+            if isinstance(each, Schema):
+                found |= {f"{place}.{name}": path for name, path in named_paths(each).items()}
+            elif isinstance(each, str) and _is_user_path(field.annotation, field.metadata):
+                found[place] = Path(each)
+    return found
+
+
+def _is_user_path(annotation: Any, metadata: Iterable[Any] = ()) -> bool:
+    own = [*metadata, *getattr(annotation, "__metadata__", ())]
+    marked = any(isinstance(each, AfterValidator) and each.func is expand_user for each in own)
+    return marked or any(_is_user_path(part) for part in get_args(annotation))
+
 
 _BYTES = {"": 1} | {
     f"{prefix}{suffix}": base**power

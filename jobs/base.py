@@ -55,6 +55,22 @@ def run_here(command: list[str], log: str, environment: dict[str, str]) -> int:
         ).returncode
 
 
+def told(jobs: Sequence[Job], say: Callable[[str], None]) -> Changed:
+    """For an executor's `changed`: says of each job that it has begun, and how it ended."""
+    left = len(jobs)
+
+    def changed(job: Job, code: int | None) -> None:
+        nonlocal left
+        if code is None:
+            say(f"started  {job.name}")
+            return
+        left -= 1
+        said = f"done  {job.name}" if code == 0 else f"warning: {explain(job, code)}"
+        say(f"{said}  ({left} jobs left)")
+
+    return changed
+
+
 def explain(job: Job, code: int) -> str:
     """Why it failed, in one line: the last that it printed, and where the rest is."""
     try:

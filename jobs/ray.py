@@ -36,20 +36,11 @@ class RayJobs(JobExecutor):
             )
 
     def run(self, jobs: Sequence[Job], changed: Changed) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to a server outside
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        config = self.config
+        connect(config.address, "executor: ray")
         import ray  # pyright: ignore[reportMissingImports] (of the data extra)
         from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
 
-        config = self.config
-        options: dict[str, Any] = {} if config.address else {"include_dashboard": False}
-        paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        options["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
-        try:
-            ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR, **options)
-        except (OSError, ValueError, RuntimeError) as error:
-            where = f"the Ray cluster at {config.address!r}" if config.address else "Ray on this machine"
-            raise RunError(f"executor: ray: cannot reach {where}: {str(error).splitlines()[0]}") from None
         try:
             task = ray.remote(num_cpus=config.cpus_per_job, num_gpus=config.gpus_per_job, max_retries=0)(run_here)
             waiting = {}
@@ -67,3 +58,20 @@ class RayJobs(JobExecutor):
                 changed(job, code)
         finally:
             ray.shutdown()
+
+
+def connect(address: str | None, who: str) -> None:
+    """Start Ray in this process; its workers find the project's modules. address: as in RayJobs.Config. who: begins the
+    message of the RunError that is raised where Ray cannot be reached."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to a server outside
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray  # pyright: ignore[reportMissingImports] (of the data extra)
+
+    options: dict[str, Any] = {} if address else {"include_dashboard": False}
+    paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    options["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        where = f"the Ray cluster at {address!r}" if address else "Ray on this machine"
+        raise RunError(f"{who}: cannot reach {where}: {str(error).splitlines()[0]}") from None

@@ -14,16 +14,29 @@ from data.store.transfer import is_url
 from flexbert import FlexBertConfig
 from flexbert.config import load_preset, named_init
 from flexbert_core.composing import load_node, merge
-from flexbert_core.schema import MAY_CHANGE, ConfigError, Count, Schema, UserPath, did_you_mean, or_text, validate
+from flexbert_core.schema import (
+    MAY_CHANGE,
+    ConfigError,
+    Count,
+    Schema,
+    UserPath,
+    did_you_mean,
+    named,
+    or_text,
+    validate,
+)
+from recipe import source_model
 from recipe.batch_sizes import BatchSizeWarmup
 from recipe.imports import import_components
 from recipe.inheriting import inherit_masking
+from recipe.objectives import check_objectives
 from recipe.origin import Origin, named_origin
 from recipe.publishing import PublishConfig
 from recipe.recorded import as_recorded
 from recipe.schedules import SCHEDULES
 from recipe.sections import CheckpointConfig, EmaConfig, EvaluationConfig, TrainerConfig
 from recipe.slots import ALGORITHMS, CALLBACKS, EVALUATIONS, LOGGERS, OBJECTIVES, OPTIMIZERS
+from recipe.tokens import TokensConfig
 
 
 class RopeTheta(Schema):
@@ -35,7 +48,8 @@ class RopeTheta(Schema):
 
 class PhaseConfig(Schema):
     """One phase: a token budget, and what changes with it. What is absent stays as in the phase before, key by key in
-    rope_theta and masking; but warmup, schedule and batch_size_warmup belong to one phase and are not inherited."""
+    rope_theta and masking; but warmup, schedule, batch_size_warmup and masking.rate_schedule belong to one phase and
+    are not inherited."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="for logs and milestones")
     tokens: Count = Field(
@@ -57,6 +71,9 @@ class PhaseConfig(Schema):
     rope_theta: RopeTheta = Field(default=RopeTheta(), description="raised when the context is extended")
     masking: Annotated[Any, *MASKINGS.slot(optional=True, default=DEFAULT)] = Field(
         default=None, description="which tokens the model restores; absent keys stay as in the phase before"
+    )
+    objective: Annotated[Any, *OBJECTIVES.slot(optional=True)] = Field(
+        default=None, description="what the model is trained to do; absent: as in the phase before"
     )
     streams: dict[str, StreamShare] | None = Field(
         default=None, min_length=1, description="the mixture: these of data.streams, and no others"
@@ -107,16 +124,28 @@ class RunConfig(Schema):
     )
     seed: int = Field(default=17, ge=0, description="key of every random draw")
     origin: Annotated[Origin, BeforeValidator(named_origin), or_text(".", "runs/mine")] | None = Field(
-        default=None, alias="from", description="a checkpoint, run or Hugging Face folder to start from: a branch"
+        default=None,
+        alias="from",
+        description="a checkpoint, run, Hugging Face folder or model of the hub (hf:ORG/NAME) to start from: a branch",
     )
-    model: FlexBertConfig = Field(description="a preset of configs/model, or `preset` with overrides, or all fields")
+    tokens: TokensConfig = Field(
+        default=TokensConfig(),
+        description="what becomes of tokens that the model of `from`, a Hugging Face folder, does not have",
+        json_schema_extra=MAY_CHANGE,  # read at the start only, which origin.json records
+    )
+    model: FlexBertConfig = Field(
+        description="a preset of configs/model, or `preset` with overrides, or all fields; from: as the Hugging Face "
+        "folder that `from` names"
+    )
     data: DataConfig = Field(description="the streams, their mixture, the tokenizer, and how they are read")
     masking: Annotated[Any, *MASKINGS.slot(default=DEFAULT)] = Field(
-        default=DEFAULT, description="which tokens the model restores, in phases that do not say otherwise"
+        default=DEFAULT,
+        description="which tokens the model restores, in phases that do not say otherwise; a rate_schedule is that of "
+        "the first phase",
     )
     phases: list[PhaseConfig] = Field(min_length=1, description="what is trained, in this order")
     objective: Annotated[Any, *OBJECTIVES.slot()] = Field(
-        default="mlm", description="what the model is trained to do: the loss of a batch"
+        default="mlm", description="what the model is trained to do, in phases that do not say otherwise"
     )
     optimizer: Annotated[Any, *OPTIMIZERS.slot()] = Field(
         default="stableadamw", description="how a gradient becomes a step (ModernBERT: stableadamw)"
@@ -223,6 +252,17 @@ class RunConfig(Schema):
         return self
 
     @model_validator(mode="after")
+    def _check_tokens(self) -> "RunConfig":
+        if self.origin is None and self.tokens != TokensConfig():
+            raise ValueError("tokens: says what becomes of the tokens of a model that `from` names: give that, too")
+        return self
+
+    @model_validator(mode="after")
+    def _check_objectives(self) -> "RunConfig":
+        check_objectives(self)
+        return self
+
+    @model_validator(mode="after")
     def _check_parallelism(self) -> "RunConfig":
         if self.trainer.parallelism.name == "fsdp2":
             if not getattr(OPTIMIZERS.entries[self.optimizer.name], "works_on_shards", False):
@@ -284,6 +324,8 @@ def expand_preset(node: dict[str, Any]) -> dict[str, Any]:
     model = _as_preset(node.get("model"))
     if not isinstance(model, dict) or model.get("preset") is None:
         return node
+    if model["preset"] == source_model.NAME:  # known once all else is, see check_run
+        return {**node, "model": model}
     own = {key: value for key, value in model.items() if key != "preset"}
     return {**node, "model": merge(load_preset(model["preset"]), own, SPELLED, ("model",))}
 
@@ -305,5 +347,8 @@ def read_recorded_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig
 
 
 def check_run(node: dict[str, Any], path: Path) -> RunConfig:
-    """Import what the node says, then check it. Raises ConfigError, one line per fault."""
-    return validate(RunConfig, import_components(node, path), path)
+    """Import what the node says, look up `model: from`, then check it all. Raises ConfigError, one line per fault."""
+    node = import_components(node, path)
+    with named(path):
+        node = source_model.from_source(node)
+    return validate(RunConfig, node, path)

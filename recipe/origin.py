@@ -15,7 +15,7 @@ class Origin(Schema):
     checkpoint: UserPath = Field(
         min_length=1,
         description="runs/NAME/checkpoints/tokens-N; runs/NAME: its newest whole one; or a Hugging Face folder, such "
-        "as an export, which has weights only",
+        "as an export, or a model of the hub, hf:ORG/NAME or hf:ORG/NAME@REVISION, which have weights only",
         json_schema_extra=MAY_CHANGE,  # read at the start only, which origin.json records
     )
     weights_only: bool | None = Field(
@@ -27,6 +27,12 @@ class Origin(Schema):
         default=None,
         description="restart: the data from their beginning, which other streams, lanes or another seed need; default: "
         "continue, with weights only restart",
+    )
+    fresh_head: bool = Field(
+        default=False,
+        description="of a Hugging Face folder take the encoder alone, and draw the head for masked tokens anew, by "
+        "`seed`: for encoders that have none",
+        json_schema_extra=MAY_CHANGE,
     )
 
     @model_validator(mode="after")

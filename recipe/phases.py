@@ -6,10 +6,12 @@ from typing import Any
 
 from data.feed.lanes import LongDocuments
 from data.feed.loader import LoaderConfig, LoaderPhase
-from data.feed.masking import MaskingConfig
+from data.feed.masking import MaskingConfig, is_causal
 from data.feed.mixture import StreamShare
+from flexbert_core.schema import Component, ConfigError
 from recipe.batch_sizes import runs_of_steps
 from recipe.config import RunConfig
+from recipe.objectives import own_masking
 from recipe.schedules import SCHEDULES, Schedule
 
 
@@ -38,8 +40,14 @@ class Phase:
     theta_global: float | None
     theta_local: float | None
     masking: MaskingConfig
+    objective: Component
     streams: dict[str, StreamShare] | None
     long_documents: LongDocuments | None
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether tokens see only what stands before them."""
+        return is_causal(self.masking)
 
     @property
     def first_step(self) -> int:
@@ -82,12 +90,12 @@ class Phase:
 
 
 class PhasePlan:
-    """The phases of a run in order."""
+    """The phases of a run in order. Raises ConfigError where trainer.skip_steps is behind the end."""
 
     def __init__(self, config: RunConfig) -> None:
         self.phases: list[Phase] = []
         values: dict[str, Any] = {"max_seq_len": 0, "global_batch_size": 0, "lr": 0.0, "masking": config.masking}
-        values |= {"streams": None, "long_documents": None}
+        values |= {"streams": None, "long_documents": None, "objective": config.objective}
         shortest = {name: stream.min_length or 0 for name, stream in config.data.streams.items()}
         theta: list[float | None] = [None, None]
         step = token = 0
@@ -121,16 +129,26 @@ class PhasePlan:
                     schedule=SCHEDULES.build(phase.schedule),
                     theta_global=theta[0],
                     theta_local=theta[1],
-                    masking=values["masking"],
+                    masking=own_masking(values["objective"]) or values["masking"],
+                    objective=values["objective"],
                     streams=values["streams"],
                     long_documents=values["long_documents"],
                 )
             )
+            if own_masking(values["objective"]) is None:
+                values["masking"] = values["masking"].settled()
         self.total_steps, self.total_tokens = step, token
+        for steps in config.trainer.skip_steps:
+            if int(steps.split("-")[-1]) > step:
+                raise ConfigError(f"trainer.skip_steps: {steps}: the run ends with step {step}")
 
     def at(self, step: int) -> Phase:
         """The phase that step (0-based) belongs to; the last one for steps behind the end."""
         return next((phase for phase in self.phases if step < phase.end_step), self.phases[-1])
+
+    def lr(self, step: int) -> float:
+        """Learning rate of a step (0-based); groups of the optimizer may have a factor of their own."""
+        return self.at(step).lr(step)
 
     def tokens_before(self, step: int) -> int:
         """Tokens (slots) of all steps before this one."""
@@ -151,6 +169,11 @@ class PhasePlan:
         """The number of steps that make up so many tokens (slots); None when no number does."""
         step = bisect_left(range(self.total_steps + 1), tokens, key=self.tokens_before)
         return step if step <= self.total_steps and self.tokens_before(step) == tokens else None
+
+    def step_at(self, tokens: int) -> int:
+        """The fewest steps that make up at least so many tokens (slots); all of the run's where it has fewer."""
+        steps = bisect_left(range(self.total_steps + 1), tokens, key=self.tokens_before)
+        return min(steps, self.total_steps)
 
     def rows_at(self, step: int) -> int:
         """Rows of the global batch of a step."""

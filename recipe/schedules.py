@@ -4,6 +4,7 @@ import math
 from typing import Literal, Protocol
 
 from pydantic import Field
+from torch.optim import Optimizer
 
 from flexbert_core.schema import Component, Registry
 
@@ -113,3 +114,13 @@ def falls(name: str) -> bool:
     """Whether the schedule of this name falls to `final` at the end of its phase."""
     entry = SCHEDULES.entries.get(name)
     return entry is not None and issubclass(entry.Config, _Falling.Config)
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float, peak: float | None = None) -> None:
+    """Of every group, by its factor. peak: the phase's, to which decoupled decay is relative: a group's decay has its
+    factor too, and one of factor 0 stays as it is."""
+    for group in optimizer.param_groups:
+        factor = group.get("lr_factor", 1.0)  # an optimizer of others may know no factors
+        group["lr"] = lr * factor
+        if peak is not None and group.get("max_lr") is not None:
+            group["max_lr"] = peak

@@ -1,10 +1,11 @@
 """The sections of a run file that say how it runs: trainer, checkpoint, evaluation, ema."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from data.feed.masking import DEFAULT, MASKINGS
+from data.feed.masking import DEFAULT, MASKINGS, has_one_rate, has_own_rate
 from data.store.transfer import is_url
 from flexbert_core.schema import MAY_CHANGE, Count, Line, Schema
 from recipe.slots import PARALLELISMS
@@ -38,8 +39,24 @@ def _parse_rows(value: Any) -> Any:
 _Rows = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"] | None, BeforeValidator(_parse_rows)]
 
 
+_RANGE = r"^[1-9][0-9]*(-[1-9][0-9]*)?$"
+
+
+def _parse_steps(value: Any) -> str:
+    text = str(value) if type(value) is int else value
+    if not isinstance(text, str) or not re.fullmatch(_RANGE, text):
+        raise ValueError(f"expected a step or a range of steps, such as 12000 or 12000-12040, got {value!r}")
+    first, _, last = text.partition("-")
+    if last and int(last) < int(first):
+        raise ValueError(f"{text}: ends before it begins: write {last}-{first}")
+    return text
+
+
+_Steps = Annotated[str, BeforeValidator(_parse_steps)]
+
+
 class TrainerConfig(Schema):
-    """How steps are computed; none of it changes what is trained on."""
+    """How steps are computed, and which are left out; nothing else here changes what is trained on."""
 
     precision: Literal["auto", "fp32", "amp_bf16"] = Field(default="auto", description="auto: bf16 on CUDA, else fp32")
     parallelism: Annotated[Any, *PARALLELISMS.slot()] = Field(
@@ -49,9 +66,16 @@ class TrainerConfig(Schema):
     )
     microbatch_size: _Rows = Field(
         default=None,
-        description="rows per forward-backward on each rank; default: all of a step's; auto: on CUDA as many as fit, "
-        "found by halving when memory runs out, on the CPU all",
+        description="rows per forward-backward on each rank; default: all of a step's; auto: as many as fit, "
+        "found for each row length before the first step, and the same on all ranks",
         json_schema_extra=MAY_CHANGE,  # with attention.probs_dropout other masks are drawn, as with other ranks
+    )
+    microbatch_tokens: Count | None = Field(
+        default=None,
+        gt=0,
+        description="slots per forward-backward on each rank, in place of microbatch_size: as many rows as fit, "
+        "1 at least, so that one number serves rows of all lengths (8 H100: 96K for a base model)",
+        json_schema_extra=MAY_CHANGE,
     )
     compile: bool = Field(
         default=False,
@@ -62,6 +86,13 @@ class TrainerConfig(Schema):
         default=0,
         ge=0,
         description="every n-th block is computed again in backward, to save memory; 0: none is",
+        json_schema_extra=MAY_CHANGE,
+    )
+    deterministic: bool | None = Field(
+        default=None,
+        description="the same bits again from the same state, where kernels and ranks allow it: attention's backward "
+        "adds up in one order (at 8192 tokens a row up to a quarter slower), NCCL reduces without NVLS, and Inductor "
+        "chooses no kernel by timing; default: true on one device, false on several",
         json_schema_extra=MAY_CHANGE,
     )
     gradient_clip_norm: float | None = Field(default=None, gt=0, description="global norm (ModernBERT: none)")
@@ -82,6 +113,12 @@ class TrainerConfig(Schema):
         description="absent: off; {}: on, with its defaults",
         json_schema_extra=MAY_CHANGE,  # what it skipped is in the ledger, whatever it says now
     )
+    skip_steps: list[_Steps] = Field(
+        default=[],
+        description="steps that are not trained, such as [12000-12040, 15001]: their rows are left out, all else stays "
+        "as it is (PaLM, arXiv 2204.02311, section 5.1); of a begun run, steps to come",
+        json_schema_extra=MAY_CHANGE,  # training/folder.py refuses a change of steps that are trained
+    )
     hang_timeout: float = Field(
         default=1800.0,
         gt=0,
@@ -100,6 +137,18 @@ class TrainerConfig(Schema):
         description="of all machines together, in any currency: logs the cost so far and to the end",
         json_schema_extra=MAY_CHANGE,
     )
+
+    @property
+    def skipped(self) -> list[range]:
+        """The steps of skip_steps, counted from 1 as in metrics.jsonl."""
+        ends = [steps.split("-") for steps in self.skip_steps]
+        return [range(int(each[0]), int(each[-1]) + 1) for each in ends]
+
+    @model_validator(mode="after")
+    def _check_microbatch(self) -> "TrainerConfig":
+        if self.microbatch_tokens is not None and self.microbatch_size is not None:
+            raise ValueError("microbatch_tokens: microbatch_size is given too, which says the same in rows: keep one")
+        return self
 
 
 def writable_url(url: str) -> str:
@@ -139,7 +188,7 @@ class HeldOutConfig(Schema):
     max_seq_len: int | None = Field(default=None, ge=8, description="slots per row; default: the first phase's")
     max_rows: int | None = Field(default=None, ge=1, description="rows per stream at most; default: all")
     batch_size: int = Field(default=16, ge=1, description="rows per forward on each rank", json_schema_extra=MAY_CHANGE)
-    masking: Annotated[Any, *MASKINGS.slot(default=DEFAULT)] = Field(
+    masking: Annotated[Any, *MASKINGS.slot(default=DEFAULT), AfterValidator(has_one_rate)] = Field(
         default={"rate": 0.15}, description="BERT's rate where it says none, whatever training uses"
     )
 
@@ -148,6 +197,8 @@ class HeldOutConfig(Schema):
     def _inherit_rate(cls, node: Any) -> Any:
         if isinstance(node, dict) and isinstance(node.get("masking"), dict | str):
             given = {"name": node["masking"]} if isinstance(node["masking"], str) else node["masking"]
+            if has_own_rate(str(given.get("name"))):
+                return node
             return {**node, "masking": cls.model_fields["masking"].default | given}
         return node
 

@@ -1,6 +1,7 @@
 """Settings and fixtures of all tests."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tests.helpers.tiny import write_data
 _TIMELESS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("fixed", derandomize=True, print_blob=True, **_TIMELESS)
 settings.register_profile("explore", print_blob=True, **_TIMELESS)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
@@ -29,6 +31,16 @@ def _registries_of_a_file() -> Iterator[None]:
     """What a test file registers in this process is of no concern to the files that come later."""
     with registries_as_before():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _signals_of_a_test() -> Iterator[None]:
+    """A command that a test runs in this process leaves it as one that ends: SIGTERM ignored, by its children too."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        if handler is not None:  # one that Python did not set
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -105,9 +105,19 @@ def test_each_slot_has_a_page_that_the_site_lists() -> None:
     assert listed == pages == slots | {"index", "callback"}
 
 
+def reference_anchors() -> set[str]:
+    return {f"#{re.sub(r'[^a-z0-9_ -]', '', line.lower()).replace(' ', '-')}" for line in headings(markdown())}
+
+
+def test_links_inside_the_reference_lead_somewhere() -> None:
+    addresses = set(re.findall(r"\]\((#[^)]+)\)", markdown()))
+    assert len(addresses) > 10
+    assert addresses <= reference_anchors()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
-    anchors = {f"#{re.sub(r'[^a-z0-9_ -]', '', line.lower()).replace(' ', '-')}" for line in headings(markdown())}
+    anchors = reference_anchors()
     for address in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if address.startswith("https://"):
             continue
@@ -156,7 +166,7 @@ def test_yaml_is_what_the_loaders_take(text: str, tmp_path: Path) -> None:
 
 # A part of a file may be of any kind, of a phase or of a stream; components from outside have any name.
 PARTS = [("run", "RunConfig.open"), ("prepare", "PrepareConfig.partial"), ("model", "FlexBertConfig.partial")]
-PARTS += [("eval", "EvalFile.open")]
+PARTS += [("eval", "EvalFile.open"), ("sweep", "SweepFile.partial")]
 PARTS += [("run", "PhaseConfig.open"), ("run", "FlexBertConfig.open"), ("prepare", "StreamConfig.partial")]
 OUTSIDE = {"serial", "words"}
 

@@ -81,11 +81,11 @@ def test_every_example_is_tested_and_shown() -> None:
         "centred_gradients",
         "csv_logger",
     }
-    assert set(MODEL_PARTS) | {"power_schedule", "lion"} | elsewhere | DATA_PARTS | {"with_data_parts"} == parts
+    assert set(MODEL_PARTS) | {"power_schedule", "signum"} | elsewhere | DATA_PARTS | {"with_data_parts"} == parts
     pages = "".join(file.read_text() for file in (ROOT / "docs" / "extending").glob("*.md"))
     assert {part for part in parts if f'--8<-- "examples/{part}.py"' in pages} == parts
     imported = {Path(name).stem for name in OmegaConf.load(OWN).imports}
-    assert imported == set(MODEL_PARTS) | {"power_schedule", "lion"}
+    assert imported == set(MODEL_PARTS) | {"power_schedule", "signum"}
 
 
 @pytest.mark.parametrize("part", MODEL_PARTS)
@@ -219,7 +219,7 @@ def test_power_schedule(own: Any, progress: float, factor: float) -> None:
     assert SCHEDULES.build(own.phases[0].schedule)(progress, 0.1) == pytest.approx(factor)
 
 
-def test_lion_is_its_formula(own: Any) -> None:
+def test_signum_is_its_formula(own: Any) -> None:
     model = torch.nn.Linear(1, 1)
     with torch.no_grad():
         model.weight.fill_(2.0)
@@ -229,9 +229,9 @@ def test_lion_is_its_formula(own: Any) -> None:
     for gradients in ((1.0, -2.0), (-0.05, 0.0), (-3.0, 1.0)):
         model.weight.grad, model.bias.grad = torch.full((1, 1), gradients[0]), torch.full((1,), gradients[1])
         optimizer.step()
-        signs = [math.copysign(1, 0.9 * m + 0.1 * g) for m, g in zip(means, gradients, strict=True)]
+        means = [0.9 * m + 0.1 * g for m, g in zip(means, gradients, strict=True)]
+        signs = [math.copysign(1, m) for m in means]
         weight, bias = weight * (1 - 0.5 * 0.1) - 0.5 * signs[0], bias - 0.5 * signs[1]  # a bias does not decay
-        means = [0.99 * m + 0.01 * g for m, g in zip(means, gradients, strict=True)]
         assert (model.weight.item(), model.bias.item()) == pytest.approx((weight, bias))
 
 

@@ -24,6 +24,7 @@ def test_the_files_as_they_are_load() -> None:
         load_run_config(path)
 
 
+@pytest.mark.slow
 def test_faults_are_seen() -> None:
     def careless(path: Path) -> RunConfig:
         """Drops what it does not know."""

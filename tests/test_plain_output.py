@@ -3,9 +3,13 @@
 import ast
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from rich.text import Text
 from typer.testing import CliRunner
 
 import main
@@ -51,7 +55,7 @@ def test_no_other_way_to_print() -> None:
 
 def invoke(*arguments: str, code: int | None = 0) -> str:
     """What a command prints, less the line ends that a table's cells are wrapped at."""
-    done = CliRunner().invoke(main.app, list(arguments), env={"COLUMNS": "300"})
+    done = CliRunner().invoke(main.app, list(arguments), env={"COLUMNS": "10000"})
     assert done.exception is None or isinstance(done.exception, SystemExit), done.output
     assert code is None or done.exit_code == code, done.output
     return done.output
@@ -91,3 +95,18 @@ def test_every_command_prints_odd_folders_as_they_are(odd: str, tiny_data: Path,
     )
     for state in ("prepared in", "already prepared"):
         assert f"{tmp_path / 'datasets' / odd}: {state}" in invoke("prepare", str(prepare))
+
+
+def commands_of(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+    yield name, command
+    for key, each in getattr(command, "commands", {}).items():
+        yield from commands_of(each, f"{name} {key}")
+
+
+def test_help_shows_its_brackets() -> None:
+    """Typer gives help to rich as markup, which eats what looks like a tag: `[results]`, but not `[8]`."""
+    found = list(commands_of(typer.main.get_command(main.app), "main.py"))
+    assert len(found) > 20
+    for name, command in found:
+        for text in (command.help, *(getattr(each, "help", None) for each in command.params)):
+            assert text is None or Text.from_markup(text).plain == text, (name, text)

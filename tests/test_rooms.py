@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.ranks import our_modules
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("main", "commands", "training", "callbacks", "recipe", "data", "flexbert", "ranks", "flexbert_core")
+ROOMS = ("main", "commands", "sweeps", "training", "callbacks", "recipe", "data", "flexbert", "ranks", "flexbert_core")
 
 
 def modules_of(root: Path, rooms: tuple[str, ...]) -> dict[str, Path]:
@@ -205,3 +205,35 @@ def test_warnings_of_our_modules_are_errors() -> None:
             warnings.warn_explicit("of a room", FutureWarning, "room.py", 1, module=f"{room}.module")
     for library in ("torch.nn", "datasets", "recipes"):
         warnings.warn_explicit("of a library", FutureWarning, "library.py", 1, module=library)
+
+
+COLLECTIVES = [
+    "all_reduce",
+    "broadcast",
+    "broadcast_object_list",
+    "all_gather",
+    "all_gather_object",
+    "all_gather_into_tensor",
+    "gather",
+    "scatter",
+    "gather_object",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "all_to_all",
+    "barrier",
+    "monitored_barrier",
+    "new_group",
+]
+
+
+def test_every_collective_of_ours_is_in_one_module() -> None:
+    """So each runs on the device that the process group wants: NCCL has none for tensors on the CPU."""
+    found = []
+    for name, file in modules_of(ROOT, ROOMS).items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if name != "ranks" and isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner = ast.unparse(node.func.value)
+                if node.func.attr in COLLECTIVES and owner.split(".")[-1] in ("dist", "distributed"):
+                    found.append(f"{name}: {owner}.{node.func.attr}")
+    assert found == []

@@ -17,17 +17,22 @@ from torch import Tensor, nn
 
 import ranks
 from callbacks.ema import WeightAverage
-from data.feed.loader import Loader, tokenizer_folder
-from data.tokenizer import corpus_tokenizer
-from flexbert import FlexBertConfig, FlexBertForMaskedLM, from_hf
+from data.feed.loader import Loader
+from data.keyed import torch_seed
+from flexbert import FlexBertConfig, FlexBertForMaskedLM, build, from_hf
+from flexbert.config import without_init
 from flexbert_core.composing import leaves
-from flexbert_core.schema import ConfigError, RunError, did_you_mean
+from flexbert_core.schema import Component, ConfigError, RunError, did_you_mean
 from recipe.config import RunConfig, read_recorded_config
 from recipe.phases import PhasePlan
+from recipe.source_model import source_folder
+from recipe.tokens import TokensConfig
 from training.checkpoints.files import Checkpoint, load_checkpoint, newest_checkpoint, restore
-from training.checkpoints.sharded import load_weights
+from training.checkpoints.sharded import load_weights, unshared
 from training.ema import restore_average
-from training.vocabulary import with_rows
+from training.objectives.phases import PARTS, has_parts
+from training.optim.groups import GROUPING
+from training.token_rows import plan_rows, tell, with_rows
 
 log = logging.getLogger(__name__)
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -48,7 +53,7 @@ class Start:
     checkpoint: Checkpoint | None
     parent: RunConfig | None
     tokenizer: str | None  # fingerprint, of a checkpoint
-    rows: int | None  # of the token table, where it may have grown: in a Hugging Face folder
+    rows: int | None  # of the token table, where it may have grown: in a Hugging Face folder of the same tokenizer
 
     def check_data(self, config: RunConfig, fingerprints: Mapping[str, str], tokenizer: str) -> None:
         """Raise ConfigError when ids mean other tokens here, or when the data cannot go on where they stood.
@@ -56,9 +61,7 @@ class Start:
         fingerprints: of the streams' shards, by name. tokenizer: fingerprint of what made them.
         """
         where = self.record["from"]
-        if self.checkpoint is None and self.parent is None:
-            _check_vocabulary(Path(where), tokenizer_folder(config.data))
-        elif self.tokenizer not in (None, tokenizer):
+        if self.tokenizer not in (None, tokenizer):
             raise ConfigError(
                 f"data.tokenizer: {config.data.tokenizer}: is not the tokenizer that {where} was trained with: "
                 "prepare the streams with that one"
@@ -88,7 +91,8 @@ class Start:
         """Put it into everything, in place; the optimizer and the moving average keep their own config's
         hyperparameters."""
         if self.checkpoint is None:
-            load_weights(model, self.weights)
+            beside = {name: part for name, part in unshared(model).items() if name.startswith(PARTS)}
+            load_weights(model, {**self.weights, **beside})
             return
         goes_on = ema is not None and restore_average(self.checkpoint, model, ema)
         if goes_on != (ema is not None or bool(self.checkpoint.ema)) and ranks.rank() == 0:
@@ -98,7 +102,7 @@ class Start:
             log.warning("from: %s: %s", self.record["from"], what)
         # `setup` is optimi's mark that its step counter, which is in the group too, has begun.
         given = [
-            {key: group[key] for key in optimizer.defaults if key in group and key != "setup"}
+            {key: group[key] for key in (*optimizer.defaults, "lr_factor") if key in group and key != "setup"}
             for group in optimizer.param_groups
         ]
         restore(self.checkpoint, model, optimizer)
@@ -113,7 +117,10 @@ def read_origin(config: RunConfig) -> Start | None:
     another architecture or optimizer."""
     if config.origin is None:
         return None
-    folder = Path(config.origin.checkpoint)
+    try:
+        folder = source_folder(config.origin.checkpoint)
+    except ConfigError as error:
+        raise ConfigError(f"from: {error}") from None
     if folder.resolve().is_relative_to(config.folder.resolve()):
         raise ConfigError(f"from: {folder}: is this run's own folder: give the branch a name of its own")
     return _read_hf(config, folder) if (folder / "config.json").is_file() else _read_run(config, folder)
@@ -124,23 +131,49 @@ def _read_hf(config: RunConfig, folder: Path) -> Start:
     if config.origin.weights_only is False or config.origin.data == "continue":
         wrong = "weights_only: false" if config.origin.weights_only is False else "data: continue"
         raise ConfigError(f"from: {folder}: {wrong} cannot hold: a Hugging Face folder has weights only: leave it out")
-    try:
-        model = from_hf(folder)
-    except ConfigError as error:
-        raise ConfigError(f"from: {error}") from None
-    rows = config.model.vocab_size
-    weights = with_rows(dict(model.state_dict()), rows, tokenizer_folder(config.data))
-    theirs = model.config.model_copy(update={"vocab_size": rows})
-    _check_model(theirs, theirs, weights, config, str(folder))
+    where, rows = config.origin.checkpoint, config.model.vocab_size
+    their_config, old = _weights_of(config, folder)
+    their_rows = len(old["encoder.embedding.tokens.weight"])
+    plan = plan_rows(config, folder, their_rows)
+    weights = with_rows(old, plan, config.tokens.init, config.seed)
+    theirs = their_config.model_copy(update={"vocab_size": rows})
+    if config.origin.fresh_head:
+        weights |= _fresh_head(config)
+    _check_model(theirs, theirs, weights, config, where)
     record = {
-        "from": str(folder),
+        "from": where,
         "xxh3_64": _hash([folder / "config.json", *sorted(folder.glob("*.safetensors"))]),
         "run": None,
         "steps": 0,
         "tokens": 0,
         "data": "restart",
+        "vocabulary": tell(plan, config.tokens.init),
     }
-    return Start(record, weights, None, None, None, model.config.vocab_size)
+    return Start(record, weights, None, None, None, None if config.tokens.other_tokenizer else their_rows)
+
+
+def _weights_of(config: RunConfig, folder: Path) -> tuple[FlexBertConfig, dict[str, Tensor]]:
+    """Config and weights, under our names, of a Hugging Face folder; without a head where a fresh one is wanted."""
+    assert config.origin is not None
+    try:
+        if config.origin.fresh_head:
+            encoder = from_hf(folder, "encoder")
+            return encoder.config, {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+        model = from_hf(folder)
+        return model.config, dict(model.state_dict())
+    except ConfigError as error:
+        # The library's hint is for who calls it
+        said = str(error).replace(
+            "loads with task='encoder'", "goes on with `from: {checkpoint: ..., fresh_head: true}`"
+        )
+        raise ConfigError(f"from: {said}") from None
+
+
+def _fresh_head(config: RunConfig) -> dict[str, Tensor]:
+    """The weights of the head as a new model of this config and seed has them."""
+    model = without_init(config.model) if config.model.init.name == "grow" else config.model
+    fresh = build(model, seed=torch_seed(config.seed, "init"))
+    return {name: tensor for name, tensor in unshared(fresh).items() if name.startswith("head.")}
 
 
 def _read_run(config: RunConfig, folder: Path) -> Start:
@@ -150,6 +183,9 @@ def _read_run(config: RunConfig, folder: Path) -> Start:
     except RunError as error:
         raise ConfigError(f"from: {error}") from None
     path, state = checkpoint.path, checkpoint.state
+    if config.tokens != TokensConfig() or config.origin.fresh_head:
+        key = "from.fresh_head" if config.origin.fresh_head else "tokens"
+        raise ConfigError(f"{key}: {path} is a checkpoint, which goes on as it is: name an export of it in `from`")
     file = path.parent.parent / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"from: {path}: its run's {file} is missing: keep the checkpoint in its run folder")
@@ -160,13 +196,21 @@ def _read_run(config: RunConfig, folder: Path) -> Start:
     theta = {"global_theta": phase.theta_global, "local_theta": phase.theta_local}
     theirs = parent.model.position.model_copy(update={key: value for key, value in theta.items() if value})
     trained = parent.model.model_copy(update={"position": theirs})
-    _check_model(parent.model, trained, checkpoint.model, config, str(path))
+    own = {name: tensor for name, tensor in checkpoint.model.items() if not name.startswith(PARTS)}
+    _check_model(parent.model, trained, own, config, str(path))
     weights_only, data = config.origin.meaning
+    if not weights_only and (len(own) < len(checkpoint.model) or has_parts(config)):
+        raise ConfigError(
+            f"from: {path}: an objective here or there trains a model beside this one, so weights alone can be taken: "
+            "say `from: {checkpoint: ..., weights_only: true}`"
+        )
     if not weights_only and config.optimizer.name != parent.optimizer.name:
         raise ConfigError(
             f"optimizer: {config.optimizer.name!r} here, {parent.optimizer.name!r} in the state of {path}: give "
             "that, or say `from: {checkpoint: ..., weights_only: true}`"
         )
+    if not weights_only:
+        _check_grouping(config.optimizer, parent.optimizer, path)
     if weights_only and checkpoint.ema and config.ema is not None and ranks.rank() == 0:
         log.warning("from: %s: with weights_only the moving average of the weights begins anew", path)
     before = state.get("origin") or {"steps": 0, "tokens": 0}
@@ -178,7 +222,7 @@ def _read_run(config: RunConfig, folder: Path) -> Start:
         "tokens": before["tokens"] + plan.tokens_before(step),
         "data": data,
     }
-    return Start(record, checkpoint.model, None if weights_only else checkpoint, parent, state.get("tokenizer"), None)
+    return Start(record, own, None if weights_only else checkpoint, parent, state.get("tokenizer"), None)
 
 
 def _find_checkpoint(folder: Path) -> Checkpoint:
@@ -191,7 +235,7 @@ def _find_checkpoint(folder: Path) -> Checkpoint:
             raise ConfigError(f"from: {folder}: has no checkpoint yet: let it train up to one")
         return newest
     near = {path.name for path in folder.parent.iterdir()} if folder.parent.is_dir() else set()
-    hint = did_you_mean(folder.name, near) if near else "give runs/NAME/checkpoints/tokens-N"
+    hint = did_you_mean(folder.name, near) if near else "give runs/NAME/checkpoints/tokens-N, a folder, or hf:ORG/NAME"
     raise ConfigError(f"from: {folder}: neither a checkpoint, a run nor a Hugging Face folder: {hint}")
 
 
@@ -229,21 +273,19 @@ def _check_model(
             )
 
 
-def _check_vocabulary(folder: Path, ours: Path) -> None:
-    if not (folder / "tokenizer.json").is_file():
-        log.warning("from: %s: holds no tokenizer.json: whether its tokens are the streams' cannot be checked", folder)
-        return
-    here, there = (corpus_tokenizer(path).get_vocab() for path in (ours, folder))
-    if different := there.items() - here.items():  # ours may have more: tokens that prepare added, or the user
-        token = min(different, key=lambda pair: (pair[1], pair[0]))[0]
-        raise ConfigError(
-            f"data.tokenizer: {ours}: is not the tokenizer of {folder}: {token!r} is {here.get(token)} here, "
-            f"{there.get(token)} there: prepare the streams with that one"
-        )
-
-
 def _hash(files: list[Path]) -> str:
     digest = xxhash.xxh3_64()
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def _check_grouping(here: Component, there: Component, path: Path) -> None:
+    """States are kept by groups of parameters, which must be the same."""
+    for key in GROUPING:
+        ours, theirs = getattr(here, key, None), getattr(there, key, None)
+        if ours != theirs:
+            raise ConfigError(
+                f"optimizer.{key}: other than in the state of {path}, which groups parameters by it: make them equal, "
+                "or say `from: {checkpoint: ..., weights_only: true}`"
+            )

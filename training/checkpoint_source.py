@@ -20,6 +20,7 @@ from recipe.origin import read_origin_record
 from recipe.phases import PhasePlan
 from training import report
 from training.checkpoints.files import verify_checkpoint
+from training.objectives.phases import PARTS
 
 WEIGHTS = "model.safetensors"
 _STATE = "state.json"
@@ -64,7 +65,8 @@ def model_of(source: CheckpointSource, weights: Mapping[str, Tensor]) -> FlexBer
     """A model of the source's architecture that holds these tensors."""
     with nullcontext() if outside(source.model) else torch.device("meta"):  # parts may keep what they compute when made
         model = build(source.model)
-    model.load_state_dict(weights, assign=True)
+    own = {name: tensor for name, tensor in weights.items() if not name.startswith(PARTS)}
+    model.load_state_dict(own, assign=True)
     return model
 
 

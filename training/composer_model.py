@@ -1,9 +1,8 @@
-"""The encoder and its batches as Composer sees them."""
+"""The encoder as Composer sees it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from composer.models import ComposerModel
 from torch import Tensor
 
@@ -11,9 +10,10 @@ from data.feed.batches import Batch
 from flexbert import FlexBertForMaskedLM
 from flexbert.dropout import TokenKeys, keyed_dropout
 from flexbert_core.schema import RunError
+from training.compiling import or_say
 from training.objectives import Loss, Objective
+from training.objectives.phases import idle_parameters
 from training.parallelism import Parallelism
-from training.static_shapes import fill_slots
 
 
 class PretrainingModel(ComposerModel):
@@ -22,26 +22,32 @@ class PretrainingModel(ComposerModel):
     def __init__(
         self,
         model: FlexBertForMaskedLM,
-        objective: Objective,
+        objectives: Sequence[Objective],
         parallelism: Parallelism,
         autocast: Callable[[], Any],
-        static_shapes: bool,
         dropout_seed: Callable[[], int],
     ) -> None:
-        """autocast: a context for the forward. Composer refuses its own on the CPU; so both devices run the same.
-        dropout_seed: 63 bits, of the step under way, the same on all ranks."""
+        """objectives: of each phase. autocast: a context for the forward. Composer refuses its own on the CPU; so both
+        devices run the same. dropout_seed: 63 bits, of the step under way, the same on all ranks."""
         super().__init__()
-        self.model, self.objective = model, objective
-        self.static_shapes, self.dropout_seed = static_shapes, dropout_seed
+        self.model, self.objectives = model, objectives
+        self.dropout_seed = dropout_seed
         self.parallelism, self.autocast = parallelism, autocast
 
     def forward(self, batch: Batch) -> Loss:
-        if self.static_shapes and self.training:
-            batch = fill_slots(batch)
+        return or_say(lambda: self._loss(batch))
+
+    def _loss(self, batch: Batch) -> Loss:
+        self.parallelism.begin(batch.get("is_last", True))
         tokens = len(batch["input_ids"])
         keys = TokenKeys(self.dropout_seed(), batch["first_row"], batch["row_bounds"], tokens)
         with self.autocast(), keyed_dropout(keys):
-            return self.model.within(lambda model: self.objective.loss(model, batch))
+            objective = self._objective(batch)
+            loss = self.model.within(lambda model: objective.loss(model, batch))
+        # DDP waits for every gradient, of what other phases train, too.
+        for parameter in idle_parameters(self.model, objective):
+            loss = loss._replace(sum=loss.sum + 0 * parameter.flatten()[0])
+        return loss
 
     def loss(self, outputs: Loss, batch: Batch) -> Tensor:
         """Mean over the microbatch's targets; Composer weighs it by their count, so the step's loss and gradient are
@@ -49,7 +55,7 @@ class PretrainingModel(ComposerModel):
         expected = self._count(batch)
         if outputs.count != expected:
             raise RunError(f"objective: its loss is over {outputs.count} targets, its count says {expected}")
-        return self.parallelism.correct(outputs.sum / max(outputs.count, 1))
+        return outputs.sum / max(outputs.count, 1)
 
     def count_tokens(self, batch: Batch) -> dict[str, int]:
         """Composer's two counts of a batch.
@@ -60,9 +66,12 @@ class PretrainingModel(ComposerModel):
         """
         return {"total": len(batch["input_ids"]), "loss_generating": self._count(batch) * 2**32 + 1}
 
+    def _objective(self, batch: Batch) -> Objective:
+        return self.objectives[batch["phase"]]
+
     def _count(self, batch: Batch) -> int:
         """Raises RunError for what is no plain number of targets: a tensor of int32 would overflow without a word."""
-        count = self.objective.count(batch)
+        count = self._objective(batch).count(batch)
         if type(count) is not int or count < 0:
             raise RunError(f"objective: count() gives {count!r}: give a plain int, 0 or more")
         return count
@@ -73,40 +82,3 @@ class Microbatch(dict[str, Any]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Microbatch":
         return self
-
-
-def split_batch(batch: Batch, rows: int | float) -> list[Batch]:
-    """Cut a batch into microbatches of at most `rows` rows. Masking is final before, and dropout
-    keyed by row, so nothing else changes."""
-    step, sequences = int(rows), batch["sequences"]
-    if len(sequences) <= step:
-        return [batch]
-    parts = []
-    ends = torch.cumsum(torch.tensor([0, *sequences]), 0).tolist()
-    slots_per_row = batch["slots"] // len(sequences)
-    bounds, first_masked = batch["cu_seqlens"].cpu(), 0
-    row_bounds = batch["row_bounds"].tolist()
-    for first in range(0, len(sequences), step):
-        last = min(first + step, len(sequences))
-        begin, end = row_bounds[first], row_bounds[last]
-        cu_seqlens = batch["cu_seqlens"][ends[first] : ends[last] + 1] - begin
-        labels = batch["labels"][begin:end]
-        last_masked = first_masked + int((labels != -100).sum())
-        parts.append(
-            {
-                **batch,
-                "input_ids": batch["input_ids"][begin:end],
-                "labels": labels,
-                "cu_seqlens": cu_seqlens,
-                "max_seqlen": int(bounds[ends[first] : ends[last] + 1].diff().max()),
-                "sequences": sequences[first:last],
-                "row_bounds": batch["row_bounds"][first : last + 1] - begin,
-                "first_row": batch["first_row"] + first,
-                "slots": (last - first) * slots_per_row,
-                "masked": last_masked - first_masked,
-                "tokens": end - begin,
-                "masked_streams": batch["masked_streams"][first_masked:last_masked],
-            }
-        )
-        first_masked = last_masked
-    return parts

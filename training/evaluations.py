@@ -18,6 +18,7 @@ from recipe.config import RunConfig
 from recipe.phases import PhasePlan
 from recipe.slots import EVALUATIONS
 from training.checkpoints.sharded import reshard
+from training.compiling import eagerly
 from training.held_out import HeldOut
 from training.parts import build_parts, by_name
 
@@ -85,8 +86,18 @@ class Evaluations:
             f"loss {shown(result['loss'], '.3f')}, "
             f"masked accuracy {shown(result['masked_accuracy'], '.1%')} "
             f"(most frequent token: {shown(result['unigram_accuracy'], '.1%')})"
-            f"{averaged}"
+            f"{_bound(result)}{averaged}"
         )
+
+    def of_start(self, record: dict[str, Any], logger: Logger) -> dict[str, Any]:
+        """Measure the weights that a branch starts with, as its first step will have them; its record with the held-out
+        loss. A collective."""
+        first = self.plan.phases[0]
+        self.model.set_rope_theta(first.theta_global, first.theta_local)
+        with eagerly():
+            self.run(0, logger)
+        assert self.latest is not None
+        return {**record, "validation": self.latest[1]}
 
     @torch.no_grad()
     def _measure(self, step: int, logger: Logger, suffix: str) -> dict[str, Any]:
@@ -120,6 +131,10 @@ class Evaluations:
     def loss_at(self, step: int) -> float | None:
         """The held-out loss after so many steps, where this process has measured it last."""
         return self.latest[1]["loss"] if self.latest and self.latest[0] == step else None
+
+
+def _bound(result: Mapping[str, Any]) -> str:
+    return f"; negative log-likelihood at most {result['nll_bound']:.3f}" if "nll_bound" in result else ""
 
 
 def _is_number(score: Any) -> bool:

@@ -17,9 +17,11 @@ from flexbert_core.schema import ConfigError, RunError
 from recipe.config import RunConfig
 from recipe.origin import read_origin_record
 from recipe.phases import PhasePlan
+from recipe.slots import OBJECTIVES
 from training import report
 from training.checkpoints.files import checkpoint_name
 from training.checkpoints.sharded import whole_model
+from training.objectives.phases import alone
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,11 @@ class Exporter:
 
     def forget_after(self, step: int) -> None:
         """Remove exports of later steps (rank 0): the run went back to this one, and will have other weights there."""
-        for path in self.folder.glob("tokens-*") if ranks.rank() == 0 else ():
+        entries = [OBJECTIVES.entries[phase.objective.name] for phase in self.plan.phases]
+        kinds = dict.fromkeys(kind for entry in entries for kind in getattr(entry, "export_kinds", ()))
+        folders = [self.folder, *(self.folder.parent / kind for kind in kinds)]
+        paths = [path for folder in folders for path in folder.glob("tokens-*")]
+        for path in paths if ranks.rank() == 0 else ():
             if int(path.name.split("-")[1]) > self.plan.tokens_before(step):
                 log.warning("%s: removed: the run went back to step %d", path, step)
                 remove_folder(path)
@@ -82,10 +88,22 @@ class Exporter:
             origin = read_origin_record(self.folder.parent)
             card = report.model_card(self.config, self.plan, self.plan.tokens_before(step), facts, note, origin)
             try:
-                flexbert.to_hf(model, tokenizer_folder(self.config.data), path, card=card)
+                self._write_parts(step, model, path.name)
+                with alone(model):
+                    flexbert.to_hf(model, tokenizer_folder(self.config.data), path, card=card)
             except RunError as error:
                 if not outside(self.config.model):
                     raise
                 # A part that does not work away from home costs the export, and not the run.
                 log.warning("no export of step %d: %s", step, error)
         ranks.barrier()
+
+    def _write_parts(self, step: int, model: FlexBertForMaskedLM, name: str) -> None:
+        """What the objective of the last step trains beside the model, to RUN/KIND/NAME: not among the exports, which
+        are published and evaluated. Before the model, whose folder says that all is there."""
+        phase = self.plan.at(max(step - 1, 0))
+        exports = getattr(OBJECTIVES.entries[phase.objective.name], "exports", None)
+        for kind, part in ({} if exports is None else exports(model)).items():
+            folder = self.folder.parent / kind / name
+            folder.parent.mkdir(exist_ok=True)
+            flexbert.to_hf(part, tokenizer_folder(self.config.data), folder)

@@ -20,7 +20,11 @@ from recipe.phases import PhasePlan
 from training import signals
 from training.checkpoints.files import Checkpoint, list_checkpoints, newest_checkpoint, tokens_of
 from training.checkpoints.saver import Saver
+from training.compiling import eagerly
 
+# What gloo and NCCL say (torch/csrc/distributed/c10d/NCCLUtils.hpp and ProcessGroupNCCL.cpp).
+_LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted", "ncclRemoteError")
+_LOST += ("remote process exited or there was a network error", "Watchdog caught collective operation timeout")
 COLLECTIVE_MARGIN = 60.0  # seconds by which a collective waits longer than the watchdog, which says more
 
 
@@ -34,7 +38,7 @@ class Faults:
         saver: Saver,
         ledger: Ledger,
         say: Callable[[str], None],
-        split_batch: Callable[[Batch, int | float], list[Batch]],
+        split_batch: Callable[[Batch], list[Batch]],
         generator_seed: Callable[[int], int],
     ) -> None:
         """say: prints a line, on rank 0. generator_seed: of torch's global one, in a step on this rank."""
@@ -43,7 +47,10 @@ class Faults:
         self.preempted = self.rolled_back = False
         self._split_batch, self._generator_seed = split_batch, generator_seed
         detector = SpikeDetector(self.options.sigmas, self.options.window) if self.options else None
-        self.guard = StepGuard(config.trainer.max_bad_steps, lambda step: plan.at(step).name, self._culprit, detector)
+        options = config.trainer
+        self.guard = StepGuard(
+            options.max_bad_steps, lambda step: plan.at(step).name, self._culprit, detector, options.skipped
+        )
 
     def checkpoint(self) -> Checkpoint | None:
         """The newest whole one of this run's history: one that knows nothing of a rollback to before it is of a
@@ -111,15 +118,16 @@ class Faults:
         return False
 
     def _culprit(self, state: State) -> str:
-        microbatches = self._split_batch(state.batch, state.device_train_microbatch_size or 1)
+        microbatches = self._split_batch(state.batch)
         model = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
         seed = self._generator_seed(state.timestamp.batch.value)
-        return name_culprit(state, model, microbatches, seed)
+        with eagerly():  # compiled blocks have hooks for few of their modules
+            return name_culprit(state, model, microbatches, seed)
 
 
 def lost_rank(error: RuntimeError) -> RunError | None:
     """What to say when a collective fails since another rank's process is gone."""
-    if not any(f"Connection {how} by peer" in str(error) for how in ("closed", "reset")):
+    if not any(text in str(error) for text in _LOST):
         return None
     return RunError(
         "another rank's process ended, and says why itself; the same command goes on from the newest checkpoint"

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from callbacks.ledger import Ledger
 from recipe.config import RunConfig
 from recipe.phases import PhasePlan
 from training.checkpoints.files import list_checkpoints
@@ -14,6 +15,34 @@ from training.folder import RunFolder
 from training.publisher import Publisher
 
 log = logging.getLogger(__name__)
+
+
+def summary_of(
+    plan: PhasePlan,
+    ledger: Ledger,
+    validation: dict[str, Any],
+    export: Path,
+    train_seconds: float,
+    seconds: float,
+    origin: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """What summary.json says of a run whose steps are done. validation: of the final weights. seconds: with
+    evaluations and saving. origin: what origin.json holds, of a branch."""
+    stream_tokens = ledger.real_tokens()
+    tokens = sum(stream_tokens.values())
+    return {
+        "tokens": tokens,
+        "tokens_per_second": tokens / train_seconds,
+        "packing_efficiency": tokens / plan.total_tokens,
+        "validation": validation,
+        "validation_before": origin and origin.get("validation"),  # older branches did not measure it
+        "stream_tokens": stream_tokens,
+        "streams": ledger.totals(),
+        "steps": plan.total_steps,
+        "export": str(export) if export.exists() else None,
+        "seconds": seconds,
+        "train_seconds": train_seconds,
+    }
 
 
 def export_gone(folder: RunFolder, summary: dict[str, Any], rank: int) -> bool:

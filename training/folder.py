@@ -13,11 +13,11 @@ from typing import Any, TextIO
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
-from flexbert_core.durable import lock, remove_unfinished, write_file
+from flexbert_core.durable import holder, lock, remove_unfinished, write_file
 from flexbert_core.schema import MAY_CHANGE, ConfigError
 from recipe.config import RunConfig, read_recorded_config
 from recipe.phases import PhasePlan
-from training.checkpoints.files import list_checkpoints
+from training.checkpoints.files import list_checkpoints, tokens_of
 
 log = logging.getLogger(__name__)
 _PACKAGES = (
@@ -36,8 +36,8 @@ _SUMMARY = {"steps", "tokens", "tokens_per_second", "packing_efficiency", "valid
 
 class RunFolder:
     """runs/NAME: config.yaml, environment.json, metrics.jsonl, ledger.jsonl, checkpoints/, first_checkpoint.json,
-    exports/, tensorboard/, summary.json, curves.png, of a branch origin.json, and with `publish` publish.json and
-    publish.log."""
+    exports/, tensorboard/, summary.json, curves.png, of a branch origin.json, with `distill` teacher.json, and with
+    `publish` publish.json and publish.log."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -87,6 +87,17 @@ class RunFolder:
                 "give the run another name"
             )
 
+    def state(self, trained: bool) -> str:
+        """training, finished, checkpoints gone, stopped (the same command goes on), or not started. trained: whether
+        its metrics have a line of training. Takes no lock."""
+        if holder(self.lock) is not None:
+            return "training"
+        if self.finished() is not None:
+            return "finished"
+        if self.checkpoints_gone():
+            return "checkpoints gone"
+        return "stopped" if trained or list_checkpoints(self.checkpoints) else "not started"
+
     def recorded_config(self) -> RunConfig:
         """The config that the run was last started with. Raises ConfigError when this is no run folder."""
         file = self.path / "config.yaml"
@@ -94,26 +105,53 @@ class RunFolder:
             raise ConfigError(f"{self.path}: no run folder (it holds no config.yaml): give runs/NAME")
         return read_recorded_config(file)
 
-    def check_config(self, config: RunConfig) -> None:
-        """Raises ConfigError naming what differs when the folder was begun with a config that trains otherwise."""
+    def trained_steps(self, config: RunConfig) -> int:
+        """Steps of the newest checkpoint, whole or not. config: as recorded."""
+        found = list_checkpoints(self.checkpoints)
+        return PhasePlan(config).step_at(tokens_of(found[-1])) if found else 0
+
+    def check_config(self, config: RunConfig, *, phases_too: bool = False) -> list[str]:
+        """What differs in phases to come, and is taken. Raises ConfigError naming what else differs, when the folder
+        was begun with a config that trains otherwise. phases_too: none may differ."""
         file = self.path / "config.yaml"
         if not file.exists():
-            return
+            return []
         recorded = self.recorded_config()
         before, now = (_history(each) | _min_lengths(each) | {"data.lanes": each.lanes} for each in (recorded, config))
         keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         # Of another component the name says it all.
         others = tuple(key.removesuffix("name") for key in keys if key.endswith(".name"))
         keys = [key for key in keys if key.endswith(".name") or not key.startswith(others or "\n")]
-        changed = [f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in keys]
-        if changed:
+        trained, plan = self.trained_steps(recorded), PhasePlan(recorded)
+        begun = plan.phases.index(plan.at(max(trained - 1, 0)))
+        free = [key for key in keys if not phases_too and _is_to_come(key, begun)]
+        told = {key: f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in keys}
+        refused = [said for key, said in told.items() if key not in free]
+        if refused:
+            why = f" (it stands at step {trained}, in phases[{begun}], {plan.phases[begun].name})" if trained else ""
             raise ConfigError(
-                f"{file}: this run was started otherwise: {'; '.join(changed)}: undo that; or begin a run of another "
-                f"name, from the data's beginning, or with `from: {self.path}` from where this one stands"
+                f"{file}: this run was started otherwise{why}: {'; '.join(refused)}: undo that; or begin a run of "
+                f"another name, from the data's beginning, or with `from: {self.path}` from where this one stands"
             )
-        if config.origin is not None and recorded.origin != config.origin and self.origin.exists():
-            log.warning(
-                "from: %s: is not read any more: this run has begun, see %s", config.origin.checkpoint, self.origin
+        if config.origin is not None and self.origin.exists():
+            if recorded.origin != config.origin:
+                where = config.origin.checkpoint
+                log.warning("from: %s: is not read any more: this run has begun, see %s", where, self.origin)
+            if recorded.tokens != config.tokens:
+                log.warning("tokens: is not read any more: this run has begun, see %s", self.origin)
+        self._check_skipped(config, recorded, trained)
+        return [told[key] for key in free]
+
+    def _check_skipped(self, config: RunConfig, recorded: RunConfig, trained: int) -> None:
+        here, there = (
+            {step for steps in each.trainer.skipped for step in steps if step <= trained} for each in (config, recorded)
+        )
+        if here != there:
+            step = min(here ^ there)
+            how = "trained" if step in here else "left out"
+            raise ConfigError(
+                f"trainer.skip_steps: step {step} of {self.path} has been {how} already (it stands at step {trained}): "
+                "change steps to come; or begin a run of another name with `from` a checkpoint before it"
             )
 
     def open(self, config: RunConfig) -> None:
@@ -189,3 +227,10 @@ def _min_lengths(config: RunConfig) -> dict[str, Any]:
         for name in phase.streams or {}:
             lengths[f"phases.{number}.streams.{name}.min_length"] = (resolved.streams or {})[name].min_length
     return lengths
+
+
+def _is_to_come(key: str, begun: int) -> bool:
+    """Whether a key is of a phase behind the begun one, and may still change. An objective may train a model beside
+    this one, which the checkpoints then hold: it is settled when the run begins."""
+    parts = key.split(".")
+    return parts[0] == "phases" and int(parts[1]) > begun and parts[2] != "objective"

@@ -1,10 +1,11 @@
 """What a run measures beside its loss: the gauges of callbacks/, made for a config."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from callbacks.clock import Clock
 from callbacks.efficiency import Efficiency
@@ -13,13 +14,15 @@ from callbacks.gauge import Gauge, Reading
 from callbacks.gradients import Gradients
 from callbacks.guards import StepGuard
 from callbacks.loss import Loss
+from callbacks.loss_parts import LossParts
 from callbacks.memory import Memory
 from callbacks.streams import StreamScores
 from flexbert import FlexBertForMaskedLM
-from flexbert.accounting import batch_flops
 from flexbert.peaks import peak_flops
 from recipe.config import RunConfig
+from recipe.cost import phase_flops
 from recipe.phases import PhasePlan
+from recipe.slots import OBJECTIVES
 
 
 def build_gauges(
@@ -35,12 +38,17 @@ def build_gauges(
     peak = trainer.peak_flops
     if peak is None and torch.cuda.is_available():
         peak = peak_flops(torch.cuda.get_device_name())
+
+    def flops(phase: int, lengths: NDArray[np.int64], masked: NDArray[np.int64]) -> float:
+        return phase_flops(config, plan.phases[phase], lengths, masked)
+
     return [
         Loss(clock, guard),
         Reading(clock, lambda: _rope_theta(model)),
         StreamScores(clock, list(config.data.streams)),
+        LossParts(clock, _loss_parts(plan)),
         Gradients(clock, trainer.gradient_clip_norm),
-        Efficiency(clock, functools.partial(batch_flops, config.model), peak),
+        Efficiency(clock, flops, peak),
         Memory(clock),
         Forecast(clock, plan, seconds, trainer.price_per_hour),
     ]
@@ -60,6 +68,12 @@ def load_gauges(clock: Clock, gauges: list[Gauge], state: dict[str, Any]) -> Non
     loss.load_state_dict(state["window"])
     for gauge in others:
         gauge.load_state_dict(state["gauges"].get(type(gauge).__name__, {}))
+
+
+def _loss_parts(plan: PhasePlan) -> list[str]:
+    """Names of the parts that the objectives' losses have."""
+    entries = [OBJECTIVES.entries[phase.objective.name] for phase in plan.phases]
+    return list(dict.fromkeys(name for entry in entries for name in getattr(entry, "loss_parts", ())))
 
 
 def _rope_theta(model: FlexBertForMaskedLM) -> dict[str, Any]:

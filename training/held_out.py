@@ -14,16 +14,19 @@ import ranks
 from data.feed.batches import Batch
 from data.feed.held_out import validation_batches
 from data.feed.loader import open_streams, tokenizer_folder
-from data.feed.masking import IGNORE
+from data.feed.masking import IGNORE, is_causal
 from data.feed.mixture import stream_weights
 from data.keyed import torch_seed
 from data.store.shards import Stream
 from flexbert import FlexBertForMaskedLM
+from flexbert.encoder import require_causal
+from flexbert.losses import TokenScores
 from flexbert_core.schema import Component, ConfigError, RunError
 from recipe.config import RunConfig
 from recipe.phases import PhasePlan
 from recipe.sections import HeldOutConfig
 from recipe.slots import EVALUATIONS
+from training.objectives.diffusion import shares
 
 log = logging.getLogger(__name__)
 _FIX = (
@@ -45,6 +48,8 @@ class HeldOut:
     ) -> None:
         """streams: those of training. Raises ConfigError for a missing split, or when no token would be masked."""
         data, train_streams = run.data, streams
+        if is_causal(config.masking):
+            require_causal(run.model)
         self.config = config
         self.place = f"evaluations: {config.name}" if isinstance(config, Component) else "evaluation"
         self.max_seq_len = config.max_seq_len or plan.phases[0].max_seq_len
@@ -80,27 +85,34 @@ class HeldOut:
     def run(self, model: FlexBertForMaskedLM, step: int) -> dict[str, Any]:
         """{"loss": nats, "masked_accuracy", "unigram_accuracy", "masked_tokens", "streams": {name: the same four}}.
 
+        With masking `diffusion` also "nll_bound", an upper bound on the negative log-likelihood in nats a token
+        (training/objectives/diffusion.py), of one draw of rates and masks: over all tokens that could be masked.
         Means over masked tokens; None for a stream without any, which is said. Raises RunError when there is none at
         all. unigram_accuracy: of always answering the training data's most frequent token (of the
         stream, and of the mixture for the overall figure), on the same masked tokens. A collective over ranks.
         """
         device = next(model.parameters()).device
-        streams, total = {}, torch.zeros(4, dtype=torch.float64)
+        streams, total = {}, torch.zeros(6, dtype=torch.float64)
         for name in self.streams:
-            sums = torch.zeros(5, dtype=torch.float64)  # loss, correct, masked, unigram hits of stream and of mixture
+            # loss, correct, masked, unigram hits of stream and of mixture, weighed loss, tokens that it is over
+            sums = torch.zeros(7, dtype=torch.float64)
             for batch in self._batches(name, ranks.rank(), ranks.world_size()):
+                labels = batch["labels"][batch["labels"] != IGNORE]
+                scores = TokenScores.empty(labels.to(device)) if "row_rates" in batch else None
                 loss, correct, masked = model.evaluate(
                     batch["input_ids"].to(device),
                     batch["cu_seqlens"].to(device),
                     batch["max_seqlen"],
                     batch["labels"].to(device),
+                    is_causal(self.config.masking),
+                    scores,
                 )
-                labels = batch["labels"][batch["labels"] != IGNORE]
                 hits = [(labels == token).sum() for token in (self.frequent[name], self.frequent_overall)]
-                sums += torch.tensor([float(value) for value in (loss, correct, masked, *hits)], dtype=torch.float64)
+                values = (loss, correct, masked, *hits, *_weighed(batch, scores))
+                sums += torch.tensor([float(value) for value in values], dtype=torch.float64)
             sums = ranks.over_ranks(sums)
-            streams[name] = _means(sums[:4])
-            total += sums[[0, 1, 2, 4]]
+            streams[name] = _means(sums[[0, 1, 2, 3, 5, 6]])
+            total += sums[[0, 1, 2, 4, 5, 6]]
         self._say_unmasked([name for name, means in streams.items() if not means["masked_tokens"]])
         if not total[2]:
             raise RunError(f"{self.place}: no token of the held-out text is masked, so there is no loss: {_FIX}")
@@ -115,6 +127,20 @@ class HeldOut:
 
 
 def _means(sums: torch.Tensor) -> dict[str, Any]:
-    loss, correct, masked, hits = sums.tolist()
+    loss, correct, masked, hits, weighed, selectable = sums.tolist()
     means = zip(("loss", "masked_accuracy", "unigram_accuracy"), (loss, correct, hits), strict=True)
-    return {**{name: total / masked if masked else None for name, total in means}, "masked_tokens": int(masked)}
+    bound = {"nll_bound": weighed / selectable} if selectable else {}
+    return {
+        **{name: total / masked if masked else None for name, total in means},
+        "masked_tokens": int(masked),
+        **bound,
+    }
+
+
+def _weighed(batch: Batch, scores: TokenScores | None) -> tuple[float, int]:
+    """The sum of 1/rate times each masked token's loss, and the tokens that could have been masked; nothing where rows
+    draw no rates."""
+    if scores is None:
+        return 0.0, 0
+    index = (batch["labels"] != IGNORE).nonzero().squeeze(1)
+    return float(scores.losses.cpu().double() @ shares(batch, index).double()), sum(batch["selectable"])

@@ -4,19 +4,18 @@ import base64
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from composer.core import Algorithm, Callback, Time
+from composer.core import Algorithm, Callback, Time, Timestamp
 from composer.loggers import LoggerDestination
 from torch import Tensor
 
 from flexbert_core.schema import Component, ConfigError, Registry, RunError
 from recipe.config import RunConfig
 from recipe.phases import PhasePlan
-from recipe.slots import ALGORITHMS, CALLBACKS, LOGGERS, OBJECTIVES
-from training.objectives import Objective
+from recipe.slots import ALGORITHMS, CALLBACKS, LOGGERS
 
 
 class Parts:
@@ -64,21 +63,6 @@ def build_parts(key: str, registry: Registry, configs: list[Component], **runtim
         except ValueError as error:
             raise ConfigError(f"{key}[{number}].{error}") from None
     return parts
-
-
-def build_objective(config: RunConfig, plan: PhasePlan) -> Objective:
-    """Raises ConfigError, starting with the key, for one that refuses its arguments or has weights of its own."""
-    try:
-        objective: Any = OBJECTIVES.build(config.objective, plan=plan)
-    except ValueError as error:
-        raise ConfigError(f"objective: {error}") from None
-    own = list(objective.parameters()) if isinstance(objective, torch.nn.Module) else []
-    if own:
-        raise ConfigError(
-            f"objective: {config.objective.name!r} has parameters of its own, which no optimizer would train: give "
-            "them to a head of the model"
-        )
-    return cast(Objective, objective)
 
 
 def _name(config: Component) -> str:
@@ -152,3 +136,12 @@ def unpack(node: Any, tensors: Mapping[str, Tensor]) -> Any:
             return {unpack(key, tensors): unpack(each, tensors) for key, each in node["pairs"]}
     kinds = {"tuple": tuple, "set": set, "frozenset": frozenset}
     return kinds[node["$"]](unpack(each, tensors) for each in node["items"])
+
+
+def timestamp_of(step: int, state: Mapping[str, Any]) -> Timestamp:
+    """Composer's clock after `step` steps of a checkpoint's state, so that what counts in its tokens or samples goes
+    on."""
+    timestamp = Timestamp(batch=step, batch_in_epoch=step)
+    if "timestamp" in state:  # not up to commit ac193e8, nor of a branch's first checkpoint
+        timestamp.load_state_dict(unpack(state["timestamp"], {}))
+    return timestamp

@@ -14,7 +14,7 @@ from training import signals
 
 log = logging.getLogger(__name__)
 _MAIN = Path(__file__).parent.parent / "main.py"
-_OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "NODE_RANK", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC", "OMP_")
+OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "NODE_RANK", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC", "OMP_")
 _LOOK_SECONDS = 0.1
 LAST_SECONDS = 1800.0  # that a finished run waits for its last push; a job's end would kill it
 
@@ -35,7 +35,7 @@ class Publisher:
         """Start a push unless one is under way, which looks for new exports itself. Returns at once."""
         if not self.wanted or self._busy():
             return
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(_OF_LAUNCHERS)}
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(OF_LAUNCHERS)}
         environment = {**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(_MAIN), "publish", str(self.folder), "--background"]
         try:

@@ -4,7 +4,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from callbacks.step_log import shown
 from data.feed.loader import tokenizer_folder
@@ -12,8 +11,10 @@ from data.feed.masking import DEFAULT
 from flexbert.accounting import count_parameters
 from flexbert.hf.convert import carries_code, check_exportable
 from flexbert.hf.parts import outside
+from flexbert.hf.tokenizer import load_tokenizer
 from flexbert_core.schema import ConfigError
 from recipe.config import RunConfig
+from recipe.hub import HUB
 from recipe.phases import Phase, PhasePlan
 
 
@@ -35,7 +36,7 @@ def model_card(
     note: how these weights were made from those of the run. origin: what origin.json holds, of a branch.
     """
     model = config.model
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(config.data), local_files_only=True)
+    tokenizer = load_tokenizer(tokenizer_folder(config.data))  # whichever transformers wrote it
     trust = ", trust_remote_code=True" if carries_code(model) else ""
     lines = [
         "---",
@@ -51,7 +52,7 @@ def model_card(
         f"{', '.join(config.data.streams)}{_together(tokens, origin)}.",
         "",
         *([note, ""] if note else []),
-        *([f"The objective is `{config.objective.name}`.", ""] if config.objective.name != "mlm" else []),
+        *_objectives(plan),
         "| phase | tokens | row length | rows per step | peak learning rate | masking rate |",
         "|---|---|---|---|---|---|",
     ]
@@ -84,12 +85,25 @@ def model_card(
 def _beginning(config: RunConfig, origin: dict[str, Any] | None) -> str:
     """Where the weights come from, up to the T of "Trained"."""
     if origin is not None:
-        where = f"the run {origin['run']}" if origin["run"] else "a Hugging Face folder"
+        kind = "a model of the Hugging Face hub" if origin["from"].startswith(HUB) else "a Hugging Face folder"
+        where = f"the run {origin['run']}" if origin["run"] else kind
+        if new := origin.get("vocabulary", {}).get("new"):
+            where += f"; {new:,} tokens are new"
         before = f", which had trained on {origin['tokens']:,} tokens" if origin["tokens"] else ""
         return f"Started from the weights of `{origin['from']}` ({where}{before}); then t"
     if config.model.init.name == "grow":
         return f"Started from the weights of `{config.model.init.source}`, grown to this size; then t"
     return "T"
+
+
+def describe_tokens(vocabulary: dict[str, Any]) -> str:
+    """Of origin.json's `vocabulary`: how many rows of the token table are the source's, and which are new."""
+    said = f"{vocabulary['copied']:,} rows of the token table are the source's"
+    if not vocabulary["new"]:
+        return said
+    first = ", ".join(map(repr, vocabulary["first"]))
+    more = ", ..." if vocabulary["new"] > len(vocabulary["first"]) else ""
+    return f"{said}, {vocabulary['new']:,} are new ({first}{more}) and start as {vocabulary['init']}"
 
 
 def _together(tokens: int, origin: dict[str, Any] | None) -> str:
@@ -100,26 +114,15 @@ def _together(tokens: int, origin: dict[str, Any] | None) -> str:
 
 def closing_table(config: RunConfig, summary: dict[str, Any], console: Console) -> None:
     """The figures of summary.json, where each artifact lies, and what to try next."""
-    validation = summary["validation"]
-    table = Table("stream", "tokens seen", "held-out loss", "masked accuracy", "baseline", title=f"{config.name}: done")
+    validation, before = summary["validation"], summary.get("validation_before")
+    columns = ["masked accuracy", "baseline"]
+    losses = ["held-out loss"] if before is None else ["loss before", "loss after"]
+    table = Table("stream", "tokens seen", *losses, *columns, title=f"{config.name}: done")
     for name, result in validation["streams"].items():
-        seen = summary["stream_tokens"][name]
-        table.add_row(
-            name,
-            f"{seen:,}",
-            shown(result["loss"], ".3f"),
-            shown(result["masked_accuracy"], ".1%"),
-            shown(result["unigram_accuracy"], ".1%"),
-        )
+        first = None if before is None else before["streams"].get(name)
+        table.add_row(name, f"{summary['stream_tokens'][name]:,}", *_scores(result, first))
     table.add_section()
-    table.add_row(
-        "all",
-        f"{summary['tokens']:,}",
-        shown(validation["loss"], ".3f"),
-        shown(validation["masked_accuracy"], ".1%"),
-        shown(validation["unigram_accuracy"], ".1%"),
-        style="bold",
-    )
+    table.add_row("all", f"{summary['tokens']:,}", *_scores(validation, before), style="bold")
     console.print(table)
     accuracy, unigram = (validation[key] or 0.0 for key in ("masked_accuracy", "unigram_accuracy"))
     ratio = accuracy / max(unigram, 1e-9)
@@ -136,6 +139,13 @@ def closing_table(config: RunConfig, summary: dict[str, Any], console: Console) 
     console.print(facts)
 
 
+def _scores(result: dict[str, Any], before: dict[str, Any] | None) -> list[str]:
+    """Cells of a row. before: of the weights that a branch started with."""
+    first = [] if before is None else [shown(before["loss"], ".3f")]
+    others = [shown(result[key], ".1%") for key in ("masked_accuracy", "unigram_accuracy")]
+    return [*first, shown(result["loss"], ".3f"), *others]
+
+
 def _no_export(config: RunConfig) -> str:
     try:
         check_exportable(config.model)
@@ -146,7 +156,17 @@ def _no_export(config: RunConfig) -> str:
     return "none: it was removed, and so were the checkpoints"
 
 
+def _objectives(plan: PhasePlan) -> list[str]:
+    names = [phase.objective.name for phase in plan.phases]
+    if set(names) == {"mlm"}:
+        return []
+    if len(set(names)) == 1:
+        return [f"The objective is `{names[0]}`.", ""]
+    told = (f"`{name}` in {phase.name}" for name, phase in zip(names, plan.phases, strict=True))
+    return [f"The objectives are {', '.join(told)}.", ""]
+
+
 def _masking(phase: Phase) -> str:
     """The rate, and the name of a masking that is not the usual one."""
     name = phase.masking.name
-    return f"{phase.masking.rate:g}" + (f" ({name})" if name != DEFAULT else "")
+    return phase.masking.describe() + (f" ({name})" if name != DEFAULT else "")

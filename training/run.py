@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer.core import DataSpec, Precision, Timestamp
+from composer.core import DataSpec, Precision
 from composer.trainer import Trainer
 from composer.utils import dist
 from rich.console import Console
@@ -37,17 +37,22 @@ from training.branching import read_origin
 from training.checkpoints.files import checkpoint_name, list_checkpoints, restore, take_snapshot
 from training.checkpoints.remote import RemoteCheckpoints
 from training.checkpoints.saver import Saver
-from training.composer_model import Microbatch, PretrainingModel, split_batch
+from training.compiling import compile_blocks, eagerly, microbatch_sizes
+from training.composer_model import Microbatch, PretrainingModel
 from training.curves import draw_curves
 from training.ema import restore_average
 from training.evaluations import Evaluations
 from training.exporting import Exporter
 from training.faults import Faults
+from training.finished import summary_of
+from training.fitting import fitting_rows
 from training.folder import RunFolder
 from training.gauges import build_gauges, gauges_state, load_gauges
 from training.growing import read_source
+from training.microbatches import Microbatches
+from training.objectives.phases import Objectives
 from training.parallelism import PARALLELISMS, Parallelism
-from training.parts import Parts, build_objective, pack, unpack
+from training.parts import Parts, pack, timestamp_of
 from training.publisher import Publisher
 from training.same_data import check_same_data
 from training.vocabulary import check_vocabulary
@@ -58,9 +63,10 @@ log = logging.getLogger(__name__)
 class Run:
     """A run in this process: built by `train`, torn down at its end."""
 
-    def __init__(self, config: RunConfig, console: Console, watchdog: Watchdog) -> None:
+    def __init__(self, config: RunConfig, console: Console, watchdog: Watchdog, until: int | None = None) -> None:
         self.config, self.console, self.watchdog = config, console, watchdog
         self.plan = PhasePlan(config)
+        self.end = self.plan.total_steps if until is None else self.plan.step_at(until)  # of `fit`: saved and measured
         self.folder = RunFolder(config.folder)
         self.rank, self.world_size = ranks.rank(), ranks.world_size()
         self.loader: Loader = build_loader(self.plan.loader_config(config), self.rank, self.world_size)
@@ -71,7 +77,8 @@ class Run:
             name: stream.fingerprint for name, stream in zip(config.data.streams, train_streams, strict=True)
         }
         # Before anything is written: a branch that cannot start leaves no trace. A resumed one needs no origin.
-        resumed = bool(list_checkpoints(self.folder.checkpoints))
+        # As rank 0 sees it: a network file system may show the others an older folder, and they would wait for ever.
+        resumed = ranks.from_rank_0(bool(list_checkpoints(self.folder.checkpoints)))
         self.start = None if resumed else read_origin(config)
         if not resumed:
             check_vocabulary(config, train_streams, self.start and self.start.rows)
@@ -79,32 +86,31 @@ class Run:
             self.start.check_data(config, self.fingerprints, manifest.tokenizer_fingerprint)
         self.origin: dict[str, Any] | None = None
         self.tokenizer = manifest.tokenizer_fingerprint
-        fresh = not resumed and self.start is None
-        model = config.model if fresh else without_init(config.model)
+        model = without_init(config.model) if resumed or self.start is not None else config.model
         self.model = build(model, seed=torch_seed(config.seed, "init"), grow_from=read_source(model))
+        self.model.encoder.recompute_every = config.trainer.activation_checkpointing
+        self.objectives = Objectives(config, self.plan, self.model)
         if torch.cuda.is_available():
             self.model = self.model.to(f"cuda:{dist.get_local_rank()}")
         self.parallelism: Parallelism = PARALLELISMS.build(config.trainer.parallelism, world_size=self.world_size)
         precision = config.trainer.precision
         bf16 = torch.cuda.is_available() if precision == "auto" else precision == "amp_bf16"
         device = next(self.model.parameters()).device.type
-        self.autocast = functools.partial(torch.autocast, device, torch.bfloat16, bf16)
-        self.model.encoder.recompute_every = config.trainer.activation_checkpointing
-        if config.trainer.compile:
-            self.model.compile_blocks()
+        self.bf16, self.autocast = bf16, functools.partial(torch.autocast, device, torch.bfloat16, bf16)
+        self.microbatches = Microbatches(config.trainer, pins=device == "cuda")
         self.optimizer = OPTIMIZERS.build(config.optimizer, model=self.model, lr=self.plan.phases[0].peak_lr)
         self.ledger = Ledger(self.folder.ledger, list(config.data.streams))
         remote = RemoteCheckpoints(config) if config.checkpoint.remote and self.rank == 0 else None
         self.saver = Saver(self.folder.checkpoints, config.checkpoint, self._is_permanent, self._written, remote)
-        self.faults = Faults(config, self.plan, self.saver, self.ledger, self._say, split_batch, self._generator_seed)
+        self.faults = Faults(
+            config, self.plan, self.saver, self.ledger, self._say, self.microbatches, self._generator_seed
+        )
         self.clock = Clock(config.trainer.log_interval, self.ledger, self.plan)
-        guard = self.faults.guard
-        self.gauges = build_gauges(config, self.plan, self.model, self.clock, guard, lambda: self.seconds)
+        self.gauges = build_gauges(config, self.plan, self.model, self.clock, self.faults.guard, lambda: self.seconds)
         self.metrics = MetricsFile(self.folder.metrics, self.plan)
         self.parts = Parts(config, self.plan, self.folder.path)
         ema = config.ema
         self.ema = None if ema is None else WeightAverage(self.model, ema.decay, self.plan, ema.every)
-        self.objective = build_objective(config, self.plan)
         self.evaluations = Evaluations(config, self.plan, train_streams, self.model, self.ema, self.autocast, self._say)
         self.exporter = Exporter(config, self.plan, self.model, self.ema, self.folder.exports, self.metrics)
         self.publisher = Publisher(config, self.folder.path, self.rank)
@@ -123,7 +129,19 @@ class Run:
         if self.rank == 0:
             self.folder.open(self.config)
         ranks.barrier()
+        if self.config.trainer.microbatch_size == "auto":
+            self._fit_microbatches()
+        if self.config.trainer.compile:
+            sizes = microbatch_sizes(self.plan, self.microbatches.rows, self.world_size)
+            compile_blocks(self.model, len(sizes))
         self._trainer = self._build_trainer()
+
+    def _fit_microbatches(self) -> None:
+        """Find the rows of `auto`. A collective."""
+        probe = PretrainingModel(self.model, self.objectives.each, self.parallelism, self.autocast, lambda: 0)
+        self.microbatches.found = fitting_rows(self.plan, probe, self.world_size)
+        for length, rows in self.microbatches.found.items():
+            self._say(f"trainer.microbatch_size: auto: up to {rows} rows of {length} at a time on each rank")
 
     def close(self) -> None:
         """Let the checkpoint under way and the loggers finish, and others into the folder."""
@@ -147,13 +165,10 @@ class Run:
 
     def _build_trainer(self) -> Trainer:
         config = self.config
-        compiled = config.trainer.compile
-        model = PretrainingModel(
-            self.model, self.objective, self.parallelism, self.autocast, compiled, self._dropout_seed
-        )
+        model = PretrainingModel(self.model, self.objectives.each, self.parallelism, self.autocast, self._dropout_seed)
         data = DataSpec(
             self.loader,
-            split_batch=split_batch,
+            split_batch=self.microbatches,
             microbatch_transforms=Microbatch,
             get_num_samples_in_batch=lambda batch: len(batch["sequences"]),
             get_num_tokens_in_batch=model.count_tokens,  # pyright: ignore[reportArgumentType]
@@ -161,7 +176,7 @@ class Run:
         between = BetweenSteps(
             [
                 (self.plan.is_milestone, self.faults.check_predicted),
-                (self.evaluations.due, self._evaluate),
+                (self._evaluation_due, self._evaluate),
                 (self._checkpoint_due, self._save),
                 (self.exporter.due, self._export),
             ],
@@ -169,10 +184,11 @@ class Run:
             after=self.clock.restart,
             leave=lambda step: self.faults.leave(step, self._save),
         )
-        schedule = StepSchedule(self.plan, self.model, self._generator_seed)
+        first = self.plan.phases[0]
         callbacks = [
             self.faults.guard,
-            schedule,
+            StepSchedule(self.plan, self.model, self._generator_seed),
+            self.objectives,
             self.watchdog,
             self.ledger,
             self.clock,
@@ -183,7 +199,7 @@ class Run:
             *self.evaluations.callbacks,
         ]
         if self.rank == 0:
-            callbacks.insert(3, ProgressLine(self.console, self.plan, self.metrics))
+            callbacks.insert(4, ProgressLine(self.console, self.plan, self.metrics))
         trainer = Trainer(
             model=model,
             train_dataloader=data,
@@ -195,24 +211,16 @@ class Run:
             run_name=config.name,
             seed=torch_seed(config.seed, "composer") % 2**32,
             precision=Precision.FP32,  # see PretrainingModel
-            device_train_microbatch_size=self._microbatch_size(),
+            device_train_microbatch_size=self.microbatches.rows(first.max_seq_len, self.loader.batch_size),
             accumulate_train_batch_on_tokens=True,
             spin_dataloaders=False,
             progress_bar=False,
             log_to_console=False,
             python_log_level=None,
-            **self.parallelism.options(self.model),
+            **self.parallelism.options(self.model, self.bf16),
         )
         self.parallelism.prepared(self.model)
         return trainer
-
-    def _microbatch_size(self) -> int | str:
-        """Rows, or "auto": then Composer finds them, from the loader's `batch_size` down."""
-        given, rows = self.config.trainer.microbatch_size, self.loader.batch_size
-        if given == "auto" and not torch.cuda.is_available():
-            self._say(f"trainer.microbatch_size: auto, on the CPU: all rows of a rank at once, up to {rows}")
-            return rows
-        return given or rows
 
     def resume(self) -> int:
         """Load the newest whole checkpoint, if any, into everything. Returns the number of finished steps."""
@@ -236,22 +244,15 @@ class Run:
         if step:
             phase = self.plan.at(step - 1)
             self.model.set_rope_theta(phase.theta_global, phase.theta_local)
-        self.trainer.state.timestamp = self._timestamp(step, state)
+        self.trainer.state.timestamp = timestamp_of(step, state)
         if self.rank == 0:
             self.folder.note_checkpoint(checkpoint.path)  # a kill may have come just before the note
             self.metrics.trim(step)
             self.ledger.trim(step)
         return step
 
-    def _timestamp(self, step: int, state: dict[str, Any]) -> Timestamp:
-        """Composer's clock after `step` steps, so that what counts in its tokens or samples goes on."""
-        timestamp = Timestamp(batch=step, batch_in_epoch=step)
-        if "timestamp" in state:  # not up to commit ac193e8, nor of a branch's first checkpoint
-            timestamp.load_state_dict(unpack(state["timestamp"], {}))
-        return timestamp
-
     def _begin(self) -> None:
-        """Start at step 0; a branch with its origin's state, which becomes its own first checkpoint. A collective."""
+        """Start at step 0; a branch with its origin's state, measured and saved as its own first one. A collective."""
         if self.rank == 0:
             lost = max((line["step"] for line in read_lines(self.folder.metrics)), default=0)
             if lost:
@@ -260,12 +261,12 @@ class Run:
                     self.folder.path,
                     lost,
                 )
-            self.metrics.trim(0)
+            self.metrics.trim(-1)
             self.ledger.trim(-1)
         if self.start is None:
             return
         self.start.apply(self.model, self.optimizer, self.loader, self.ema)
-        self.origin, self.start = self.start.record, None
+        self.origin, self.start = self.evaluations.of_start(self.start.record, self.trainer.logger), None
         if self.rank == 0:
             write_file(self.folder.origin, json.dumps(self.origin, indent=1))
         self._save(0)
@@ -276,10 +277,10 @@ class Run:
         return self.origin["steps"] if self.origin else 0
 
     def fit(self, step: int) -> None:
-        """Train from `step` to the end of the last phase. Raises SystemExit(EXIT_PREEMPTED) when asked to stop."""
-        while step < self.plan.total_steps:
+        """Train from `step` to `end`. Raises SystemExit(EXIT_PREEMPTED) when asked to stop."""
+        while step < self.end:
             self.faults.check_start()
-            self.trainer.state.max_duration = f"{self.plan.total_steps}ba"
+            self.trainer.state.max_duration = f"{self.end}ba"
             # What is there by now, a million objects of libraries, stays: no collection of this process or of the
             # loader's workers, which are its forks, needs to walk through it.
             gc.collect()
@@ -297,12 +298,15 @@ class Run:
             step = self.resume()
             self.exporter.forget_after(step)
 
+    def _evaluation_due(self, step: int) -> bool:
+        return step == self.end or self.evaluations.due(step)
+
     def _checkpoint_due(self, step: int) -> bool:
         options = self.config.checkpoint
         best = options.keep_best > 0 and self.evaluations.evaluated == step
         every = [getattr(entry, "every", None) for entry in self.config.evaluations]
         wanted = any(self.plan.crosses(step, interval) for interval in [options.interval, *every])
-        return best or self._is_permanent(step) or wanted
+        return best or self._is_permanent(step) or wanted or step == self.end
 
     def _written(self, path: Path) -> None:
         """Told of each whole checkpoint, before older ones go (rank 0, on the saver's thread)."""
@@ -315,7 +319,7 @@ class Run:
 
     def _catch_up(self, step: int) -> None:
         """What an interruption just after this step left out."""
-        if step and self.evaluations.due(step) and self.evaluations.evaluated != step:
+        if step and self._evaluation_due(step) and self.evaluations.evaluated != step:
             self._evaluate(step)
         if self.plan.is_milestone(step):
             self.faults.check_predicted(step)
@@ -325,11 +329,13 @@ class Run:
             self.publisher.push()  # what an earlier process left behind
 
     def _export(self, step: int) -> None:
-        self.exporter.export(step)
+        with eagerly():
+            self.exporter.export(step)
         self.publisher.push()
 
     def _evaluate(self, step: int) -> None:
-        self.evaluations.run(step, self.trainer.logger)
+        with eagerly():
+            self.evaluations.run(step, self.trainer.logger)
 
     def _save(self, step: int) -> None:
         self.saver.settle()
@@ -366,6 +372,13 @@ class Run:
         """Wall-clock seconds of this run's processes, less what a kill threw away."""
         return self.seconds_before + time.monotonic() - self.started
 
+    def pause(self, step: int) -> None:
+        """End where `until` said, as a run that goes on later. step: where `fit` began. A collective."""
+        if step == self.end:  # its checkpoint may be older than the wish for a loss there
+            self._catch_up(step)
+        self.saver.settle_last(finished=False)
+        self.trainer.close()  # together: a launcher kills the rest when the first rank is gone
+
     def finish(self) -> dict[str, Any]:
         """Last checkpoint, evaluation, export and summary of a run whose steps are done. Returns the summary."""
         self.saver.settle_last()
@@ -373,22 +386,12 @@ class Run:
         self.faults.check_predicted(step)
         if self.evaluations.latest is None or self.evaluations.latest[0] != step:
             self._evaluate(step)
-        self.exporter.export(step)
+        with eagerly():
+            self.exporter.export(step)
         assert self.evaluations.latest is not None
-        stream_tokens = self.ledger.real_tokens()
-        tokens, export = sum(stream_tokens.values()), self.exporter.path(step)
-        summary = {
-            "tokens": tokens,
-            "tokens_per_second": tokens / self.clock.train_seconds,
-            "packing_efficiency": tokens / self.plan.total_tokens,
-            "validation": self.evaluations.latest[1],
-            "stream_tokens": stream_tokens,
-            "streams": self.ledger.totals(),
-            "steps": step,
-            "export": str(export) if export.exists() else None,
-            "seconds": self.seconds,
-            "train_seconds": self.clock.train_seconds,
-        }
+        validation, export = self.evaluations.latest[1], self.exporter.path(step)
+        seconds = self.clock.train_seconds, self.seconds
+        summary = summary_of(self.plan, self.ledger, validation, export, *seconds, self.origin)
         if self.rank == 0:
             draw_curves(self.folder.metrics, self.folder.curves, self.plan)
             write_file(self.folder.summary, json.dumps(summary, indent=1))

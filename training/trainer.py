@@ -17,15 +17,15 @@ from training import report, signals
 from training.allocator import keep_freed_memory
 from training.begun import as_begun
 from training.checkpoints.remote import fetch_newest
+from training.determinism import decide, describe
 from training.faults import COLLECTIVE_MARGIN, lost_rank
 from training.finished import export_gone, settle_finished
+from training.flight_recorder import record
 from training.folder import RunFolder
 from training.run import Run
 
 log = logging.getLogger(__name__)
-_LIBRARIES = (
-    r"(?!(main|ranks|commands|training|callbacks|recipe|data|flexbert|flexbert_core)(\.|$))"  # all modules but ours
-)
+_LIBRARIES = r"(?!(main|ranks|commands|sweeps|training|callbacks|recipe|data|flexbert|flexbert_core)(\.|$))"  # but ours
 
 
 def quiet_libraries() -> None:
@@ -39,6 +39,17 @@ def quiet_libraries() -> None:
 def train(config: RunConfig, console: Console) -> dict[str, Any]:
     """Run `config` to its end, from its newest whole checkpoint if it has one. Returns the summary.
 
+    Raises as `train_until`.
+    """
+    summary = train_until(config, console, None)
+    assert summary is not None
+    return summary
+
+
+def train_until(config: RunConfig, console: Console, tokens: int | None) -> dict[str, Any] | None:
+    """The same, up to the first step that makes so many tokens (slots): it is measured and saved there, and trains on
+    exactly as if it had never paused. None while the run has more to train.
+
     Raises ConfigError before anything is written when config and data do not fit; RunError for damage met on the way.
     """
     folder = RunFolder(config.folder)
@@ -51,6 +62,9 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
     if summary is not None and not export_gone(folder, summary, rank):
         return settle_finished(config, folder, summary, rank, console)
     signals.listen()
+    if torch.cuda.is_available() and ranks.world_size() > 1:
+        record(folder.path)
+    deterministic = decide(config.trainer.deterministic, ranks.world_size())
     # The watchdog speaks before a collective gives up by itself.
     timeout = config.trainer.hang_timeout
     dist.initialize_dist("gpu" if torch.cuda.is_available() else "cpu", timeout + COLLECTIVE_MARGIN)
@@ -61,18 +75,35 @@ def train(config: RunConfig, console: Console) -> dict[str, Any]:
         watchdog.meet()
         fetch_newest(config, folder, rank)
         config = as_begun(config, folder)
+        changes = folder.check_config(config)  # again: what came from afar may stand in a later phase
         folder.check_checkpoints()
-        run = Run(config, console, watchdog)
+        run = Run(config, console, watchdog, tokens)
         run.open()
         step = run.resume()
         if rank == 0:
+            for change in changes:
+                console.print(f"{folder.path}: to come: {change}", soft_wrap=True)
             begun = f"starting from {run.origin['from']}" if run.origin else "starting"
+            if torch.cuda.is_available():
+                console.print(describe(config, deterministic, run.bf16), soft_wrap=True)
             where = f"resuming after step {step}" if step else begun
             console.print(
                 f"{folder.path}: {where}, {run.plan.total_steps} steps, {report.describe_model(config)}",
                 soft_wrap=True,
             )
+            if run.origin and step == 0 and "vocabulary" in run.origin:
+                console.print(f"{folder.path}: {report.describe_tokens(run.origin['vocabulary'])}", soft_wrap=True)
         run.fit(step)
+        if run.end < run.plan.total_steps:
+            run.pause(step)
+            if rank == 0:
+                done = max(step, run.end)
+                console.print(
+                    f"{folder.path}: paused after step {done} of {run.plan.total_steps}, "
+                    f"{run.plan.tokens_before(done):,} tokens: the same command without --until goes on",
+                    soft_wrap=True,
+                )
+            return None
         summary = run.finish()
     except RuntimeError as error:  # PyTorch raises this in the training process at the moment when a worker dies
         raise worker_death(error) or lost_rank(error) or error from None

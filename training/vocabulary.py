@@ -1,19 +1,14 @@
-"""Whether a run's model and its streams' tokenizer fit each other, and weights of a model with fewer rows."""
+"""Whether a run's model and its streams' tokenizer fit each other."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from data.feed.loader import tokenizer_folder
 from data.store.shards import Stream
-from data.tokenizer import VOCAB_MULTIPLE, corpus_tokenizer
+from data.tokenizer import corpus_tokenizer
 from flexbert_core.schema import ConfigError
 from recipe.config import RunConfig
-
-_SPARE = 20.0  # under the lowest decoder bias: e^-20 of the softmax, and no cliff where label smoothing looks at it
-_TABLES, _BIAS = ("encoder.embedding.tokens.weight", "head.output.weight"), "head.decoder_bias"
+from recipe.source_model import padded
 
 
 def check_vocabulary(config: RunConfig, streams: Sequence[Stream], theirs: int | None) -> None:
@@ -53,36 +48,3 @@ def _ids(tokenizer: Path) -> set[int]:
     if not (tokenizer / "tokenizer.json").is_file():
         raise ConfigError(f"data.tokenizer: {tokenizer}: holds no tokenizer.json")
     return set(corpus_tokenizer(tokenizer).get_vocab(with_added_tokens=True).values())
-
-
-def padded(rows: int) -> int:
-    """Up to the next multiple of 64."""
-    return -(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-
-def with_rows(weights: dict[str, Tensor], rows: int, tokenizer: Path) -> dict[str, Tensor]:
-    """Weights under our names with so many rows in the token table, the decoder and its bias; the old ones as they are.
-
-    New rows are the mean of the old ones, as transformers' resizing starts them, less its noise. Of a new token the
-    bias is the mean, too; that of an id without a token is 20 under the lowest: what is never a target keeps out of the
-    softmax. Raises ConfigError for fewer rows than there are.
-    """
-    old = len(weights[_TABLES[0]])
-    if rows == old:
-        return weights
-    tokens = _ids(tokenizer)
-    if rows < old:
-        fix = padded(max(old, 1 + max(tokens)))
-        raise ConfigError(
-            f"model.vocab_size: is {rows}, the model that `from` names has {old} rows: set model.vocab_size={fix}"
-        )
-    grown = dict(weights)
-    for name in _TABLES:
-        if name in weights:
-            grown[name] = torch.cat([weights[name], weights[name].mean(0, keepdim=True).expand(rows - old, -1)])
-    if _BIAS in weights:
-        bias = weights[_BIAS].new_full((rows - old,), float(weights[_BIAS].min()) - _SPARE)
-        for token in (token for token in tokens if old <= token < rows):
-            bias[token - old] = weights[_BIAS].mean()
-        grown[_BIAS] = torch.cat([weights[_BIAS], bias])
-    return grown

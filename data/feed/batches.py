@@ -21,9 +21,14 @@ from flexbert_core.schema import ConfigError, RunError
 Batch = dict[str, Any]
 """input_ids, labels (total_tokens,) int64; cu_seqlens (documents + 1,) int32; max_seqlen int; sequences: documents of
 each row, list of ints; row_bounds: (rows + 1,) int32, starts of the rows, then total_tokens; first_row: place of the
-first row in the global batch, int (0 outside training); slots: rows x max_seq_len, int; tokens: total_tokens, int;
+first row in the global batch, int (0 outside training); phase: number of the run file's, int (0 outside training);
+masking_rate: of the step, float (0 outside training); slots: rows x max_seq_len, int; tokens: total_tokens, int;
 masked: number of labels not ignored, int; masked_streams: (masked,) int16, the stream of each; seen: (streams,
-len(SEEN)) int64 numpy array. Training batches also carry cursors: {lane: LaneCursor as a list} after the batch."""
+len(SEEN)) int64 numpy array. Where the masking draws a rate for each row also row_rates: (rows,) float32, and
+selectable: how many tokens of each row it could have selected, list of ints. Training batches also carry cursors:
+{lane: LaneCursor as a list} after the batch."""
+
+_MASKINGS_KEPT = 32
 
 SEEN = ("tokens", "sequences", "documents", "unique_documents", "repeated_tokens")
 """What is counted of each stream. tokens: of the text. sequences: pieces, each with a [CLS] and a [SEP] of its own.
@@ -52,6 +57,8 @@ class PackedBatch:
     slots: int
     seen: NDArray[np.int64]
     cursors: dict[int, list[Any]]
+    phase: int = 0
+    rate: float = 0.0
 
     def unpack(self) -> Batch:
         """The tensors and counts of a Batch."""
@@ -59,7 +66,17 @@ class PackedBatch:
         labels[self.targets.position] = self.targets.token
         cu_seqlens = np.zeros(len(self.lengths) + 1, np.int32)
         np.cumsum(self.lengths, out=cu_seqlens[1:])
+        drawn = self.targets.drawn
+        rates = (
+            {}
+            if drawn is None
+            else {
+                "row_rates": torch.from_numpy(drawn.rate.astype(np.float32)),
+                "selectable": drawn.selectable.tolist(),
+            }
+        )
         return {
+            **rates,
             "input_ids": torch.from_numpy(self.ids.astype(np.int64)),
             "labels": torch.from_numpy(labels),
             "cu_seqlens": torch.from_numpy(cu_seqlens),
@@ -67,6 +84,8 @@ class PackedBatch:
             "sequences": self.sequences,
             "row_bounds": torch.from_numpy(np.concatenate(([0], self.row_ends)).astype(np.int32)),
             "first_row": self.first_row,
+            "phase": self.phase,
+            "masking_rate": self.rate,
             "slots": self.slots,
             "masked": len(self.targets.position),
             "tokens": len(self.ids),
@@ -115,10 +134,11 @@ class Assembler:
                 np.array([part.count for part in rows], int),
             ),
             np.concatenate([np.zeros(0), *(np.arange(p.first, p.first + p.count) for p in rows)]).astype(np.uint32),
+            ends,
         )
         row_ends = ends[np.cumsum(sequences) - 1]
         targets = self._masking(masking).mask(ids, row_ends, names)
-        _check(targets, len(ids), len(self.vocabulary.special), masking.name)
+        _check(targets, len(ids), len(row_ends), len(self.vocabulary.special), masking.name)
         return PackedBatch(
             ids=ids,
             targets=targets,
@@ -143,9 +163,11 @@ class Assembler:
             raise ConfigError(f"{place}: {error}") from None
 
     def _masking(self, config: MaskingConfig) -> Masking:
-        """Built once for each config: phases have their own."""
+        """Built once for each config: phases have their own, and every step of a rate that moves."""
         key = config.model_dump_json()
         if key not in self._maskings:
+            if len(self._maskings) == _MASKINGS_KEPT:
+                self._maskings.clear()
             self._maskings[key] = MASKINGS.build(config, vocabulary=self.vocabulary)
         return self._maskings[key]
 
@@ -162,7 +184,7 @@ class Assembler:
             self.streams[stream].read_into(shard, index, byte, out[at:to])
 
 
-def _check(targets: Any, tokens: int, vocab_size: int, name: str) -> None:
+def _check(targets: Any, tokens: int, rows: int, vocab_size: int, name: str) -> None:
     """Raises RunError where a masking gives what is no set of positions in order, with a token for each: labels would
     be wrong without a word."""
     if not isinstance(targets, Targets):
@@ -177,3 +199,8 @@ def _check(targets: Any, tokens: int, vocab_size: int, name: str) -> None:
         raise RunError(f"masking {name!r}: its positions must ascend, each once, from 0 to under {tokens}")
     if len(token) and not (token.min() >= 0 and token.max() < vocab_size):
         raise RunError(f"masking {name!r}: a token is not of the vocabulary, 0 to under {vocab_size}")
+    drawn = targets.drawn
+    if drawn is not None and not (
+        drawn.rate.shape == drawn.selectable.shape == (rows,) and ((drawn.rate > 0) & (drawn.rate <= 1)).all()
+    ):
+        raise RunError(f"masking {name!r}: gives no rate over 0 and up to 1 for each of {rows} rows")

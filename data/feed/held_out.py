@@ -29,7 +29,7 @@ def validation_batches(
 
     Every rank gets the same number of batches (the last may be empty), which collectives in a sharded model need.
     """
-    documents = _all_documents(stream)
+    documents = all_documents(stream)
     spans = Spans(np.arange(len(documents.length)), np.zeros(len(documents.length), np.int64), documents.length)
     plan = pack(spans, max_seq_len, keyed_generator(seed, "validation rows"))
     assembler = Assembler([stream], seed, tokenizer)
@@ -40,7 +40,8 @@ def validation_batches(
         yield assembler.batch(rows, max_seq_len, masking).unpack()
 
 
-def _all_documents(stream: Stream) -> DocumentList:
+def all_documents(stream: Stream) -> DocumentList:
+    """Of a stream, in the order of its shards."""
     lists = []
     for shard, info in enumerate(stream.manifest.shards):
         nothing, (length, end) = np.zeros(info.documents, np.int64), stream.documents(shard, 0, info.documents)

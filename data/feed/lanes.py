@@ -151,8 +151,11 @@ class _Planned:
 class Lane:
     """An endless sequence of rows. Planning reads lengths only; a row's tokens are read by whoever needs them."""
 
-    def __init__(self, lines: list[StreamLine], seed: int, lane: int, cursor: LaneCursor | None = None) -> None:
-        self.lines, self.seed, self.lane = lines, seed, lane
+    def __init__(
+        self, lines: list[StreamLine], seed: int, lane: int, cursor: LaneCursor | None = None, packing: bool = True
+    ) -> None:
+        """packing: whether a row may hold several pieces of documents."""
+        self.lines, self.seed, self.lane, self.packing = lines, seed, lane, packing
         self.cursor = cursor or LaneCursor()
         self._planned: _Planned | None = None
 
@@ -225,7 +228,7 @@ class Lane:
         self, block: _Block, spans: Spans, max_seq_len: int, number: int, before: tuple[tuple[int, int], ...]
     ) -> Plan:
         rng = keyed_generator(self.seed, "rows", self.lane, number, _carry_key(before, max_seq_len))
-        return pack(spans, max_seq_len, rng, block.documents.stream)
+        return pack(spans, max_seq_len, rng, block.documents.stream, self.packing)
 
     def _block(self, cursor: LaneCursor) -> _Block:
         """Documents and spans of the cursor's block, whatever was taken of it."""

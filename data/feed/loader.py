@@ -8,10 +8,8 @@ bytes through a pipe: there is no shared memory that could be left behind.
 
 import logging
 import math
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +21,7 @@ from data.feed.batches import Assembler, Batch, PackedBatch
 from data.feed.lanes import Lane, LaneCursor, LongDocuments, Mixture, Rows
 from data.feed.masking import DEFAULT, MASKINGS
 from data.feed.mixture import DataConfig, MixtureOrder, StreamShare, check_one_rule
+from data.feed.steps import Steps
 from data.feed.workers import Fork, Guarded, prepare_worker, with_plain_deaths
 from data.store.shards import Stream, open_stream
 from data.store.transfer import is_url
@@ -172,7 +171,7 @@ class MixtureDataset(IterableDataset):
             check_tokenizer(config.data, self.streams)
         self.order = MixtureOrder(self.streams, config.data, config.seed, config.lanes)
         self.mixtures = self._mixtures()
-        self._ends = list(accumulate(phase.steps for phase in config.phases))
+        self.steps = Steps(config.phases)
         self.step = 0
         self.cursors = {lane: LaneCursor() for lane in range(config.lanes)}
 
@@ -202,6 +201,7 @@ class MixtureDataset(IterableDataset):
         data = self.config.data
         streams = {name: stream.fingerprint for name, stream in zip(data.streams, self.streams, strict=True)}
         order = {f"data.{key}": getattr(data, key) for key in ("part_documents", "block_documents", "shuffle_shards")}
+        order |= {} if data.packing else {"data.packing": False}
         return {"seed": self.config.seed, "data.streams": [list(pair) for pair in streams.items()], **order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -229,10 +229,10 @@ class MixtureDataset(IterableDataset):
     @property
     def total_steps(self) -> int:
         """Steps of all phases."""
-        return self._ends[-1]
+        return self.steps.total
 
     def _phase(self, step: int) -> tuple[LoaderPhase, Mixture]:
-        index = bisect_right(self._ends, step)
+        index = self.steps.index(step)
         return self.config.phases[index], self.mixtures[index]
 
     def _rank_rows(self, phase: LoaderPhase) -> dict[int, range]:
@@ -256,7 +256,8 @@ class MixtureDataset(IterableDataset):
             rows: list[Rows] = []
             own_rows = self._rank_rows(phase)
             if not lanes:
-                lanes = {lane: Lane(self.order.lines, self.config.seed, lane, self.cursors[lane]) for lane in own_rows}
+                made = partial(Lane, self.order.lines, self.config.seed, packing=self.config.data.packing)
+                lanes = {lane: made(lane, self.cursors[lane]) for lane in own_rows}
                 for lane in lanes.values():
                     lane.prefetch(mixture)
             for lane, own in own_rows.items():
@@ -285,8 +286,11 @@ class MixtureDataset(IterableDataset):
         assembler, first = self._assembler(), self.step
         for step, phase, rows, lanes in self.plan():
             if (step - first) // group % workers == worker:
-                batch = assembler.batch(rows, phase.max_seq_len, phase.masking)
+                masking = self.steps.masking(step)
+                batch = assembler.batch(rows, phase.max_seq_len, masking)
+                batch.rate = masking.rate
                 batch.cursors = {lane: lanes[lane].cursor.to_list() for lane in lanes}
+                batch.phase = self.steps.number(step)
                 batch.first_row = self.rank * phase.global_batch_size // self.world_size
                 yield batch
 
@@ -307,7 +311,8 @@ def _check_state(state: dict[str, Any], lanes: int, total_steps: int, facts: dic
         )
     if not 0 <= state["step"] <= total_steps:
         raise ConfigError(f"step: {state['step']} in the loader's state, the phases have 0 to {total_steps}")
-    there = state.get("facts", facts)
+    # Of what is as it always was before, states say nothing.
+    facts, there = ({"data.packing": True, **each} for each in (facts, state.get("facts", facts)))
     for key in sorted(facts.keys() | there.keys()):
         if facts.get(key) != there.get(key):
             raise ConfigError(

@@ -4,10 +4,12 @@ A masking is keyed by row: it is a function of (seed, name of the row), so the s
 in any worker, after any restart. An entry draws with `data.feed.philox.draws`, never from a generator of its own.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, Self
 
 import numba
 import numpy as np
@@ -15,22 +17,94 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from data.feed.philox import RowNames, draws, philox4x32
-from flexbert_core.schema import Component, Registry
+from data.words import WordEdges, word_edges
+from flexbert_core.schema import Component, Registry, Schema
 
 IGNORE = -100
 DEFAULT = "tokens"
 """The masking of a section that names none."""
 
-_SELECT, _REPLACE, _FATE = 0, 1, 2  # purposes of draws
+SELECT, _REPLACE, _FATE, SPANS, RATE = range(5)  # purposes of draws
+
+
+class RateSchedule(Schema):
+    """How the rate moves over a phase, as a function of the tokens that the phase has trained before a step."""
+
+    to: float = Field(gt=0, le=1, description="rate at the end of the phase; it begins with `rate`")
+    shape: Literal["linear", "cosine"] = Field(
+        default="linear", description="a line, or half a cosine wave (arXiv 1608.03983, eq. 5 without restarts)"
+    )
+
+    def share(self, progress: float) -> float:
+        """Of the way from `rate` to `to`. progress: share of the phase's tokens before the step, in [0, 1)."""
+        return progress if self.shape == "linear" else 0.5 * (1 - math.cos(math.pi * progress))
 
 
 class MaskingConfig(Component):
     """What the Config of every masking has."""
 
     rate: float = Field(default=0.3, gt=0, le=1, description="share of the tokens that are selected, as expected")
+    rate_schedule: RateSchedule | None = Field(
+        default=None,
+        description="how the rate moves over one phase, such as {to: 0.15}; the phase after it begins where it ended; "
+        "absent: it does not",
+    )
+
+    def at(self, progress: float) -> Self:
+        """With the rate of a step, and no schedule: what an entry is built of. progress: see RateSchedule.share."""
+        schedule = self.rate_schedule
+        return self if schedule is None else self._with_rate(self._between(schedule, schedule.share(progress)))
+
+    def settled(self) -> Self:
+        """As the next phase has it, unless it says otherwise."""
+        return self if self.rate_schedule is None else self._with_rate(self.rate_schedule.to)
+
+    @property
+    def mean_rate(self) -> float:
+        """Over the phase: both shapes are half of the way on average."""
+        return self.rate if self.rate_schedule is None else self._between(self.rate_schedule, 0.5)
+
+    @property
+    def highest_rate(self) -> float:
+        """In the phase."""
+        return self.rate if self.rate_schedule is None else max(self.rate, self.rate_schedule.to)
+
+    def describe(self) -> str:
+        """The rate, for people."""
+        schedule = self.rate_schedule
+        return f"{self.rate:g}" + ("" if schedule is None else f" to {schedule.to:g} {schedule.shape}")
+
+    def _between(self, schedule: RateSchedule, share: float) -> float:
+        return self.rate + (schedule.to - self.rate) * share
+
+    def _with_rate(self, rate: float) -> Self:
+        return self.model_copy(update={"rate": rate, "rate_schedule": None})
 
 
-MASKINGS = Registry("masking", base=MaskingConfig)
+def has_one_rate(masking: MaskingConfig) -> MaskingConfig:
+    """For text that is measured, and not trained on. Raises ValueError for a schedule."""
+    if masking.rate_schedule is not None:
+        raise ValueError("rate_schedule: is for phases; what is measured has one rate: set it to null")
+    return masking
+
+
+MASKINGS = Registry(
+    "masking",
+    filled_by=["data.feed.whole_words", "data.feed.spans", "data.feed.next_token", "data.feed.drawn_rates"],
+    base=MaskingConfig,
+)
+
+
+def is_causal(masking: MaskingConfig) -> bool:
+    """Whether a model must see nothing behind a token: else it would see what it is to predict. Such an entry has the
+    class attribute `causal = True`."""
+    return getattr(MASKINGS.entries[masking.name], "causal", False)
+
+
+def has_own_rate(name: str) -> bool:
+    """Whether the rate of an entry, known or not, is no choice. Such an entry has the class attribute `own_rate =
+    True`."""
+    return getattr(MASKINGS.entries.get(name), "own_rate", False)
 
 
 @dataclass(frozen=True)
@@ -43,13 +117,30 @@ class Vocabulary:
     replacements: NDArray[np.int64]
     tokenizer: Callable[[], Path]
 
+    @cached_property
+    def words(self) -> WordEdges:
+        """Which tokens go on with a word. Raises ValueError where the tokenizer does not tell."""
+        return word_edges(self.tokenizer(), self.special)
+
 
 @dataclass(frozen=True)
 class Targets:
-    """What is to be restored: positions in the batch, ascending, (masked,) int32, and the tokens, (masked,)."""
+    """What is to be restored: positions in the batch, ascending, (masked,) int32, and the tokens, (masked,).
+
+    drawn: of a masking that draws a rate for each row.
+    """
 
     position: NDArray[np.int32]
     token: NDArray[np.unsignedinteger]
+    drawn: "DrawnRates | None" = None
+
+
+@dataclass(frozen=True)
+class DrawnRates:
+    """Of each row, (rows,): a token's chance to be selected, float64 in (0, 1], and how many tokens had it, int64."""
+
+    rate: NDArray[np.float64]
+    selectable: NDArray[np.int64]
 
 
 class Masking(Protocol):
@@ -116,12 +207,14 @@ def hide(
     selected: NDArray[np.bool_],
     config: HidingConfig,
     vocabulary: Vocabulary,
+    drawn_by: NDArray[np.int64] | None = None,
 ) -> Targets:
     """Put [MASK], random tokens or the tokens themselves in the place of the selected ones, as the config's fractions
-    say, each by a draw of its own. Special tokens are left out. selected: (tokens,). Changes input_ids."""
+    say, each by a draw of its own, or by that of the token `drawn_by`, (tokens,). Special tokens are left out.
+    selected: (tokens,). Changes input_ids."""
     position = np.flatnonzero(selected & ~vocabulary.special[input_ids]).astype(np.int32)
     token = input_ids[position]
-    fate = draws(row_ends, rows, _FATE)[position] / 2.0**32
+    fate = draws(row_ends, rows, _FATE)[position if drawn_by is None else drawn_by[position]] / 2.0**32
     masked = fate < config.mask_fraction
     random = ~masked & (fate < config.mask_fraction + config.random_fraction)
     choice = draws(row_ends, rows, _REPLACE)[position[random]].astype(np.uint64) * len(vocabulary.replacements) >> 32
@@ -150,7 +243,7 @@ def _select_and_hide(
         key, number = keys[row], numbers[row]
         for start in range(begin, row_ends[row], 4):
             place = np.uint32((start - begin) >> 2)
-            draws[0], draws[1], draws[2], draws[3] = philox4x32(place, number, np.uint32(_SELECT), np.uint32(0), key)
+            draws[0], draws[1], draws[2], draws[3] = philox4x32(place, number, np.uint32(SELECT), np.uint32(0), key)
             for i in range(min(4, row_ends[row] - start)):
                 at = start + i
                 draw = np.uint64(draws[i])

@@ -14,7 +14,6 @@ from flexbert_core.schema import MAY_CHANGE, ConfigError, Count, Schema, UserPat
 
 log = logging.getLogger(__name__)
 
-log = logging.getLogger(__name__)
 
 _PARTS_PER_BLOCK = 4  # at least, per stream, where it has the documents: a block draws from several places of a stream
 RULES = ("weight", "repeat", "tokens")
@@ -59,6 +58,11 @@ class DataConfig(CacheConfig):
     streams: dict[str, StreamConfig] = Field(min_length=1, description="streams by name")
     long_documents: LongDocuments = Field(
         default="split", description="over a row's length: split into pieces, truncate to the first, or drop"
+    )
+    packing: bool = Field(
+        default=True,
+        description="fill rows with several documents; false: one piece of a document in each, the other slots empty, "
+        "though budgets count them (for comparison: such rows hold fewer tokens, and their number varies)",
     )
     lanes: int | None = Field(
         default=None, ge=1, description="canonical lanes; default: largest power of two <= 64 that divides every batch"

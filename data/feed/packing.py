@@ -181,17 +181,23 @@ def _group(row_of: NDArray[np.int64], num_rows: int) -> tuple[NDArray[np.int64],
     return order, starts
 
 
-def pack(spans: Spans, max_seq_len: int, rng: np.random.Generator, kind: NDArray[np.int64] | None = None) -> Plan:
+def pack(
+    spans: Spans,
+    max_seq_len: int,
+    rng: np.random.Generator,
+    kind: NDArray[np.int64] | None = None,
+    together: bool = True,
+) -> Plan:
     """Pack spans into rows of max_seq_len slots, best-fit-decreasing; the rows come in an order drawn from `rng`.
 
     kind: (documents,) int64, a small number per document (its stream); rows are then ordered so that every run of rows
-    holds the kinds in nearly the proportions of the whole. An empty input gives zero rows. Cost: O(pieces), about
-    0.1 us each. Source of the method: best-fit-decreasing bin packing (Johnson 1973); for sequence packing see Krell et
-    al. 2021, arXiv 2107.02027.
+    holds the kinds in nearly the proportions of the whole. together: whether a row may hold several pieces. An empty
+    input gives zero rows. Cost: O(pieces), about 0.1 us each. Source of the method: best-fit-decreasing bin packing
+    (Johnson 1973); for sequence packing see Krell et al. 2021, arXiv 2107.02027.
     """
     pieces = cut(spans, max_seq_len)
     lengths = pieces.stop - pieces.start + SPECIAL_TOKENS_PER_SEQUENCE
-    row_of, num_rows = _best_fit(lengths, max_seq_len)
+    row_of, num_rows = _best_fit(lengths, max_seq_len) if together else (np.arange(len(pieces)), len(pieces))
     shuffled = rng.permutation(num_rows)
     kinds = 1 if kind is None or len(kind) == 0 else int(kind.max()) + 1
     if kind is not None and kinds > 1:

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 @dataclass(frozen=True)
 class RowNames:
     """Names of the rows of a batch, which decide what is drawn for them: key of each row's plan, and its number there,
-    (rows,)."""
+    (rows,). document_ends: where documents laid end to end end, (documents,); None: not told."""
 
     key: NDArray[np.uint64]
     number: NDArray[np.uint32]
+    document_ends: NDArray[np.int64] | None = None
 
 
 def draws(row_ends: NDArray[np.int64], rows: RowNames, purpose: int) -> NDArray[np.uint32]:

@@ -145,7 +145,7 @@ def record(listings: dict[str, Listing], config: PrepareConfig) -> dict[str, Any
             "read": len({unit.path for unit in listing.units}),
             "skipped": dict(sorted(skipped.items())),
         }
-    return {"streams": streams, "tokenizer": _tokenizer_file(config)}
+    return {"streams": streams, "tokenizer": _tokenizer_file(config), "added_tokens": _added_tokens_file(config)}
 
 
 def _tokenizer_file(config: PrepareConfig) -> list[Any] | None:
@@ -155,6 +155,12 @@ def _tokenizer_file(config: PrepareConfig) -> list[Any] | None:
         if file.is_file():
             return [str(file), *sample(str(file))[:2]]
     return None
+
+
+def _added_tokens_file(config: PrepareConfig) -> list[Any] | None:
+    """The same of the file with tokens to add."""
+    file = getattr(config.tokenizer, "add", None)
+    return None if file is None or not Path(file).is_file() else [file, *sample(file)[:2]]
 
 
 def check_sources(config: PrepareConfig, output: Path) -> str:
@@ -180,6 +186,9 @@ def check_sources(config: PrepareConfig, output: Path) -> str:
             lines.append(f"streams.{name}.source: {_changes(files, now)}")
     if made["tokenizer"] is not None and _tokenizer_file(config) != made["tokenizer"]:
         lines.append(f"tokenizer.path: {shown(made['tokenizer'][0])} has changed")
+    added = made.get("added_tokens")  # older versions had none
+    if added is not None and _added_tokens_file(config) != added:
+        lines.append(f"tokenizer.add: {shown(added[0])} has changed")
     if lines:
         fix = f"{output} holds the old ones, whole: to prepare the new ones delete it, or choose another output"
         raise ConfigError("\n".join(f"{config._file}: {line}: {fix}" for line in lines))

@@ -86,14 +86,22 @@ def from_hf(source: str | Path | Any, task: str = "mlm", trust_remote_code: bool
     return _converted(fields, lambda: weights, task, "model")
 
 
+def read_config(folder: Path) -> FlexBertConfig:
+    """The architecture of a folder that `from_hf` reads, without its weights. Raises ConfigError as that does."""
+    with named(folder):
+        return _config(read_fields(folder), "config.json")
+
+
+def _config(fields: Fields | OwnFields, place: str) -> FlexBertConfig:
+    if isinstance(fields, OwnFields):
+        return _own_config(fields, place)
+    return validate(FlexBertConfig, config_of(fields), place)
+
+
 def _converted(fields: Fields | OwnFields, weights: Callable[[], dict[str, Tensor]], task: str, place: str) -> Model:
     """The model of a transformers config. place: of the config, in messages. The weights are read once the config is
     known to make sense here."""
-    config = (
-        _own_config(fields, place)
-        if isinstance(fields, OwnFields)
-        else validate(FlexBertConfig, config_of(fields), place)
-    )
+    config = _config(fields, place)
     if isinstance(fields, Fields) and task in TASKS:
         config = head_from(fields, config, task)
     result = _without_weights(config, task)

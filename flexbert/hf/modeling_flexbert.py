@@ -519,7 +519,7 @@ class FlexBertForMaskedLM(_WithHead):
         table = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         old, size = self.head.decoder_bias, table.num_embeddings
         if old is not None and len(old) != size:
-            added = old.new_full((max(size - len(old), 0),), float(old.mean()) if mean_resizing else 0.0)
+            added = old.new_full((max(size - len(old), 0),), float(old.detach().mean()) if mean_resizing else 0.0)
             new = torch.cat((old.detach()[:size], added))
             self.head.decoder_bias = nn.Parameter(new, requires_grad=old.requires_grad)
         return table

@@ -5,6 +5,7 @@ Code for one kind of device lies in gpu.py and cpu/: the model's files know neit
 
 from flexbert.kernels.attention import Backend, attend, choose_backend, require_backend
 from flexbert.kernels.cpu import factor, factor_, linear, product, softmax_
+from flexbert.kernels.gpu import is_deterministic, set_deterministic
 from flexbert.kernels.plan import AttentionPlan
 
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "choose_backend",
     "factor",
     "factor_",
+    "is_deterministic",
     "linear",
     "product",
     "require_backend",
+    "set_deterministic",
     "softmax_",
 ]

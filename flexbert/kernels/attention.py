@@ -22,11 +22,11 @@ from flexbert_core.schema import ConfigError
 
 log = logging.getLogger(__name__)
 
-Backend = Literal["auto", "eager", "sdpa", "tiled", "flash2", "flash3", "flex"]
-_GPU = ("flash2", "flash3", "flex")
+Backend = Literal["auto", "eager", "sdpa", "tiled", "flash2", "flash3", "torch_flash", "flex"]
+_GPU = ("flash2", "flash3", "torch_flash", "flex")
+_TRACED = ("torch_flash",)  # others are no part of compiled code
 
 
-@torch.compiler.disable  # kernels of their own, over plans whose shapes change with every batch
 def attend(
     queries: Tensor,
     keys: Tensor,
@@ -42,15 +42,18 @@ def attend(
     """softmax(q k / sqrt(H) - slope |i - j|) v within each sequence: (T, N, H) -> (T, N, H) of the same dtype.
 
     keys, values: (T, K, H), K a divisor of N; query heads n * N/K .. share key-value head n.
-    window_size: (left, right) tokens seen besides self, equal; (-1, -1): the whole sequence.
+    window_size: (left, right) tokens seen besides self; -1: all. The right side is as the left, or 0: causal attention,
+    as it is, too, on a plan that is causal.
     alibi_slopes: (N,) float32; None: 0. Constants: they get no gradient.
     dropout_p: of the attention weights, drawn from torch's global generator.
     wanted: (M,) int64, rising: the queries whose results are asked for, (M, N, H); None: all. Where whole sequences
     attend by sdpa, the others are not computed.
     Raises ConfigError when the named backend cannot run here.
     """
+    if plan.causal:
+        window_size = (window_size[0], 0)
     device = queries.device.type
-    if torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _knows_autocast(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)  # a norm of queries and keys leaves them in float32
         queries, keys, values = queries.to(dtype), keys.to(dtype), values.to(dtype)
     alibi, drops, head_dim = alibi_slopes is not None, dropout_p > 0, queries.shape[-1]
@@ -58,20 +61,49 @@ def attend(
         backend = choose_backend(device, queries.dtype, alibi, drops, head_dim)
     else:
         require_backend(backend, device, queries.dtype, alibi, drops, head_dim)
+    if backend in _TRACED and queries.numel():
+        out = KERNELS[backend](queries, keys, values, plan, window_size, alibi_slopes, dropout_p)
+        return out if wanted is None else out.index_select(0, wanted)
+    return _untraced(queries, keys, values, plan, window_size, alibi_slopes, dropout_p, backend, wanted)
+
+
+@torch._dynamo.assume_constant_result  # not traced otherwise
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.autocast_mode.is_autocast_available(device)
+
+
+@torch.compiler.disable  # kernels of their own, over plans whose shapes change with every batch
+def _untraced(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: AttentionPlan,
+    window_size: Window,
+    alibi_slopes: Tensor | None,
+    dropout_p: float,
+    backend: Backend,
+    wanted: Tensor | None,
+) -> Tensor:
     groups = queries.shape[1] // keys.shape[1]
     if groups > 1 and (backend not in _GPU or not queries.numel()):
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     if not queries.numel():
         # Kernels refuse empty batches. The result must still hang on all three, for gradients of zero.
         out = queries + keys + values
-    elif wanted is not None and len(wanted) and backend == "sdpa" and not alibi and _is_global(plan, window_size):
+    elif (
+        wanted is not None
+        and len(wanted)
+        and backend == "sdpa"
+        and alibi_slopes is None
+        and _is_global(plan, window_size)
+    ):
         return _sdpa(queries.index_select(0, wanted), keys, values, plan, window_size, None, dropout_p, wanted)
     else:
         out = KERNELS[backend](queries, keys, values, plan, window_size, alibi_slopes, dropout_p)
     return out if wanted is None else out.index_select(0, wanted)
 
 
-@functools.cache
+@torch._dynamo.assume_constant_result
 def choose_backend(
     device: str,
     dtype: torch.dtype,
@@ -79,14 +111,23 @@ def choose_backend(
     drops: bool = False,
     head_dim: int | None = None,
 ) -> Backend:
-    """The kernel that `auto` stands for: the first of flash3, flash2, tiled (where it is the fastest) and sdpa that can
-    run. Logged once for each case.
+    """The kernel that `auto` stands for: the first of flash3, flash2, torch_flash, tiled (where it is the fastest) and
+    sdpa that can run. Logged once for each case.
 
     alibi, drops: whether it must do ALiBi, or dropout of attention weights. head_dim: H, if known.
     """
+    return _chosen(device, dtype, alibi, drops, head_dim, gpu.is_deterministic())
+
+
+@functools.cache
+def _chosen(
+    device: str, dtype: torch.dtype, alibi: bool, drops: bool, head_dim: int | None, deterministic: bool
+) -> Backend:
+    """deterministic: what the kernels are told, on which the answer hangs."""
+    del deterministic
     chosen: Backend = "sdpa"
     reasons = []
-    for backend in ("flash3", "flash2"):
+    for backend in ("flash3", "flash2", "torch_flash"):
         if reason := _why_not(backend, device, dtype, alibi, drops, head_dim):
             reasons.append(reason)
         else:
@@ -100,6 +141,7 @@ def choose_backend(
     return chosen
 
 
+@torch._dynamo.assume_constant_result
 def require_backend(
     backend: Backend,
     device: str,
@@ -125,10 +167,11 @@ def _why_not(
         return f"the tiled kernel has no {lacks}" if lacks else ""
     if backend not in _GPU:
         return ""
-    if alibi and backend == "flash3":
-        return "flash-attn 3 has no ALiBi"
+    name = {"flash3": "flash-attn 3", "torch_flash": "torch's packed flash attention", "flex": "FlexAttention"}
+    if alibi and backend in ("flash3", "torch_flash"):
+        return f"{name[backend]} has no ALiBi"
     if drops and backend != "flash2":
-        return f"{'flash-attn 3' if backend == 'flash3' else 'FlexAttention'} has no dropout of attention weights"
+        return f"{name[backend]} has no dropout of attention weights"
     return gpu.why_not(backend, device, dtype, head_dim)
 
 
@@ -155,15 +198,22 @@ def _sdpa(
     wanted: Tensor | None = None,
 ) -> Tensor:
     """wanted: the tokens that q (M, N, H) is of, which then see whole sequences."""
-    whole = _is_global(plan, window)
+    causal = _is_causal(window)
+    whole = _is_global(plan, (window[0], window[0]) if causal else window)
     if q.device.type == "cpu" and cpu.prefers_float32(q.dtype) and (dropout_p or not whole):
         with torch.autocast("cpu", enabled=False):
             return _sdpa(q.float(), k.float(), v.float(), plan, window, slopes, dropout_p, wanted).to(q.dtype)
     if whole:
-        return _sdpa_global(q, k, v, plan, slopes, dropout_p, wanted)
-    if window[0] != window[1]:
-        raise ConfigError(f"attention: backend sdpa needs a symmetric window, got {window}")
-    return _sdpa_local(q, k, v, plan, window[0], slopes, dropout_p)
+        return _sdpa_global(q, k, v, plan, slopes, dropout_p, wanted, causal)
+    if not causal and window[0] != window[1]:
+        raise ConfigError(
+            f"attention: backend sdpa needs a window of two equal sides, or a right one of 0, got {window}"
+        )
+    return _sdpa_local(q, k, v, plan, window[0], slopes, dropout_p, causal)
+
+
+def _is_causal(window: Window) -> bool:
+    return window[1] == 0 and window[0] != 0
 
 
 def _is_global(plan: AttentionPlan, window: Window) -> bool:
@@ -179,8 +229,10 @@ def _sdpa_global(
     slopes: Tensor | None,
     dropout_p: float,
     wanted: Tensor | None,
+    causal: bool,
 ) -> Tensor:
-    """One call per bucket of sequences of similar length, padded to the bucket's longest."""
+    """One call per bucket of sequences of similar length, padded to the bucket's longest. wanted: None where attention
+    is causal."""
     buckets = plan.buckets
     asked = buckets if wanted is None else [plan.asked(number, wanted) for number in range(len(buckets))]
     parts = zip(_by_bucket(q, asked), _by_bucket(k, buckets), _by_bucket(v, buckets), strict=True)
@@ -191,11 +243,12 @@ def _sdpa_global(
         if not len(queries):
             continue
         bucket, of_queries = buckets[number], asked[number]
-        mask = bucket.key_is_real
+        # No token of a causal table sees its empty slots, which are the last.
+        mask = None if causal else bucket.key_is_real
         if slopes is not None:
-            mask = plan.alibi_bucket(number, slopes, mask_dtype)
+            mask = plan.alibi_bucket(number, slopes, mask_dtype, causal)
         queries, keys, values = _table(queries, of_queries), _table(keys, bucket), _table(values, bucket)
-        table = (cpu.sdpa if on_cpu else _torch_sdpa)(queries, keys, values, mask, dropout_p)
+        table = (cpu.sdpa if on_cpu else _torch_sdpa)(queries, keys, values, mask, dropout_p, causal and slopes is None)
         table = table.transpose(1, 2).flatten(0, 1)
         results.append(table if of_queries.slots is None else table.index_select(0, of_queries.slots))
     order = _order(asked)
@@ -225,10 +278,17 @@ def _table(rows: Tensor, bucket: Bucket) -> Tensor:
 
 
 def _sdpa_local(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, per_side: int, slopes: Tensor | None, dropout_p: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    per_side: int,
+    slopes: Tensor | None,
+    dropout_p: float,
+    causal: bool,
 ) -> Tensor:
     """Blocks of queries against the keys that their windows reach: O(T * window), across borders of sequences."""
-    blocks = plan.blocks(per_side)
+    blocks = plan.blocks(per_side, causal)
     slots = blocks.count * blocks.block
     padded = q if slots == len(q) else F.pad(q, (0, 0, 0, 0, 0, slots - len(q)))
     query_blocks = padded.unflatten(0, (blocks.count, blocks.block)).transpose(1, 2)
@@ -236,13 +296,13 @@ def _sdpa_local(
         _WindowBlocks.apply(x, blocks.count, blocks.block, per_side).transpose(1, 2)  # pyright: ignore
         for x in (k, v)
     )
-    mask = plan.additive_visible(per_side, q.dtype, slopes)
+    mask = plan.additive_visible(per_side, q.dtype, slopes, causal)
     out = _torch_sdpa(query_blocks, key_blocks, value_blocks, mask, dropout_p)
     return out.transpose(1, 2).flatten(0, 1)[: len(q)]
 
 
-def _torch_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+def _torch_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, causal: bool = False) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal)
 
 
 class _WindowBlocks(torch.autograd.Function):
@@ -276,5 +336,6 @@ KERNELS: dict[str, Callable[..., Tensor]] = {
     "tiled": cpu.tiled,
     "flash2": gpu.flash2,
     "flash3": gpu.flash3,
+    "torch_flash": gpu.torch_flash,
     "flex": gpu.flex,
 }

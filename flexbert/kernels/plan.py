@@ -45,14 +45,18 @@ class Blocks(NamedTuple):
 class AttentionPlan:
     """Index plans of one packed batch. Each is made when a kernel first asks for it."""
 
-    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> None:
-        """cu_seqlens: (num_seqs + 1,) int32. num_tokens: its last entry, known to the caller without a sync."""
-        self.cu_seqlens, self.max_seqlen, self.num_tokens = cu_seqlens, max_seqlen, num_tokens
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int, causal: bool = False) -> None:
+        """cu_seqlens: (num_seqs + 1,) int32. num_tokens: its last entry, known to the caller without a sync. causal:
+        whether attention sees nothing to the right of a token."""
+        self.cu_seqlens, self.max_seqlen, self.num_tokens, self.causal = cu_seqlens, max_seqlen, num_tokens, causal
+        self.longest = torch.tensor(max_seqlen, device="cpu")
+        """max_seqlen as an int64 scalar in host memory: compiled code holds no number that changes with each batch."""
         self.flex_masks: dict[tuple[int, int], Any] = {}  # of gpu.py, by window
         self._runs: dict[torch.dtype, list[tuple[int, int, Tensor | None]]] = {}
-        self._blocks: dict[int, Blocks] = {}
-        self._additive: dict[tuple[int, torch.dtype, bool], Tensor] = {}
-        self._alibi: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._blocks: dict[tuple[int, bool], Blocks] = {}
+        self._additive: dict[tuple[int, torch.dtype, bool, bool], Tensor] = {}
+        self._alibi: dict[tuple[int, torch.dtype, bool], Tensor] = {}
+        self._triangles: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     @cached_property
     def sequence_ids(self) -> Tensor:
@@ -125,21 +129,34 @@ class AttentionPlan:
                 self._runs[dtype].append((first, stop, mask))
         return self._runs[dtype]
 
-    def blocks(self, per_side: int) -> Blocks:
-        """Sliding-window blocks for `per_side` tokens to each side of self. They are at least `per_side` queries wide:
-        a key is in three blocks at most."""
-        if per_side not in self._blocks:
-            self._blocks[per_side] = self._make_blocks(per_side, max(per_side, _MIN_BLOCK))
-        return self._blocks[per_side]
+    def triangle(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
+        """(1, count, first + count) of `dtype`: of so many queries from the first on, 0 where a key is not behind the
+        query and -inf where it is."""
+        key = (first, count, dtype)
+        if key not in self._triangles:
+            places = torch.arange(first + count, device=self.cu_seqlens.device)
+            mask = torch.zeros((), dtype=dtype, device=places.device)
+            self._triangles[key] = torch.where(places <= places[first:, None], mask, float("-inf")).unsqueeze(0)
+        return self._triangles[key]
 
-    def additive_visible(self, per_side: int, dtype: torch.dtype, slopes: Tensor | None = None) -> Tensor:
+    def blocks(self, per_side: int, causal: bool = False) -> Blocks:
+        """Sliding-window blocks for `per_side` tokens to each side of self, of which the right one is not visible where
+        attention is causal. They are at least `per_side` queries wide: a key is in three blocks at most."""
+        key = (per_side, causal)
+        if key not in self._blocks:
+            self._blocks[key] = self._make_blocks(per_side, max(per_side, _MIN_BLOCK), causal)
+        return self._blocks[key]
+
+    def additive_visible(
+        self, per_side: int, dtype: torch.dtype, slopes: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
         """`blocks(...).visible` as 0 and -inf: SDPA would convert a bool mask anew in every layer.
 
         slopes: (N,) float32 of ALiBi, one and the same for all calls on a plan: -slope * distance in place of the 0.
         """
-        key = (per_side, dtype, slopes is not None)
+        key = (per_side, dtype, slopes is not None, causal)
         if key not in self._additive:
-            blocks = self.blocks(per_side)
+            blocks = self.blocks(per_side, causal)
             mask = torch.zeros((), dtype=dtype, device=blocks.visible.device)
             if slopes is not None:
                 places = torch.arange(blocks.block + 2 * per_side, device=blocks.visible.device)
@@ -148,19 +165,22 @@ class AttentionPlan:
             self._additive[key] = torch.where(blocks.visible, mask, float("-inf"))
         return self._additive[key]
 
-    def alibi_bucket(self, number: int, slopes: Tensor, dtype: torch.dtype) -> Tensor:
-        """(1 or B, N, L, L): -slope * distance in a bucket's table, -inf at its empty slots. Quadratic in L.
+    def alibi_bucket(self, number: int, slopes: Tensor, dtype: torch.dtype, causal: bool = False) -> Tensor:
+        """(1 or B, N, L, L): -slope * distance in a bucket's table, -inf at its empty slots and, where attention is
+        causal, behind the query. Quadratic in L.
 
         slopes: (N,) float32, one and the same for all calls on a plan.
         """
-        key = (number, dtype)
+        key = (number, dtype, causal)
         if key not in self._alibi:
             bucket = self.buckets[number]
             places = torch.arange(bucket.length, device=slopes.device)
             distance = (places[None, :] - places[:, None]).abs()
             bias = (-slopes[:, None, None] * distance).to(dtype).unsqueeze(0)
-            if bucket.key_is_real is not None:
+            if bucket.key_is_real is not None and not causal:  # empty slots are the last
                 bias = torch.where(bucket.key_is_real, bias, float("-inf"))
+            if causal:
+                bias = bias + self.triangle(0, bucket.length, dtype)
             self._alibi[key] = bias
         return self._alibi[key]
 
@@ -172,12 +192,14 @@ class AttentionPlan:
 
     def dense_visible(self, window_size: tuple[int, int]) -> Tensor:
         """(T, T) bool: query (row) sees key (column). Quadratic: for the eager reference only."""
-        ids = self.sequence_ids
+        ids, (left, right) = self.sequence_ids, window_size
         visible = ids[:, None] == ids[None, :]
-        if window_size != (-1, -1):
-            offset = torch.arange(self.num_tokens, device=ids.device)
-            offset = offset[None, :] - offset[:, None]
-            visible = visible & (offset >= -window_size[0]) & (offset <= window_size[1])
+        places = torch.arange(self.num_tokens, device=ids.device)
+        offset = places[None, :] - places[:, None]
+        if left >= 0:
+            visible = visible & (offset >= -left)
+        if right >= 0:
+            visible = visible & (offset <= right)
         return visible
 
     @cached_property
@@ -192,7 +214,7 @@ class AttentionPlan:
                 runs.append((first, stop, False))
         return runs
 
-    def _make_blocks(self, per_side: int, block: int) -> Blocks:
+    def _make_blocks(self, per_side: int, block: int, causal: bool) -> Blocks:
         device = self.cu_seqlens.device
         count = -(-self.num_tokens // block)
         # Slots past the last token share the id -2: they see one another, so no query is left without any key.
@@ -202,7 +224,7 @@ class AttentionPlan:
         key_ids[per_side : per_side + count * block] = query_ids
         width = block + 2 * per_side
         distance = torch.arange(width, device=device)[None, :] - torch.arange(block, device=device)[:, None]
-        near = (distance >= 0) & (distance <= 2 * per_side)
+        near = (distance >= 0) & (distance <= (per_side if causal else 2 * per_side))
         visible = query_ids.view(count, block, 1) == key_ids.unfold(0, width, block)[:count, None, :]
         return Blocks(count, block, per_side, (visible & near).unsqueeze(1))
 

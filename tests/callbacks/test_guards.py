@@ -9,7 +9,7 @@ from tests.helpers.ranks import Ranks
 from tests.helpers.tiny import ROW, ROWS, write_config
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_predicts_nothing_fails(ranks: Ranks, tiny_data: Path, tmp_path: Path, world_size: int) -> None:
     only = {"name": "all", "tokens": 3 * ROWS * ROW, "max_seq_len": ROW, "global_batch_size": ROWS, "lr": 1e-2}
     phases = [{**only, "streams": {"empty": {}}}]  # an evaluation looks at all streams, and must find some

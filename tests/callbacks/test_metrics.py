@@ -272,7 +272,7 @@ def test_two_processes_killed_and_resumed_by_one_show_the_same(alone: Path, data
 def test_status_and_report_of_a_finished_run(alone: Path, tmp_path: Path) -> None:
     folder = alone / "runs" / "small"
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    shown = CliRunner().invoke(app, ["status", str(folder)], env={"COLUMNS": "200"})
+    shown = CliRunner().invoke(app, ["status", str(folder)], env={"COLUMNS": "10000"})
     told = CliRunner().invoke(app, ["status", str(folder), "--json"])
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert (shown.exit_code, told.exit_code) == (0, 0)
@@ -296,7 +296,10 @@ def test_status_and_report_of_a_finished_run(alone: Path, tmp_path: Path) -> Non
 def test_no_run_is_one_line_and_exit_code_2(arguments: list[str], tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*arguments, str(tmp_path)])
     assert done.exit_code == 2
-    assert done.stderr == f"error: {tmp_path}: no run folder (it holds no config.yaml): give runs/NAME\n"
+    nothing = "no run folder (it holds no config.yaml): give runs/NAME"
+    if arguments == ["report"]:  # takes a sweep, too
+        nothing = "no sweep (it holds no sweep.json) and no run: give the folder that `sweep` has written"
+    assert done.stderr == f"error: {tmp_path}: {nothing}\n"
 
 
 def test_a_torn_line_is_left_out(alone: Path, tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def test_killed_and_resumed_it_goes_on_counting(
         assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], rel=rel, abs=0.0)
 
 
+@pytest.mark.slow
 def test_composers_clipping_is_ours(ranks: Ranks, tiny_data: Path, tmp_path: Path) -> None:
     """An algorithm of Composer's changes training: here as trainer.gradient_clip_norm does, which is tested elsewhere."""
     clip = {"name": "composer", "class": "GradientClipping"}

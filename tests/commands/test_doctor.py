@@ -1,13 +1,16 @@
 """`main.py doctor`: what is fine is called fine, and each fault that is planted is found, with what to do."""
 
 import functools
+import platform
 import shutil
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from safetensors.numpy import load_file
 from torch import Tensor
@@ -55,7 +58,7 @@ def config(tmp_path: Path) -> Path:
 
 def checks(config: Path, *overrides: str) -> tuple[bool, dict[str, list[str]], str]:
     """(nothing failed, cells by the name of the check, all that was printed)."""
-    console = Console(record=True, width=300, quiet=False, force_terminal=False)
+    console = Console(record=True, width=10_000, quiet=False, force_terminal=False)
     fine = doctor.doctor(load_run_config(config, overrides), console)
     text = console.export_text()
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
@@ -65,7 +68,9 @@ def checks(config: Path, *overrides: str) -> tuple[bool, dict[str, list[str]], s
 def test_a_machine_that_fits_is_fine(config: Path) -> None:
     fine, rows, text = checks(config)
     assert fine, text
-    assert rows["requirements.txt"][0] == "ok"
+    stack = doctor.stack_in_use()
+    assert rows["stack"] == ["ok", f"{stack.name} ({stack.pins}), torch {torch.__version__}", ""]
+    assert rows[stack.pins][0] == rows["Python"][0] == "ok"
     assert rows["attention: sdpa"][0] == "ok"
     assert "differs from eager by" in rows["attention: sdpa"][1]
     assert rows["stream near"][0] == rows["tokenizer"][0] == rows["run folder"][0] == "ok"
@@ -126,6 +131,22 @@ def test_other_versions_are_found(config: Path, tmp_path: Path, monkeypatch: pyt
     assert "typer" not in found
     assert "install -r requirements.txt" in fix
     assert rows["requirements-gpu.txt"][0] == "-"
+
+
+def test_the_stack_that_pins_the_installed_torch_is_the_one(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = metadata.version("torch").split("+")[0]
+    (tmp_path / "requirements.txt").write_text("torch==0.1\n")
+    (tmp_path / "requirements-next.txt").write_text(f"torch=={installed}\nnumpy==0.1\n")
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    monkeypatch.setattr(platform, "python_version", lambda: "3.11.9")
+    _, rows, _ = checks(config)
+    assert rows["stack"][1].startswith("next (requirements-next.txt)")
+    assert rows["Python"] == ["FAIL", "3.11.9", "make .venv-next anew with Python 3.12 or 3.13: make setup-next"]
+    assert rows["requirements-next.txt"][0] == "FAIL"
+    assert "install --no-deps -r requirements-next.txt" in rows["requirements-next.txt"][2]
+    assert "requirements.txt" not in rows
 
 
 def test_remote_streams_are_reached_or_not(config: Path, tmp_path: Path) -> None:

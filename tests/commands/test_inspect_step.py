@@ -18,7 +18,7 @@ def test_a_skipped_step_says_so(tiny_data: Path, tmp_path: Path, capsys: pytest.
         spike = {"step": 4, "loss": 9.0, "mean": 2.0, "sigma": 0.1}
         ledger.write(json.dumps({"step": 2, "skip": [3, 4], "spike": spike}) + "\n")
     for step in (2, 3, 4, 5):
-        inspect_step(run, step, 1, False, Console(width=200))
+        inspect_step(run, step, 1, False, Console(width=10_000))
         skipped = "this step was skipped (loss spike in step 4)" in capsys.readouterr().out
         assert skipped == (step in (3, 4))
         inspect_step(run, step, 1, True, Console())
@@ -31,6 +31,6 @@ def test_a_step_to_come_says_so(tiny_data: Path, tmp_path: Path, capsys: pytest.
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= 4))
     for step in (4, 5, 6):
-        inspect_step(run, step, 1, False, Console(width=200))
+        inspect_step(run, step, 1, False, Console(width=10_000))
         said = "not trained yet: the last step that is known is 4" in capsys.readouterr().out
         assert said == (step > 4)

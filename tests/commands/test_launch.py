@@ -123,6 +123,31 @@ def test_the_job_goes_on_after_85_and_only_then(
     assert "--nnodes=1 --nproc-per-node=2 " in plain
 
 
+def test_a_crash_is_requeued_so_often(
+    cluster: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As --max-restarts says, for exit codes that another start may mend; a cancelled job stays down."""
+    file = write_config(tmp_path, tiny_data, 2)
+    for code in (0, 2):
+        monkeypatch.setenv("FAKE_CODE", str(code))
+        launch(file, max_restarts=2)
+    with monkeypatch.context() as patch:
+        patch.setenv("FAKE_CANCEL", "yes")
+        monkeypatch.setenv("FAKE_CODE", "143")
+        launch(file, max_restarts=2)
+    assert notes(cluster, "scontrol") == []
+    for code, requeues in ((1, 1), (137, 2), (1, 2), (1, 2)):
+        monkeypatch.setenv("FAKE_CODE", str(code))
+        launch(file, max_restarts=2)
+        assert notes(cluster, "codes")[-1] == str(code)
+        assert notes(cluster, "scontrol") == ["requeue 7"] * requeues
+    log = (tmp_path / "run" / "slurm" / "7.log").read_text()
+    assert "requeueing job 7: exit code 137, restart 2 of 2 (--max-restarts)" in log
+    monkeypatch.setenv("FAKE_CODE", str(EXIT_PREEMPTED))
+    launch(file, max_restarts=2)
+    assert notes(cluster, "scontrol") == ["requeue 7"] * 3
+
+
 @pytest.mark.slow
 def test_a_signal_before_the_time_limit_costs_nothing(cluster: Path, tiny_data: Path, tmp_path: Path) -> None:
     """Two real ranks under the script: SIGUSR2 for the job's step, requeue, and the run ends where it would have."""
@@ -154,6 +179,7 @@ def test_a_signal_before_the_time_limit_costs_nothing(cluster: Path, tiny_data: 
     assert (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_print_writes_nothing(ranks: Ranks, tiny_data: Path, tmp_path: Path) -> None:
     file = write_config(tmp_path, tiny_data, 2)
     options = (
@@ -211,7 +237,8 @@ def test_print_writes_nothing(ranks: Ranks, tiny_data: Path, tmp_path: Path) -> 
         (["--sbatch", "-N=5"], "--sbatch: -N: is no long option of sbatch: give NAME=VALUE or NAME, such as qos=high"),
         (
             ["from=nowhere/none"],
-            "from: nowhere/none: neither a checkpoint, a run nor a Hugging Face folder: give runs/NAME/checkpoints/tokens-N",
+            "from: nowhere/none: neither a checkpoint, a run nor a Hugging Face folder: give "
+            "runs/NAME/checkpoints/tokens-N, a folder, or hf:ORG/NAME",
         ),
         (
             ["data.streams.full.path=nowhere/none"],
@@ -306,7 +333,13 @@ def test_a_stop_that_takes_longer_than_torch_waits_saves(tiny_data: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 85), (signal.SIGUSR1, 85), (signal.SIGINT, 85), (signal.SIGTERM, 1)]
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGTERM, 85, marks=pytest.mark.slow),
+        (signal.SIGUSR1, 85),
+        pytest.param(signal.SIGINT, 85, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_the_code_is_what_the_ranks_end_with(tmp_path: Path, number: signal.Signals, code: int) -> None:
     (tmp_path / "rank.py").write_text(

@@ -59,3 +59,13 @@ def test_the_job_is_as_it_was_asked_for(tiny_data: Path, tmp_path: Path) -> None
             ["bash"], input=text, env=variables, cwd=ROOT, capture_output=True, text=True, check=False
         )
         assert done.stdout == f"cpus: {cpus.get('SLURM_CPUS_PER_TASK', '')}\n", done.stderr
+
+
+@pytest.mark.parametrize(("given", "cpus"), [({}, 32), ({"gpus_per_node": 4}, 16), ({"cpus_per_node": 7}, 7)], ids=str)
+def test_ranks_have_cores_and_are_bound_to_none(
+    tiny_data: Path, tmp_path: Path, given: dict[str, int], cpus: int
+) -> None:
+    """Slurm gives a task one core unless told, and binds to it all that the task starts: eight ranks and their loaders."""
+    text = script(write_config(tmp_path, tiny_data, 2), **({"gpus_per_node": 8} | given))
+    assert f"#SBATCH --cpus-per-task={cpus}\n" in text
+    assert "srun --ntasks-per-node=1 --cpu-bind=none " in text

@@ -4,13 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from evals.beir import RetrievalSet, read_beir
 from evals.bm25 import Bm25
-from evals.contrastive import Tune, drawn, mined
+from evals.contrastive import Tune, drawn, fine_tune, mined
+from evals.dense import SingleVector
 from evals.ranking import Ranking
-from flexbert_core.schema import ConfigError
-from tests.helpers.sentences import write_beir
+from flexbert_core.schema import Component, ConfigError
+from recipe.slots import OPTIMIZERS
+from tests.helpers.registries import registries_as_before
+from tests.helpers.sentences import write_beir, write_model
 
 
 class Found:
@@ -75,3 +79,37 @@ def test_fewer_rows_are_drawn_by_the_seed(data: RetrievalSet) -> None:
     assert all(each in examples for each in few)
     assert (drawn(examples, 7, seed=0), drawn(examples, 7, seed=1) != few) == (few, True)
     assert drawn(examples, None, seed=0) == examples == drawn(examples, 999, seed=0)
+
+
+class Sgd(torch.optim.SGD):
+    """Plain steps, which keep the norm of each gradient that they are given."""
+
+    norms: list[float]
+
+    class Config(Component):
+        pass
+
+    def __init__(self, config: Config, *, model: torch.nn.Module, lr: float) -> None:
+        super().__init__(model.parameters(), lr=lr)
+
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradients = [each.grad for group in self.param_groups for each in group["params"] if each.grad is not None]
+        self.norms.append(float(torch.linalg.vector_norm(torch.cat([each.flatten() for each in gradients]))))
+        super().step(closure)
+
+
+@pytest.mark.parametrize("limit", [None, 0.01])
+def test_gradients_are_clipped_as_told(data: RetrievalSet, tmp_path: Path, limit: float | None) -> None:
+    folder = write_model(tmp_path / "model")
+    encoder = SingleVector(folder, "mean", None, (None, None), torch.device("cpu"), "fp32")
+    Sgd.norms = []
+    with registries_as_before():
+        OPTIMIZERS.register("sgd")(Sgd)
+        settings: Any = {"optimizer": "sgd", "gradient_clip_norm": limit, "lr": 1e-3, "batch_size": 8}
+        tune = Tune(**settings)
+        fine_tune(encoder, mined(data, tune, ENCODER, Bm25(data.documents), 8, seed=0)[:24], tune, seed=0)
+    assert len(Sgd.norms) >= 3
+    if limit is None:
+        assert min(Sgd.norms) > 0.01
+    else:
+        assert Sgd.norms == pytest.approx([limit] * len(Sgd.norms), rel=1e-3)

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import main
 from commands.evaluate import run_eval
 from evals.config import overrides_of
-from evals.interface import EVALS, Cell, CelledEval, EvalConfig, Model
+from evals.driver import task_folder
+from evals.interface import EVALS, Cell, CelledEval, Eval, EvalConfig, Model
 from evals.models import digest_of, resolve
 from evals.results import ScoreTable, flat_scores, numbers, over_seeds
-from flexbert_core.schema import ConfigError, RunError
+from flexbert_core.schema import ConfigError, RunError, UserPath
 from tests.helpers.exports import write_export
 from tests.helpers.runs import ROOT, command, run
 
@@ -48,6 +50,19 @@ class Sums(CelledEval):
 
     def scores_without_model(self) -> Any:
         return {"nothing": {"total": 0}}
+
+
+@EVALS.register("test_words")
+class Words(Eval):
+    """Words of texts, without a model."""
+
+    class Config(EvalConfig):
+        texts: list[UserPath]
+
+    def run(self, model: Model, out: Path) -> Any:
+        return {
+            "words": sum(len(file.read_text().split()) for text in self.config.texts for file in Path(text).iterdir())
+        }
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +204,41 @@ def test_labels_tell_models_apart(exports: tuple[Path, Path], tmp_path: Path) ->
     models = resolve([str(tmp_path / parent / "same") for parent in ("a", "b")], tmp_path)
     assert [model.label for model in models] == ["a/same", "b/same"]
     assert models[0].digest == models[1].digest
+
+
+def test_labels_are_apart_as_folders_too(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    for name in ("a b", "a-b"):
+        subprocess.run(["cp", "-r", exports[0], tmp_path / name], check=True)
+    models = resolve([str(tmp_path / name) for name in ("a b", "a-b")], tmp_path)
+    first, second = (task_folder(tmp_path, "sums", model) for model in models)
+    assert first != second
+
+
+def test_other_data_under_the_same_name_are_evaluated_anew(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.md").write_text("one two")
+    file = tmp_path / "words.yaml"
+    evaluation = {"name": "test_words", "texts": [str(tmp_path / "data")]}
+    file.write_text(json.dumps({"evaluation": evaluation}))
+
+    def words() -> int:
+        assert run_eval(str(file), [str(exports[0])], tmp_path / "out", Console(quiet=True))
+        return json.loads((tmp_path / "out/words/one/results.json").read_text())["scores"]["words"]
+
+    assert words() == 2
+    (tmp_path / "data" / "a.md").write_text("one two three")
+    assert words() == 3
+
+
+def test_results_lie_in_results_where_no_folder_is_given(
+    exports: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main.app(["eval", str(desk.file), str(exports[0])])
+    assert stop.value.code == 0
+    assert desk.results("one")["scores"] == {"total": 60}
 
 
 @pytest.mark.slow

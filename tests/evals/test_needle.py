@@ -51,7 +51,7 @@ def evaluate(folder: Path, model: Path, *overrides: str) -> tuple[dict[str, Any]
     file = folder / "reach.yaml"
     file.write_text("evaluation: {name: needle}\n")
     data = write_beir(folder / "set") if not (folder / "set").exists() else folder / "set"
-    console = Console(file=io.StringIO(), width=400)
+    console = Console(file=io.StringIO(), width=10_000)
     assert run_eval(str(file), [str(model), f"data={data}", *overrides], folder / "out", console)
     (results,) = (folder / "out/reach").glob("*/results.json")
     return json.loads(results.read_text()), console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
@@ -131,7 +131,7 @@ def test_a_model_without_a_masked_token_head_is_refused(tmp_path: Path, model: P
     word_tokenizer(128).save_pretrained(tmp_path / "bare")
     file = tmp_path / "reach.yaml"
     file.write_text(f"evaluation: {{name: needle, data: {write_beir(tmp_path / 'set')}, lengths: [64]}}\n")
-    console = Console(file=io.StringIO(), width=400)
+    console = Console(file=io.StringIO(), width=10_000)
     assert not run_eval(str(file), [str(tmp_path / "bare")], tmp_path / "out", console)
     assert "has no masked-token head" in console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -58,7 +58,7 @@ def write_config(folder: Path, data: Path | list[Path], methods: str) -> Path:
 
 def run(file: Path, models: list[Path], out: Path, *overrides: str) -> tuple[dict[str, Any], str]:
     """Scores by model, and what was said."""
-    console = Console(file=io.StringIO(), width=400, markup=False)
+    console = Console(file=io.StringIO(), width=10_000, markup=False)
     assert run_eval(str(file), [*map(str, models), *QUICK, *overrides], out, console), console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     results = [json.loads(path.read_text()) for path in sorted((out / "found").glob("*/results.json"))]
     return {result["model"]["label"]: result["scores"] for result in results}, console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
@@ -99,6 +99,7 @@ def test_minilm_scores_as_sentence_transformers_own_evaluator(minilm: Path, tmp_
     assert 0.1 < ours["single_vector ndcg@10"]["mean"] < 0.9
 
 
+@pytest.mark.slow
 def test_tuning_for_one_vector_and_for_several_teaches(data: Path, model: Path, tmp_path: Path) -> None:
     methods = f"[{{name: single_vector, tune: {TUNE}}}, {{name: multi_vector, query_length: 16, document_length: 32, tune: {TUNE}}}]"
     scores, said = run(write_config(tmp_path, data, methods), [model], tmp_path / "out")
@@ -237,7 +238,7 @@ def test_a_model_that_is_not_whole_is_refused(data: Path, model: Path, tmp_path:
     weights = load_file(folder / "model.safetensors")
     del weights["bert.encoder.layer.1.output.dense.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    console = Console(file=io.StringIO(), width=400)
+    console = Console(file=io.StringIO(), width=10_000)
     assert not run_eval(str(write_config(tmp_path, data, "[single_vector]")), [str(folder)], tmp_path / "out", console)
     assert "encoder.layer.1.output.dense.weight and 0 more are not in its weights" in console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -36,7 +36,7 @@ def test_minilm_scores_as_sentence_transformers_own_evaluator(tmp_path: Path) ->
     assert package is not None, "pip install -r requirements-dev.txt"
     assert package.origin is not None
     folder = Path(package.origin).parent / "model"
-    console = Console(file=io.StringIO(), width=200)
+    console = Console(file=io.StringIO(), width=10_000)
     assert run_eval("configs/eval/sts.yaml", [str(folder), f"data={write_file(tmp_path)}"], tmp_path / "out", console)
     (results,) = (tmp_path / "out/sts").glob("*/results.json")
     ours = json.loads(results.read_text())["scores"]["spearman"]

@@ -80,6 +80,23 @@ def test_the_diagnostic_set_is_read_with_its_labels_or_without(glue: Path) -> No
     assert (ax.dev[""].labels, ax.trained_on, ax.train) == ([2], "mnli", None)
 
 
+def test_a_digest_is_of_what_a_task_reads(glue: Path) -> None:
+    """Of its columns, of its labels, and of which split they are in."""
+    base = {
+        "name": "own",
+        "data": str(glue / "MNLI"),
+        "metrics": ["accuracy"],
+        "labels": ["entailment", "contradiction"],
+    }
+    base |= {"label": "gold_label", "train": "dev_matched.tsv"}
+    splits = ("dev_matched.tsv", "dev_mismatched.tsv")
+    one = {**base, "text": "sentence1", "dev": dict(zip("ab", splits, strict=True))}
+    assert task(glue, **one).digest == task(glue, **one).digest
+    others = [{**one, "text": "sentence2"}, {**one, "dev": dict(zip("ba", splits, strict=True))}]
+    digests = {task(glue, **each).digest for each in (one, *others)}
+    assert len(digests) == 3
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv"])
 def test_other_formats_give_the_same_rows(tmp_path: Path, suffix: str) -> None:
     rows = [{"said": 'a, "b"\tc', "about": "x", "mark": "up"}, {"said": "d", "about": "y", "mark": "down"}]

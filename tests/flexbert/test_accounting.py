@@ -32,6 +32,9 @@ def test_keys_are_what_a_window_sees(seq_len: int, side: int) -> None:
     seen = ((places[:, None] - places[None, :]).abs() <= side).sum().item()
     assert keys_seen((side, side), np.array([seq_len, seq_len], float)).tolist() == [seen, seen]
     assert keys_seen((-1, -1), np.array([seq_len], float)) == seq_len**2
+    behind = sum(min(place, side) + 1 for place in range(seq_len))
+    assert keys_seen((side, 0), np.array([seq_len], float)) == behind
+    assert keys_seen((-1, 0), np.array([seq_len], float)) == seq_len * (seq_len + 1) // 2
 
 
 def test_flops_of_base_by_hand() -> None:

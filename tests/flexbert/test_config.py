@@ -58,7 +58,7 @@ def test_a_slot_takes_a_name_or_a_mapping() -> None:
         ({"attention": {"window_per_side": 0}}, "window_per_side: should be greater than or equal to 1, got 0"),
         (
             {"attention": {"backend": "flash"}},
-            "backend: should be 'auto', 'eager', 'sdpa', 'tiled', 'flash2', 'flash3' or 'flex', got 'flash'",
+            "backend: should be 'auto', 'eager', 'sdpa', 'tiled', 'flash2', 'flash3', 'torch_flash' or 'flex', got 'flash'",
         ),
         ({"attention": {"out_dropout": 1.0}}, "attention.out_dropout: should be less than 1, got 1.0"),
         ({"position": {"global_theta": 0.0}}, "position.global_theta: should be greater than or equal to 1, got 0.0"),

@@ -4,12 +4,14 @@ import math
 from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
 from flexbert import FlexBertConfig, build, losses
+from flexbert.init import truncated_normal_
 from flexbert.losses import TokenScores, masked_cross_entropy
 from flexbert.registry import LOSSES
 from flexbert.rotary import Rotation, rotate
@@ -113,6 +115,30 @@ def test_label_smoothing_and_z_loss_are_what_they_are_defined_as(
     with torch.no_grad():
         without = LOSSES.build(tiny(loss=node).loss)(hidden, weight, bias, targets)
     torch.testing.assert_close(without, expected, atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.2, 1e-2)])
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_shares_weigh_each_token(chunk: int, smoothing: float, z_loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the sum and its gradients, and not of the scores."""
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS_DEFAULT", chunk * 50)
+    hidden, weight, bias, targets = loss_inputs(True)
+    assert bias is not None
+    shares = torch.rand(65, generator=torch.Generator().manual_seed(1)).reciprocal()
+    logits = F.linear(hidden, weight, bias)
+    each = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    expected = ((each + z_loss * logits.logsumexp(1).square()) * shares).sum()
+    scores = TokenScores.empty(targets)
+    arguments = (hidden, weight, bias, targets, smoothing, z_loss, scores)
+    loss = masked_cross_entropy(*arguments, shares=shares)
+    torch.testing.assert_close(loss, expected, atol=0, rtol=2e-6)
+    torch.testing.assert_close(scores.losses, F.cross_entropy(logits, targets, reduction="none"))
+    inputs = [hidden, weight, bias]
+    pairs = zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(masked_cross_entropy(*arguments, shares=shares), expected, atol=0, rtol=2e-6)
 
 
 def test_training_uses_the_configured_loss_and_evaluation_the_plain_one() -> None:
@@ -236,6 +262,21 @@ def test_scores_depend_on_distance_only() -> None:
     products = [torch.einsum("qnh,knh->nqk", rotate(states, r), rotate(states, r)) for r in at]
     torch.testing.assert_close(products[0], products[1], atol=5e-5, rtol=0)  # measured 7e-6 of up to 25
     assert not torch.allclose(rotate(states, at[0]), rotate(states, at[1]), atol=0.1)
+
+
+@pytest.mark.parametrize(("std", "cutoff_factor"), [(0.02, 2.0), (0.06, 3.0), (1 / math.sqrt(768), 0.7)])
+def test_a_seed_means_the_same_weights_with_every_torch(std: float, cutoff_factor: float) -> None:
+    """Truncated normals are those of torch 2.7, from the distribution that scipy has of that name."""
+    values = torch.empty(301, 77)
+    truncated_normal_(values, std, cutoff_factor, torch.Generator().manual_seed(3))
+    reference = scipy.stats.truncnorm(-cutoff_factor, cutoff_factor, scale=std)
+    assert scipy.stats.kstest(values.double().flatten().numpy(), reference.cdf).pvalue > 1e-3
+    assert values.abs().max() <= cutoff_factor * std
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):  # later ones draw others
+        theirs = torch.empty(301, 77)
+        limit = cutoff_factor * std
+        torch.nn.init.trunc_normal_(theirs, 0.0, std, -limit, limit, generator=torch.Generator().manual_seed(3))
+        assert torch.equal(values, theirs)
 
 
 def test_starting_weights_have_the_stated_statistics() -> None:

@@ -34,7 +34,7 @@ def test_a_documents_loss_has_no_gradient_at_its_neighbours(backend: Any) -> Non
     batch = batch_of((30, 70, 20))
     touched = []
     # The gradient at the embeddings' output, token by token
-    model.encoder.embedding.register_full_backward_hook(lambda module, into, out: touched.append(out[0].clone()))
+    model.encoder.embedding.register_full_backward_pre_hook(lambda module, out: touched.append(out[0].clone()))
     hidden_states = model.encoder(*batch[:3])
     hidden_states[30:100].square().sum().backward()
     rows = touched[0].abs().sum(1)

@@ -1,31 +1,24 @@
 """The host never waits for the device inside a training step, so that it can queue the next kernels meanwhile."""
 
-import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexbert import build
 from flexbert.dropout import TokenKeys, keyed_dropout
-from flexbert.kernels import gpu
 from flexbert.model import FlexBertForMaskedLM
 from flexbert.packed import check_packed, unpad
+from tests.helpers import flash
 from tests.helpers.models import batch_of, tiny
+from tests.helpers.waits import Waits
 
 MODEL = {
     "num_hidden_layers": 4,
     "attention": {"name": "multihead", "global_attn_every_n_layers": 3, "backend": "flash2", "out_dropout": 0.1},
 }
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    return q + k.repeat_interleave(groups, 1) + v.repeat_interleave(groups, 1)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -46,10 +39,7 @@ TASKS: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.fixture
 def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that itself waits for nothing."""
-    module: Any = types.ModuleType("flash_attn")
-    module.flash_attn_varlen_func = _flash
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr(gpu, "why_not", lambda *_: "")
+    flash.install(monkeypatch)
 
 
 @pytest.fixture
@@ -57,29 +47,13 @@ def model(flash_attn: None) -> FlexBertForMaskedLM:
     return build(tiny(**MODEL))
 
 
-class _Waits(TorchDispatchMode):
-    """Counts the operations whose result's value or size the host has to fetch from the device."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "equal", "bincount")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in self.NAMES or (name == "repeat_interleave" and not (kwargs or {}).get("output_size")):
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 def _waits(forward: Callable[..., Tensor], keyed: bool = True) -> list[str]:
     """Those of a forward, which gives a loss, and backward, less the checks of a batch's values, which are made on the
     CPU only. keyed: with dropout as in pretraining."""
     ids, cu_seqlens, max_seqlen, _ = batch_of((40, 1, 23))
-    with _Waits() as checks:
+    with Waits() as checks:
         check_packed(ids, cu_seqlens, max_seqlen)
-    with _Waits() as step, keyed_dropout(TokenKeys(0, 0, cu_seqlens, len(ids)) if keyed else None):
+    with Waits() as step, keyed_dropout(TokenKeys(0, 0, cu_seqlens, len(ids)) if keyed else None):
         forward(ids, cu_seqlens, max_seqlen).backward()
     for name in checks.found:
         step.found.remove(name)

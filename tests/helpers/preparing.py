@@ -126,6 +126,6 @@ def error_of(folder: Path, source: dict[str, Any], **changes: Any) -> str:
 
 
 def shown(path: Path, samples: int = 3) -> str:
-    console = Console(width=200, record=True, file=StringIO())
+    console = Console(width=10_000, record=True, file=StringIO())
     inspect(path, samples, console)
     return console.export_text()

@@ -75,7 +75,7 @@ def rank(launcher: int, number: int) -> psutil.Process:
 def environment() -> dict[str, str]:
     """One thread per process, so that sums have one order; no launcher's variables."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "WORLD_SIZE", "LOCAL_"))}
-    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "10000"}
 
 
 def run(
@@ -85,6 +85,12 @@ def run(
     return subprocess.run(
         arguments, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+def train_alone(config: Path, *overrides: str) -> None:
+    """`train CONFIG` to its end, with one thread as a job of one core has: more add up in another order."""
+    done = run(command("train", str(config), *overrides))
+    assert done.returncode == 0, done.stderr
 
 
 def start(config: Path, **options: Any) -> "subprocess.Popen[Any]":

@@ -43,7 +43,7 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-def write_config(folder: Path, data: Path, steps: int, *streams: str, **changes: Any) -> Path:
+def write_config(folder: Path, data: Path, steps: int, /, *streams: str, **changes: Any) -> Path:
     """A run file of so many steps, a checkpoint after each; its run is in FOLDER/run."""
     node: dict[str, Any] = {
         "name": "run",

@@ -7,6 +7,7 @@ from pydantic import Field
 from safetensors.torch import load_file
 
 from evals.interface import EVALS, Eval, EvalConfig, Model, Scores
+from evals.models import plain
 from flexbert_core.schema import RunError
 
 
@@ -20,7 +21,7 @@ class Weigher(Eval):
         count_in: str = Field(description="folder where each run of this leaves a file")
 
     def run(self, model: Model, out: Path) -> Scores:
-        (Path(self.config.count_in) / f"{model.label}-{time.time_ns()}").touch()
+        (Path(self.config.count_in) / f"{plain(model.label)}-{time.time_ns()}").touch()
         time.sleep(self.config.seconds)
         if self.config.refuses and self.config.refuses in model.label:
             raise RunError("refused")

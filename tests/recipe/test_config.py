@@ -121,7 +121,12 @@ def test_defaults_compose(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", sorted((ROOT / "configs").glob("*.yaml")) + sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
+    "file",
+    [
+        each
+        for folder in ("configs", "configs/pretrain", "configs/objectives")
+        for each in sorted((ROOT / folder).glob("*.yaml"))
+    ],
 )
 def test_every_run_file_loads_and_loads_back_equal(file: Path, tmp_path: Path) -> None:
     config = load_run_config(file)

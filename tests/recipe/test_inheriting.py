@@ -52,6 +52,38 @@ def test_masking_is_inherited_key_by_key(
     assert RunConfig.model_validate(config.model_dump()) == config
 
 
+MOVING = {"rate": 0.3, "rate_schedule": {"to": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("run", "maskings", "expected"),
+    [
+        (MOVING, [None, None], ["0.3 to 0.1 linear", "0.1"]),
+        (MOVING, [{"mask_fraction": 0.5}, None, {"mask_fraction": 0.6}], ["0.3 to 0.1 linear", "0.1", "0.1"]),
+        (None, [None, MOVING, {"rate_schedule": {"to": 0.2, "shape": "cosine"}}, {"rate": 0.4}], ["0.3", "0.3 to 0.1 linear", "0.1 to 0.2 cosine", "0.4"]),
+        (None, [MOVING, {"name": "words"}, {"name": "spans", **MOVING}], ["0.3 to 0.1 linear", "0.3", "0.3 to 0.1 linear"]),
+    ],
+)  # fmt: skip
+def test_a_rate_schedule_is_of_one_phase(
+    tiny_data: Path, tmp_path: Path, run: Any, maskings: list[Any], expected: list[str]
+) -> None:
+    """The phase behind it goes on with the rate that it came to."""
+    config = config_of(tmp_path, tiny_data, maskings, **({"masking": run} if run else {}))
+    assert [phase.masking.describe() for phase in PhasePlan(config).phases] == expected
+    again = RunConfig.model_validate(config.model_dump())
+    assert [phase.masking.describe() for phase in PhasePlan(again).phases] == expected
+
+
+def test_held_out_text_has_one_rate(tiny_data: Path, tmp_path: Path) -> None:
+    for sections in (
+        {"evaluation": {"masking": MOVING}},
+        {"evaluations": [{"name": "held_out", "masking": MOVING}]},
+        {"evaluations": [{"name": "held_out_documents", "masking": MOVING}]},
+    ):
+        with pytest.raises(ConfigError, match=r"masking: rate_schedule: is for phases; [^\n]*set it to null$"):
+            config_of(tmp_path, tiny_data, [None], **sections)
+
+
 def test_a_record_of_the_old_rule_keeps_its_values(tiny_data: Path, tmp_path: Path) -> None:
     """It held every key of the phase, whatever the run's section said."""
     old = {"rate": 0.15, "mask_fraction": 0.8, "random_fraction": 0.1}

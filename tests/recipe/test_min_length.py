@@ -55,7 +55,8 @@ def test_a_config_recorded_before_goes_on_where_it_means_the_same(tmp_path: Path
     config = config_of(tmp_path, [None, {"a": {}, "b": {}}], a={"min_length": 30}, b={})
     folder = record(tmp_path / "other", config)
     with pytest.raises(ConfigError, match=r"phases.1.streams.a.min_length was 0, now 30: undo that"):
-        folder.check_config(config)
+        folder.check_config(config, phases_too=True)
+    assert folder.check_config(config) == ["phases.1.streams.a.min_length was 0, now 30"]  # it has not begun
     folder.check_config(config_of(tmp_path, [None, {"a": {"min_length": 0}, "b": {}}], a={"min_length": 30}, b={}))
 
 
@@ -78,7 +79,7 @@ def test_passes_are_of_what_is_shown(tmp_path: Path, least: int, long_documents:
         write_stream(tmp_path / name, "validation", [np.full(20, 7)], tokenizer=made_by)
     config = config_of(tmp_path, [None, None], a={"min_length": least}, b={})
     config = config.model_copy(update={"data": config.data.model_copy(update={"long_documents": long_documents})})
-    console = Console(width=300, record=True, file=io.StringIO())
+    console = Console(width=10_000, record=True, file=io.StringIO())
     dry_run(config, console)
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines()]
     passes = {row[0]: float(row[-1]) for row in rows if row and row[0] in ("a", "b")}

@@ -42,7 +42,7 @@ def printed(
     world_size: int = 1,
 ) -> dict[str, list[str]]:
     """The dry run's table by fact, and its other lines under ''. The data are not there, and it says so."""
-    console = Console(width=400, record=True, file=io.StringIO())
+    console = Console(width=10_000, record=True, file=io.StringIO())
     with pytest.raises(ConfigError, match=r"^data\.streams\.[\w-]+\.path: "):
         dry_run(config, console, world_size, tokens_per_second, price_per_hour)
     facts: dict[str, list[str]] = {"": []}
@@ -271,7 +271,7 @@ def test_hours_cost_flops_and_checkpoints_on_paper() -> None:
 
 def test_memory_is_of_the_ranks_that_share() -> None:
     def gib(*overrides: str, world_size: int = 8) -> tuple[float, str]:
-        config, _ = recipe("modernbert-large", "trainer.microbatch_size=1", *overrides)
+        config, _ = recipe("modernbert-large", "trainer.microbatch_tokens=1", *overrides)
         size, _, rest = printed(config, world_size=world_size)["memory per rank"][0].partition(" ")
         return float(size), rest
 

@@ -12,6 +12,7 @@ from tests.helpers.tiny import write_config
 EMA = {"decay": 0.6}
 
 
+@pytest.mark.slow
 def test_a_branch_goes_on_with_the_average(tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """One that repeats the rest of its origin's phases ends with the same weights and average, to the last bit."""
     caplog.set_level(logging.WARNING)

@@ -19,14 +19,21 @@ class Spy:
     def __init__(self, run: trainer.Run) -> None:
         self.run = run
         self.steps: list[tuple[nn.Module, Any, dict[str, Tensor]]] = []
+        self.depth = 0  # torch runs the hooks of a step, and again of its base class's once that had an instance
         run.optimizer.register_step_pre_hook(self.before)
         run.optimizer.register_step_post_hook(self.after)
 
     def before(self, *arguments: Any) -> None:
         # The gradients come inside the step: Composer's closure computes them.
+        self.depth += 1
+        if self.depth > 1:
+            return
         self.steps.append((copy.deepcopy(self.run.model), copy.deepcopy(self.run.trainer.state.batch), {}))
 
     def after(self, *arguments: Any) -> None:
+        self.depth -= 1
+        if self.depth:
+            return
         for name, parameter in self.run.model.named_parameters():
             assert parameter.grad is not None
             self.steps[-1][2][name] = parameter.grad.clone()

@@ -38,11 +38,11 @@ STEPS = 4
 PARTS = ("span_masking", "every_token", "mean_similarity", "centred_gradients", "csv_logger")
 DOORS: dict[str, Any] = {
     "imports": [str(ROOT / "examples" / f"{name}.py") for name in PARTS],
-    "masking": {"name": "spans", "rate": 0.25},
+    "masking": {"name": "token_spans", "rate": 0.25},
     "objective": {"name": "every_token", "weight": 0.1},
     "evaluations": [
         {"name": "mean_similarity", "rows": 3},
-        {"name": "held_out", "masking": {"name": "spans", "rate": 0.4}},
+        {"name": "held_out", "masking": {"name": "token_spans", "rate": 0.4}},
     ],
     "evaluation": {"max_rows": 4, "interval": 2 * ROWS * ROW},
     "algorithms": [{"name": "centred_gradients", "share": 0.5}],
@@ -96,7 +96,7 @@ def test_the_objective_is_its_formula(tiny_data: Path, tmp_path: Path) -> None:
 def test_spans_have_their_rate_and_end_with_a_document(rate: float) -> None:
     special = np.arange(64) < 5
     vocabulary = Vocabulary(4, special, np.flatnonzero(~special), Path)
-    masking = MASKINGS.build(MASKINGS.parse({"name": "spans", "rate": rate}), vocabulary=vocabulary)
+    masking = MASKINGS.build(MASKINGS.parse({"name": "token_spans", "rate": rate}), vocabulary=vocabulary)
     ids = np.full((300, 400), 9, np.uint16)
     ids[:, ::80], ids[:, 79::80] = 2, 3  # documents of 78 tokens
     rows = RowNames(np.full(300, 5, np.uint64), np.arange(300, dtype=np.uint32))
@@ -257,7 +257,7 @@ def test_what_is_no_score_is_told(tiny_data: Path, tmp_path: Path, scores: Any, 
     ("changes", "line"),
     [
         ({"masking": "spns"}, "masking: unknown masking 'spns', did you mean 'spans'?"),
-        ({"masking": {"name": "spans", "p": 2}}, "masking.p: should be less than or equal to 1, got 2"),
+        ({"masking": {"name": "token_spans", "p": 2}}, "masking.p: should be less than or equal to 1, got 2"),
         ({"objective": "mml"}, "objective: unknown objective 'mml', did you mean 'mlm'?"),
         ({"evaluations": ["held-out"]}, "evaluations[0]: unknown evaluations 'held-out', did you mean 'held_out'?"),
         ({"evaluation": {"masking": "spans", "rate": 0.1}}, "evaluation: unknown key 'rate'"),
@@ -274,16 +274,16 @@ def test_wrong_names_and_options_are_one_line(
 
 def test_a_phase_takes_over_a_masking_of_the_same_name_only(tiny_data: Path, tmp_path: Path) -> None:
     shape = {"tokens": ROWS * ROW, "max_seq_len": ROW, "global_batch_size": ROWS, "lr": 1e-2}
-    maskings: list[Any] = [{"rate": 0.5}, {"name": "tokens", "mask_fraction": 0.7}, "spans", None]
+    maskings: list[Any] = [{"rate": 0.5}, {"name": "tokens", "mask_fraction": 0.7}, "token_spans", None]
     phases = [{"name": f"p{n}", **shape, "masking": masking} for n, masking in enumerate(maskings)]
-    changes = {**DOORS, "masking": {"name": "spans", "p": 0.5, "rate": 0.2}, "phases": phases}
+    changes = {**DOORS, "masking": {"name": "token_spans", "p": 0.5, "rate": 0.2}, "phases": phases}
     plan = PhasePlan(load_run_config(write_config(tmp_path, tiny_data, STEPS, "full", **changes)))
     found = [phase.masking.model_dump(exclude_defaults=True) for phase in plan.phases]
     assert found == [
-        {"name": "spans", "rate": 0.5, "p": 0.5},
+        {"name": "token_spans", "rate": 0.5, "p": 0.5},
         {"name": "tokens", "mask_fraction": 0.7},
-        {"name": "spans"},
-        {"name": "spans"},
+        {"name": "token_spans"},
+        {"name": "token_spans"},
     ]
 
 

@@ -106,20 +106,23 @@ def check(
         (2, 3, "ddp"),  # the second microbatch is smaller
         pytest.param(2, "auto", "ddp", marks=pytest.mark.slow),
         pytest.param(4, 1, "ddp", marks=pytest.mark.slow),
-        (4, 2, "ddp"),
+        pytest.param(4, 2, "ddp", marks=pytest.mark.slow),
         (2, 1, "fsdp2"),
+        pytest.param(4, 1, {"name": "fsdp2", "replicate": 2}, marks=pytest.mark.slow),
+        pytest.param(2, 1, {"name": "fsdp2", "reshard_after_forward": False}, marks=pytest.mark.slow),
+        pytest.param(1, 2, "fsdp2", marks=pytest.mark.slow),
         pytest.param(2, 3, "fsdp2", marks=pytest.mark.slow),
         pytest.param(4, 1, "fsdp2", marks=pytest.mark.slow),
         pytest.param(4, None, "fsdp2", marks=pytest.mark.slow),
     ],
 )
 def test_the_split_changes_only_rounding(
-    ranks: Ranks, tiny_data: Path, tmp_path: Path, expected: Any, world_size: int, microbatch: Any, parallelism: str
+    ranks: Ranks, tiny_data: Path, tmp_path: Path, expected: Any, world_size: int, microbatch: Any, parallelism: Any
 ) -> None:
     options = {"log_interval": 1, "microbatch_size": microbatch, "parallelism": parallelism}
     file = write_config(tmp_path, tiny_data, 1, seed=SEED, trainer=options)
     text = ranks.train(world_size, str(file))
-    assert (f"all rows of a rank at once, up to {ROWS // world_size}" in text) == (microbatch == "auto")
+    assert (f"auto: up to {ROWS // world_size} rows of {ROW} at a time" in text) == (microbatch == "auto")
     check(first_step(tmp_path), expected)
 
 

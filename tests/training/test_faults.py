@@ -27,6 +27,7 @@ from recipe.config import load_run_config
 from tests.helpers.runs import final_weights, metrics, prepare_dataset, write_config
 from training import signals
 from training.checkpoints.files import list_checkpoints
+from training.faults import lost_rank
 from training.trainer import train
 
 ONE_PHASE = ["phases.0.tokens=40K", "phases.1.tokens=2K", "phases.2.tokens=2K"]
@@ -338,3 +339,19 @@ def test_checkpoints_for_ever_and_the_best(dataset: Path, tmp_path: Path) -> Non
     assert multiples <= kept
     assert tokens[min(losses, key=lambda step: losses[step])] in kept
     assert len(kept) <= len(multiples | ends) + 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:2213",
+        "NCCL error in: ProcessGroupNCCL.cpp:1275, remote process exited or there was a network error, NCCL 2.26.2",
+        "NCCL communicator was aborted on rank 3.",
+        "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=9, OpType=ALLREDUCE) ran for 600000 ms",
+    ],
+)
+def test_a_lost_rank_is_known_by_what_gloo_and_nccl_say(text: str) -> None:
+    error = lost_rank(RuntimeError(text))
+    assert error is not None
+    assert "another rank's process ended" in str(error)
+    assert lost_rank(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None

@@ -39,7 +39,14 @@ def straight(ranks: Ranks, tiny_data: Path, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-@pytest.mark.parametrize("event", ["batch_start", "after_backward", "batch_end"])
+@pytest.mark.parametrize(
+    "event",
+    [
+        pytest.param("batch_start", marks=pytest.mark.slow),
+        pytest.param("after_backward", marks=pytest.mark.slow),
+        "batch_end",
+    ],
+)
 def test_sigkill_changes_no_bit(ranks: Ranks, tiny_data: Path, straight: Path, tmp_path: Path, event: str) -> None:
     """Before its first checkpoint and behind one. Checkpoints are rarer than steps, so that steps are repeated."""
     file = write_config(

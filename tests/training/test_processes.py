@@ -63,7 +63,7 @@ def test_ranks_train_as_one(
 @pytest.mark.parametrize(
     ("saved", "resumed"),
     [
-        ((2, "ddp"), (1, "ddp")),
+        pytest.param((2, "ddp"), (1, "ddp"), marks=pytest.mark.slow),
         pytest.param((4, "ddp"), (2, "ddp"), marks=pytest.mark.slow),
         ((1, "ddp"), (2, "fsdp2")),
         pytest.param((4, "fsdp2"), (2, "fsdp2"), marks=pytest.mark.slow),
@@ -122,6 +122,27 @@ def test_launchers(tiny_data: Path, straight: Callable[[str], Path], tmp_path: P
     done = run([program, *options[launcher], *command("train", str(file))[1:]])
     assert done.returncode == 0, done.stderr + done.stdout
     assert losses(tmp_path)[:2] == pytest.approx(losses(straight("stableadamw"))[:2], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_blocks_gathered_in_bf16_train_nearly_the_same(ranks: Ranks, tiny_data: Path, tmp_path: Path) -> None:
+    """Weights of norms are rounded besides. In microbatches: sums of gradients wait for the last, in float32."""
+    found = []
+    for name, way in (("ddp", "ddp"), ("bf16", {"name": "fsdp2", "gather": "bf16"})):
+        options = {"precision": "amp_bf16", "parallelism": way, "microbatch_size": 1, "log_interval": 1}
+        file = write_config(tmp_path / name, tiny_data, STEPS, trainer=options, model={"norm": "rmsnorm"})
+        ranks.train(2, str(file))
+        found.append(losses(tmp_path / name))
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
+
+
+def test_gathering_in_bf16_is_refused_where_it_cannot_be(ranks: Ranks, tiny_data: Path, tmp_path: Path) -> None:
+    way = {"name": "fsdp2", "gather": "bf16"}
+    for precision, words in (("fp32", "the run computes in float32"), ("amp_bf16", "takes no bfloat16 weights")):
+        trainer = {"precision": precision, "parallelism": way}
+        codes, text = ranks.run(1, "train", str(write_config(tmp_path / precision, tiny_data, 1, trainer=trainer)))
+        assert codes == [2]
+        assert words in text
 
 
 def test_what_fsdp2_cannot_do_is_refused(tiny_data: Path, tmp_path: Path) -> None:

@@ -103,7 +103,14 @@ def test_old_tokens_keep_their_logits(tmp_path: Path, data: Path, kind: str, row
         torch.testing.assert_close(new, expected.mean(1, keepdim=True).expand_as(new).detach(), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("kind", "rows", "vocab_size"), [("bert", 70, 70), ("roberta", 70, 128), ("bert", 61, 64)])
+@pytest.mark.parametrize(
+    ("kind", "rows", "vocab_size"),
+    [
+        pytest.param("bert", 70, 70, marks=pytest.mark.slow),
+        pytest.param("roberta", 70, 128, marks=pytest.mark.slow),
+        ("bert", 61, 64),
+    ],
+)
 def test_such_a_run_trains_and_exports(
     tmp_path: Path, data: Path, ranks: Ranks, kind: str, rows: int, vocab_size: int
 ) -> None:

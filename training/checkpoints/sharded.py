@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from flexbert import FlexBertForMaskedLM, build
 from flexbert.config import without_init
 from flexbert.growing import Grow
+from training.objectives.phases import PARTS
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -72,7 +73,8 @@ def unshared(model: nn.Module) -> dict[str, Tensor]:
 
 
 def whole_model(model: FlexBertForMaskedLM, wanted: bool) -> FlexBertForMaskedLM | None:
-    """The model as one process holds it: itself, or, if it is sharded, a copy in host memory. None unless wanted.
+    """The model as one process holds it: itself, or, if it is sharded, a copy in host memory, without what objectives
+    train beside it. None unless wanted.
 
     Of a sharded model a collective, tensor by tensor: no rank that does not want it holds more than one.
     """
@@ -81,7 +83,7 @@ def whole_model(model: FlexBertForMaskedLM, wanted: bool) -> FlexBertForMaskedLM
     weights = {}
     for name, part in unshared(model).items():
         gathered = whole(part)
-        if wanted:
+        if wanted and not name.startswith(PARTS):
             weights[name] = gathered.cpu()
     if not wanted:
         return None

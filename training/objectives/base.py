@@ -1,5 +1,6 @@
 """What an objective gives."""
 
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -19,6 +20,8 @@ class Loss(NamedTuple):
     """What the sum is taken over: what `count` said of the batch."""
     scores: TokenScores | None = None
     """Of each masked token, in order, for the metrics of streams; None where the objective has none."""
+    parts: Mapping[str, tuple[Tensor, int]] = {}
+    """For the metrics: by name a sum, a scalar without gradients, and what it is a mean over, as the line has it."""
 
 
 class Objective(Protocol):

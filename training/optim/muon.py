@@ -1,32 +1,40 @@
-"""Muon for matrices and AdamW for the rest, in one optimizer: Composer takes only one.
+"""Muon and NorMuon for matrices, AdamW for the rest.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): the step of a matrix is its momentum with all
 singular values made about 1,
 
-    B = momentum * B + G;   W -= lr * (weight_decay * W + scale * NS(G + momentum * B)).
+    B = momentum * B + G;   O = NS(G + momentum * B);   W -= lr * (weight_decay * W + scale * O).
 
 scale: 0.2 sqrt(max(rows, columns)), with which entries move by about 0.2 lr in the root mean square, as under AdamW
 (Moonlight, arXiv 2502.16982, sec. 2.2, eq. 4), or sqrt(max(1, rows / columns)), the original. Decay: Moonlight, eq. 3.
 
-The parts of a fused matrix (queries, keys and values; halves of a gated mlp) are matrices of their own: each is
-orthogonalised and scaled alone, so fusing changes nothing but rounding.
+NorMuon (arXiv 2510.05491, algorithm 1) divides each row of O, the step of one output, by the root of the mean of its
+squares over the steps, and gives the whole its size back:
+
+    v = beta2 * v + (1 - beta2) * mean over columns of O^2;   O' = O / (sqrt(v) + eps);   O' is scaled to |O|.
+
+Its scale with `match_rms_adamw` is 0.2 sqrt(rows * columns) / |O'|, so that entries move by 0.2 lr exactly.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
-from torch.optim.adamw import adamw
+
+import ranks
+from training.optim.matrices import MatricesWithAdamW, by_shape, gathered, move
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the original's: the steepest at 0 that keep singular values near 1
 _STEPS = 5
+_TOGETHER = 2**26
+_TINY = 1e-10  # NorMuon's epsilon, of its authors' code
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """U V^T of a matrix U S V^T, but for singular values in about [0.7, 1.2] instead of 1; zeros stay zeros.
+    """U V^T of a matrix U S V^T, or of each of (..., rows, columns), but for singular values in about [0.7, 1.2];
+    zeros stay zeros.
 
     Newton-Schulz: X = aX + (bA + cA^2) X, A = X X^T, five times from X = matrix / its Frobenius norm, along the shorter
     side. Singular values under about 2e-3 of that norm stay smaller. The result has the input's dtype; the products are
@@ -34,102 +42,81 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     """
     a, b, c = _COEFFICIENTS
     x = matrix.bfloat16() if matrix.is_cuda else matrix
-    wide = x.shape[0] <= x.shape[1]
-    x = x if wide else x.T
-    x = x / (x.norm() + 1e-7)
+    wide = x.shape[-2] <= x.shape[-1]
+    x = x if wide else x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(_STEPS):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.T).to(matrix.dtype)
+    return (x if wide else x.mT).to(matrix.dtype)
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
-    """See above. One group of matrices for each way in which they divide into parts, then AdamW's groups."""
+class Muon(MatricesWithAdamW):
+    """See above. Options of a group: momentum, adjust_lr."""
 
-    def __init__(
-        self,
-        matrices: Mapping[nn.Parameter, list[int]],
-        others: Iterable[dict[str, Any]],
-        *,
-        lr: float,
-        weight_decay: float,
-        momentum: float,
-        adjust_lr: Literal["match_rms_adamw", "original"],
-        adamw_lr_factor: float,
-        betas: tuple[float, float],
-        eps: float,
-    ) -> None:
-        """matrices: with the rows of each part. others: groups of parameters with their weight_decay, for AdamW."""
-        by_parts: dict[tuple[int, ...], list[nn.Parameter]] = {}
-        for matrix, rows in matrices.items():
-            if matrix.requires_grad:
-                by_parts.setdefault(tuple(rows) if len(rows) > 1 else (), []).append(matrix)
-        groups: list[dict[str, Any]] = [
-            {"params": params, "weight_decay": weight_decay, "parts": list(rows)} for rows, params in by_parts.items()
-        ]
-        groups += [{**group, "parts": None} for group in others]
-        options = {"lr": lr, "momentum": momentum, "adjust_lr": adjust_lr, "adamw_lr_factor": adamw_lr_factor}
-        super().__init__(groups, {**options, "betas": betas, "eps": eps})
+    def step_matrices(self, group: dict[str, Any], matrices: list[nn.Parameter]) -> None:
+        for alike in by_shape(matrices):
+            for some in _chunks(alike):
+                self._step_some(group, some)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """closure: computes gradients and returns the loss, which is returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if group["parts"] is None:
-                self._step_adamw(group, params)
-            else:
-                for matrix in params:
-                    self._step_muon(group, matrix)
-        return loss
+    def _step_some(self, group: dict[str, Any], matrices: list[nn.Parameter]) -> None:
+        """matrices: of one shape."""
+        updates = []
+        for matrix in matrices:
+            gradient, state = matrix.grad, self.state[matrix]
+            assert gradient is not None
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(matrix)
+            momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
+            updates.append(gradient.add(momentum, alpha=group["momentum"]))
+        whole = torch.stack([gathered(update) for update in updates])
+        rows = group["parts"] or [whole.shape[1]]
+        steps = ranks.shared_out(whole, lambda some: _orthogonal_parts(some, rows))
+        for matrix, update, step in zip(matrices, updates, steps, strict=True):
+            parts = [self.sized(group, part) for part in self.adapted(group, matrix, step).split(rows)]
+            move(matrix, update, torch.cat(parts), group)
 
-    def _step_muon(self, group: dict[str, Any], matrix: nn.Parameter) -> None:
-        gradient, state = matrix.grad, self.state[matrix]
-        assert gradient is not None
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(matrix)
-        momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
-        update = gradient.add(momentum, alpha=group["momentum"])
-        # A sharded matrix is gathered: each rank computes the whole step and keeps its shard.
-        whole = update.full_tensor() if isinstance(update, DTensor) else update
-        parts = whole.split(group["parts"] or whole.shape[0])
-        whole = torch.cat([orthogonalise(part) * _scale(part, group["adjust_lr"]) for part in parts])
-        if isinstance(update, DTensor):
-            copies = DTensor.from_local(whole, update.device_mesh, [Replicate()] * update.device_mesh.ndim)
-            whole = copies.redistribute(placements=update.placements)
-        matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(whole, alpha=-group["lr"])
+    def adapted(self, group: dict[str, Any], matrix: nn.Parameter, step: Tensor) -> Tensor:
+        """step: (rows, columns), whose parts are orthogonal. The direction of the matrix."""
+        return step
 
-    def _step_adamw(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
-        for parameter in params:
-            if not self.state[parameter]:
-                self.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-        states = [self.state[parameter] for parameter in params]
-        beta1, beta2 = group["betas"]
-        adamw(
-            list[Tensor](params),
-            [parameter.grad for parameter in params if parameter.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"] * group["adamw_lr_factor"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+    def sized(self, group: dict[str, Any], part: Tensor) -> Tensor:
+        """A part of the direction, as long as the learning rate wants it."""
+        rows, columns = part.shape
+        moonlight = group["adjust_lr"] == "match_rms_adamw"
+        return part * (0.2 * math.sqrt(max(rows, columns)) if moonlight else math.sqrt(max(1, rows / columns)))
 
 
-def _scale(part: Tensor, adjust_lr: str) -> float:
-    rows, columns = part.shape
-    return 0.2 * math.sqrt(max(rows, columns)) if adjust_lr == "match_rms_adamw" else math.sqrt(max(1, rows / columns))
+class NorMuon(Muon):
+    """See above. Options of a group: those of Muon, and row_beta."""
+
+    def adapted(self, group: dict[str, Any], matrix: nn.Parameter, step: Tensor) -> Tensor:
+        state = self.state[matrix]
+        if "row_squares" not in state:  # of the whole matrix, on every rank
+            state["row_squares"] = step.new_zeros(len(step), 1)
+        squares = state["row_squares"].lerp_(step.square().mean(1, keepdim=True), 1 - group["row_beta"])
+        even = step / (squares.sqrt() + _TINY)
+        rows = group["parts"] or [len(step)]
+        sizes = [old.norm() / (new.norm() + _TINY) for old, new in zip(step.split(rows), even.split(rows), strict=True)]
+        return torch.cat([part * size for part, size in zip(even.split(rows), sizes, strict=True)])
+
+    def sized(self, group: dict[str, Any], part: Tensor) -> Tensor:
+        if group["adjust_lr"] == "original":
+            return super().sized(group, part)
+        return part * (0.2 * math.sqrt(part.numel()) / (part.norm() + _TINY))
+
+
+def _orthogonal_parts(matrices: Tensor, rows: list[int]) -> Tensor:
+    """matrices: (count, rows, columns), each part of which is made orthogonal.
+
+    On CUDA one chain of products does it for all of them. On the CPU, where a product is long enough by itself, each
+    has its own.
+    """
+    some = [matrices] if matrices.is_cuda else matrices.split(1)
+    return torch.cat([torch.cat([orthogonalise(part) for part in each.split(rows, 1)], 1) for each in some])
+
+
+def _chunks(matrices: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Some 2^26 elements at a time: what is gathered from the ranks at once."""
+    count = max(1, _TOGETHER // max(1, matrices[0].numel()))
+    yield from (matrices[first : first + count] for first in range(0, len(matrices), count))

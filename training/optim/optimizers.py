@@ -1,50 +1,22 @@
-"""Slot `optimizer`, and the split of parameters into decayed and not decayed ones."""
+"""Slot `optimizer`: the shelf."""
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from flexbert.layers import block_matrices
-from flexbert_core.schema import Component
 from recipe.slots import OPTIMIZERS
-
-Decayed = Literal["matrices", "no_embeddings", "all"]
-
-
-class _Config(Component):
-    weight_decay: float = Field(ge=0)  # default and meaning are each entry's own
-    decayed: Decayed = Field(
-        default="matrices",
-        description="what decays: matrices (BERT, ModernBERT), those that are no embeddings, or all, vectors too",
-    )
+from training.optim.groups import GroupsConfig, parameter_groups
 
 
-class _AdamConfig(_Config):
+class _AdamConfig(GroupsConfig):
     beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the mean of gradients")
     beta2: float = Field(
         default=0.98, ge=0, lt=1, description="decay of the mean of squared gradients (ModernBERT: 0.98)"
     )
     eps: float = Field(default=1e-6, gt=0, description="added to the denominator (ModernBERT: 1e-6)")
-
-
-def parameter_groups(model: nn.Module, config: _Config, skip: Iterable[nn.Parameter] = ()) -> list[dict[str, Any]]:
-    """At most two groups: decayed ones with the config's `weight_decay`, the others with 0.
-
-    Vectors are norm weights and biases; a decoder tied to the token table is an embedding. skip: parameters to leave
-    out. Order within a group is the model's, so optimizer states map to names the same way in every process.
-    """
-    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    spared = {"matrices": set(), "no_embeddings": tables, "all": set()}[config.decayed]
-    skipped, decayed, plain = set(skip), [], []
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter not in skipped:
-            decays = (parameter.ndim > 1 or config.decayed == "all") and parameter not in spared
-            (decayed if decays else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
 
 
 @OPTIMIZERS.register("stableadamw")
@@ -129,36 +101,120 @@ class _Decoupled(torch.optim.AdamW):
                 group["weight_decay"] = decay
 
 
+@OPTIMIZERS.register("lion")
+class Lion:
+    """torch-optimi's Lion (Chen et al. 2023, arXiv 2302.06675, program 1): steps of one size, in the direction of the
+    sign. It keeps one number for each parameter, where AdamW keeps two; lr is 3 to 10 times less than AdamW's, and
+    weight_decay as much more (section 5)."""
+
+    works_on_shards = True
+
+    class Config(GroupsConfig):
+        weight_decay: float = Field(default=0.1, ge=0, description="a step decays by weight_decay * lr")
+        beta1: float = Field(default=0.9, ge=0, lt=1, description="share of the mean in the direction of a step")
+        beta2: float = Field(default=0.99, ge=0, lt=1, description="decay of the mean of gradients (Lion: 0.99)")
+
+    def __new__(cls, config: Config, *, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        from optimi import Lion as Implementation
+
+        groups, betas = parameter_groups(model, config), (config.beta1, config.beta2)
+        return Implementation(groups, lr=lr, betas=betas, triton=False, foreach=False)
+
+
+class _MuonConfig(_AdamConfig):
+    weight_decay: float = Field(default=0.1, ge=0, description="a step decays by weight_decay * lr (Moonlight: 0.1)")
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="of matrices' gradients, Nesterov's (Muon: 0.95)")
+    adjust_lr: Literal["match_rms_adamw", "original"] = Field(
+        default="match_rms_adamw",
+        description="size of a matrix's step: as AdamW's, so that AdamW's lr fits (Moonlight); original: spectral "
+        "norm sqrt(max(1, rows / columns)) * lr, which wants lr near 0.02 and adamw_lr_factor near 0.015",
+    )
+    adamw_lr_factor: float = Field(default=1.0, gt=0, description="learning rate of the AdamW part over `lr`")
+
+    @model_validator(mode="after")
+    def _check_size(self) -> "_MuonConfig":
+        if self.scale_lr is not None and self.adjust_lr == "original":
+            raise ValueError("scale_lr: adjust_lr original has steps of one size for every width already: leave it out")
+        return self
+
+
 @OPTIMIZERS.register("muon")
 class Muon:
     """Muon for the matrices in the blocks, AdamW for all else: embeddings, head, vectors. See muon.py."""
 
     works_on_shards = True
 
-    class Config(_AdamConfig):
-        weight_decay: float = Field(
-            default=0.1, ge=0, description="a step decays by weight_decay * lr (Moonlight: 0.1)"
-        )
-        momentum: float = Field(default=0.95, ge=0, lt=1, description="of matrices' gradients, Nesterov's (Muon: 0.95)")
-        adjust_lr: Literal["match_rms_adamw", "original"] = Field(
-            default="match_rms_adamw",
-            description="size of a matrix's step: as AdamW's, so that AdamW's lr fits (Moonlight); original: spectral "
-            "norm sqrt(max(1, rows / columns)) * lr, which wants lr near 0.02 and adamw_lr_factor near 0.015",
-        )
-        adamw_lr_factor: float = Field(default=1.0, gt=0, description="learning rate of the AdamW part over `lr`")
+    class Config(_MuonConfig):
+        pass
 
     def __new__(cls, config: Config, *, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        from training.optim.muon import MuonWithAdamW
+        from training.optim.muon import Muon as Implementation
 
-        matrices = block_matrices(model)
-        return MuonWithAdamW(
-            matrices,
-            parameter_groups(model, config, skip=matrices),
+        return Implementation(model, config, block_matrices(model), **_muon_options(config, lr))
+
+
+@OPTIMIZERS.register("normuon")
+class NorMuon:
+    """Muon with steps of one size for each row, which is the step of one output (arXiv 2510.05491). See muon.py."""
+
+    works_on_shards = True
+
+    class Config(_MuonConfig):
+        row_beta: float = Field(
+            default=0.95, ge=0, lt=1, description="decay of the mean square of each row's steps (NorMuon: 0.95)"
+        )
+
+    def __new__(cls, config: Config, *, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        from training.optim.muon import NorMuon as Implementation
+
+        options = _muon_options(config, lr)
+        return Implementation(model, config, block_matrices(model), **options, row_beta=config.row_beta)
+
+
+def _muon_options(config: _MuonConfig, lr: float) -> dict[str, Any]:
+    return {
+        "lr": lr,
+        "momentum": config.momentum,
+        "adjust_lr": config.adjust_lr,
+        "adamw_lr_factor": config.adamw_lr_factor,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+    }
+
+
+@OPTIMIZERS.register("soap")
+class Soap:
+    """SOAP for the matrices in the blocks, AdamW for all else: Adam in the eigenbasis of Shampoo's preconditioner
+    (arXiv 2409.11321). See soap.py. It keeps two square matrices for each side of a matrix, and needs matrices whole:
+    no fsdp2."""
+
+    class Config(_AdamConfig):
+        weight_decay: float = Field(default=0.01, ge=0, description="a step decays by weight_decay * lr (SOAP: 0.01)")
+        soap_beta1: float = Field(
+            default=0.95, ge=0, lt=1, description="decay of the mean of matrices' gradients (SOAP: 0.95)"
+        )
+        soap_beta2: float = Field(
+            default=0.95, ge=0, lt=1, description="decay of their squares and of the preconditioner (SOAP: 0.95)"
+        )
+        frequency: int = Field(default=10, ge=1, description="steps between turns of the bases (SOAP: 10)")
+
+    @staticmethod
+    def more_states(model: nn.Module) -> int:
+        sides = [
+            size for matrix, rows in block_matrices(model).items() for part in rows for size in (part, matrix.shape[1])
+        ]
+        return sum(2 * size**2 for size in sides)
+
+    def __new__(cls, config: Config, *, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        from training.optim.soap import Soap as Implementation
+
+        return Implementation(
+            model,
+            config,
+            block_matrices(model),
             lr=lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            adjust_lr=config.adjust_lr,
-            adamw_lr_factor=config.adamw_lr_factor,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
+            soap_betas=(config.soap_beta1, config.soap_beta2),
+            frequency=config.frequency,
         )

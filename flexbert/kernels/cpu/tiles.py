@@ -41,7 +41,8 @@ def tiled(
     assert slopes is None
     assert dropout_p == 0.0
     per_side = window[0] if 0 <= window[0] < plan.max_seqlen - 1 else None
-    return _Tiled.apply(q, k, v, _Layout(plan, per_side, q.shape[1]))  # pyright: ignore[reportReturnType]
+    causal = window[1] == 0 and window[0] != 0
+    return _Tiled.apply(q, k, v, _Layout(plan, per_side, q.shape[1], causal))  # pyright: ignore[reportReturnType]
 
 
 class _Rows(NamedTuple):
@@ -74,12 +75,12 @@ class _Tile(NamedTuple):
 class _Layout:
     """Where the tiles of a batch lie in tables of (margin + N * length + margin, H), head after head."""
 
-    def __init__(self, plan: AttentionPlan, per_side: int | None, heads: int) -> None:
-        """per_side: tokens seen to each side; None: whole sequences."""
-        self.plan, self.per_side, self.heads = plan, per_side, heads
+    def __init__(self, plan: AttentionPlan, per_side: int | None, heads: int, causal: bool) -> None:
+        """per_side: tokens seen to each side; None: whole sequences. causal: none of those to the right."""
+        self.plan, self.per_side, self.heads, self.causal = plan, per_side, heads, causal
         self.length, self.margin = plan.num_tokens, 0
         if per_side is not None:
-            blocks = plan.blocks(per_side)
+            blocks = plan.blocks(per_side, causal)
             self.length, self.margin = blocks.count * blocks.block, per_side
 
     def table(self, rows: Tensor, scale: float = 1.0) -> Tensor:
@@ -112,15 +113,20 @@ class _Layout:
                 count, start = min(heads, self.heads - head), head * self.length + first
                 for query in range(0, length, queries):
                     number = min(queries, length - query)
+                    part = None if mask is None else mask[:, query : query + number]
+                    keys = length
+                    if self.causal:  # keys behind the last query are left out
+                        keys, triangle = query + number, self.plan.triangle(query, number, dtype)
+                        part = triangle if part is None else part[:, :, :keys] + triangle
                     yield _Tile(
                         _Rows(count, number, self.length, start + query),
-                        _Rows(count, length, self.length, start),
-                        None if mask is None else mask[:, query : query + number],
+                        _Rows(count, keys, self.length, start),
+                        part,
                     )
 
     def _windows(self, dtype: torch.dtype, per_side: int) -> Iterator[_Tile]:
-        blocks = self.plan.blocks(per_side)
-        mask = self.plan.additive_visible(per_side, dtype).squeeze(1)
+        blocks = self.plan.blocks(per_side, self.causal)
+        mask = self.plan.additive_visible(per_side, dtype, causal=self.causal).squeeze(1)
         width = blocks.block + 2 * per_side
         # Whole heads, or parts of one: the mask is the same for all.
         fit = max(1, TILE_BYTES // dtype.itemsize // (blocks.block * width))

@@ -74,6 +74,7 @@ def joined(parts: list[Batch]) -> Batch:
     return {
         **bounds,
         "first_row": 0,
+        **{key: parts[0][key] for key in ("phase", "masking_rate")},
         "input_ids": torch.cat([part["input_ids"] for part in parts]),
         "labels": torch.cat([part["labels"] for part in parts]),
         "max_seqlen": max(part["max_seqlen"] for part in parts),

@@ -178,6 +178,32 @@ def test_order_in_a_loader_of_ones_own(folder: Path, workers: int, ahead: int) -
             np.testing.assert_array_equal(here, there)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_without_packing_every_row_is_one_piece_and_a_pass_loses_nothing(folder: Path, workers: int) -> None:
+    """c's documents of 500 tokens are cut into pieces of 126. A pass over both streams has 160 + 100 + 6 * 4 rows."""
+    pieces = sorted([100] * 160 + [90] * 100 + [126, 126, 126, 122] * 6)
+    shares: dict[str, dict[str, Any]] = {"b": {}, "c": {}}
+    data = {"packing": False, "num_workers": workers, "lanes": 1}
+    given = config(folder, shares, [phase(len(pieces) // 4)], **data)
+    batches = list(build_loader(given))
+    assert all(set(batch["sequences"]) == {1} for batch in batches)
+    assert sorted(np.concatenate([np.diff(batch["cu_seqlens"]) - 2 for batch in batches]).tolist()) == pieces
+    assert all(batch["slots"] == 4 * 128 for batch in batches)
+
+    loader = build_loader(given)
+    for _ in islice(loader, 30):
+        state = loader.state_dict()
+    again = build_loader(given)
+    again.load_state_dict(state)
+    rest = [batch["input_ids"].numpy() for batch in again]
+    assert len(rest) == len(batches) - 30
+    for here, there in zip(rest, batches[30:], strict=True):
+        np.testing.assert_array_equal(here, there["input_ids"].numpy())
+    packed = build_loader(config(folder, shares, [phase(len(pieces) // 4)], lanes=1))
+    with pytest.raises(ConfigError, match=r"^data\.packing: True here, False where"):
+        packed.load_state_dict(state)
+
+
 OTHER: dict[str, tuple[dict[str, Any], str]] = {
     "seed": ({"seed": 2}, r"^seed: 2 here, 1 where"),
     "part_documents": ({"part_documents": 8}, r"^data.part_documents: 8 here, 2048 where"),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.feed.packing import SPECIAL_TOKENS_PER_SEQUENCE, Plan, Spans, pack
+from data.feed.packing import SPECIAL_TOKENS_PER_SEQUENCE, Plan, Spans, cut, pack
 
 
 def whole(lengths: list[int]) -> Spans:
@@ -98,3 +98,16 @@ def test_nothing_gives_no_rows() -> None:
     plan = pack(whole([]), 512, np.random.default_rng(0))
     assert plan.num_rows == 0
     assert len(plan.remaining(0)) == 0
+
+
+@settings(max_examples=100)
+@given(st.lists(st.integers(1, 300), max_size=80), st.integers(3, 70), st.integers(0, 5))
+def test_without_packing_each_piece_has_a_row_to_itself(lengths: list[int], max_seq_len: int, seed: int) -> None:
+    plan = pack(whole(lengths), max_seq_len, np.random.default_rng(seed), together=False)
+    check_rows(plan)
+    assert np.diff(plan.row_starts).tolist() == [1] * len(cut(whole(lengths), max_seq_len))
+    assert sorted(tokens_of(plan.pieces)) == tokens_of(whole(lengths))
+    left = plan.remaining(plan.num_rows // 2)
+    assert len(tokens_of(left)) == sum(
+        len(tokens_of(plan.row(row))) for row in range(plan.num_rows // 2, plan.num_rows)
+    )

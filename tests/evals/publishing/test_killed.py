@@ -90,6 +90,7 @@ def test_a_push_that_is_killed_ends_with_every_revision_whole(
     assert hub.calls["commit"] == commits
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_gone_for_a_while_gets_what_it_missed(
     finished: Path, tmp_path: Path, hub: Hub, pushes: Pushes
 ) -> None:

@@ -18,7 +18,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def publish(run: Path, *arguments: str, code: int = 0) -> str:
-    done = CliRunner().invoke(main.app, ["publish", str(run), *arguments], env={"COLUMNS": "200"})
+    done = CliRunner().invoke(main.app, ["publish", str(run), *arguments], env={"COLUMNS": "10000"})
     assert done.exception is None or isinstance(done.exception, SystemExit), done.output
     assert done.exit_code == code, done.output
     return done.output

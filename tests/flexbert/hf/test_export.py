@@ -159,6 +159,7 @@ def test_bert_and_roberta_are_exported_as_such(tmp_path: Path, changes: dict[str
     assert all(torch.equal(tensor, encoder.state_dict()[name]) for name, tensor in model.encoder.state_dict().items())
 
 
+@pytest.mark.slow
 def test_bert_without_token_types_carries_its_code(tmp_path: Path) -> None:
     """transformers' BERT always looks a token type up, so it has no class for this one."""
     model = build(tiny(**{**BERT, **IDS, "embedding": {"name": "tokens", "token_types": 0}}))

@@ -169,6 +169,7 @@ class Adapter(nn.Module):
         return self.base(states) + self.up(self.down(states))
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")  # since torch 2.8; it still works
 @pytest.mark.parametrize("config", [PARALLEL, SANDWICH], ids=["tied", "untied"])
 def test_every_linear_layer_can_be_wrapped_and_quantised(config: Any) -> None:
     model, ids = own(config=config), inputs()["input_ids"]

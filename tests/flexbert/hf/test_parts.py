@@ -360,7 +360,7 @@ def test_what_a_part_keeps_beside_its_weights_is_there_again(tmp_path: Path) -> 
     torch.testing.assert_close(found(*batch[:3]).logits, model(*batch[:3]).logits)
 
 
-@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("relative", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_part_of_a_package_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool) -> None:
     name = f"package_{relative}".lower()
     (tmp_path / name).mkdir()

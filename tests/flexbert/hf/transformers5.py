@@ -1,4 +1,4 @@
-"""Own-code exports in transformers 5: `make test-transformers5`, in an environment of its own. Not part of `make test`."""
+"""Own-code exports in transformers 5: `make smoke-next`, in its environment. Not part of `make test`."""
 
 import os
 import subprocess
@@ -97,7 +97,7 @@ def test_it_learns(export: tuple[Any, Path], checkpointing: bool) -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(float(loss))
+            losses.append(loss.item())
         assert losses[-1] < 0.9 * losses[0], (auto, losses)
 
 
@@ -135,6 +135,6 @@ def test_half_precision_and_a_fresh_head(export: tuple[Any, Path]) -> None:
     assert model.dtype == torch.bfloat16
     torch.manual_seed(0)
     classifier = AutoModelForSequenceClassification.from_pretrained(export[1], num_labels=5, **ARGUMENTS)
-    assert float(classifier.head.dense.weight.std()) == pytest.approx(0.02, rel=0.2)
+    assert classifier.head.dense.weight.std().item() == pytest.approx(0.02, rel=0.2)
     assert not classifier.head.dense.bias.any()
     assert classifier.head.classifier.weight.shape == (5, 48)

@@ -80,7 +80,7 @@ def test_tiled_in_bfloat16_errs_as_plain_products_do(window: tuple[int, int]) ->
 
     exact = outputs("sdpa", torch.float64)
     errors = [
-        [float((found.double() - right).norm() / right.norm()) for found, right in zip(found, exact, strict=True)]
+        [((found.double() - right).norm() / right.norm()).item() for found, right in zip(found, exact, strict=True)]
         for found in (outputs("tiled", torch.bfloat16), outputs("eager", torch.bfloat16))
     ]
     for ours, plain in zip(*errors, strict=True):
@@ -261,26 +261,28 @@ def test_the_kernel_of_initial_layers_is_checked_when_the_model_is_built() -> No
 @pytest.mark.parametrize(
     ("capability", "head_dim", "chosen"),
     [
-        ((9, 0), 64, "flash3"),
-        ((9, 0), 256, "flash3"),
+        ((9, 0), 56, "flash3"),
+        ((9, 0), 256, "flash2"),
         ((9, 0), 257, "sdpa"),
         ((9, 0), 100, "flash2"),
-        ((8, 0), 64, "flash2"),
-        ((8, 6), 256, "flash2"),
+        ((8, 0), 72, "flash2"),
+        ((8, 6), 248, "flash2"),
         ((8, 0), 264, "sdpa"),
-        ((7, 5), 64, "sdpa"),
+        ((7, 5), 80, "sdpa"),
     ],
 )
 def test_auto_takes_no_flash_attn_that_the_device_or_the_head_size_rules_out(
     capability: tuple[int, int], head_dim: int, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Head sizes that no other test asks about: answers are kept."""
     monkeypatch.setattr(gpu, "installed", lambda package: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert choose_backend.__wrapped__("cuda", torch.bfloat16, False, False, head_dim) == chosen  # past the cache
+    monkeypatch.setattr(gpu, "is_deterministic", lambda: False)
+    assert choose_backend("cuda", torch.bfloat16, head_dim=head_dim) == chosen
     require_backend("flex", "cuda", torch.bfloat16, head_dim=head_dim)
     if chosen == "sdpa":
         found = (
-            r"compute capability 8\.0 \(A100\), not 7\.5" if head_dim == 64 else f"heads of at most 256, not {head_dim}"
+            r"compute capability 8\.0 \(A100\), not 7\.5" if head_dim == 80 else f"heads of at most 256, not {head_dim}"
         )
         with pytest.raises(
             ConfigError, match=rf"attention\.backend: flash2 cannot run: flash-attn (has|needs) {found}"

@@ -1,8 +1,10 @@
 """What flash-attn and FlexAttention are called with, by stand-ins of their signatures that compute in plain steps."""
 
+import functools
 import itertools
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +12,15 @@ import torch
 from torch import Tensor
 
 from flexbert import build
-from flexbert.kernels import AttentionPlan, attend, gpu
+from flexbert.kernels import (
+    AttentionPlan,
+    attend,
+    choose_backend,
+    gpu,
+    is_deterministic,
+    require_backend,
+    set_deterministic,
+)
 from flexbert.kernels.attention import KERNELS
 from flexbert_core.schema import ConfigError
 from tests.flexbert.kernels.cases import LENGTHS, SLOPES, TOLERANCE, detached, qkv_of
@@ -73,7 +83,7 @@ def _flash2_stand_in(
     assert min(max_seqlen_q, max_seqlen_k) >= cu_seqlens_q.diff().max()
     assert not causal
     assert not return_attn_probs
-    assert deterministic
+    assert deterministic is is_deterministic()
     assert softcap == 0.0
     DROPPED.append(dropout_p)
     assert softmax_scale is block_table is None
@@ -111,7 +121,7 @@ def _flash3_stand_in(
     assert min(max_seqlen_q, max_seqlen_k) >= cu_seqlens_q.diff().max()
     assert not causal
     assert not return_attn_probs
-    assert deterministic
+    assert deterministic is is_deterministic()
     assert softcap == attention_chunk == 0
     assert seqused_q is seqused_k is softmax_scale is qv is None
     return _varlen(q, k, v, cu_seqlens_q, window_size)
@@ -121,6 +131,8 @@ def _flash3_stand_in(
 def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
     """flash-attn needs CUDA: in its place functions of its signatures and meaning, on a CPU that passes for an H100."""
     monkeypatch.setattr(gpu, "installed", lambda package: True)
+    repeats = functools.partial(gpu.flash3_repeats.__wrapped__, "cpu")
+    monkeypatch.setattr(gpu, "flash3_repeats", functools.cache(repeats))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     real = gpu.why_not
     monkeypatch.setattr(gpu, "why_not", lambda backend, _, *rest: real(backend, "cuda", *rest))
@@ -132,7 +144,7 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("flash_attn")
-@pytest.mark.parametrize("kv_heads", [2, 1])
+@pytest.mark.parametrize("kv_heads", [pytest.param(2, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize("slopes", [None, SLOPES], ids=["plain", "alibi"])
 @pytest.mark.parametrize("window", [(-1, -1), (64, 64)], ids=str)
 @pytest.mark.parametrize("backend", ["flash2", "flash3"])
@@ -210,3 +222,64 @@ def test_flex_mask_and_bias(
     needed[:total, :total] = plan.dense_visible(window)
     needed = needed.unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).any(3).any(1)
     assert torch.equal(mask.to_dense()[0, 0].bool(), needed)
+
+
+@pytest.fixture
+def any_order() -> Iterator[None]:
+    """Bits need not repeat."""
+    set_deterministic(False)
+    yield
+    set_deterministic(True)
+
+
+class _Atomic(torch.autograd.Function):
+    """What flash-attn 3 up to 2.8.3 does: its gradient's sums come in another order each time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * (1 + 2**-7 * torch.randint(2, gradients[0].shape))
+
+
+def _unordered(q: Tensor, *others: Any, **named: Any) -> Tensor:
+    return _flash3_stand_in(_Atomic.apply(q), *others, **named)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.usefixtures("flash_attn")
+def test_a_flash_attn_3_that_does_not_repeat_its_bits_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["flash_attn_interface"], "flash_attn_varlen_func", _unordered)
+    assert choose_backend("cuda", torch.bfloat16, head_dim=24) == "flash2"
+    plan = AttentionPlan(torch.tensor([0, 3, 9], dtype=torch.int32), 6, 9)
+    with pytest.raises(ConfigError, match=r"flash3 cannot run: .* in another order each time .*deterministic=false"):
+        attend(*detached(qkv_of(9), torch.bfloat16), plan, window_size=(-1, -1), backend="flash3")
+
+
+@pytest.mark.usefixtures("flash_attn", "any_order")
+def test_without_determinism_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And flash-attn is told so."""
+    monkeypatch.setattr(sys.modules["flash_attn_interface"], "flash_attn_varlen_func", _unordered)
+    assert choose_backend("cuda", torch.bfloat16, head_dim=40) == "flash3"
+    plan = AttentionPlan(torch.tensor([0, 3, 9], dtype=torch.int32), 6, 9)
+    for backend in ("flash2", "flash3"):
+        attend(*detached(qkv_of(9), torch.bfloat16), plan, window_size=(-1, -1), backend=backend)  # pyright: ignore
+
+
+@pytest.mark.usefixtures("flash_attn")
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "message"),
+    [
+        ((10, 0), 64, "flash-attn 3 has code for compute capability 9.0 .H100. only, not 10.0"),
+        ((8, 0), 64, "flash-attn 3 needs compute capability 9.0 .H100., not 8.0"),
+        ((9, 0), 200, "flash-attn 3 has heads of at most 192, not 200"),
+    ],
+    ids=str,
+)
+def test_flash_attn_3_is_for_hopper_and_heads_up_to_192(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], head_dim: int, message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with pytest.raises(ConfigError, match=message):
+        require_backend("flash3", "cuda", torch.bfloat16, head_dim=head_dim)

@@ -1,9 +1,7 @@
 """Optimizers against their published formulas, Composer's and torch's; which parameters decay; the true global norm."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,63 +10,14 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from flexbert import FlexBertConfig, FlexBertForMaskedLM, build
+from flexbert import FlexBertForMaskedLM
 from flexbert.layers import block_matrices
+from recipe.schedules import set_learning_rate
 from recipe.slots import OPTIMIZERS
+from tests.helpers.optimizers import closure_of, gradient_of, loss_of, make, tiny, worst
 from training.checkpoints.files import load_checkpoint, restore, take_snapshot, write_checkpoint
 from training.optim.muon import orthogonalise
 from training.optim.stable_adamw import ShardedStableAdamW
-
-VOCABULARY = 40
-
-
-def tiny(*, seed: int = 3, **options: Any) -> FlexBertForMaskedLM:
-    """Two blocks of width 16 with fused queries, keys (fewer heads) and values, and a gated mlp."""
-    attention = {"name": "multihead", "num_key_value_heads": 2, **options}
-    config = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config |= {"intermediate_size": 24, "max_position_embeddings": 64, "attention": attention}
-    return build(FlexBertConfig.from_dict(config), seed=seed)
-
-
-def loss_of(model: FlexBertForMaskedLM, number: int) -> torch.Tensor:
-    """Of batch `number`, three sequences of different lengths."""
-    generator = torch.Generator().manual_seed(number)
-    ids = torch.randint(5, VOCABULARY, (30,), generator=generator)
-    bounds = torch.tensor([0, 11, 13, 30], dtype=torch.int32)
-    labels = torch.where(torch.rand(30, generator=generator) < 0.4, ids, -100)
-    loss = model(ids, bounds, 17, labels=labels).loss
-    assert loss is not None
-    return loss
-
-
-def closure_of(model: FlexBertForMaskedLM, optimizer: torch.optim.Optimizer, number: int) -> Callable[[], Any]:
-    """As Composer gives it to `step`: gradients exist only after it ran."""
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = loss_of(model, number)
-        loss.backward()
-        return loss
-
-    return closure
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float, peak: float) -> None:
-    """As callbacks/schedule.py does."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-        if group.get("max_lr") is not None:
-            group["max_lr"] = peak
-
-
-def make(name: str, model: nn.Module, lr: float = 0.01, **options: Any) -> torch.optim.Optimizer:
-    return OPTIMIZERS.build(OPTIMIZERS.parse({"name": name, **options}), model=model, lr=lr)
-
-
-def worst(model: nn.Module, other: nn.Module) -> float:
-    """Largest absolute difference of two models' parameters."""
-    pairs = zip(model.parameters(), other.parameters(), strict=True)
-    return max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS.entries))
@@ -92,7 +41,7 @@ def test_decoupled_adamw_is_composers() -> None:
     start = [parameter.clone() for parameter in ours.parameters()]
     for step, lr in enumerate([0.005, 0.01, 0.015, 0.02, 0.02, 0.02, 0.015, 0.01, 0.005, 0.001]):
         for model, stepper in ((ours, optimizer), (theirs, reference)):
-            set_lr(stepper, lr, 0.02)
+            set_learning_rate(stepper, lr, 0.02)
             stepper.step(closure_of(model, stepper, step))
         assert worst(ours, theirs) < 1e-6, step
     assert min(float((old - new).abs().max()) for old, new in zip(start, ours.parameters(), strict=True)) > 0.01
@@ -108,7 +57,7 @@ def test_decoupled_decay_is_relative_to_the_phases_peak() -> None:
         before = weight.detach().clone()
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        set_lr(optimizer, peak / 4, peak)
+        set_learning_rate(optimizer, peak / 4, peak)
         optimizer.step()
         torch.testing.assert_close(weight, before * (1 - 0.1 / 4), rtol=1e-6, atol=0)
 
@@ -124,8 +73,8 @@ def test_stableadamw_of_cuda_and_shards_is_optimis(decouple_lr: bool) -> None:
         for name, parameter in ours.named_parameters():
             parameter.grad = gradient_of(name, parameter.shape, step) * 2.0**step
             theirs.get_parameter(name).grad = parameter.grad.clone()
-        set_lr(together, 0.02 - 0.001 * step, 0.02)
-        set_lr(one_by_one, 0.02 - 0.001 * step, 0.02)
+        set_learning_rate(together, 0.02 - 0.001 * step, 0.02)
+        set_learning_rate(one_by_one, 0.02 - 0.001 * step, 0.02)
         with torch.no_grad():
             together.step_together(sharded=False)
         one_by_one.step()
@@ -268,7 +217,7 @@ def test_continuing_equals_not_stopping(tmp_path: Path, name: str) -> None:
     def steps(model: FlexBertForMaskedLM, optimizer: torch.optim.Optimizer, numbers: range) -> None:
         for number in numbers:
             peak = 0.02 if number < 4 else 0.01
-            set_lr(optimizer, peak * (1 - number / 10), peak)
+            set_learning_rate(optimizer, peak * (1 - number / 10), peak)
             optimizer.step(closure_of(model, optimizer, number))
 
     straight, first, second = tiny(), tiny(), tiny(seed=4)
@@ -286,14 +235,17 @@ def test_continuing_equals_not_stopping(tmp_path: Path, name: str) -> None:
 @pytest.mark.filterwarnings("ignore:You are using weight_decay")
 @pytest.mark.parametrize("decayed", ["matrices", "no_embeddings", "all"])
 def test_what_decays(name: str, decayed: str) -> None:
-    """Told by what moves without gradients. The tied decoder is the token table; its bias and the norms are vectors."""
+    """Told by what moves without gradients, in two steps: SOAP's first moves nothing. The tied decoder is the token
+    table; its bias and the norms are vectors."""
     model = tiny()
     before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             before[key] = parameter.fill_(1.0).clone()
             parameter.grad = torch.zeros_like(parameter)
-    make(name, model, weight_decay=1e-3, decayed=decayed).step()
+    optimizer = make(name, model, weight_decay=1e-3, decayed=decayed)
+    optimizer.step()
+    optimizer.step()
     moved = {key for key, parameter in model.named_parameters() if not torch.equal(parameter, before[key])}
     matrices = {key for key, parameter in before.items() if parameter.ndim > 1}
     expected = {
@@ -325,10 +277,6 @@ def step_sharded(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def gradient_of(name: str, shape: torch.Size, number: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(number + sum(map(ord, name))))
-
-
 @pytest.mark.slow
 def test_muon_on_shards_is_muon(tmp_path: Path) -> None:
     """Two gloo processes. A rank has 16 of the 32 rows of queries, keys and values."""
@@ -342,3 +290,12 @@ def test_muon_on_shards_is_muon(tmp_path: Path) -> None:
     found = torch.load(tmp_path / "weights.pt", weights_only=True)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.detach(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_matrices_together_are_orthogonalised_as_each_alone(shape: tuple[int, int]) -> None:
+    """As on CUDA, where matrices of one shape are one chain of products."""
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    together = orthogonalise(matrices)
+    for each, found in zip(matrices, together, strict=True):
+        torch.testing.assert_close(found, orthogonalise(each), atol=1e-5, rtol=0)

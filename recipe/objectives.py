@@ -1,0 +1,41 @@
+"""What the objectives of a run's phases have to do with the rest of its file."""
+
+from typing import Any
+
+from data.feed.masking import MASKINGS, MaskingConfig, is_causal
+from recipe.slots import OBJECTIVES
+
+
+def own_masking(objective: Any) -> MaskingConfig | None:
+    """The masking that an objective, by its config, brings along; None: it trains on any but such."""
+    name = getattr(OBJECTIVES.entries[objective.name], "masking", None)
+    parsed: Any = None if name is None else MASKINGS.parse(name)
+    return parsed
+
+
+def check_objectives(run: Any) -> None:
+    """run: a RunConfig, whose schema asks. Raises ValueError `key: what is wrong: fix` for an objective that cannot
+    train what the file says, and for a masking that its phase's objective does not read."""
+    objective, place, uses_masking = run.objective, "objective", False
+    for number, phase in enumerate(run.phases):
+        if phase.objective is not None:
+            objective, place = phase.objective, f"phases[{number}].objective"
+        own = own_masking(objective)
+        if own is not None and phase.masking is not None:
+            raise ValueError(
+                f"phases[{number}].masking: objective {objective.name!r} has targets of its own ({own.name}): leave it "
+                "out"
+            )
+        uses_masking = uses_masking or own is None
+        masking = phase.masking or (run.masking if number == 0 else None)
+        if own is None and masking is not None and is_causal(masking):
+            key = f"phases[{number}].masking" if phase.masking is not None else "masking"
+            raise ValueError(f"{key}: {masking.name!r} is brought along by objective clm: name that, and no masking")
+        if (check := getattr(OBJECTIVES.entries[objective.name], "check", None)) is not None:
+            try:
+                check(objective, run)
+            except ValueError as error:
+                raise ValueError(f"{place}: {objective.name}: {error}") from None
+    default: Any = MASKINGS.parse(type(run).model_fields["masking"].default)
+    if not uses_masking and run.masking != default:
+        raise ValueError("masking: the objectives of all phases have targets of their own: leave it out")

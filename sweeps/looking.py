@@ -1,0 +1,85 @@
+"""Trains the trials of a search, batch by batch, until there are as many as the sweep file wants."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from rich.console import Console
+
+from flexbert_core.schema import ConfigError
+from jobs.base import Job, JobExecutor, told
+from sweeps.arms import Design, arm_of
+from sweeps.cell_jobs import job_of
+from sweeps.file import Search
+from sweeps.folder import Cell, cell_of, write_cells
+from sweeps.results import Trial
+from sweeps.run_result import read_run
+from sweeps.searching import best_of, name_of, propose, read_search, write_search
+from sweeps.searching import told as with_loss
+
+
+def look(design: Design, search: Search, executor: JobExecutor, console: Console) -> bool:
+    """Whether the search has ended, with its best trial chosen as an arm.
+
+    A trial whose run ends with exit code 1 (it diverged, say) is a result and is not tried again. Any other end of a
+    run (a signal, no data) says nothing about its values: the search goes on there at the next call.
+    """
+    trials = read_search(design.folder, search)
+    say = partial(console.print, soft_wrap=True, markup=False)
+    while True:
+        waiting = [trial for trial in trials if trial.state == "running"]
+        if not waiting and len(trials) >= search.trials:
+            break
+        # Those of a batch that a kill has left: it is filled up as it would have been, before anything is told.
+        first = waiting[0].number if waiting else len(trials)
+        while len(trials) < min(first + search.batch, search.trials):
+            trials.append(propose(search, trials))
+            write_search(design.folder, search, trials)
+        if not _train(design, trials, executor, say):
+            return False
+        write_search(design.folder, search, trials)
+    best = best_of(trials)
+    if best is None:
+        say(f"search: none of {len(trials)} trials has a loss: see {design.folder / 'search.json'} for why")
+        return False
+    trials[best.number] = replace(best, chosen=True)
+    write_search(design.folder, search, trials)
+    say(f"search: {name_of(best.number)} of {len(trials)} trials is the best, loss {best.loss:.4f}: an arm from now on")
+    return True
+
+
+def _train(design: Design, trials: list[Trial], executor: JobExecutor, say: Callable[[str], None]) -> bool:
+    """The running ones, and note what came of them; False when nothing can be said of that."""
+    assert design.sweep.search is not None
+    cells: dict[int, Cell] = {}
+    for trial in trials:
+        if trial.state == "running":
+            try:
+                arm = arm_of(design, name_of(trial.number), trial.changes)
+                cells[trial.number] = cell_of(design, arm, design.sweep.search.train_seed)
+            except ConfigError as error:
+                say(f"warning: {error}")
+                trials[trial.number] = with_loss(trial, None, str(error))
+    write_cells(list(cells.values()))
+    codes: dict[str, int | None] = {}
+    jobs = [job_of(cell, design.sweep.processes) for cell in cells.values() if not cell.is_finished]
+    show = told(jobs, say)
+
+    def changed(job: Job, code: int | None) -> None:
+        codes[job.name] = code
+        show(job, code)
+
+    if jobs:
+        executor.run(jobs, changed)
+    unfinished = [cell.name for cell in cells.values() if not cell.is_finished]
+    if any(codes.get(name) != 1 for name in unfinished):
+        say(f"search: {', '.join(unfinished)} did not finish: the same command goes on there")
+        return False
+    for number, cell in cells.items():
+        if not cell.is_finished:
+            trials[number] = with_loss(trials[number], None, f"exit code {codes[cell.name]}: see {cell.log}")
+            continue
+        run = read_run(cell.config.folder)
+        loss = run.summary["validation"]["loss"] if run.documents is None else run.documents.loss
+        trials[number] = with_loss(trials[number], loss)
+    return True

@@ -1,0 +1,189 @@
+"""The page in a real browser: no error, no request, and everything that a reader does with it."""
+
+import csv
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.report_page import CHROMIUM, write_page
+from benchmarks.synthetic_sweep import write_run
+from sweeps.report.page import page
+from sweeps.report.subject import of_runs
+from sweeps.run_result import read_run
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make setup-dev")
+if not CHROMIUM.exists():
+    pytest.skip(f"{CHROMIUM} is not there: apt-get install chromium", allow_module_level=True)
+
+EFFECTS = {"base": 0.0, "good": -0.03, "bad": 0.03, '=evil "<b>", & co': 0.0}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_page(tmp_path_factory.mktemp("page"), EFFECTS, 3, 60)
+
+
+class Watched:
+    """A tab, and what must not happen in it."""
+
+    def __init__(self, browser: Any, file: Path, **options: Any) -> None:
+        self.tab = browser.new_page(accept_downloads=True, **options)
+        self.wrong: list[str] = []
+        self.tab.on("console", lambda message: self.wrong.append(f"console: {message.text}"))
+        self.tab.on("pageerror", lambda error: self.wrong.append(f"error: {error}"))
+        self.tab.on("request", lambda request: self._note(request.url, file.as_uri()))
+        self.tab.goto(file.as_uri())
+        self.tab.wait_for_selector("figure[data-drawn]", state="attached")
+
+    def _note(self, url: str, own: str) -> None:
+        if url != own and not url.startswith("blob:"):
+            self.wrong.append(f"request: {url}")
+
+    def lines(self, chart: str) -> list[str]:
+        """Names of what a picture has drawn."""
+        return self.tab.evaluate(
+            "title => [...document.querySelectorAll('figure')].find(each => each.querySelector('h3').textContent === title)"
+            ".querySelector('.plot').data.map(each => each.name).filter(Boolean)",
+            chart,
+        )
+
+    def arms(self) -> list[str]:
+        return self.tab.locator("#verdicts tbody tr td:first-child").all_text_contents()
+
+
+@pytest.fixture
+def watched(browser: Any, file: Path) -> Iterator[Watched]:
+    found = Watched(browser, file, viewport={"width": 1200, "height": 900})
+    yield found
+    found.tab.close()
+    assert found.wrong == []
+
+
+def test_every_picture_is_drawn_without_an_error_or_a_request(watched: Watched) -> None:
+    figures = watched.tab.locator("figure")
+    for place in range(figures.count()):
+        figures.nth(place).scroll_into_view_if_needed()
+        watched.tab.wait_for_selector(f'figure[data-chart="{place}"][data-drawn]')
+    drawn = watched.tab.evaluate("[...document.querySelectorAll('.plot')].map(each => each.data.length)")
+    assert min(drawn) > 0
+    titles = watched.tab.locator("figure h3").all_text_contents()
+    assert titles[0] == "Held-out loss less the baseline's, same seed"
+    assert {"Throughput", "MFU", "Memory", "Mixture so far", "Held-out loss against cost"} <= set(titles)
+
+
+def test_tables_are_sorted_by_click_and_by_keyboard(watched: Watched) -> None:
+    head = watched.tab.locator("#verdicts th button", has_text="difference")
+    head.click()
+    assert watched.arms()[0] == "good"
+    assert watched.arms()[-1] == "base"  # which has no difference from itself
+    head.focus()
+    watched.tab.keyboard.press("Enter")
+    assert watched.arms()[0] == "bad"
+    assert watched.arms()[-1] == "base"
+    assert watched.tab.locator('#verdicts th[aria-sort="descending"]').text_content() == "difference"
+
+
+def test_arms_are_hidden_and_shown(watched: Watched) -> None:
+    assert "good" in watched.lines("Held-out loss less the baseline's, same seed")
+    watched.tab.get_by_label("good").focus()
+    watched.tab.keyboard.press("Space")
+    assert "good" not in watched.lines("Held-out loss less the baseline's, same seed")
+    assert watched.tab.locator("#shown").text_content() == "3 of 4"
+    watched.tab.locator("#all").click()
+    assert "good" in watched.lines("Held-out loss less the baseline's, same seed")
+
+
+def test_axes_and_smoothing(watched: Watched) -> None:
+    plot = "document.querySelectorAll('.plot')[0]"
+    watched.tab.locator("#axis").select_option("hours")
+    assert watched.tab.evaluate(f"{plot}.layout.xaxis.title.text") == "hours of training"
+    watched.tab.locator("#logx").check()
+    assert watched.tab.evaluate(f"{plot}.layout.xaxis.type") == "log"
+    watched.tab.locator("figure", has_text="Training loss").first.scroll_into_view_if_needed()
+    rough = "document.querySelectorAll('.plot')[2].data.find(each => each.name === 'base').y.at(-1)"
+    watched.tab.wait_for_function("document.querySelectorAll('.plot')[2].data")
+    before = watched.tab.evaluate(rough)
+    watched.tab.locator("#smooth").fill("0.9")
+    assert watched.tab.locator("#smoothness").text_content() == "0.9"
+    assert watched.tab.evaluate(rough) > before  # a falling curve's mean of the past
+
+
+def test_dark_and_light(browser: Any, file: Path, watched: Watched) -> None:
+    colour = "getComputedStyle(document.body).backgroundColor"
+    light = watched.tab.evaluate(colour)
+    watched.tab.locator("#theme").click()
+    dark = watched.tab.evaluate(colour)
+    assert dark != light
+    ink = watched.tab.evaluate("document.querySelector('.plot').layout.font.color")
+    assert ink == watched.tab.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--ink').trim()")
+    preferring = Watched(browser, file, color_scheme="dark")
+    assert preferring.tab.evaluate(colour) == dark
+    preferring.tab.locator("#theme").click()
+    assert preferring.tab.evaluate(colour) == light
+    preferring.tab.close()
+    assert preferring.wrong == []
+
+
+def test_a_phone_needs_no_sideways_scrolling(browser: Any, file: Path) -> None:
+    phone = Watched(browser, file, viewport={"width": 390, "height": 844})
+    for place in range(phone.tab.locator("figure").count()):
+        phone.tab.locator("figure").nth(place).scroll_into_view_if_needed()
+        phone.tab.wait_for_selector(f'figure[data-chart="{place}"][data-drawn]')
+    assert phone.tab.evaluate("document.documentElement.scrollWidth") == 390
+    phone.tab.close()
+    assert phone.wrong == []
+
+
+def table_of(watched: Watched, button: Any) -> list[list[str]]:
+    with watched.tab.expect_download() as download:
+        button.click()
+    return list(csv.reader(io.StringIO(Path(download.value.path()).read_text(), newline="")))
+
+
+def test_csv_files(watched: Watched) -> None:
+    head, *body = table_of(watched, watched.tab.locator('button[data-table="verdicts"]'))
+    assert head[:3] == ["arm", "verdict", "difference"]
+    assert [row[0] for row in body] == ["base", "good", "bad", "'" + list(EFFECTS)[3]]  # no formula for a spreadsheet
+    assert float(body[1][2]) == pytest.approx(-0.03, abs=0.01)
+    figure = watched.tab.locator("figure").nth(1)
+    head, *body = table_of(watched, figure.locator("button.csv"))
+    assert head == ["arm", "seed", "tokens", "FLOPs", "hours", "Held-out loss"]
+    assert len(body) == 4 * 3 * 20
+    figure.locator("summary").click()
+    figure.locator("tbody tr").first.wait_for()  # the browser tells the page of an opened table in its own time
+    assert figure.locator("tbody tr").count() == len(body)
+
+
+def test_print(watched: Watched) -> None:
+    """What was never scrolled to is on paper, too."""
+    watched.tab.locator("#theme").click()
+    paper = watched.tab.pdf()
+    assert paper[:5] == b"%PDF-"
+    assert len(re.findall(rb"/Type\s*/Page\b", paper)) >= 2
+    assert watched.tab.evaluate("[...document.querySelectorAll('figure')].every(each => each.dataset.drawn)")
+    assert watched.tab.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
+def test_one_run_and_several(browser: Any, tmp_path: Path) -> None:
+    runs = []
+    for name in ("a", "b"):
+        write_run(tmp_path / name, name, 0.0, 1, 40, 0, finished=name == "a")
+        runs.append(read_run(tmp_path / name))
+    for given, names in ((runs[:1], ["a"]), (runs, ["a", "b"])):
+        (tmp_path / "r.html").write_text(page(of_runs(given)))
+        found = Watched(browser, tmp_path / "r.html")
+        assert found.lines("Held-out loss") == names
+        found.tab.close()
+        assert found.wrong == []

@@ -1,0 +1,189 @@
+"""The report as text: what it says of whole and incomplete sweeps, whatever users call their things."""
+
+import csv
+import html
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.synthetic_sweep import write_run, write_sweep
+from commands.report import report
+from flexbert_core.schema import ConfigError
+from sweeps.report.page import page
+from sweeps.report.subject import differences, of_runs, of_sweep
+from sweeps.report.tables import Cell, tables
+from sweeps.report.writing import latex, markdown, watch_report
+from sweeps.results import SweepResult
+from sweeps.run_result import read_run
+
+EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(2)> & "it\'s" {{7*7}} | $x_1$ \\ \u2028'
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
+    folder = tmp_path_factory.mktemp("sweep")
+    return write_sweep(folder, {"base": 0.0, "good": -0.03, "same": 0.0}, range(3), lines=40, documents=30)
+
+
+@pytest.fixture
+def incomplete(tmp_path: Path) -> SweepResult:
+    return write_sweep(tmp_path, {"base": 0.0, "good": -0.03, "b": 0.0}, range(3), 40, 30, unfinished=[("b", 1)])
+
+
+def data_of(text: str) -> Any:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def cells(table: list[list[Any]], arm: str) -> list[str]:
+    return [cell.text for row in table for cell in row if row[0].text == arm]
+
+
+def test_the_verdict_table(sweep: SweepResult) -> None:
+    first, *others = tables(of_sweep(sweep))
+    assert [row[1].text for row in first.rows] == ["baseline", "better", "no difference shown"]
+    assert {table.key for table in others} == {"equal-cost", "reaching", "documents", "scores", "mixture"}
+    assert [column.head for column in first.columns][:3] == ["arm", "verdict", "difference"]
+
+
+def test_a_missing_cell_leaves_no_number(incomplete: SweepResult) -> None:
+    first = tables(of_sweep(incomplete))[0]
+    row = next(row for row in first.rows if row[0].text == "b")
+    assert row[1].text == "incomplete: b seed 1 interrupted"
+    assert [cell.text for cell in row[2:7]] == ["-", "-", "-", "-", "-"]
+    text = page(of_sweep(incomplete))
+    assert "Incomplete:</strong> 1 of 9 runs are not finished" in text
+    assert [arm["whole"] for arm in data_of(text)["arms"]] == [True, True, False]
+    assert "Incomplete: 1 of 9 runs" in markdown(of_sweep(incomplete))
+    assert "Incomplete: 1 of 9 runs" in latex(of_sweep(incomplete))
+
+
+def test_another_held_out_text_is_said(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {"base": 0.0, "good": -0.03, "same": 0.0}, range(3), lines=40, documents=0)
+    runs = dict(sweep.runs)
+    summary = dict(runs["good", 1].summary)
+    summary["validation"] = summary["validation"] | {"masked_tokens": 9_999}
+    runs["good", 1] = replace(runs["good", 1], summary=summary)
+    table = tables(of_sweep(replace(sweep, runs=runs)))[0]
+    assert [row[1].text for row in table.rows] == [
+        "baseline",
+        "better (other held-out text)",
+        "no difference shown",
+    ]
+    assert "Not on the same held-out text as the baseline (other numbers of masked tokens): good." in table.note
+
+
+def test_one_seed_is_said(tmp_path: Path) -> None:
+    text = page(of_sweep(write_sweep(tmp_path, {"base": 0.0, "good": -0.03}, [1], 40, 30)))
+    assert "One seed says nothing about seeds: there are no verdicts." in text
+    assert "one seed: no verdict" in text
+
+
+def test_texts_of_users_stay_texts(sweep: SweepResult) -> None:
+    names = {arm.name: EVIL if arm.name == "good" else arm.name for arm in sweep.arms}
+    arms = [replace(arm, name=names[arm.name], changes={EVIL: EVIL}, notes=[EVIL]) for arm in sweep.arms]
+    runs = {(names[arm], seed): replace(run, arm=names[arm]) for (arm, seed), run in sweep.runs.items()}
+    paired = {(names[arm], seed): each for (arm, seed), each in sweep.paired.items()}
+    subject = of_sweep(replace(sweep, name=EVIL, arms=arms, runs=runs, paired=paired))
+    text = page(subject)
+    assert text.count("</script>") == 3  # the data's and the two scripts'
+    assert "<img" not in text
+    assert "49" not in re.findall(r"<h1>(.*?)</h1>", text)[0]
+    assert html.unescape(re.findall(r"<h1>(.*?)</h1>", text, re.DOTALL)[0]) == EVIL
+    assert EVIL in [arm["name"] for arm in data_of(text)["arms"]]
+    told = markdown(subject)
+    assert "<script>" not in told
+    rows = [line for line in told.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows[:5]} == {10}
+    assert r"\$x\_1\$" in latex(subject)
+    assert r"\textbackslash{}" in latex(subject)
+
+
+def test_the_policy_names_exactly_what_is_there(sweep: SweepResult) -> None:
+    text = page(of_sweep(sweep))
+    policy = re.findall(r'Content-Security-Policy" content="(.*?)"', text)
+    assert len(policy) == 1
+    assert html.unescape(policy[0]).startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy[0]
+    assert not re.findall(r" on\w+=", re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL))
+    own = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    assert not re.findall(r'(?:src|href|style)=(?!"#)', own)
+
+
+def test_every_curve_is_thin_and_ends_where_it_ends(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "a", 0.0, 1, 2500, 0, True)
+    text = page(of_runs([read_run(tmp_path / "a")]))
+    (run,) = data_of(text)["runs"]
+    assert len(run["groups"][0]["y"]["loss"]) == 1000
+    assert (run["groups"][0]["x"]["tokens"][0], run["groups"][0]["x"]["tokens"][-1]) == (1_000_000, 2_500_000_000)
+    assert "at most 1000 of the logged lines of each run" in text
+
+
+def test_several_runs_have_no_verdicts(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name, name, 0.0, 1, 40, 0, True)
+    subject = of_runs([read_run(tmp_path / name) for name in ("a", "b")])
+    (table, _) = tables(subject)
+    assert (table.key, [row[1].text for row in table.rows]) == ("runs", ["model.mlp=a", "model.mlp=b"])
+    assert "verdicts over" not in page(subject).lower()
+
+
+def test_differences_look_into_lists() -> None:
+    ours, theirs = {"phases": [{"lr": 1}], "seed": 1}, {"phases": [{"lr": 2}], "seed": 2, "x": 1}
+    assert differences([ours, theirs]) == [{"phases.0.lr": 1, "seed": 1}, {"phases.0.lr": 2, "seed": 2, "x": 1}]
+
+
+def test_what_the_ending_says_is_written(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "a", 0.0, 1, 40, 0, True)
+    for name, start in (("r.html", "<!doctype html>"), ("r.md", "# a"), ("r.tex", "% \\usepackage")):
+        assert report([tmp_path / "a"], tmp_path / name, watch=False) == [tmp_path / name]
+        assert (tmp_path / name).read_text().startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("runs", "output", "watch", "line"),
+    [
+        (
+            ["a"],
+            "r.txt",
+            False,
+            "r.txt: the ending says what is written: give one of .html, .md, .tex, .png, .pdf, .svg",
+        ),
+        (["a", "b"], "r.png", False, "r.png: a picture is of one run"),
+        (["a"], "r.png", True, "--watch: "),
+        (["a", "b"], None, False, "--output: say where the page of several runs goes"),
+        (["a", "a"], "r.html", False, "given twice"),
+        (["idle"], "r.html", False, "nothing to draw: metrics.jsonl has no line with a loss of training yet"),
+        (["a"], "no/r.html", False, "give a file in a folder that exists"),
+        (["nothing"], "r.html", False, "no run folder"),
+    ],
+)
+def test_bad_input_is_named(tmp_path: Path, runs: list[str], output: str | None, watch: bool, line: str) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name, name, 0.0, 1, 20, 0, True)
+    (tmp_path / "idle").mkdir()
+    (tmp_path / "idle" / "config.yaml").write_text("name: idle\n")
+    with pytest.raises(ConfigError) as error:
+        report([tmp_path / run for run in runs], tmp_path / output if output else None, watch)
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_watching_ends_when_nothing_trains(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "a", 0.0, 1, 20, 0, True)
+    waits: list[float] = []
+    watch_report([tmp_path / "a"], tmp_path / "r.html", waits.append)
+    assert len(waits) == 3
+    assert data_of((tmp_path / "r.html").read_text())["reload"] is None
+    assert [file.name for file in tmp_path.iterdir()] == ["a", "r.html"] or len(list(tmp_path.iterdir())) == 2
+
+
+def test_csv_of_names_is_readable() -> None:
+    """Python's own reader is what tests/sweeps/test_page.py holds the page's CSV files against."""
+    assert next(csv.reader(['"a ""b"", c",1'])) == ['a "b", c', "1"]
+    assert Cell("x").bar is None
