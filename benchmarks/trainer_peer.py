@@ -1,7 +1,7 @@
 """The peer of benchmarks.time_to_loss: transformers' Trainer as its run_mlm example sets it up.
 
-`python -m benchmarks.trainer_peer CONFIG START OUTPUT --tokens 1000000 --lr 1e-3 --seed 0` trains the Hugging Face
-folder START on the training documents of the run file CONFIG, and writes OUTPUT, a folder of the same kind, and
+`python -m benchmarks.trainer_peer CONFIG START OUTPUT --tokens 1000000 --lr 1e-3 --rows 8 --seed 0` trains the Hugging
+Face folder START on the training documents of the run file CONFIG, and writes OUTPUT, a folder of the same kind, and
 OUTPUT/facts.json: seconds of training, steps, the mean loss of the last tenth.
 
 As in run_mlm: documents with their special tokens are concatenated and cut into rows of one length, which are shuffled
@@ -28,8 +28,6 @@ from benchmarks.arguments import count, parser_of
 from data.feed.loader import open_streams, tokenizer_folder
 from recipe.config import RunConfig, load_run_config
 
-BATCH = 8  # rows a step: what its TrainingArguments say by default
-
 
 def documents(config: RunConfig) -> Iterator[np.ndarray]:
     """Token ids of every training document, with [CLS] and [SEP]."""
@@ -48,9 +46,9 @@ def rows_of(config: RunConfig, length: int) -> list[dict[str, list[int]]]:
     return [{"input_ids": row.tolist()} for row in whole]
 
 
-def train(config: RunConfig, start: Path, output: Path, tokens: int, lr: float, seed: int) -> dict[str, Any]:
-    """Rows are as long as those of the config's first phase."""
-    length, batch = config.phases[0].max_seq_len, BATCH
+def train(config: RunConfig, start: Path, output: Path, tokens: int, lr: float, batch: int, seed: int) -> dict[str, Any]:
+    """Rows, of which a step has `batch`, are as long as those of the config's first phase."""
+    length = config.phases[0].max_seq_len
     assert length is not None
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(config.data))
     steps = tokens // (length * batch)
@@ -77,7 +75,7 @@ def train(config: RunConfig, start: Path, output: Path, tokens: int, lr: float, 
     trainer.save_model(str(output))
     tokenizer.save_pretrained(output)
     logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    facts = {"seconds": seconds, "steps": steps, "loss": logged[-1], "lr": lr, "seed": seed, "tokens": tokens}
+    facts = {"seconds": seconds, "steps": steps, "loss": logged[-1], "lr": lr, "rows": batch, "seed": seed, "tokens": tokens}
     (output / "facts.json").write_text(json.dumps(facts))
     return facts
 
@@ -89,10 +87,11 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--tokens", type=count, required=True)
     parser.add_argument("--lr", type=float, required=True)
+    parser.add_argument("--rows", type=int, required=True, help="a step")
     parser.add_argument("--seed", type=int, required=True)
     given = parser.parse_args()
     config = load_run_config(given.config)
-    print(json.dumps(train(config, given.start, given.output, given.tokens, given.lr, given.seed)))
+    print(json.dumps(train(config, given.start, given.output, given.tokens, given.lr, given.rows, given.seed)))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ CASES = [
     (["tiny_sweep", "x", "--seeds", "0"], "--seeds: expected a number, 1 or more, got '0'"),
     (["calibration", "x", "--sweeps", "0"], "--sweeps: expected a number, 1 or more, got '0'"),
     (["time_to_loss", "x", "--tokens", "0"], "--tokens: expected a number, 1 or more, got '0'"),
-    (["trainer_peer", "x", "y"], "the following arguments are required: output, --tokens, --lr, --seed"),
+    (["trainer_peer", "x", "y"], "the following arguments are required: output, --tokens, --lr, --rows, --seed"),
     (["width_transfer", "x"], "unrecognized arguments: x"),
     (["overhead", "seed"], "expected KEY=VALUE, got 'seed'"),
     (["overhead", "trainer.gradient_clip_norm=1.0"], "trainer.gradient_clip_norm: the bare loop has nothing of the kind"),
