@@ -100,9 +100,11 @@ def main() -> None:
 
     for lr in LRS:
         try_peer(lr, ROWS)
+    few = race.config.phases[0].global_batch_size
+    assert few is not None
     best = LRS.index(min(found, key=found.__getitem__)[0])
     for lr in LRS[max(0, best - 1) : best + 2]:
-        try_peer(lr, race.config.phases[0].global_batch_size)
+        try_peer(lr, few)
     lr, rows = min(found, key=found.__getitem__)
     budget = race.tokens
     for share in SHARES:

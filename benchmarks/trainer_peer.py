@@ -46,17 +46,19 @@ def rows_of(config: RunConfig, length: int) -> list[dict[str, list[int]]]:
     return [{"input_ids": row.tolist()} for row in whole]
 
 
-def train(config: RunConfig, start: Path, output: Path, tokens: int, lr: float, batch: int, seed: int) -> dict[str, Any]:
-    """Rows, of which a step has `batch`, are as long as those of the config's first phase."""
+def train(
+    config: RunConfig, start: Path, output: Path, tokens: int, *, lr: float, rows: int, seed: int
+) -> dict[str, Any]:
+    """Rows, of which a step has `rows`, are as long as those of the config's first phase."""
     length = config.phases[0].max_seq_len
     assert length is not None
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(config.data))
-    steps = tokens // (length * batch)
+    steps = tokens // (length * rows)
     trainer = Trainer(
         model=AutoModelForMaskedLM.from_pretrained(start),
         args=TrainingArguments(
             output_dir=str(output / "trainer"),
-            per_device_train_batch_size=batch,
+            per_device_train_batch_size=rows,
             learning_rate=lr,
             max_steps=steps,
             seed=seed,
@@ -75,7 +77,15 @@ def train(config: RunConfig, start: Path, output: Path, tokens: int, lr: float, 
     trainer.save_model(str(output))
     tokenizer.save_pretrained(output)
     logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    facts = {"seconds": seconds, "steps": steps, "loss": logged[-1], "lr": lr, "rows": batch, "seed": seed, "tokens": tokens}
+    facts = {
+        "seconds": seconds,
+        "steps": steps,
+        "loss": logged[-1],
+        "tokens": tokens,
+        "lr": lr,
+        "rows": rows,
+        "seed": seed,
+    }
     (output / "facts.json").write_text(json.dumps(facts))
     return facts
 
@@ -91,7 +101,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     given = parser.parse_args()
     config = load_run_config(given.config)
-    print(json.dumps(train(config, given.start, given.output, given.tokens, given.lr, given.rows, given.seed)))
+    options = {"lr": given.lr, "rows": given.rows, "seed": given.seed}
+    print(json.dumps(train(config, given.start, given.output, given.tokens, **options)))
 
 
 if __name__ == "__main__":
