@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from commands.doctor import STACKS
 from flexbert import build, to_hf
 from tests.helpers.architectures import BERT, IDS, SANDWICH
+from tests.helpers.continuing import hf_folder, prepare_data, write_terms
+from tests.helpers.continuing import run_file as continued_file
 from tests.helpers.models import scrambled, tiny
 from tests.helpers.runs import ROOT, environment
 from tests.helpers.tiny import ROW, ROWS, write_config, write_data
@@ -29,7 +31,7 @@ WAYS = [(PINNED, NEXT), (NEXT, PINNED)]
 PRESETS: dict[str, dict[str, Any]] = {"modernbert": {}, "bert": BERT, "own code": SANDWICH}
 STEPS = 6
 
-# python -m tests.stacks write NAME FOLDER | weights NAME FILE | load FOLDER FILE
+# python -m tests.stacks write NAME FOLDER | weights NAME FILE | load FOLDER FILE | continued EXPORT
 
 
 def write(name: str, folder: str) -> None:
@@ -59,6 +61,12 @@ def load(folder: str, file: str) -> None:
     ours = from_hf(folder).eval()(ids, torch.tensor([0, 40], dtype=torch.int32), 40).logits
     assert len(AutoTokenizer.from_pretrained(folder)) == 97
     save_file({"transformers": theirs.detach().contiguous(), "FlexBERT": ours.detach().contiguous()}, file)
+
+
+def continued(export: str) -> None:
+    from tests.helpers.continuing import check_export
+
+    check_export(Path(export))
 
 
 def python(stack: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -106,6 +114,23 @@ def test_an_export_loads_in_the_other(name: str, writer: str, reader: str, tmp_p
         for runtime in ("transformers", "FlexBERT"):
             difference = (found[runtime] - expected).abs().max().item()
             assert difference < 2e-5, (stack, runtime)
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+@pytest.mark.parametrize(("writer", "reader"), WAYS)
+def test_a_model_continued_with_new_tokens_loads_in_the_other(
+    kind: str, writer: str, reader: str, tmp_path: Path
+) -> None:
+    """It goes on from a folder that transformers 5 wrote."""
+    hf_folder(tmp_path / "hf", kind)
+    terms = write_terms(tmp_path)
+    data = prepare_data(tmp_path, {"name": "load", "path": str(tmp_path / "hf"), "add": str(terms)})
+    file = continued_file(tmp_path, str(tmp_path / "hf"), data / "tokenizer", tokens={"add": str(terms)})
+    done = python(writer, "main.py", "train", str(file), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (export,) = (tmp_path / "run" / "exports").iterdir()
+    for stack in (writer, reader):
+        ask(stack, "continued", str(export), folder=tmp_path)
 
 
 def last_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -164,4 +189,4 @@ if __name__ == "__main__":
     import sys
 
     os.environ["HF_HUB_OFFLINE"] = "1"
-    {"write": write, "weights": weights, "load": load}[sys.argv[1]](*sys.argv[2:])
+    {"write": write, "weights": weights, "load": load, "continued": continued}[sys.argv[1]](*sys.argv[2:])

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import yaml
 from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     BertModel,
@@ -18,6 +20,7 @@ from transformers import (
 from data.keyed import keyed_generator
 from data.preparation.dataset import load_prepare_config, prepare
 from data.tokenizer import TOKENIZERS, save_tokenizer
+from flexbert import from_hf
 from tests.helpers.preparing import write_jsonl
 from tests.helpers.texts import SENTENCES, text_tokenizer
 
@@ -147,3 +150,20 @@ def run_file(folder: Path, source: str | dict[str, Any], tokenizer: Path, **chan
     file = folder / "train.yaml"
     file.write_text(yaml.safe_dump({**node, **changes}, sort_keys=False))
     return file
+
+
+@torch.no_grad()
+def check_export(export: Path) -> None:
+    """transformers loads it with its tokenizer; text with terms comes back, and logits are ours."""
+    hf, tokenizer = AutoModelForMaskedLM.from_pretrained(export).eval(), AutoTokenizer.from_pretrained(export)
+    assert hf.config.vocab_size % 64 == 0
+    assert len(tokenizer) <= hf.config.vocab_size
+    for text in domain_texts(3):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids) == text
+        tokens = tokenizer.convert_ids_to_tokens(ids)
+        assert sum(token in TERMS for token in tokens) == 16
+    ids = tokenizer(domain_texts(1)[0], return_tensors="pt").input_ids
+    ours = from_hf(export).eval()
+    found = ours(ids[0], torch.tensor([0, ids.shape[1]], dtype=torch.int32), ids.shape[1]).logits
+    torch.testing.assert_close(found, hf(ids).logits[0], atol=1e-4, rtol=0)

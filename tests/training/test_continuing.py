@@ -12,8 +12,7 @@ from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from flexbert import from_hf
-from tests.helpers.continuing import TERMS, domain_texts, hf_folder, prepare_data, run_file, write_terms
+from tests.helpers.continuing import check_export, domain_texts, hf_folder, prepare_data, run_file, write_terms
 from tests.helpers.hub import hub_environment, run_hub
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import ROOT, command, run
@@ -81,28 +80,10 @@ def check_learned(run: Path, text: str) -> None:
     assert "50 are new ('kinase', 'kinosome', 'kinitide', ...) and start as mean-of-pieces" in text
 
 
-@torch.no_grad()
-def check_export(run: Path) -> None:
-    """transformers loads it with its tokenizer; text with terms comes back, and logits are ours."""
-    export = run / "exports" / LAST
-    hf, tokenizer = AutoModelForMaskedLM.from_pretrained(export).eval(), AutoTokenizer.from_pretrained(export)
-    assert hf.config.vocab_size % 64 == 0
-    assert len(tokenizer) <= hf.config.vocab_size
-    for text in domain_texts(3):
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        assert tokenizer.decode(ids) == text
-        tokens = tokenizer.convert_ids_to_tokens(ids)
-        assert sum(token in TERMS for token in tokens) == 16
-    ids = tokenizer(domain_texts(1)[0], return_tensors="pt").input_ids
-    ours = from_hf(export).eval()
-    found = ours(ids[0], torch.tensor([0, ids.shape[1]], dtype=torch.int32), ids.shape[1]).logits
-    torch.testing.assert_close(found, hf(ids).logits[0], atol=1e-4, rtol=0)
-
-
 def test_fifty_terms_lower_the_domains_loss_and_are_exported(trained: tuple[Path, str]) -> None:
     run, text = trained
     check_learned(run, text)
-    check_export(run)
+    check_export(run / "exports" / LAST)
     record = json.loads((run / "origin.json").read_text())
     assert record["vocabulary"]["new"] == 50
     assert "(a Hugging Face folder; 50 tokens are new); then t" in (run / "exports" / LAST / "README.md").read_text()
@@ -115,7 +96,7 @@ def test_fifty_terms_lower_the_domains_loss_and_are_exported(trained: tuple[Path
 def test_the_same_with_a_byte_level_tokenizer(modernbert: Domain, ranks: Ranks, tmp_path: Path) -> None:
     text = ranks.train(1, modernbert.run_file(tmp_path))
     check_learned(tmp_path / "run", text)
-    check_export(tmp_path / "run")
+    check_export(tmp_path / "run" / "exports" / LAST)
 
 
 @torch.no_grad()
