@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 Operation = Literal["SUM", "MAX", "MIN"]
@@ -41,10 +41,11 @@ def over_ranks(values: Tensor, operation: Operation = "SUM") -> Tensor:
     return reduced.cpu()
 
 
-def add_up(values: Tensor) -> None:
-    """Sum a tensor over all ranks in its place, on its device."""
+def add_up(values: Tensor, mesh: DeviceMesh) -> None:
+    """Sum a tensor in its place, on its device, over the ranks that share one copy of the model. mesh: that of its
+    parameters, whose last dimension shares; others are copies, which have the same sum (see `mesh`)."""
     if not _alone():
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=mesh.get_group(mesh.ndim - 1))
 
 
 def on_any_rank(flag: bool | Tensor) -> bool:
@@ -92,7 +93,7 @@ def shared_out(items: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
     return parts[:count]
 
 
-def mesh(replicate: int, device: str) -> Any:
+def mesh(replicate: int, device: str) -> DeviceMesh:
     """The ranks as (copies of the model, ranks that share one): neighbours share. A collective."""
     return init_device_mesh(device, (replicate, world_size() // replicate), mesh_dim_names=("replicate", "shard"))
 

@@ -45,6 +45,7 @@ def test_no_other_module_calls_a_collective() -> None:
 SCRIPT = """
 import json, os, sys
 import torch, torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 import ranks
 rank = 0 if os.fork() else 1
 dist.init_process_group("cuda:gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
@@ -54,7 +55,7 @@ calls = {
     "on_any_rank, a tensor": lambda: ranks.on_any_rank(torch.ones(())),
     "from_rank_0": lambda: ranks.from_rank_0({"step": 1}),
     "of_all_ranks": lambda: ranks.of_all_ranks({"step": 1}),
-    "add_up": lambda: ranks.add_up(torch.ones(3)),  # in place, where the tensor lies
+    "add_up": lambda: ranks.add_up(torch.ones(3), DeviceMesh.from_group(dist.group.WORLD, "cpu")),  # where it lies
 }
 said = {}
 for name, call in calls.items():

@@ -7,6 +7,7 @@ import torch
 from optimi import StableAdamW
 from optimi.utils import debias_beta
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ranks import add_up
@@ -31,31 +32,31 @@ class ShardedStableAdamW(StableAdamW):
     It divides the learning rate of each tensor by the root mean square of grad^2 / max(exp_avg_sq, eps^2) where that is
     over 1 (arXiv 2304.13013, algorithm 2). Its kernel for CUDA sums that by atomic additions, in an order that differs
     from run to run (0.3.3): a resumed run would not be the run. And the mean is over the whole tensor, of which a rank
-    may see a part. Here sums have one order, those of all ranks are added up, for all tensors in one collective, and
-    the host waits for nothing.
+    may see a part. Here sums have one order, those of the ranks that share a copy are added up, for all tensors in one
+    collective, and the host waits for nothing.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[..., Any] | None = None, param: Tensor | None = None) -> Any:
         params = [each for group in self.param_groups for each in group["params"]]
-        sharded = any(isinstance(each, DTensor) for each in params)
-        if not sharded and all(each.device.type == "cpu" for each in params):
+        mesh = next((each.device_mesh for each in params if isinstance(each, DTensor)), None)
+        if mesh is None and all(each.device.type == "cpu" for each in params):
             return super().step(closure, param)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.step_together(sharded)
+        self.step_together(mesh)
         return loss
 
-    def step_together(self, sharded: bool) -> None:
-        """sharded: whether other ranks hold the rest of the parameters."""
+    def step_together(self, mesh: DeviceMesh | None) -> None:
+        """mesh: of the parameters, where other ranks hold the rest of them."""
         parts = [part for part in map(self._move_means, self.param_groups) if part.params]
         if not parts:
             return
         mean_squares = torch.cat([part.mean_squares for part in parts])
-        if sharded:
-            add_up(mean_squares)
+        if mesh is not None:
+            add_up(mean_squares, mesh)
         for part, means in zip(parts, mean_squares.split([len(part.params) for part in parts]), strict=True):
             group = part.group
             lrs = group["lr"] / means.sqrt().clamp_min(1.0)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+import ranks
 from flexbert import FlexBertForMaskedLM
 from flexbert.layers import block_matrices
 from recipe.schedules import set_learning_rate
@@ -76,7 +77,7 @@ def test_stableadamw_of_cuda_and_shards_is_optimis(decouple_lr: bool) -> None:
         set_learning_rate(together, 0.02 - 0.001 * step, 0.02)
         set_learning_rate(one_by_one, 0.02 - 0.001 * step, 0.02)
         with torch.no_grad():
-            together.step_together(sharded=False)
+            together.step_together(None)
         one_by_one.step()
         assert worst(ours, theirs) < 1e-6, step
     weights = [group["params"][0] for group in together.param_groups]
@@ -257,39 +258,46 @@ def test_what_decays(name: str, decayed: str) -> None:
     assert "encoder.embedding.tokens.weight" in matrices
 
 
+ON_SHARDS = ("muon", "stableadamw")
+
+
 def step_sharded(rank: int, folder: str) -> None:
-    """One of two processes: three steps of Muon on a model sharded by FSDP2, its weights saved by rank 0."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model = tiny()
-    for layer in model.encoder.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    optimizer = make("muon", model)
-    for number in range(3):
-        for name, parameter in sorted(model.named_parameters()):
-            assert isinstance(parameter, DTensor)
-            whole = gradient_of(name, parameter.shape, number)
-            parameter.grad = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
-        optimizer.step()
-    gathered = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}  # pyright: ignore
-    if rank == 0:
-        torch.save(gathered, f"{folder}/weights.pt")
+    """One of four processes: three steps of optimizers on models of which two copies are each in two parts, as
+    FSDP2's `replicate: 2` leaves them. Rank 0 saves the weights."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=4)
+    mesh = ranks.mesh(2, "cpu")
+    for name in ON_SHARDS:
+        model = tiny()
+        for layer in model.encoder.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        optimizer = make(name, model)
+        for number in range(3):
+            for key, parameter in sorted(model.named_parameters()):
+                assert isinstance(parameter, DTensor)
+                whole = gradient_of(key, parameter.shape, number)
+                parameter.grad = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+            optimizer.step()
+        gathered = {key: parameter.full_tensor() for key, parameter in model.named_parameters()}  # pyright: ignore
+        if rank == 0:
+            torch.save(gathered, f"{folder}/{name}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_muon_on_shards_is_muon(tmp_path: Path) -> None:
-    """Two gloo processes. A rank has 16 of the 32 rows of queries, keys and values."""
-    torch.multiprocessing.spawn(step_sharded, (str(tmp_path),), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
-    model = tiny()
-    optimizer = make("muon", model)
-    for number in range(3):
-        for name, parameter in model.named_parameters():
-            parameter.grad = gradient_of(name, parameter.shape, number)
-        optimizer.step()
-    found = torch.load(tmp_path / "weights.pt", weights_only=True)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(found[name], parameter.detach(), atol=1e-6, rtol=0)
+def test_an_optimizer_on_shards_is_that_of_the_whole(tmp_path: Path) -> None:
+    """Four gloo processes. A rank has 16 of the 32 rows of queries, keys and values, and so has one other."""
+    torch.multiprocessing.spawn(step_sharded, (str(tmp_path),), nprocs=4)  # pyright: ignore[reportPrivateImportUsage]
+    for name in ON_SHARDS:
+        model = tiny()
+        optimizer = make(name, model)
+        for number in range(3):
+            for key, parameter in model.named_parameters():
+                parameter.grad = gradient_of(key, parameter.shape, number)
+            optimizer.step()
+        found = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        for key, parameter in model.named_parameters():
+            torch.testing.assert_close(found[key], parameter.detach(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
