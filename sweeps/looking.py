@@ -16,13 +16,19 @@ from sweeps.results import Trial
 from sweeps.run_result import read_run
 from sweeps.searching import best_of, name_of, propose, read_search, write_search
 from sweeps.searching import told as with_loss
+from training.checkpoints.files import list_checkpoints, tokens_of
+from training.folder import RunFolder
+
+_TRIES = 3
 
 
 def look(design: Design, search: Search, executor: JobExecutor, console: Console) -> bool:
     """Whether the search has ended, with its best trial chosen as an arm.
 
-    A trial whose run ends with exit code 1 (it diverged, say) is a result and is not tried again. Any other end of a
-    run (a signal, no data) says nothing about its values: the search goes on there at the next call.
+    A trial whose run ends with exit code 1 (it diverged, say) is a result and is not tried again. So is one that
+    signals have ended _TRIES times in a row without a checkpoint in between: its values want more memory than there
+    is, say. Any other end of a run (one signal, no data) says nothing about its values: the search goes on there at
+    the next call.
     """
     trials = read_search(design.folder, search)
     say = partial(console.print, soft_wrap=True, markup=False)
@@ -35,9 +41,10 @@ def look(design: Design, search: Search, executor: JobExecutor, console: Console
         while len(trials) < min(first + search.batch, search.trials):
             trials.append(propose(search, trials))
             write_search(design.folder, search, trials)
-        if not _train(design, trials, executor, say):
-            return False
+        ended = _train(design, trials, executor, say)
         write_search(design.folder, search, trials)
+        if not ended:
+            return False
     best = best_of(trials)
     if best is None:
         say(f"search: none of {len(trials)} trials has a loss: see {design.folder / 'search.json'} for why")
@@ -49,7 +56,7 @@ def look(design: Design, search: Search, executor: JobExecutor, console: Console
 
 
 def _train(design: Design, trials: list[Trial], executor: JobExecutor, say: Callable[[str], None]) -> bool:
-    """The running ones, and note what came of them; False when nothing can be said of that."""
+    """The running ones, and note what came of them all; False when nothing can be said of one yet."""
     assert design.sweep.search is not None
     cells: dict[int, Cell] = {}
     for trial in trials:
@@ -71,15 +78,32 @@ def _train(design: Design, trials: list[Trial], executor: JobExecutor, say: Call
 
     if jobs:
         executor.run(jobs, changed)
-    unfinished = [cell.name for cell in cells.values() if not cell.is_finished]
-    if any(codes.get(name) != 1 for name in unfinished):
-        say(f"search: {', '.join(unfinished)} did not finish: the same command goes on there")
+    why: dict[int, str] = {}
+    for number, cell in cells.items():
+        code = codes.get(cell.name)
+        if cell.is_finished or code is None:
+            continue
+        if code < 0 or code > 128:  # a signal's, its own or as a shell says it
+            died = [*trials[number].died_at, _newest(cell)]
+            trials[number] = replace(trials[number], died_at=died)
+            if died[-_TRIES:] == [died[-1]] * _TRIES:
+                why[number] = f"a signal ended it {_TRIES} times at {died[-1]:,} tokens (exit code {code})"
+        elif code == 1:
+            why[number] = "exit code 1"
+    left = [cell.name for number, cell in cells.items() if not cell.is_finished and number not in why]
+    if left:
+        say(f"search: {', '.join(left)} did not finish: the same command goes on there")
         return False
     for number, cell in cells.items():
         if not cell.is_finished:
-            trials[number] = with_loss(trials[number], None, f"exit code {codes[cell.name]}: see {cell.log}")
+            trials[number] = with_loss(trials[number], None, f"{why[number]}: see {cell.log}")
             continue
         run = read_run(cell.config.folder)
         loss = run.summary["validation"]["loss"] if run.documents is None else run.documents.loss
         trials[number] = with_loss(trials[number], loss)
     return True
+
+
+def _newest(cell: Cell) -> int:
+    """Tokens of the run's newest checkpoint; 0 without one."""
+    return max(map(tokens_of, list_checkpoints(RunFolder(cell.config.folder).checkpoints)), default=0)

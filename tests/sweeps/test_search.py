@@ -189,3 +189,42 @@ def test_a_killed_search_goes_on_without_training_a_trial_twice(tmp_path: Path) 
     (chosen,) = (each.number for each in ours if each.chosen)
     assert [arm.name for arm in read_sweep(tmp_path / "killed").arms] == ["baseline", f"search-{chosen}"]
     assert {each.state for each in read_sweep(tmp_path / "killed").runs.values()} == {"finished"}
+
+
+DEADLY = """
+import os, signal
+from composer.core import Callback
+from flexbert_core.schema import Component
+from recipe.slots import CALLBACKS
+
+@CALLBACKS.register("deadly")
+class Deadly(Callback):
+    class Config(Component):
+        pass
+    def __init__(self, config, **facts):
+        pass
+    def fit_start(self, state, logger):
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@needs_optuna
+@pytest.mark.slow
+def test_a_trial_that_signals_end_three_times_has_failed(tmp_path: Path) -> None:
+    """As when its values want more memory than there is. After the first two times it may have been anything."""
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    write_data(tmp_path / "data")
+    imports, callbacks = [str(tmp_path / "deadly.py")], [{"name": "deadly"}]
+    base = write_config(tmp_path / "base", tmp_path / "data", 2, "full", imports=imports, callbacks=callbacks)
+    node: dict[str, Any] = {"base": str(base), "folder": str(tmp_path / "sweep"), "seeds": [0]}
+    node["search"] = {"trials": 2, "batch": 1, "values": {"phases.0.lr": {"low": 1e-3, "high": 1e-2}}}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(node))
+    sweep = load_sweep_file(tmp_path / "sweep.yaml")
+    assert sweep.search is not None
+    write_search(tmp_path / "sweep", sweep.search, [replace(propose(sweep.search, []), died_at=[0, 0])])
+    done = run(command("sweep", str(tmp_path / "sweep.yaml")))
+    assert done.returncode == 1, done.stdout + done.stderr
+    first, second = read_search(tmp_path / "sweep")
+    assert (first.state, list(first.died_at)) == ("failed", [0, 0, 0])
+    assert first.why.startswith("a signal ended it 3 times at 0 tokens (exit code -9): see ")
+    assert (second.state, list(second.died_at)) == ("running", [0])
