@@ -20,10 +20,12 @@ def load_node(
     overrides: Sequence[str] = (),
     expand: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     spelled: Spelled = MappingProxyType({}),
+    amend: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Read a YAML file with OmegaConf: `defaults` (files under it), overrides `key.path=value` over it, interpolation.
 
-    All of these are merged as `merge` says. expand: applied to the result before interpolation (presets).
+    All of these are merged as `merge` says. amend: applied to what the file says, before the overrides. expand: applied
+    to the result before interpolation (presets).
     Raises ConfigError, one line per fault.
     """
     from omegaconf import OmegaConf
@@ -31,6 +33,8 @@ def load_node(
 
     try:
         node = _read_yaml(Path(path), (), spelled)
+        if amend is not None:
+            node = amend(node)
         given: dict[str, Any] = {}
         for keys, value in _in_order(overrides, path, node):
             nested: Any = value

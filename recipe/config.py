@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -340,10 +341,12 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     return check_run(node, Path(path))
 
 
-def read_recorded_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config that a run recorded in its folder, with keys set. Raises ConfigError when it does not load any
-    more."""
-    return check_run(as_recorded(load_node(file, overrides)), file)
+def read_recorded_config(
+    file: Path, overrides: Sequence[str] = (), changes: Mapping[str, Any] = MappingProxyType({})
+) -> RunConfig:
+    """The config that a run recorded in its folder, with `changes` merged over it, and overrides over those. Raises
+    ConfigError when it does not load any more."""
+    return check_run(load_node(file, overrides, amend=lambda node: merge(as_recorded(node), changes)), file)
 
 
 def check_run(node: dict[str, Any], path: Path) -> RunConfig:

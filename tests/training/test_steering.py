@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from callbacks.step_log import read_lines
 from flexbert_core.schema import ConfigError
-from main import app
 from recipe.config import load_run_config
 from recipe.phases import PhasePlan
-from tests.helpers.in_process import PER_STEP, go, said
+from tests.helpers.in_process import PER_STEP, go, invoke, said
 from tests.helpers.tiny import ROW, ROWS, write_config, write_data
 from training.checkpoints.files import list_checkpoints
 
@@ -131,12 +129,6 @@ def test_what_is_no_range_of_steps_is_refused(data: Path, tmp_path: Path, steps:
     file = config_of(tmp_path, data, TWO)
     with pytest.raises(ConfigError, match=r"trainer\.skip_steps"):
         load_run_config(file, [f"trainer.skip_steps=[{steps}]"])
-
-
-def invoke(*arguments: str, code: int = 0) -> str:
-    done = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "10000"})
-    assert done.exit_code == code, done.output
-    return done.output
 
 
 def test_a_decay_is_the_branch_that_one_would_write(data: Path, tmp_path: Path) -> None:
