@@ -169,13 +169,16 @@ class RunFolder:
     def open(self, config: RunConfig) -> None:
         """Create or re-enter the folder (rank 0): lock it, clear torn leftovers, record config and environment.
 
-        Raises RunError when a live process trains here.
+        What was finished is no more when a phase has been added. Raises RunError when a live process trains here.
         """
         for folder in (self.path, self.checkpoints, self.exports):
             folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.lock, self.path, "training this run")
         for folder in (self.path, self.checkpoints, self.exports):
             remove_unfinished(folder)
+        summary = self.finished()
+        if summary is not None and summary["steps"] < PhasePlan(config).total_steps:
+            self.summary.unlink()
         write_file(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
         write_file(self.path / "environment.json", json.dumps(environment(), indent=1))
 
