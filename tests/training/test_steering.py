@@ -269,6 +269,9 @@ def test_phases_tell_what_was_and_what_is_to_come(data: Path, tmp_path: Path) ->
     finished = invoke("phases", str(run))
     assert "to come" not in finished
     assert "may be changed" not in finished
+    begun = load_run_config(config_of(tmp_path / "b", data, TWO[:1]))
+    RunFolder(begun.folder).open(begun)
+    assert "may be changed" not in invoke("phases", str(begun.folder))  # its one phase is settled
     stopped_after(run, 2)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join(line for line in lines if json.loads(line)["step"] <= 2) + "\n")

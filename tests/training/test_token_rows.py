@@ -212,6 +212,8 @@ def test_from_pieces_of_words_to_sentencepiece(tmp_path: Path) -> None:
     ("changes", "line"),
     [
         ({"tokens": {"add": "{folder}/more.txt"}}, "tokens.add: {folder}/more.txt: line 2: 'zymosan' is no token of data.tokenizer {folder}/tokenizer: prepare the streams with"),
+        ({"tokens": {"add": "{folder}/unknown.txt"}}, "tokens.add: {folder}/unknown.txt: line 2: '\u2603' is no token of data.tokenizer {folder}/tokenizer: prepare"),
+        ({"tokens": {"add": "{folder}/unknown.txt"}, "data": {"tokenizer": "{folder}/no-unk", "streams": {"old": {"path": "{folder}"}}}}, "tokens.add: {folder}/unknown.txt: line 1: 'kinase' is no token of data.tokenizer {folder}/no-unk: prepare"),
         ({"tokens": {"add": "{folder}/none.txt"}}, "tokens.add: {folder}/none.txt: cannot be read: No such file or directory"),
         ({"from": "{folder}/other"}, "data.tokenizer: {folder}/tokenizer: is not the tokenizer of {folder}/other: "),
         ({"from": "{folder}/bare", "tokens": {"other_tokenizer": True}}, "tokens: {folder}/bare holds no tokenizer.json, so what is new cannot be told"),
@@ -237,6 +239,9 @@ def test_what_cannot_begin_is_one_line(
     hf_folder(tmp_path / "other", "bert")
     text_tokenizer(tuple(reversed(WORDS))).save_pretrained(tmp_path / "other")
     (tmp_path / "more.txt").write_text("kinase\nzymosan\n")
+    (tmp_path / "unknown.txt").write_text("kinase\n\u2603\n")  # one [UNK]
+    (tmp_path / "no-unk").mkdir()
+    Tokenizer(models.BPE({"a": 0}, [], unk_token="[UNK]")).save(str(tmp_path / "no-unk" / "tokenizer.json"))
     tokenizer = extended(source, tmp_path / "tokenizer", write_terms(tmp_path))
     filled = {key: _fill(value, tmp_path) for key, value in changes.items()}
     file = run_file(tmp_path, str(source), tokenizer, **filled)
