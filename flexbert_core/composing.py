@@ -3,6 +3,7 @@
 Shared by every room, like flexbert_core/schema.py.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -51,6 +52,11 @@ def load_node(
         raise ConfigError(f"{path}: {where}{str(error).splitlines()[0]}") from None
     except RecursionError:
         raise ConfigError(f"{path}: sections lie too deep in each other, or in themselves: flatten them") from None
+
+
+def override(key: str, value: Any) -> str:
+    """key=value for `load_node`, of any value that JSON has."""
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"  # YAML knows no surrogate pairs
 
 
 def merge(base: Any, over: Any, spelled: Spelled = MappingProxyType({}), place: tuple[str, ...] = ()) -> Any:

@@ -99,9 +99,6 @@ class PhaseConfig(Schema):
 def _local(folder: str) -> str:
     if is_url(folder):
         raise ValueError(f"a run lives in a local folder: give one, and checkpoint.remote={folder}")
-    longest = max(len(part.encode()) for part in folder.split("/"))
-    if longest > 255 or len(folder.encode()) > 3000:  # of Linux: 255 bytes a name, 4096 a path
-        raise ValueError(f"expected a path of names of at most 255 bytes, and 3000 in all, got one of {longest} bytes")
     return folder
 
 

@@ -19,10 +19,9 @@ import ranks
 from data.added_tokens import is_one, named_tokens, read_tokens
 from data.feed.loader import tokenizer_folder
 from data.keyed import torch_seed
-from data.tokenizer import byte_alphabet, corpus_tokenizer, role_ids
+from data.tokenizer import byte_alphabet, corpus_tokenizer, padded, role_ids
 from flexbert_core.schema import ConfigError, named
 from recipe.config import RunConfig
-from recipe.source_model import padded
 
 log = logging.getLogger(__name__)
 _SPARE = 20.0  # under the lowest decoder bias: e^-20 of the softmax, and no cliff where label smoothing looks at it

@@ -46,6 +46,11 @@ def test_without_a_baseline_there_is_one_that_changes_nothing(tmp_path: Path) ->
     assert [(arm.name, arm.changes) for arm in found.arms] == [("baseline", {}), ("deep", DEEP["deep"])]
 
 
+def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    found = design(tmp_path, list=DEEP, folder=f"{tmp_path}/Läufe 😀")
+    assert found.cell(found.baseline, 0).runs == f"{tmp_path}/Läufe 😀/runs"
+
+
 def test_two_sweeps_keep_their_copies_apart(tmp_path: Path) -> None:
     found = design(tmp_path, list=DEEP, set=["checkpoint.remote=s3://bucket/runs"])
     assert found.cell(found.baseline, 0).checkpoint.remote == "s3://bucket/runs/sweep-ablation"

@@ -32,7 +32,7 @@ def decay(run: Path, steps: int, *arguments: str) -> Path:
 
 
 def test_a_warmup_rises_and_then_lr_falls(tiny_data: Path, tmp_path: Path) -> None:
-    run = go(write_config(tmp_path, tiny_data, 1, "full", phases=[FIRST]))
+    run = go(write_config(tmp_path / "Läufe 😀", tiny_data, 1, "full", phases=[FIRST]))
     branch = decay(run, 8, "--schedule", "linear", f"phases.0.warmup={4 * PER_STEP}", "phases.0.schedule.final=0")
     rates = [line["lr"] for line in read_lines(branch / "metrics.jsonl") if "lr" in line]
     assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.0075, 0.005, 0.0025])

@@ -234,6 +234,8 @@ def test_what_cannot_decay_is_refused(data: Path, tmp_path: Path, monkeypatch: p
     tokens = str(2 * PER_STEP)
     told = invoke("decay", str(run), "--tokens", tokens, "--from", "77", code=2)
     assert f"--from: {run} has no checkpoint at 77 tokens; it has {PER_STEP}, {2 * PER_STEP}," in told
+    long = invoke("decay", str(run), "--tokens", tokens, "--name", "a" * 300, code=2)
+    assert "config.yaml: name: String should have at most 200 characters" in long
     assert "no run folder" in invoke("decay", str(data), "--tokens", tokens, code=2)
     assert "unknown schedule 'sqrt'" in invoke("decay", str(run), "--tokens", tokens, "--schedule", "sqrt", code=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
