@@ -102,8 +102,8 @@ def _check_alike(runs: Sequence[Path]) -> None:
         for key in sorted(first.keys() | recipe.keys()):
             if first.get(key) != recipe.get(key):
                 raise ConfigError(
-                    f"{path}: {key} is {recipe.get(key)!r}, of {runs[0]} {first.get(key)!r}: runs of a record differ in "
-                    "their seed alone"
+                    f"{path}: {key} is {recipe.get(key)!r}, of {runs[0]} {first.get(key)!r}: runs of a record differ "
+                    "in their seed alone"
                 )
 
 

@@ -60,11 +60,8 @@ def train_until(config: RunConfig, console: Console, tokens: int | None) -> dict
     config = as_begun(config, folder)
     folder.check_config(config)
     summary = folder.finished()
-    if (
-        summary is not None
-        and summary["steps"] >= PhasePlan(config).total_steps
-        and not export_gone(folder, summary, rank)
-    ):
+    more = summary is not None and summary["steps"] < PhasePlan(config).total_steps  # a phase was added
+    if summary is not None and not more and not export_gone(folder, summary, rank):
         return settle_finished(config, folder, summary, rank, console)
     signals.listen()
     if torch.cuda.is_available() and ranks.world_size() > 1:

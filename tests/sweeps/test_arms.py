@@ -22,7 +22,7 @@ FILES = sorted((ROOT / "configs" / "sweep").glob("*.yaml"))
 DEEP = {"deep": {"model.num_hidden_layers": 6}}
 
 
-def design(folder: Path, **node: Any) -> Design:
+def design(folder: Path, /, **node: Any) -> Design:
     file = folder / "ablation.yaml"
     file.write_text(json.dumps({"base": str(ROOT / "configs/demo.yaml"), **node}))
     return expand(file, load_sweep_file(file))
