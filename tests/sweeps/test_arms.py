@@ -24,7 +24,7 @@ DEEP = {"deep": {"model.num_hidden_layers": 6}}
 
 def design(folder: Path, /, **node: Any) -> Design:
     file = folder / "ablation.yaml"
-    file.write_text(json.dumps({"base": str(ROOT / "configs/demo.yaml"), **node}))
+    file.write_text(json.dumps({"base": str(ROOT / "configs/demo.yaml"), **node}, ensure_ascii=False))
     return expand(file, load_sweep_file(file))
 
 
