@@ -28,8 +28,10 @@ def show_phases(path: Path, console: Console) -> None:
     )
     for steps in config.trainer.skip_steps:
         console.print(f"left out: steps {steps}")
-    if any(_has_not_begun(phase, step) for phase in plan.phases) and status["state"] != "finished":
+    if any(step <= phase.first_step for phase in plan.phases[1:]):  # the first is settled when the run begins
         console.print("a phase that has not begun may be changed in the run file, left out, or added behind the last")
+    else:
+        console.print("another phase may be added behind the last in the run file")
 
 
 def _facts(plan: PhasePlan, phase: Phase, step: int, speed: float | None) -> dict[str, str]:
@@ -50,7 +52,3 @@ def _facts(plan: PhasePlan, phase: Phase, step: int, speed: float | None) -> dic
         "streams": "as data.streams" if streams is None else ", ".join(streams),
         "RoPE theta": f"{phase.theta_global or 'as the model'}, local {phase.theta_local or 'as the model'}",
     }
-
-
-def _has_not_begun(phase: Phase, step: int) -> bool:
-    return step <= phase.first_step

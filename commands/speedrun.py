@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
+from callbacks.ledger import nearest_line
 from data.feed.loader import open_streams
 from flexbert import from_hf
 from flexbert_core.schema import ConfigError
@@ -20,7 +21,7 @@ from recipe.config import RunConfig
 from recipe.phases import PhasePlan
 from recipe.track import Track
 from training.document_losses import HeldOutDocuments
-from training.folder import RunFolder
+from training.folder import RunFolder, history
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class Entry:
 def verify(runs: Sequence[Path], track: Track, console: Console) -> bool:
     """Print a line for each run and the verdict; whether they are a record's worth.
 
-    Raises ConfigError for a run that is not finished, is given twice, or trained with a seed of another.
+    Raises ConfigError for a run that is not finished, is given twice, trained with a seed of another, or differs in
+    more.
     """
     resolved = [path.resolve() for path in runs]
     if twice := next((path for path in resolved if resolved.count(path) > 1), None):
         raise ConfigError(f"{twice}: is given twice")
     entries = [_read(path, track) for path in runs]
+    _check_alike(runs)
     for number, entry in enumerate(entries):
         if other := next((each for each in entries[:number] if each.seed == entry.seed), None):
             raise ConfigError(
@@ -86,9 +89,31 @@ def _read(path: Path, track: Track) -> Entry:
         raise ConfigError(f"{path}: its summary.json does not tell train_seconds: run it with this version")
     export = folder.exports / Path(summary["export"] or "").name
     if not (export / "config.json").is_file():
-        raise ConfigError(f"{path}: its export {export} is gone: `main.py train` with its run file writes it again")
-    faults = [*_faults(config, track), *_machine(folder, track), *_data(config, track)]
+        raise ConfigError(f"{path}: its export {export} is gone: restore it, as the run wrote it")
+    faults = [*_faults(config, track), *_machine(folder, track), *_data(config, folder, track)]
     return Entry(path, config.seed, held_out_loss(config, export, track), float(summary["train_seconds"]), faults)
+
+
+def _check_alike(runs: Sequence[Path]) -> None:
+    """Raises ConfigError for a run that trained otherwise than the first, but for its seed."""
+    recipes = [_recipe(RunFolder(path).recorded_config()) for path in runs]
+    first = recipes[0]
+    for path, recipe in zip(runs, recipes, strict=True):
+        for key in sorted(first.keys() | recipe.keys()):
+            if first.get(key) != recipe.get(key):
+                raise ConfigError(
+                    f"{path}: {key} is {recipe.get(key)!r}, of {runs[0]} {first.get(key)!r}: runs of a record differ "
+                    "in their seed alone"
+                )
+
+
+def _recipe(config: RunConfig) -> dict[str, Any]:
+    guard = config.trainer.spike_guard
+    left_out = {
+        "trainer.skip_steps": sorted({step for steps in config.trainer.skipped for step in steps}),
+        "trainer.spike_guard": guard and guard.model_dump(),
+    }
+    return {**history(config), **left_out, "seed": None}
 
 
 def _faults(config: RunConfig, track: Track) -> list[str]:
@@ -106,9 +131,13 @@ def _faults(config: RunConfig, track: Track) -> list[str]:
 
 def _machine(folder: RunFolder, track: Track) -> list[str]:
     """Of the process that trained last: earlier ones are not recorded."""
-    machine: dict[str, Any] = json.loads((folder.path / "environment.json").read_text())
-    ranks, devices = int(machine["world_size"]), len(machine["devices"])
-    threads = int(machine["torch_threads"]) * ranks
+    file = folder.path / "environment.json"
+    try:
+        machine: dict[str, Any] = json.loads(file.read_text())
+        ranks, devices = int(machine["world_size"]), len(machine["devices"])
+        threads = int(machine["torch_threads"]) * ranks
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{file}: missing or damaged: restore it, as the run wrote it") from None
     faults = []
     if track.cores is not None and threads > track.cores:
         faults.append(f"{threads} threads, {track.cores} are allowed")
@@ -117,13 +146,18 @@ def _machine(folder: RunFolder, track: Track) -> list[str]:
     return faults
 
 
-def _data(config: RunConfig, track: Track) -> list[str]:
+def _data(config: RunConfig, folder: RunFolder, track: Track) -> list[str]:
+    """Of the shards that were trained on, as the run noted them, and of the held-out ones that lie there now."""
+    line = nearest_line(folder.ledger, PhasePlan(config).total_steps)
+    if line is None or "data" not in line:
+        raise ConfigError(f"{folder.ledger}: missing or damaged: restore it, as the run wrote it")
+    held_out = zip(config.data.streams, open_streams(config.data, "validation"), strict=True)
+    found = {"train": line["data"], "validation": {name: stream.fingerprint for name, stream in held_out}}
     faults = []
     for split, allowed in (("train", track.streams), ("validation", track.validation)):
-        streams = dict(zip(config.data.streams, open_streams(config.data, split), strict=True))
-        for name, stream in streams.items():
-            if allowed.get(name) != stream.fingerprint:
-                faults.append(f"{name}/{split}: {stream.fingerprint}, the track's is {allowed.get(name)}")
+        for name, fingerprint in found[split].items():
+            if allowed.get(name) != fingerprint:
+                faults.append(f"{name}/{split}: {fingerprint}, the track's is {allowed.get(name)}")
     faults += [f"{name}/validation: is missing" for name in track.validation if name not in config.data.streams]
     return faults
 

@@ -57,7 +57,7 @@ def add_tokens(tokenizer: Any, file: str, inside_words: bool, unknown: str | Non
     for token, number in tokens.items():
         if (fault := _fault(tokenizer, token)) is not None:
             faults.append(f"line {number}: {token!r}: {fault}")
-        elif tokenizer.token_to_id(token) is not None or _is_one(tokenizer, token, unknown):
+        elif tokenizer.token_to_id(token) is not None or is_one(tokenizer, token, unknown):
             known.append(token)
         else:
             new.append(token)
@@ -94,7 +94,7 @@ def _keeps_blanks(tokenizer: Any) -> bool:
     return "ByteLevel" in str(tokenizer.pre_tokenizer)
 
 
-def _is_one(tokenizer: Any, token: str, unknown: str | None) -> bool:
+def is_one(tokenizer: Any, token: str, unknown: str | None) -> bool:
     """Whether text of it alone is one token that says what it is."""
     try:
         found = tokenizer.encode(token, add_special_tokens=False).tokens

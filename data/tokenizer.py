@@ -292,13 +292,18 @@ def role_ids(folder: Path, tokenizer: Any) -> dict[str, int]:
     return {role: index for role, index in ids.items() if index is not None}
 
 
+def padded(rows: int) -> int:
+    """Up to the next multiple of 64."""
+    return -(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
 def tokenizer_facts(folder: Path, tokenizer: Any = None) -> TokenizerFacts:
     """Ids and fingerprint of a saved tokenizer. tokenizer: its `corpus_tokenizer`, where that is loaded already."""
     tokenizer = tokenizer or corpus_tokenizer(folder)
     named_ids = role_ids(folder, tokenizer)
     roles: dict[str, Any] = {f"{role}_token_id": named_ids.get(role) for role in ROLES}
     ids = set(tokenizer.get_vocab().values())
-    vocab_size = -(-(max(ids) + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    vocab_size = padded(1 + max(ids))
     added = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     special: set[int] = added | (set(roles.values()) - {None}) | (set(range(vocab_size)) - ids)
     return TokenizerFacts(fingerprint=fingerprint(folder), vocab_size=vocab_size, special_ids=sorted(special), **roles)

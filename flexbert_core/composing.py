@@ -3,6 +3,7 @@
 Shared by every room, like flexbert_core/schema.py.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,10 +21,12 @@ def load_node(
     overrides: Sequence[str] = (),
     expand: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     spelled: Spelled = MappingProxyType({}),
+    amend: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Read a YAML file with OmegaConf: `defaults` (files under it), overrides `key.path=value` over it, interpolation.
 
-    All of these are merged as `merge` says. expand: applied to the result before interpolation (presets).
+    All of these are merged as `merge` says. amend: applied to what the file says, before the overrides. expand: applied
+    to the result before interpolation (presets).
     Raises ConfigError, one line per fault.
     """
     from omegaconf import OmegaConf
@@ -31,6 +34,8 @@ def load_node(
 
     try:
         node = _read_yaml(Path(path), (), spelled)
+        if amend is not None:
+            node = amend(node)
         given: dict[str, Any] = {}
         for keys, value in _in_order(overrides, path, node):
             nested: Any = value
@@ -47,6 +52,11 @@ def load_node(
         raise ConfigError(f"{path}: {where}{str(error).splitlines()[0]}") from None
     except RecursionError:
         raise ConfigError(f"{path}: sections lie too deep in each other, or in themselves: flatten them") from None
+
+
+def override(key: str, value: Any) -> str:
+    """key=value for `load_node`, of any value that JSON has."""
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"  # YAML knows no surrogate pairs
 
 
 def merge(base: Any, over: Any, spelled: Spelled = MappingProxyType({}), place: tuple[str, ...] = ()) -> Any:

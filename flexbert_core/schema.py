@@ -278,9 +278,14 @@ Line = Annotated[str, AfterValidator(_one_line)]
 def expand_user(path: str) -> str:
     """A local path with a leading `~` or `~NAME` replaced by that user's home folder; URLs are left as they are.
 
-    Raises ValueError for a user that is not known here.
+    Raises ValueError for a user that is not known here, and for what is too long to name a file.
     """
-    if not path.startswith("~") or "://" in path:
+    if "://" in path:
+        return path
+    longest = max(len(part.encode(errors="surrogateescape")) for part in path.split("/"))
+    if longest > 255 or len(path.encode(errors="surrogateescape")) > 3000:  # of Linux: 255 bytes a name, 4096 a path
+        raise ValueError(f"expected a path of names of at most 255 bytes, and 3000 in all, got one of {longest} bytes")
+    if not path.startswith("~"):
         return path
     try:
         return str(Path(path).expanduser())

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -98,9 +99,6 @@ class PhaseConfig(Schema):
 def _local(folder: str) -> str:
     if is_url(folder):
         raise ValueError(f"a run lives in a local folder: give one, and checkpoint.remote={folder}")
-    longest = max(len(part.encode()) for part in folder.split("/"))
-    if longest > 255 or len(folder.encode()) > 3000:  # of Linux: 255 bytes a name, 4096 a path
-        raise ValueError(f"expected a path of names of at most 255 bytes, and 3000 in all, got one of {longest} bytes")
     return folder
 
 
@@ -340,10 +338,12 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     return check_run(node, Path(path))
 
 
-def read_recorded_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config that a run recorded in its folder, with keys set. Raises ConfigError when it does not load any
-    more."""
-    return check_run(as_recorded(load_node(file, overrides)), file)
+def read_recorded_config(
+    file: Path, overrides: Sequence[str] = (), changes: Mapping[str, Any] = MappingProxyType({})
+) -> RunConfig:
+    """The config that a run recorded in its folder, with `changes` merged over it, and overrides over those. Raises
+    ConfigError when it does not load any more."""
+    return check_run(load_node(file, overrides, amend=lambda node: merge(as_recorded(node), changes)), file)
 
 
 def check_run(node: dict[str, Any], path: Path) -> RunConfig:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from data.store.transfer import is_url
-from data.tokenizer import VOCAB_MULTIPLE, corpus_tokenizer
+from data.tokenizer import corpus_tokenizer, padded
 from flexbert.config import TOKEN_IDS, named_init
 from flexbert_core.composing import load_node, merge
 from flexbert_core.schema import ConfigError, expand_user, named
@@ -17,12 +17,15 @@ NAME = "from"
 def source_folder(source: str) -> Path:
     """The folder that `from` names, or the local copy of a model of the hub. Raises ConfigError when that cannot be
     had."""
-    return of_hub(source.removeprefix(HUB)) if source.startswith(HUB) else Path(expand_user(source))
+    return of_hub(source.removeprefix(HUB)) if source.startswith(HUB) else _local(source)
 
 
-def padded(rows: int) -> int:
-    """Up to the next multiple of 64."""
-    return -(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+def _local(path: str) -> Path:
+    """Of a text that no schema has seen yet. Raises ConfigError for what can be no path."""
+    try:
+        return Path(expand_user(path))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def from_source(node: dict[str, Any]) -> dict[str, Any]:
@@ -36,7 +39,10 @@ def from_source(node: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(model, dict) or model.get("preset") != NAME:
         return node
     own = {key: value for key, value in model.items() if key != "preset"}
-    run = Path(expand_user(str(node.get("runs", "runs")))) / str(node.get("name"))
+    with named("runs"):
+        run = _local(str(node.get("runs", "runs")))
+    with named("name"):
+        run /= _local(str(node.get("name")))
     recorded = run / "config.yaml"
     if recorded.is_file() and any((run / "checkpoints").glob("tokens-*")):
         return {**node, "model": merge(load_node(recorded)["model"], own, {"model.init": named_init}, ("model",))}
@@ -66,7 +72,8 @@ def _rows(node: dict[str, Any], theirs: int) -> int:
     tokenizer = data.get("tokenizer") if isinstance(data, dict) else None
     if not isinstance(tokenizer, str) or is_url(tokenizer):
         return theirs
-    folder = Path(expand_user(tokenizer))
+    with named("data.tokenizer"):
+        folder = _local(tokenizer)
     if not (folder / "tokenizer.json").is_file():
         return theirs
     ids = 1 + max(corpus_tokenizer(folder).get_vocab(with_added_tokens=True).values())

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from data.keyed import keyed_generator
+from flexbert_core.composing import override
 from flexbert_core.schema import ConfigError, did_you_mean, named
 from recipe.config import RunConfig, load_run_config
 from recipe.phases import PhasePlan
@@ -64,11 +65,11 @@ class Design:
     def cell(self, arm: Variant, seed: int) -> RunConfig:
         """What an arm trains with a seed."""
         name = cell_name(arm.name, seed)
-        own = [f"seed={seed}", f"name={json.dumps(name)}", f"runs={json.dumps(str(self.folder / 'runs'))}"]
-        own.append(f"evaluations={json.dumps(self._evaluations(arm))}")
+        own = [f"seed={seed}", override("name", name), override("runs", str(self.folder / "runs"))]
+        own.append(override("evaluations", self._evaluations(arm)))
         if arm.config.checkpoint.remote is not None:  # runs of another sweep may have the same names
             remote = f"{arm.config.checkpoint.remote.rstrip('/')}/{self.folder.name}"
-            own.append(f"checkpoint.remote={json.dumps(remote)}")
+            own.append(override("checkpoint.remote", remote))
         own += _branch(self.sweep, seed)
         with named(f"{self.file}: {arm.name}"):
             return load_run_config(self.base, [*arm.overrides, *own])
@@ -197,7 +198,7 @@ def _variant(file: Path, sweep: SweepFile, base: Path, name: str, changes: Mappi
             )
         if sweep.branch_from is not None and path.split(".")[0] == "from":
             raise ConfigError(f"{file}: {name}: {path}: branch_from says where every arm starts: leave one of both out")
-    own = [f"{path}={json.dumps(value)}" for path, value in changes.items()]
+    own = [override(path, value) for path, value in changes.items()]
     overrides = [*sweep.set, *_branch(sweep, sweep.seeds[0]), *own]
     with named(f"{file}: {name}"):
         return Variant(name, changes, load_run_config(base, overrides), overrides)
@@ -205,7 +206,7 @@ def _variant(file: Path, sweep: SweepFile, base: Path, name: str, changes: Mappi
 
 def _branch(sweep: SweepFile, seed: int) -> list[str]:
     origin = sweep.origin(seed)
-    return [] if origin is None else [f"from={json.dumps(origin)}"]
+    return [] if origin is None else [override("from", origin)]
 
 
 def _fair(file: Path, sweep: SweepFile, base: Path, arm: Variant, baseline: Variant) -> Variant:
@@ -218,7 +219,7 @@ def _fair(file: Path, sweep: SweepFile, base: Path, arm: Variant, baseline: Vari
         raise ConfigError(
             f"{file}: {arm.name}: equal: {sweep.equal} would change {clash[0]}, which the arm sets itself"
         )
-    overrides = [*arm.overrides, *(f"{path}={json.dumps(value)}" for path, value in changes.items())]
+    overrides = [*arm.overrides, *(override(path, value) for path, value in changes.items())]
     with named(f"{file}: {arm.name}: equal"):
         return Variant(arm.name, arm.changes, load_run_config(base, overrides), overrides, changes)
 

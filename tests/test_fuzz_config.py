@@ -57,7 +57,7 @@ def test_faults_are_seen() -> None:
         ("defaults: 3\n", "defaults: expected a file or a list of files, got 3"),
         ("defaults: [null]\n", "defaults: expected a file or a list of files"),
         ('defaults: "\\0"\n', "null"),
-        (f"defaults: {'x' * 300}\n", "name too long"),
+        (f"defaults: {'x' * 300}\n", "defaults: expected a path of names of at most 255 bytes"),
         ("seed: ${\n", "seed: "),
         ("seed: " + "[" * 200 + "]" * 200 + "\n", "sections lie too deep in each other"),
         ('seed: "\\u202e\\u2028\\x07"\n', "seed: should be a valid integer, got '\\u202e\\u2028\\x07'"),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import ranks
 from callbacks.ema import WeightAverage
-from data.feed.loader import Loader
+from data.feed.loader import ORDER, Loader
 from data.keyed import torch_seed
 from flexbert import FlexBertConfig, FlexBertForMaskedLM, build, from_hf
 from flexbert.config import without_init
@@ -36,7 +36,6 @@ from training.token_rows import plan_rows, tell, with_rows
 
 log = logging.getLogger(__name__)
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-_ORDER = ("part_documents", "block_documents", "shuffle_shards")  # of the data's config: they decide the order
 _HARMLESS = ("init.", "loss.", "max_position_embeddings", "position.global_theta", "position.local_theta")
 
 
@@ -53,7 +52,7 @@ class Start:
     checkpoint: Checkpoint | None
     parent: RunConfig | None
     tokenizer: str | None  # fingerprint, of a checkpoint
-    rows: int | None  # of the token table, where it may have grown: in a Hugging Face folder of the same tokenizer
+    rows: int | None  # of the token table; None: of another tokenizer's
 
     def check_data(self, config: RunConfig, fingerprints: Mapping[str, str], tokenizer: str) -> None:
         """Raise ConfigError when ids mean other tokens here, or when the data cannot go on where they stood.
@@ -73,7 +72,7 @@ class Start:
         theirs, ours = dict[str, Any](self.checkpoint.state["data"]), dict[str, Any](fingerprints)
         lanes = len(self.checkpoint.state["loader"]["lanes"])
         faults = [("seed", config.seed, self.parent.seed), ("data.lanes", config.lanes, lanes)]
-        faults += [(f"data.{key}", getattr(config.data, key), getattr(self.parent.data, key)) for key in _ORDER]
+        faults += [(f"data.{key}", getattr(config.data, key), getattr(self.parent.data, key)) for key in ORDER]
         faults += [("data.streams", list(ours), list(theirs))]
         faults += [
             (f"data.streams.{name}", f"shards {shards}", f"shards {theirs.get(name)}") for name, shards in ours.items()
@@ -222,7 +221,8 @@ def _read_run(config: RunConfig, folder: Path) -> Start:
         "tokens": before["tokens"] + plan.tokens_before(step),
         "data": data,
     }
-    return Start(record, own, None if weights_only else checkpoint, parent, state.get("tokenizer"), None)
+    rows = len(own["encoder.embedding.tokens.weight"])
+    return Start(record, own, None if weights_only else checkpoint, parent, state.get("tokenizer"), rows)
 
 
 def _find_checkpoint(folder: Path) -> Checkpoint:
@@ -281,11 +281,17 @@ def _hash(files: list[Path]) -> str:
 
 
 def _check_grouping(here: Component, there: Component, path: Path) -> None:
-    """States are kept by groups of parameters, which must be the same."""
+    """States are kept by groups of parameters, which must be the same. How much a group decays may differ."""
     for key in GROUPING:
-        ours, theirs = getattr(here, key, None), getattr(there, key, None)
+        ours, theirs = (_grouping(getattr(each, key, None)) for each in (here, there))
         if ours != theirs:
             raise ConfigError(
                 f"optimizer.{key}: other than in the state of {path}, which groups parameters by it: make them equal, "
                 "or say `from: {checkpoint: ..., weights_only: true}`"
             )
+
+
+def _grouping(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    return [group.model_copy(update={"weight_decay": group.weight_decay is None}) for group in value]

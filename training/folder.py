@@ -4,8 +4,9 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -117,10 +118,21 @@ class RunFolder:
         if not file.exists():
             return []
         recorded = self.recorded_config()
-        before, now = (_history(each) | _min_lengths(each) | {"data.lanes": each.lanes} for each in (recorded, config))
+        if config.origin is not None and recorded.origin is None and list_checkpoints(self.checkpoints):
+            raise ConfigError(
+                f"from: {config.origin.checkpoint}: {self.path} has begun without it, and would not read it: leave it "
+                "out, or begin a run of another name"
+            )
+        named = {
+            number
+            for each in (recorded, config)
+            for number, phase in enumerate(each.phases)
+            if phase.objective is not None
+        }
+        before, now = (history(each) | _objectives(each, named) for each in (recorded, config))
         keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-        # Of another component the name says it all.
-        others = tuple(key.removesuffix("name") for key in keys if key.endswith(".name"))
+        # Of another component the name says it all; a phase's is a title.
+        others = tuple(key.removesuffix("name") for key in keys if key.endswith(".name") and not _is_title(key))
         keys = [key for key in keys if key.endswith(".name") or not key.startswith(others or "\n")]
         trained, plan = self.trained_steps(recorded), PhasePlan(recorded)
         begun = plan.phases.index(plan.at(max(trained - 1, 0)))
@@ -157,13 +169,16 @@ class RunFolder:
     def open(self, config: RunConfig) -> None:
         """Create or re-enter the folder (rank 0): lock it, clear torn leftovers, record config and environment.
 
-        Raises RunError when a live process trains here.
+        What was finished is no more when a phase has been added. Raises RunError when a live process trains here.
         """
         for folder in (self.path, self.checkpoints, self.exports):
             folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.lock, self.path, "training this run")
         for folder in (self.path, self.checkpoints, self.exports):
             remove_unfinished(folder)
+        summary = self.finished()
+        if summary is not None and summary["steps"] < PhasePlan(config).total_steps:
+            self.summary.unlink()
         write_file(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
         write_file(self.path / "environment.json", json.dumps(environment(), indent=1))
 
@@ -200,6 +215,11 @@ def environment() -> dict[str, Any]:
     }
 
 
+def history(config: RunConfig) -> dict[str, Any]:
+    """By dotted key, what decides what is trained and measured."""
+    return _history(config) | _min_lengths(config) | {"data.lanes": config.lanes}
+
+
 def _history(node: Any, prefix: str = "") -> dict[str, Any]:
     """By dotted key, the leaves of a config that decide what is trained and measured: those not MAY_CHANGE."""
     if isinstance(node, BaseModel):
@@ -227,6 +247,21 @@ def _min_lengths(config: RunConfig) -> dict[str, Any]:
         for name in phase.streams or {}:
             lengths[f"phases.{number}.streams.{name}.min_length"] = (resolved.streams or {})[name].min_length
     return lengths
+
+
+def _objectives(config: RunConfig, numbers: Iterable[int]) -> dict[str, Any]:
+    """By dotted key, what phases of these numbers are trained to do, said or inherited; one behind the last would do
+    what that does."""
+    phases, leaves = PhasePlan(config).phases, dict[str, Any]()
+    for number in numbers:
+        place = f"phases.{number}.objective"
+        leaves |= {place: None} | _history(phases[min(number, len(phases) - 1)].objective, place)
+    return leaves
+
+
+def _is_title(key: str) -> bool:
+    """Whether a key that ends in `name` names no component."""
+    return re.fullmatch(r"phases\.[0-9]+\.name", key) is not None
 
 
 def _is_to_come(key: str, begun: int) -> bool:

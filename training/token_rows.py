@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 import ranks
-from data.added_tokens import named_tokens, read_tokens
+from data.added_tokens import is_one, named_tokens, read_tokens
 from data.feed.loader import tokenizer_folder
 from data.keyed import torch_seed
-from data.tokenizer import byte_alphabet, corpus_tokenizer, role_ids
+from data.tokenizer import byte_alphabet, corpus_tokenizer, padded, role_ids
 from flexbert_core.schema import ConfigError, named
 from recipe.config import RunConfig
-from recipe.source_model import padded
 
 log = logging.getLogger(__name__)
 _SPARE = 20.0  # under the lowest decoder bias: e^-20 of the softmax, and no cliff where label smoothing looks at it
@@ -55,7 +54,8 @@ def plan_rows(config: RunConfig, folder: Path, old: int) -> TokenRows:
     here = corpus_tokenizer(ours)
     vocabulary = dict(sorted(here.get_vocab(with_added_tokens=True).items(), key=lambda pair: pair[1]))
     if tokens.add is not None:
-        _check_added(tokens.add, here, str(config.data.tokenizer))
+        unk = role_ids(ours, here).get("unk")
+        _check_added(tokens.add, here, None if unk is None else here.id_to_token(unk), str(config.data.tokenizer))
     if rows < old and not tokens.other_tokenizer:
         fix = padded(max(old, 1 + max(vocabulary.values())))
         raise ConfigError(
@@ -219,10 +219,10 @@ def _check_same(here: Mapping[str, int], there: Mapping[str, int], ours: Path, f
         )
 
 
-def _check_added(file: str, here: Any, where: str) -> None:
+def _check_added(file: str, here: Any, unknown: str | None, where: str) -> None:
     with named("tokens.add"):
         for token, number in read_tokens(file).items():
-            if here.token_to_id(token) is None and len(here.encode(token, add_special_tokens=False).ids) != 1:
+            if here.token_to_id(token) is None and not is_one(here, token, unknown):
                 raise ConfigError(
                     f"{file}: line {number}: {token!r} is no token of data.tokenizer {where}: prepare the streams with "
                     f"`tokenizer: {{name: load, ..., add: {file}}}`"

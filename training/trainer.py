@@ -13,6 +13,7 @@ from callbacks.watchdog import Watchdog
 from data.feed.workers import worker_death
 from flexbert_core.schema import RunError
 from recipe.config import RunConfig
+from recipe.phases import PhasePlan
 from training import report, signals
 from training.allocator import keep_freed_memory
 from training.begun import as_begun
@@ -59,7 +60,8 @@ def train_until(config: RunConfig, console: Console, tokens: int | None) -> dict
     config = as_begun(config, folder)
     folder.check_config(config)
     summary = folder.finished()
-    if summary is not None and not export_gone(folder, summary, rank):
+    more = summary is not None and summary["steps"] < PhasePlan(config).total_steps  # a phase was added
+    if summary is not None and not more and not export_gone(folder, summary, rank):
         return settle_finished(config, folder, summary, rank, console)
     signals.listen()
     if torch.cuda.is_available() and ranks.world_size() > 1:

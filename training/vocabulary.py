@@ -5,10 +5,9 @@ from pathlib import Path
 
 from data.feed.loader import tokenizer_folder
 from data.store.shards import Stream
-from data.tokenizer import corpus_tokenizer
+from data.tokenizer import corpus_tokenizer, padded
 from flexbert_core.schema import ConfigError
 from recipe.config import RunConfig
-from recipe.source_model import padded
 
 
 def check_vocabulary(config: RunConfig, streams: Sequence[Stream], theirs: int | None) -> None:

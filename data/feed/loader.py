@@ -32,6 +32,7 @@ from ranks import of_all_ranks
 log = logging.getLogger(__name__)
 
 MAX_LANES = 64
+ORDER = ("part_documents", "block_documents", "shuffle_shards", "packing")  # of DataConfig: what a cursor depends on
 
 _GROUP_SLOTS = 2**16  # small batches go from worker to training process together, up to so many slots
 
@@ -200,8 +201,9 @@ class MixtureDataset(IterableDataset):
         """What a cursor means nothing without, as JSON values by key of the config."""
         data = self.config.data
         streams = {name: stream.fingerprint for name, stream in zip(data.streams, self.streams, strict=True)}
-        order = {f"data.{key}": getattr(data, key) for key in ("part_documents", "block_documents", "shuffle_shards")}
-        order |= {} if data.packing else {"data.packing": False}
+        order = {f"data.{key}": getattr(data, key) for key in ORDER}
+        if data.packing:  # as in states of before there was a choice
+            del order["data.packing"]
         return {"seed": self.config.seed, "data.streams": [list(pair) for pair in streams.items()], **order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -162,5 +162,34 @@ def test_what_cannot_be_verified_is_refused(runs: list[Path], tmp_path: Path) ->
     assert "is not finished" in verify([same], tmp_path, 2)
     assert "unknown key" in verify(runs, tmp_path, 2, target=3.0)
     shutil.copytree(runs[1], tmp_path / "gone")
+    for name in ("environment.json", "ledger.jsonl"):
+        file = tmp_path / "gone" / name
+        held = file.read_bytes()
+        file.unlink()
+        assert f"error: {file}: missing or damaged" in verify([tmp_path / "gone"], tmp_path, 2)
+        file.write_bytes(held)
     shutil.rmtree(tmp_path / "gone" / "exports")
-    assert "is gone" in verify([tmp_path / "gone"], tmp_path, 2)
+    told = verify([tmp_path / "gone"], tmp_path, 2)
+    assert "is gone: restore it" in told
+    assert "train" not in told  # which would write another environment.json
+
+
+def test_runs_differ_in_their_seed_alone(runs: list[Path], tmp_path: Path) -> None:
+    other = Path(shutil.copytree(runs[1], tmp_path / "other"))
+    file, text = other / "config.yaml", (runs[1] / "config.yaml").read_text()
+    for before, after, key in (
+        ("lr: 0.01", "lr: 0.02", f"phases.0.lr is 0.02, of {runs[0]} 0.01"),
+        ("skip_steps: []", "skip_steps: ['2']", f"trainer.skip_steps is [2], of {runs[0]} []"),
+    ):
+        assert before in text
+        file.write_text(text.replace(before, after))
+        assert f"{other}: {key}: runs of a record differ" in verify([runs[0], other, runs[2]], tmp_path, 2)
+
+
+def test_the_data_are_those_that_were_trained_on(runs: list[Path], tmp_path: Path) -> None:
+    """Whatever lies at their path now."""
+    run = Path(shutil.copytree(runs[0], tmp_path / "run"))
+    ledger = run / "ledger.jsonl"
+    (trained,) = {json.loads(line)["data"]["full"] for line in ledger.read_text().splitlines()}
+    ledger.write_text(ledger.read_text().replace(trained, "0" * len(trained)))
+    assert f"full/train: {'0' * len(trained)}, the track's is {trained}" in verify([run], tmp_path, 1)

@@ -5,7 +5,9 @@ from typing import Any
 
 from rich.console import Console
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from main import app
 from recipe.config import load_run_config
 from tests.helpers.tiny import ROW, ROWS, write_config
 from training.checkpoints.files import list_checkpoints
@@ -27,6 +29,13 @@ def said(file: Path, *overrides: str) -> str:
     with console.capture() as capture:
         go(file, *overrides, console=console)
     return " ".join(capture.get().split())
+
+
+def invoke(*arguments: str, code: int = 0) -> str:
+    """What a command prints."""
+    done = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "10000"})
+    assert done.exit_code == code, done.output
+    return done.output
 
 
 def last(run: Path, name: str) -> Any:

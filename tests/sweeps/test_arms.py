@@ -22,9 +22,9 @@ FILES = sorted((ROOT / "configs" / "sweep").glob("*.yaml"))
 DEEP = {"deep": {"model.num_hidden_layers": 6}}
 
 
-def design(folder: Path, **node: Any) -> Design:
+def design(folder: Path, /, **node: Any) -> Design:
     file = folder / "ablation.yaml"
-    file.write_text(json.dumps({"base": str(ROOT / "configs/demo.yaml"), **node}))
+    file.write_text(json.dumps({"base": str(ROOT / "configs/demo.yaml"), **node}, ensure_ascii=False))
     return expand(file, load_sweep_file(file))
 
 
@@ -44,6 +44,11 @@ def test_a_grid_is_crossed_and_stands_beside_a_list(tmp_path: Path) -> None:
 def test_without_a_baseline_there_is_one_that_changes_nothing(tmp_path: Path) -> None:
     found = design(tmp_path, list=DEEP)
     assert [(arm.name, arm.changes) for arm in found.arms] == [("baseline", {}), ("deep", DEEP["deep"])]
+
+
+def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    found = design(tmp_path, list=DEEP, folder=f"{tmp_path}/Läufe 😀")
+    assert found.cell(found.baseline, 0).runs == f"{tmp_path}/Läufe 😀/runs"
 
 
 def test_two_sweeps_keep_their_copies_apart(tmp_path: Path) -> None:

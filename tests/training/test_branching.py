@@ -218,6 +218,7 @@ def test_a_hugging_face_folder_starts_with_its_loss(folder: Folder) -> None:
         (["model.norm.bias=true"], "from: {start}: encoder.embedding.norm.bias is missing there"),
         (["optimizer=adamw"], "optimizer: 'adamw' here, 'stableadamw' in the state of {start}: give that, or say `from: "),
         (["seed=3"], "seed: 3 here, 17 where {start} was trained: make them equal, or say `from: "),
+        (["data.packing=false"], "data.packing: False here, True where {start} was trained"),
         (["data.lanes=2"], "data.lanes: 2 here, 4 where {start} was trained"),
         (["data.block_documents=20"], "data.block_documents: 20 here, 10 where {start} was trained"),
         (["data.streams.email-code.path={dataset}/async-code"], "data.streams.email-code: shards "),

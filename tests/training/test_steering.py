@@ -8,16 +8,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from callbacks.step_log import read_lines
 from flexbert_core.schema import ConfigError
-from main import app
 from recipe.config import load_run_config
 from recipe.phases import PhasePlan
-from tests.helpers.in_process import PER_STEP, go, said
+from tests.helpers.in_process import PER_STEP, go, invoke, said
 from tests.helpers.tiny import ROW, ROWS, write_config, write_data
 from training.checkpoints.files import list_checkpoints
+from training.folder import RunFolder
 
 TWO = [
     {"name": "first", "tokens": 4 * PER_STEP, "max_seq_len": ROW, "global_batch_size": ROWS, "lr": 1e-2},
@@ -89,8 +88,60 @@ def test_a_begun_phase_is_refused_with_the_reason(data: Path, tmp_path: Path) ->
             go(config_of(tmp_path / "a", data, phases))
         assert key in str(refused.value)
         assert "it stands at step 5, in phases[1], second" in str(refused.value)
-    with pytest.raises(ConfigError, match=r"phases\.2\.objective\.name was None, now 'clm'"):
+    with pytest.raises(ConfigError, match=r"phases\.2\.objective\.name was 'mlm', now 'clm'"):
         go(config_of(tmp_path / "a", data, [*TWO, {"name": "third", "tokens": PER_STEP, "objective": "clm"}]))
+    with pytest.raises(ConfigError, match="from: .* has begun without it, and would not read it"):
+        go(config_of(tmp_path / "a", data, TWO, **{"from": str(data)}))
+
+
+def test_what_differs_in_phases_is_what_they_mean(data: Path, tmp_path: Path) -> None:
+    """A new name hides nothing else, and an objective that is said is the one that would be inherited."""
+    detects = {**TWO[1], "objective": {"name": "rtd", "weight": 20.0}}
+    third = {"name": "third", "tokens": PER_STEP, "objective": "mlm"}
+    for number, (before, now, differs) in enumerate(
+        [
+            (TWO, [TWO[0], {**TWO[1], "name": "other", "lr": 1e-3}], {"phases.1.name", "phases.1.lr"}),
+            (TWO, [TWO[0], {**TWO[1], "objective": "mlm"}], set[str]()),
+            ([{**TWO[0], "objective": "mlm"}, TWO[1]], TWO, set[str]()),
+            ([*TWO, third], [*TWO[:1], third], {"phases.1.name", "phases.1.tokens", "phases.1.lr"}),
+            (TWO[:1], [TWO[0], third], {f"phases.1.{key}" for key in ("name", "tokens", "warmup", "schedule.name")}),
+            ([TWO[0], detects], [TWO[0], {**detects, "name": "other", "objective": {"name": "rtd"}}], None),
+            ([TWO[0], detects], TWO[:1], None),
+            (TWO, [TWO[0], detects], None),
+        ]
+    ):
+        begun = load_run_config(config_of(tmp_path / str(number), data, before))
+        folder = RunFolder(begun.folder)
+        folder.open(begun)
+        folder.close()
+        (folder.checkpoints / f"tokens-{PER_STEP}").mkdir()
+        config = load_run_config(config_of(tmp_path / str(number), data, now))
+        if differs is None:
+            with pytest.raises(ConfigError, match=r"phases\.1\.objective\.(weight|name) was "):
+                folder.check_config(config)
+        else:
+            assert {line.split(" was ")[0] for line in folder.check_config(config)} >= differs, number
+
+
+def test_a_phase_added_to_a_finished_run_is_as_if_it_had_always_been_there(data: Path, tmp_path: Path) -> None:
+    ema = {"ema": {"decay": 0.6}}
+    run = go(config_of(tmp_path / "a", data, TWO[:1], **ema))
+    assert "this run is finished (4 steps)" in said(config_of(tmp_path / "a", data, TWO[:1], **ema))
+    file = config_of(tmp_path / "a", data, TWO, **ema)
+    assert "another phase may be added" in invoke("phases", str(run))
+    invoke("train", str(file), "--until", str(6 * PER_STEP))
+    assert not (run / "summary.json").exists()
+    assert "resuming after step 6, 8 steps" in said(file)
+    straight = go(config_of(tmp_path / "b", data, TWO, **ema))
+    for folder, name in (("checkpoints", "model"), ("checkpoints", "optimizer"), ("checkpoints", "ema"), ("exports", "model")):  # fmt: skip
+        ours, theirs = (each / folder / f"tokens-{8 * PER_STEP}" / f"{name}.safetensors" for each in (run, straight))
+        assert ours.read_bytes() == theirs.read_bytes(), (folder, name)
+    ours, theirs = (json.loads((each / "summary.json").read_text()) for each in (run, straight))
+    for key in ("steps", "tokens", "validation", "stream_tokens", "streams"):
+        assert ours[key] == theirs[key], key
+    assert Path(ours["export"]).name == f"tokens-{8 * PER_STEP}"
+    exports = [sorted(path.name for path in (each / "exports").iterdir()) for each in (run, straight)]
+    assert exports[0] == exports[1]
 
 
 def test_left_out_steps_change_nothing_and_the_rest_goes_on(data: Path, tmp_path: Path) -> None:
@@ -131,12 +182,6 @@ def test_what_is_no_range_of_steps_is_refused(data: Path, tmp_path: Path, steps:
     file = config_of(tmp_path, data, TWO)
     with pytest.raises(ConfigError, match=r"trainer\.skip_steps"):
         load_run_config(file, [f"trainer.skip_steps=[{steps}]"])
-
-
-def invoke(*arguments: str, code: int = 0) -> str:
-    done = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "10000"})
-    assert done.exit_code == code, done.output
-    return done.output
 
 
 def test_a_decay_is_the_branch_that_one_would_write(data: Path, tmp_path: Path) -> None:
@@ -189,6 +234,8 @@ def test_what_cannot_decay_is_refused(data: Path, tmp_path: Path, monkeypatch: p
     tokens = str(2 * PER_STEP)
     told = invoke("decay", str(run), "--tokens", tokens, "--from", "77", code=2)
     assert f"--from: {run} has no checkpoint at 77 tokens; it has {PER_STEP}, {2 * PER_STEP}," in told
+    long = invoke("decay", str(run), "--tokens", tokens, "--name", "a" * 300, code=2)
+    assert "config.yaml: name: String should have at most 200 characters" in long
     assert "no run folder" in invoke("decay", str(data), "--tokens", tokens, code=2)
     assert "unknown schedule 'sqrt'" in invoke("decay", str(run), "--tokens", tokens, "--schedule", "sqrt", code=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -221,7 +268,12 @@ def test_the_dry_run_of_a_decay_writes_nothing(data: Path, tmp_path: Path) -> No
 
 def test_phases_tell_what_was_and_what_is_to_come(data: Path, tmp_path: Path) -> None:
     run = go(config_of(tmp_path / "a", data, TWO, trainer={"log_interval": 1, "skip_steps": [7]}))
-    assert "to come" not in invoke("phases", str(run))
+    finished = invoke("phases", str(run))
+    assert "to come" not in finished
+    assert "may be changed" not in finished
+    begun = load_run_config(config_of(tmp_path / "b", data, TWO[:1]))
+    RunFolder(begun.folder).open(begun)
+    assert "may be changed" not in invoke("phases", str(begun.folder))  # its one phase is settled
     stopped_after(run, 2)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join(line for line in lines if json.loads(line)["step"] <= 2) + "\n")

@@ -212,6 +212,8 @@ def test_from_pieces_of_words_to_sentencepiece(tmp_path: Path) -> None:
     ("changes", "line"),
     [
         ({"tokens": {"add": "{folder}/more.txt"}}, "tokens.add: {folder}/more.txt: line 2: 'zymosan' is no token of data.tokenizer {folder}/tokenizer: prepare the streams with"),
+        ({"tokens": {"add": "{folder}/unknown.txt"}}, "tokens.add: {folder}/unknown.txt: line 2: '\u2603' is no token of data.tokenizer {folder}/tokenizer: prepare"),
+        ({"tokens": {"add": "{folder}/unknown.txt"}, "data": {"tokenizer": "{folder}/no-unk", "streams": {"old": {"path": "{folder}"}}}}, "tokens.add: {folder}/unknown.txt: line 1: 'kinase' is no token of data.tokenizer {folder}/no-unk: prepare"),
         ({"tokens": {"add": "{folder}/none.txt"}}, "tokens.add: {folder}/none.txt: cannot be read: No such file or directory"),
         ({"from": "{folder}/other"}, "data.tokenizer: {folder}/tokenizer: is not the tokenizer of {folder}/other: "),
         ({"from": "{folder}/bare", "tokens": {"other_tokenizer": True}}, "tokens: {folder}/bare holds no tokenizer.json, so what is new cannot be told"),
@@ -219,6 +221,11 @@ def test_from_pieces_of_words_to_sentencepiece(tmp_path: Path) -> None:
         ({"from": "hf:org/none"}, "from: hf:org/none: cannot be had from the Hugging Face hub: "),
         ({"from": "{folder}/headless"}, "from: {folder}/headless: cls.predictions.bias: missing in the weights: an encoder without a masked-token head goes on with `from: {{checkpoint: ..., fresh_head: true}}`"),
         ({"from": "{folder}"}, "model: is `from`, and from: {folder}: is no Hugging Face folder (no config.json in it)"),
+        ({"from": "~nosuchuser/x"}, "train.yaml: from: '~nosuchuser/x': ~nosuchuser has no home folder here"),
+        ({"from": "a" * 300}, "train.yaml: from: expected a path of names of at most 255 bytes"),
+        ({"from": "a" * 300, "model": "modernbert-tiny"}, "train.yaml: from.checkpoint: expected a path of names of at most 255 bytes"),
+        ({"runs": "~nosuchuser/x"}, "train.yaml: runs: '~nosuchuser/x': ~nosuchuser has no home folder here"),
+        ({"name": "a" * 300}, "train.yaml: name: expected a path of names of at most 255 bytes"),
         ({"from": None}, "model: is `from`, and the file says no `from`"),
         ({"from": None, "model": "modernbert-tiny", "tokens": {"init": "mean"}}, "tokens: says what becomes of the tokens of a model that `from` names: give that, too"),
         ({"tokens": {"init": "mean_of_pieces"}}, "tokens.init: should be 'mean-of-pieces', 'mean' or 'normal', got 'mean_of_pieces'"),
@@ -237,6 +244,9 @@ def test_what_cannot_begin_is_one_line(
     hf_folder(tmp_path / "other", "bert")
     text_tokenizer(tuple(reversed(WORDS))).save_pretrained(tmp_path / "other")
     (tmp_path / "more.txt").write_text("kinase\nzymosan\n")
+    (tmp_path / "unknown.txt").write_text("kinase\n\u2603\n")  # one [UNK]
+    (tmp_path / "no-unk").mkdir()
+    Tokenizer(models.BPE({"a": 0}, [], unk_token="[UNK]")).save(str(tmp_path / "no-unk" / "tokenizer.json"))
     tokenizer = extended(source, tmp_path / "tokenizer", write_terms(tmp_path))
     filled = {key: _fill(value, tmp_path) for key, value in changes.items()}
     file = run_file(tmp_path, str(source), tokenizer, **filled)

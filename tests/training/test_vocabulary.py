@@ -18,6 +18,7 @@ from transformers import (
 
 from flexbert import FlexBertForMaskedLM
 from recipe.config import load_run_config
+from tests.helpers.in_process import go, invoke
 from tests.helpers.ranks import Ranks
 from tests.helpers.tiny import VOCABULARY, write_config
 from training.branching import read_origin
@@ -123,6 +124,16 @@ def test_such_a_run_trains_and_exports(
     assert hf.config.vocab_size == vocab_size
     (tmp_path / "run" / "summary.json").unlink()
     assert "resuming after step 1" in ranks.train(1, file)
+
+
+def test_a_run_with_spare_rows_is_branched_and_decayed(tmp_path: Path, data: Path) -> None:
+    """It has 192 rows, as its source 150; the streams say 128."""
+    run = go(continued(tmp_path, data, "bert", 150, 192))
+    told = invoke("decay", str(run), "--tokens", "256")
+    assert "resuming" not in told
+    (branch,) = tmp_path.glob("run-decay-*")
+    summaries = [json.loads((each / "summary.json").read_text()) for each in (run, branch)]
+    assert summaries[1]["validation_before"]["loss"] == pytest.approx(summaries[0]["validation"]["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,11 @@ class GroupsConfig(Component):
         default=None, ge=1, description="with scale_lr: the hidden_size of the model that lr was tuned on"
     )
 
+    @property
+    def decoupled(self) -> bool:
+        """Whether weight_decay is what a step decays by at the phase's peak lr, and so says nothing without it."""
+        return False
+
     @model_validator(mode="after")
     def _check_scaling(self) -> "GroupsConfig":
         if (self.scale_lr is None) != (self.base_hidden_size is None):

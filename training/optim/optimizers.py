@@ -33,6 +33,10 @@ class StableAdamW:
             default=True, description="decay by weight_decay * lr / peak lr a step, not by weight_decay * lr"
         )
 
+        @property
+        def decoupled(self) -> bool:
+            return self.decouple_lr
+
     def __new__(cls, config: Config, *, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         from training.optim.stable_adamw import ShardedStableAdamW as Implementation
 
@@ -75,6 +79,10 @@ class DecoupledAdamW:
             ge=0,
             description="a step decays by weight_decay * lr / peak lr of the phase (MosaicBERT: 1e-5)",
         )
+
+        @property
+        def decoupled(self) -> bool:
+            return True
 
     def __new__(cls, config: Config, *, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         return _Decoupled(parameter_groups(model, config), lr=lr, betas=(config.beta1, config.beta2), eps=config.eps)
