@@ -16,8 +16,8 @@ TOKENS = 3 * ROWS * ROW
 SHAPE = {"max_seq_len": ROW, "global_batch_size": ROWS, "lr": 1e-2}
 RTD: dict[str, Any] = {"name": "rtd", "generator": {"num_hidden_layers": 1}}
 PHASES: list[dict[str, Any]] = [
-    {"name": "masked", "tokens": TOKENS, **SHAPE, "masking": {"rate": 0.3, "mask_fraction": 1.0, "random_fraction": 0.0}},
-    {"name": "replaced", "tokens": TOKENS, "objective": RTD},
+    {"name": "masked", "tokens": TOKENS, **SHAPE, "masking": {"rate": 0.3, "mask_fraction": 1.0, "random_fraction": 0.0}, "rope_theta": {"global_layers": 10000.0}},
+    {"name": "replaced", "tokens": TOKENS, "objective": RTD, "rope_theta": {"global_layers": 160000.0}},
 ]  # fmt: skip
 
 
@@ -36,7 +36,7 @@ def files(folder: Path) -> dict[str, bytes]:
     run = folder / "run"
     found = [run / "checkpoints" / f"tokens-{2 * TOKENS}" / name for name in KEPT]
     for kind in ("exports", "generators", "detectors"):
-        found += sorted((run / kind).glob("*/model.safetensors"))
+        found += sorted((run / kind).glob("*/model.safetensors")) + sorted((run / kind).glob("*/config.json"))
     return {str(file.relative_to(folder)): file.read_bytes() for file in found}
 
 
