@@ -25,10 +25,10 @@ from training.objectives.rtd import ReplacedTokens, replace
 
 
 def _hides(masking: MaskingConfig) -> MaskingConfig:
-    """Raises ValueError for one that leaves the generator nothing to fill in."""
+    """Raises ValueError for one that leaves the generator nothing to fill in, and for a schedule."""
     if is_causal(masking):
         raise ValueError(f"{masking.name!r} hides no token, so nothing is filled in: use tokens, words or spans")
-    return masking
+    return has_one_rate(masking)
 
 
 @EVALUATIONS.register("detection")
@@ -42,7 +42,7 @@ class Detection:
         max_seq_len: int | None = Field(default=None, ge=8, description="slots per row; default: the first phase's")
         max_rows: int | None = Field(default=None, ge=1, description="rows per stream at most; default: all")
         batch_size: int = Field(default=16, ge=1, description="rows per forward on each rank")
-        masking: Annotated[Any, *MASKINGS.slot(default=DEFAULT), AfterValidator(has_one_rate), AfterValidator(_hides)] = Field(
+        masking: Annotated[Any, *MASKINGS.slot(default=DEFAULT), AfterValidator(_hides)] = Field(
             default={"name": "tokens", "rate": 0.15, "mask_fraction": 1.0, "random_fraction": 0.0},
             validate_default=True,
             description="which tokens the generator fills in (ELECTRA: 15 %, all of them [MASK])",
@@ -51,8 +51,8 @@ class Detection:
     def __init__(
         self, config: Config, *, run: RunConfig, plan: PhasePlan, streams: Sequence[Stream], folder: Path
     ) -> None:
-        """Raises ValueError for a run without objective `rtd`, ConfigError for a missing validation split, and for a masking that
-        refuses the tokenizer."""
+        """Raises ValueError for a run without objective `rtd`, ConfigError for a missing validation split, and for a
+        masking that refuses the tokenizer."""
         if not any(isinstance(phase.objective, ReplacedTokens.Config) for phase in plan.phases):
             raise ValueError("detection: no phase has objective rtd, so nothing is detected: leave it out")
         self.config, self.plan = config, plan

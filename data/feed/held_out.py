@@ -40,9 +40,7 @@ def validation_batches(
         yield assembler.batch(rows, max_seq_len, masking).unpack()
 
 
-def check_masking(
-    streams: Sequence[Stream], masking: MaskingConfig, tokenizer: Callable[[], Path], place: str
-) -> None:
+def check_masking(streams: Sequence[Stream], masking: MaskingConfig, tokenizer: Callable[[], Path], place: str) -> None:
     """Before anything is measured with it: raises ConfigError, starting with `place`, for one that refuses its
     arguments or the tokenizer."""
     Assembler(streams, 0, tokenizer).build_masking(masking, f"{place}.masking")

@@ -237,8 +237,7 @@ def test_a_rollback_to_the_border_begins_the_phase_again(tiny_data: Path, tmp_pa
 def thetas(run: Path, tokens: int) -> dict[str, float]:
     """Of the global layers of what is exported."""
     return {
-        kind: read_config(run / kind / f"tokens-{tokens}").position.global_theta
-        for kind in ("exports", "generators")
+        kind: read_config(run / kind / f"tokens-{tokens}").position.global_theta for kind in ("exports", "generators")
     }
 
 
