@@ -60,15 +60,15 @@ def generate(
 
     was_training = model.training
     model.eval()
-    for step in due[due >= 0].unique().tolist():
-        index = (due == step).nonzero().squeeze(1)
-        states = model.head(model.encoder(ids, bounds, max(lengths), wanted=index))
-        if not states.isfinite().all():
-            raise RunError(
-                "the model's states are not finite, so there is nothing to draw from: its weights are damaged"
-            )
-        ids[index] = sample_tokens(states, weight, bias, chance[index], adjust)
-    model.train(was_training)
+    try:
+        for step in due[due >= 0].unique().tolist():
+            index = (due == step).nonzero().squeeze(1)
+            states = model.head(model.encoder(ids, bounds, max(lengths), wanted=index))
+            if not states.isfinite().all():
+                raise RunError("the model's states are not finite: its weights are damaged, and nothing can be drawn")
+            ids[index] = sample_tokens(states, weight, bias, chance[index], adjust)
+    finally:
+        model.train(was_training)
     return [part.tolist() for part in ids.split(lengths)]
 
 

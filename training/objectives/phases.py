@@ -90,9 +90,9 @@ class Objectives(Callback):
         self.each = build_objectives(config, plan)
         self._begun: Phase | None = None
         parts: dict[str, nn.Module] = {}
-        for objective in self.each:
+        for objective in {id(each): each for each in self.each}.values():
             if (made := getattr(objective, "build_parts", None)) is not None:
-                parts = made(model, config) | parts  # phases of one objective share what the first has made
+                parts = made(model, config) | parts  # those of one name share what the first has made
         if parts:
             model.add_module(PARTS.removesuffix("."), nn.ModuleDict(parts))
             name_sites(model)
