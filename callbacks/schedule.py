@@ -16,7 +16,7 @@ class StepSchedule(Callback):
 
     | logged | unit | event |
     |---|---|---|
-    | nothing; `lr` is in the optimizer's groups | | BATCH_START |
+    | nothing; `lr` is in the optimizer's groups | | FIT_START, BATCH_START |
     """
 
     def __init__(
@@ -28,6 +28,9 @@ class StepSchedule(Callback):
         """generator_seed: of torch's global one, in a step on this rank."""
         self.plan, self.model, self.generator_seed = plan, model, generator_seed
         self._phase: Phase | None = None
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._phase = None  # after a rollback the model has the theta of the step before, which may be another phase's
 
     def batch_start(self, state: State, logger: Logger) -> None:
         step = state.timestamp.batch.value

@@ -34,16 +34,16 @@ def generate(
         with named(source):
             model = from_hf(found.folder, trust_remote_code=True)
             tokenizer = _tokenizer(found.folder)
-    row = [tokenizer.cls_token_id, *_encode(tokenizer, prompt), *[tokenizer.mask_token_id] * tokens]
-    row.append(tokenizer.sep_token_id)
-    masked, longest = row.count(tokenizer.mask_token_id), model.config.max_position_embeddings
+    begin, longest = [tokenizer.cls_token_id, *_encode(tokenizer, prompt)], model.config.max_position_embeddings
+    masked = begin.count(tokenizer.mask_token_id) + tokens
     if not masked:
         raise ConfigError(f"--tokens: 0, and --prompt holds no {tokenizer.mask_token}: there is nothing to fill in")
-    if len(row) > longest:
+    if len(begin) + tokens + 1 > longest:
         raise ConfigError(
-            f"--tokens: {tokens} behind a prompt of {len(row) - tokens - 2} are more than the {longest - 2} that "
-            f"{source} reads: lower it"
+            f"--tokens: {tokens} behind a prompt of {len(begin) - 1} are more than the {longest - 2} that {source} "
+            "reads: lower it"
         )
+    row = [*begin, *[tokenizer.mask_token_id] * tokens, tokenizer.sep_token_id]
     vocab_size = model.config.vocab_size
     never = _never(tokenizer, vocab_size)
     if len(never) == vocab_size:

@@ -22,12 +22,17 @@ def generate(
     tokens: Annotated[int, typer.Option(min=0, help="to draw behind the prompt")] = 32,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="in which they are drawn: fewer are faster and worse; default: one for each token"),
+        typer.Option(
+            min=1,
+            max=1_000_000,
+            help="in which they are drawn: fewer are faster and worse; default: one for each token",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="the same seed gives the same text")] = 0,
-    samples: Annotated[int, typer.Option(min=1, help="how many texts")] = 1,
+    samples: Annotated[int, typer.Option(min=1, max=10_000, help="how many texts")] = 1,
     temperature: Annotated[
-        float, typer.Option(min=0.01, help="of the softmax: under 1 likely tokens come more often")
+        float,
+        typer.Option(min=0.01, max=1000, help="of the softmax: under 1 likely tokens come more often"),
     ] = 1.0,
     top_p: Annotated[
         float,

@@ -80,7 +80,7 @@ def _rule(node: dict[str, Any]) -> Callable[[str], Edges] | None:
     if model["type"] == "WordLevel":
         return lambda token: (_APART, _ANY)
     if "ByteLevel" in kinds and model["type"] == "BPE":
-        return lambda token: _edges(bytes(_BYTES[char] for char in token))
+        return _byte_level
     blanks = [part["replacement"] for part in parts if part["type"] == "Metaspace"]
     blanks += [part["content"] for part in parts if part["type"] == "Replace" and part["pattern"] == {"String": " "}]
     if blanks and blanks[0] != " ":
@@ -99,6 +99,11 @@ def _parts(node: Any) -> Iterator[dict[str, Any]]:
     elif isinstance(node, dict) and "type" in node:
         yield node
         yield from _parts([each for each in node.values() if isinstance(each, list)])
+
+
+def _byte_level(token: str) -> Edges:
+    # Some vocabularies have tokens besides that are no bytes spelled out.
+    return _edges(bytes(_BYTES[char] for char in token) if _BYTES.keys() >= set(token) else token.encode())
 
 
 def _metaspace(blank: str, byte_fallback: bool, token: str) -> Edges:

@@ -143,7 +143,7 @@ class RunConfig(Schema):
     )
     phases: list[PhaseConfig] = Field(min_length=1, description="what is trained, in this order")
     objective: Annotated[Any, *OBJECTIVES.slot()] = Field(
-        default="mlm", description="what the model is trained to do, in phases that do not say otherwise"
+        default="mlm", description="what the model is trained to do, up to the first phase that says otherwise"
     )
     optimizer: Annotated[Any, *OPTIMIZERS.slot()] = Field(
         default="stableadamw", description="how a gradient becomes a step (ModernBERT: stableadamw)"

@@ -16,7 +16,15 @@ def own_masking(objective: Any) -> MaskingConfig | None:
 def check_objectives(run: Any) -> None:
     """run: a RunConfig, whose schema asks. Raises ValueError `key: what is wrong: fix` for an objective that cannot
     train what the file says, and for a masking that its phase's objective does not read."""
+    default: Any = OBJECTIVES.parse(type(run).model_fields["objective"].default)
+    first = run.phases[0].objective
+    # A recorded config has the default, too, whatever the file said.
+    if first is not None and run.objective not in (default, first):
+        raise ValueError(
+            f"objective: {run.objective.name!r} is of no phase, phases[0].objective says {first.name!r}: leave one out"
+        )
     objective, place, uses_masking = run.objective, "objective", False
+    masking, key = run.masking, "masking"
     for number, phase in enumerate(run.phases):
         if phase.objective is not None:
             objective, place = phase.objective, f"phases[{number}].objective"
@@ -27,15 +35,15 @@ def check_objectives(run: Any) -> None:
                 "out"
             )
         uses_masking = uses_masking or own is None
-        masking = phase.masking or (run.masking if number == 0 else None)
-        if own is None and masking is not None and is_causal(masking):
-            key = f"phases[{number}].masking" if phase.masking is not None else "masking"
+        if phase.masking is not None:
+            masking, key = phase.masking, f"phases[{number}].masking"
+        if own is None and is_causal(masking):
             raise ValueError(f"{key}: {masking.name!r} is brought along by objective clm: name that, and no masking")
         if (check := getattr(OBJECTIVES.entries[objective.name], "check", None)) is not None:
             try:
                 check(objective, run)
             except ValueError as error:
                 raise ValueError(f"{place}: {objective.name}: {error}") from None
-    default: Any = MASKINGS.parse(type(run).model_fields["masking"].default)
-    if not uses_masking and run.masking != default:
+    usual: Any = MASKINGS.parse(type(run).model_fields["masking"].default)
+    if not uses_masking and run.masking != usual:
         raise ValueError("masking: the objectives of all phases have targets of their own: leave it out")

@@ -10,9 +10,9 @@ from pydantic import AfterValidator, Field
 
 import ranks
 from data.feed.batches import Batch
-from data.feed.held_out import validation_batches
+from data.feed.held_out import check_masking, validation_batches
 from data.feed.loader import open_streams, tokenizer_folder
-from data.feed.masking import DEFAULT, MASKINGS, has_one_rate
+from data.feed.masking import DEFAULT, MASKINGS, MaskingConfig, has_one_rate, is_causal
 from data.keyed import torch_seed
 from data.store.shards import Stream
 from flexbert import FlexBertForMaskedLM
@@ -22,6 +22,13 @@ from recipe.config import RunConfig
 from recipe.phases import PhasePlan
 from recipe.slots import EVALUATIONS
 from training.objectives.rtd import ReplacedTokens, replace
+
+
+def _hides(masking: MaskingConfig) -> MaskingConfig:
+    """Raises ValueError for one that leaves the generator nothing to fill in, and for a schedule."""
+    if is_causal(masking):
+        raise ValueError(f"{masking.name!r} hides no token, so nothing is filled in: use tokens, words or spans")
+    return has_one_rate(masking)
 
 
 @EVALUATIONS.register("detection")
@@ -35,7 +42,7 @@ class Detection:
         max_seq_len: int | None = Field(default=None, ge=8, description="slots per row; default: the first phase's")
         max_rows: int | None = Field(default=None, ge=1, description="rows per stream at most; default: all")
         batch_size: int = Field(default=16, ge=1, description="rows per forward on each rank")
-        masking: Annotated[Any, *MASKINGS.slot(default=DEFAULT), AfterValidator(has_one_rate)] = Field(
+        masking: Annotated[Any, *MASKINGS.slot(default=DEFAULT), AfterValidator(_hides)] = Field(
             default={"name": "tokens", "rate": 0.15, "mask_fraction": 1.0, "random_fraction": 0.0},
             validate_default=True,
             description="which tokens the generator fills in (ELECTRA: 15 %, all of them [MASK])",
@@ -44,7 +51,8 @@ class Detection:
     def __init__(
         self, config: Config, *, run: RunConfig, plan: PhasePlan, streams: Sequence[Stream], folder: Path
     ) -> None:
-        """Raises ValueError for a run without objective `rtd`, ConfigError for a missing validation split."""
+        """Raises ValueError for a run without objective `rtd`, ConfigError for a missing validation split, and for a
+        masking that refuses the tokenizer."""
         if not any(isinstance(phase.objective, ReplacedTokens.Config) for phase in plan.phases):
             raise ValueError("detection: no phase has objective rtd, so nothing is detected: leave it out")
         self.config, self.plan = config, plan
@@ -52,6 +60,7 @@ class Detection:
         self.seed = torch_seed(run.seed, "validation")
         self.tokenizer = partial(tokenizer_folder, run.data)
         self.streams = open_streams(run.data, "validation")
+        check_masking(self.streams, config.masking, self.tokenizer, f"evaluations: {config.name}")
 
     @torch.no_grad()
     def run(self, model: FlexBertForMaskedLM, step: int) -> Mapping[str, Any]:

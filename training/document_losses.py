@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 
 import ranks
 from data.feed.batches import Assembler, Batch
-from data.feed.held_out import all_documents
+from data.feed.held_out import all_documents, check_masking
 from data.feed.lanes import RowKey, Rows
 from data.feed.loader import open_streams, tokenizer_folder
 from data.feed.masking import DEFAULT, MASKINGS, has_one_rate, is_causal
@@ -52,7 +52,8 @@ class HeldOutDocuments:
     def __init__(
         self, config: Config, *, run: RunConfig, plan: PhasePlan, streams: Sequence[Stream], folder: Path
     ) -> None:
-        """streams: those of training. Raises ConfigError for a missing validation split."""
+        """streams: those of training. Raises ConfigError for a missing validation split, and for a masking that refuses
+        the tokenizer."""
         self.config, self.file = config, folder / FILE
         if is_causal(config.masking):
             require_causal(run.model)
@@ -60,6 +61,7 @@ class HeldOutDocuments:
         self.max_seq_len = config.max_seq_len or plan.phases[0].max_seq_len
         self.streams = dict(zip(run.data.streams, open_streams(run.data, "validation"), strict=True))
         self.tokenizer = partial(tokenizer_folder, run.data)
+        check_masking(list(self.streams.values()), config.masking, self.tokenizer, f"evaluations: {config.name}")
 
     @torch.no_grad()
     def run(self, model: FlexBertForMaskedLM, step: int) -> Mapping[str, Any]:

@@ -90,10 +90,7 @@ class Evaluations:
         )
 
     def of_start(self, record: dict[str, Any], logger: Logger) -> dict[str, Any]:
-        """Measure the weights that a branch starts with, as its first step will have them; its record with the held-out
-        loss. A collective."""
-        first = self.plan.phases[0]
-        self.model.set_rope_theta(first.theta_global, first.theta_local)
+        """Measure the weights that a branch starts with; its record with the held-out loss. A collective."""
         with eagerly():
             self.run(0, logger)
         assert self.latest is not None

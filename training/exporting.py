@@ -61,9 +61,6 @@ class Exporter:
 
     def export(self, step: int) -> None:
         """The state after `step` steps. A collective."""
-        if step == 0:  # as the first step will set it
-            phase = self.plan.phases[0]
-            self.model.set_rope_theta(phase.theta_global, phase.theta_local)
         self._write(step, self.path(step), "validation", None)
         if self.ema is not None and self.ema.updates:
             note = (

@@ -23,23 +23,28 @@ _SPARE = 0.05
 
 def fitting_rows(plan: PhasePlan, model: PretrainingModel, world_size: int) -> dict[int, int]:
     """Rows of a microbatch by row length, the same on every rank: of all rows of a rank, halved as often as a rank ran
-    out of memory. Each try is a forward and backward of random documents, one to a row. A collective.
+    out of memory, in whatever phase of that length. Each try is a forward and backward of random documents, one to a
+    row. A collective.
 
     Raises ConfigError where not even one row fits. Gradients are gone afterwards; nothing else has changed.
     """
+    of_rank = [max(segment.rows for segment in phase.segments) // world_size for phase in plan.phases]
     found = dict[int, int]()
+    for phase, rows in zip(plan.phases, of_rank, strict=True):
+        found[phase.max_seq_len] = max(rows, found.get(phase.max_seq_len, 1))
     for number, phase in enumerate(plan.phases):
-        most = max(segment.rows for segment in phase.segments) // world_size
-        tries = [most] if phase.max_seq_len not in found else [max(most, found[phase.max_seq_len])]
+        length = phase.max_seq_len
+        tries = [min(of_rank[number], found[length])]
         while tries[-1] > 1:
             tries.append(-(-tries[-1] // 2))
         fits = largest(tries, lambda rows, number=number, phase=phase: _try(model, number, phase, rows))
         if fits is None:
             raise ConfigError(
-                f"trainer.microbatch_size: auto: not one row of {phase.max_seq_len} slots fits in memory: set "
+                f"trainer.microbatch_size: auto: not one row of {length} slots fits in memory: set "
                 "trainer.activation_checkpointing=1, shorten the rows, or take a smaller model"
             )
-        found[phase.max_seq_len] = fits
+        if fits < tries[0]:
+            found[length] = fits
     return found
 
 

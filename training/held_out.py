@@ -12,7 +12,7 @@ import torch
 
 import ranks
 from data.feed.batches import Batch
-from data.feed.held_out import validation_batches
+from data.feed.held_out import check_masking, validation_batches
 from data.feed.loader import open_streams, tokenizer_folder
 from data.feed.masking import IGNORE, is_causal
 from data.feed.mixture import stream_weights
@@ -46,7 +46,8 @@ class HeldOut:
     def __init__(
         self, config: HeldOutConfig, *, run: RunConfig, plan: PhasePlan, streams: Sequence[Stream], folder: Path
     ) -> None:
-        """streams: those of training. Raises ConfigError for a missing split, or when no token would be masked."""
+        """streams: those of training. Raises ConfigError for a missing split, for a masking that refuses the
+        tokenizer, and when no token would be masked."""
         data, train_streams = run.data, streams
         if is_causal(config.masking):
             require_causal(run.model)
@@ -56,6 +57,7 @@ class HeldOut:
         self.seed = torch_seed(run.seed, "validation")
         self.tokenizer = partial(tokenizer_folder, data)
         self.streams = dict(zip(data.streams, open_streams(data, "validation"), strict=True))
+        check_masking(list(self.streams.values()), config.masking, self.tokenizer, self.place)
         self.fingerprints = {name: stream.fingerprint for name, stream in self.streams.items()}
         counts = [np.load(BytesIO(stream.files.read("token_counts.npy"))).astype(float) for stream in train_streams]
         tokens = {name: stream.manifest.tokens for name, stream in zip(self.streams, train_streams, strict=True)}

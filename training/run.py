@@ -241,9 +241,7 @@ class Run:
         self.evaluations.evaluated = state["evaluated"]
         self.seconds_before, self.origin = state["seconds"], state.get("origin")
         step = int(state["step"])
-        if step:
-            phase = self.plan.at(step - 1)
-            self.model.set_rope_theta(phase.theta_global, phase.theta_local)
+        self.objectives.resumed(step)
         self.trainer.state.timestamp = timestamp_of(step, state)
         if self.rank == 0:
             self.folder.note_checkpoint(checkpoint.path)  # a kill may have come just before the note
@@ -263,9 +261,11 @@ class Run:
                 )
             self.metrics.trim(-1)
             self.ledger.trim(-1)
+        if self.start is not None:
+            self.start.apply(self.model, self.optimizer, self.loader, self.ema)
+        self.objectives.resumed(0)
         if self.start is None:
             return
-        self.start.apply(self.model, self.optimizer, self.loader, self.ema)
         self.origin, self.start = self.evaluations.of_start(self.start.record, self.trainer.logger), None
         if self.rank == 0:
             write_file(self.folder.origin, json.dumps(self.origin, indent=1))

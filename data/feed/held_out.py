@@ -1,6 +1,6 @@
 """Batches of a held-out stream."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,12 @@ def validation_batches(
         first = min(begin + rank * rows_per_batch, count)
         rows = [Rows(documents, plan, _VALIDATION, first, min(rows_per_batch, count - first))]
         yield assembler.batch(rows, max_seq_len, masking).unpack()
+
+
+def check_masking(streams: Sequence[Stream], masking: MaskingConfig, tokenizer: Callable[[], Path], place: str) -> None:
+    """Before anything is measured with it: raises ConfigError, starting with `place`, for one that refuses its
+    arguments or the tokenizer."""
+    Assembler(streams, 0, tokenizer).build_masking(masking, f"{place}.masking")
 
 
 def all_documents(stream: Stream) -> DocumentList:

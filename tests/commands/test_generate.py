@@ -75,6 +75,12 @@ def test_what_cannot_be_is_one_line(run: Path, bert: Path, tmp_path: Path) -> No
     for arguments, message in (
         ([run, "--tokens", 0], "--tokens: 0, and --prompt holds no [MASK]: there is nothing to fill in"),
         ([bert, "--tokens", 19], f"--tokens: 19 behind a prompt of 0 are more than the 18 that {bert} reads: lower it"),
+        ([bert, "--tokens", 10**12], f"--tokens: {10**12} behind a prompt of 0 are more than the 18 that {bert} reads"),
+        ([run, "--steps", 10**30], "--steps"),
+        ([run, "--samples", 10**12], "--samples"),
+        ([run, "--temperature", "inf"], "--temperature"),
+        ([run, "--temperature", "nan"], "--temperature"),
+        ([run, "--top-p", "nan"], "--top-p"),
         ([tmp_path / "nothing"], f"{tmp_path / 'nothing'}: no such folder"),
         ([headless], f"{headless}: its tokenizer has no mask token: give a masked language model"),
         ([run, "--steps", 0], "--steps"),

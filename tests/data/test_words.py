@@ -67,6 +67,14 @@ def test_byte_level_words_are_those_of_the_text(text: str, options: dict[str, An
     assert first_tokens(tokenizer, tmp_path, encoding.ids) == by_text(encoding, text)
 
 
+def test_a_byte_level_vocabulary_may_have_tokens_that_are_no_bytes(tmp_path: Path) -> None:
+    """Which no text is cut into; they are what they say."""
+    vocab = {name: number for number, name in enumerate([*SPECIALS, "a", "\u0120b", "c d", "\u4f60"])}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert first_tokens(tokenizer, tmp_path, [3, 3, 5, 3, 4, 6, 3]) == [0, 0, 0, 0, 4, 5, 6]
+
+
 @pytest.mark.parametrize("text", TEXTS[:2])
 def test_metaspace_words_are_those_of_the_text(text: str, tmp_path: Path) -> None:
     text = " ".join(text.split())

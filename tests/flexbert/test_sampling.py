@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from flexbert import FlexBertConfig, build
+from flexbert.losses import sample_tokens
 from flexbert.sampling import generate
+from flexbert_core.schema import RunError
 from tests.helpers.models import tiny
 
 MASK, CLS, SEP = 0, 1, 2
@@ -151,6 +153,37 @@ def test_temperature_and_top_p_change_the_softmax_as_they_say() -> None:
         assert not drawn[expected == 0].any()
     best = draw(model, [row] * 50, top_p=1e-3)
     assert {filled[2] for filled in best} == {int(order[0])}
+
+
+def test_at_a_high_temperature_all_that_may_be_drawn_is_alike() -> None:
+    model, row = small(), [CLS, 4, MASK, SEP]
+    for temperature in (torch.inf, 1e39, 1e30):
+        drawn = torch.tensor([filled[2] for filled in draw(model, [row] * COUNT, temperature=temperature)])
+        shares = drawn.bincount(minlength=7) / COUNT
+        assert (shares[3:] - 1 / 4).abs().max() < 6 * 0.5 / COUNT**0.5
+        assert not shares[:3].any()
+
+
+def test_the_last_chance_gives_no_barred_token() -> None:
+    """Of a vocabulary whose last ids are never drawn, and of sums beside 1."""
+    generator = torch.Generator().manual_seed(0)
+    states, weight = torch.randn(500, 8, generator=generator), torch.randn(50, 8, generator=generator)
+    chance = torch.full((500,), 1 - 2**-53, dtype=torch.float64)
+    drawn = sample_tokens(states, weight, None, chance, lambda logits: logits.index_fill(1, BARRED, -torch.inf))
+    assert drawn.max() < BARRED[0]
+
+
+BARRED = torch.arange(40, 50)
+
+
+def test_what_cannot_be_drawn_from_is_refused() -> None:
+    model = small()
+    for options in ({"temperature": 0.0}, {"temperature": torch.nan}, {"top_p": torch.nan}, {"steps": 10**30}):
+        with pytest.raises(ValueError, match=r"expected steps from 1 to 2 \*\* 53, a temperature over 0"):
+            draw(model, [ROW], **options)
+    torch.nn.init.constant_(model.encoder.final_norm.weight, torch.nan)
+    with pytest.raises(RunError, match="the model's states are not finite"):
+        draw(model, [ROW])
 
 
 def test_the_model_is_left_as_it_was() -> None:

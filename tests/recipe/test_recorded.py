@@ -113,3 +113,14 @@ def test_an_old_record_of_a_branch_loads(tiny_data: Path, tmp_path: Path) -> Non
         file = stopped(straight, folder / "old", tiny_data, **given)
         rewrite(folder / "old", lambda node, origin=origin: node["from"].update(origin, data="continue"))
         assert go(file) == weights
+
+
+def test_an_old_record_with_an_objective_of_no_phase_loads(tiny_data: Path, tmp_path: Path) -> None:
+    """The run's, where the first phase has its own. The file that says so is refused now."""
+    straight = write_config(tmp_path / "straight", tiny_data, STEPS, phases=phases(objective="mlm"))
+    weights = go(straight)
+    file = stopped(straight, tmp_path / "old", tiny_data, phases=phases(objective="mlm"))
+    rewrite(tmp_path / "old", lambda node: node.update(objective={"name": "diffusion"}))
+    assert go(file) == weights
+    with pytest.raises(ConfigError, match=r"objective: 'diffusion' is of no phase, phases\[0\]\.objective says 'mlm'"):
+        go(file, "objective=diffusion")

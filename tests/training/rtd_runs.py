@@ -16,8 +16,8 @@ TOKENS = 3 * ROWS * ROW
 SHAPE = {"max_seq_len": ROW, "global_batch_size": ROWS, "lr": 1e-2}
 RTD: dict[str, Any] = {"name": "rtd", "generator": {"num_hidden_layers": 1}}
 PHASES: list[dict[str, Any]] = [
-    {"name": "masked", "tokens": TOKENS, **SHAPE, "masking": {"rate": 0.3, "mask_fraction": 1.0, "random_fraction": 0.0}},
-    {"name": "replaced", "tokens": TOKENS, "objective": RTD},
+    {"name": "masked", "tokens": TOKENS, **SHAPE, "masking": {"rate": 0.3, "mask_fraction": 1.0, "random_fraction": 0.0}, "rope_theta": {"global_layers": 10000.0}},
+    {"name": "replaced", "tokens": TOKENS, "objective": RTD, "rope_theta": {"global_layers": 160000.0}},
 ]  # fmt: skip
 
 
@@ -37,6 +37,7 @@ def files(folder: Path) -> dict[str, bytes]:
     found = [run / "checkpoints" / f"tokens-{2 * TOKENS}" / name for name in KEPT]
     for kind in ("exports", "generators", "detectors"):
         found += sorted((run / kind).glob("*/model.safetensors"))
+    found += sorted((run / "generators").glob("*/config.json"))  # with its theta
     return {str(file.relative_to(folder)): file.read_bytes() for file in found}
 
 

@@ -104,6 +104,41 @@ def test_detection_without_rtd_is_refused(tiny_data: Path, tmp_path: Path) -> No
     assert "evaluations[0].detection: no phase has objective rtd, so nothing is detected: leave it out" in done.output
 
 
+def test_detection_of_next_tokens_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    changes = {"evaluations": [{"name": "detection", "masking": "next"}]}
+    done = CliRunner().invoke(main.app, ["train", str(write(tmp_path, tiny_data, **changes)), "--dry-run"])
+    assert done.exit_code == 2
+    message = "evaluations[0].masking: 'next' hides no token, so nothing is filled in: use tokens, words or spans"
+    assert done.output.strip().endswith(message)
+
+
+PICKY = """
+from data.feed.masking import MASKINGS, MaskingConfig
+
+@MASKINGS.register("picky")
+class Picky:
+    class Config(MaskingConfig):
+        pass
+    def __init__(self, config, *, vocabulary):
+        raise ValueError("does not know this tokenizer: use tokens")
+"""
+
+
+def test_a_masking_that_refuses_the_tokenizer_is_one_line(tiny_data: Path, tmp_path: Path) -> None:
+    """Before a step is trained, whatever measures with it."""
+    part = tmp_path / "picky.py"
+    part.write_text(PICKY)
+    names = ("held_out", "held_out_documents", "detection")
+    cases = {f"evaluations: {name}": {"evaluations": [{"name": name, "masking": "picky"}]} for name in names}
+    for place, changes in {**cases, "evaluation": {"evaluation": {"masking": "picky"}}}.items():
+        file = write(tmp_path, tiny_data, imports=[str(part)], **changes)
+        for arguments in (["--dry-run"], []):
+            done = CliRunner().invoke(main.app, ["train", str(file), *arguments])
+            assert done.exit_code == 2, done.output
+            assert f"{place}.masking: does not know this tokenizer: use tokens" in done.output.splitlines()[-1]
+            assert not (tmp_path / "run").exists()
+
+
 def test_fsdp2_is_refused_in_one_line(tiny_data: Path, tmp_path: Path) -> None:
     file = write(tmp_path, tiny_data, trainer={"parallelism": "fsdp2"})
     done = CliRunner().invoke(main.app, ["train", str(file)])

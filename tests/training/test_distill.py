@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
 from typer.testing import CliRunner
 
@@ -348,7 +349,7 @@ def test_a_run_may_have_parts_of_two_objectives(tiny_data: Path, bert: Path, tmp
     """Each phase trains its own, and the others rest."""
     distill = {"name": "distill", "teacher": str(bert), "layers": LAYERS}
     rtd = {"name": "rtd", "generator": {"num_hidden_layers": 1}}
-    objectives = ["mlm", rtd, {**rtd, "weight": 7.0}, distill]
+    objectives = ["mlm", rtd, {**rtd, "weight": 7.0}, distill, {**distill, "share": 0.4}]
     phases = [{"name": f"p{n}", "tokens": TOKENS, **SHAPE, "objective": each} for n, each in enumerate(objectives)]
     config = load_run_config(write_config(tmp_path, tiny_data, STEPS, "full", phases=phases))
     model = build(config.model, seed=1)
@@ -360,7 +361,28 @@ def test_a_run_may_have_parts_of_two_objectives(tiny_data: Path, bert: Path, tmp
     assert len(maps) == 2
     assert resting[0] == beside
     assert resting[1] == resting[2] == maps | {name for name in names.values() if name.startswith("head.")}
-    assert resting[3] == beside - maps
+    assert resting[3] == resting[4] == beside - maps
     assert parameters_beside(config, PhasePlan(config)) == sum(
         parameter.numel() for name, parameter in model.named_parameters() if name in beside
     )
+
+
+def test_phases_share_a_generator_and_a_teacher(tiny_data: Path, tmp_path: Path) -> None:
+    """Built once. By the width of their token tables: 8 has the generator, 16 the detector, 24 the teacher."""
+    rtd = {"name": "rtd", "generator": {"num_hidden_layers": 1, "hidden_size": 8}, "embeddings": "separate"}
+    distill = {"name": "distill", "teacher": str(save_bert(tmp_path / "teacher", tiny_data)), "layers": LAYERS}
+    objectives = [rtd, rtd, rtd, distill, {**distill, "share": 0.4}]
+    phases = [{"name": f"p{n}", "tokens": TOKENS, **SHAPE, "objective": each} for n, each in enumerate(objectives)]
+    config = load_run_config(write_config(tmp_path, tiny_data, STEPS, "full", phases=phases))
+    model, widths = build(config.model, seed=1), list[int]()
+
+    def note(module: Any, name: str, part: Any) -> None:
+        if name == "tokens" and isinstance(part, torch.nn.Embedding):
+            widths.append(part.embedding_dim)
+
+    hook = register_module_module_registration_hook(note)
+    try:
+        Objectives(config, PhasePlan(config), model)
+    finally:
+        hook.remove()
+    assert sorted(widths) == [8, 16, 24]

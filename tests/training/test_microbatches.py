@@ -18,6 +18,7 @@ from recipe.slots import PARALLELISMS
 from tests.helpers.ranks import Ranks
 from tests.helpers.tiny import ROW, ROWS, check_same, losses, write_config
 from training.composer_model import PretrainingModel
+from training.fitting import fitting_rows
 from training.microbatches import Microbatches
 from training.objectives import Loss
 from training.objectives.mlm import MaskedTokens
@@ -98,6 +99,44 @@ def test_auto_says_when_not_one_row_fits(ranks: Ranks, tiny_data: Path, tmp_path
     codes, text = ranks.run(2, "train", str(file))
     assert codes == [2, 2]
     assert f"trainer.microbatch_size: auto: not one row of {ROW} slots fits in memory: set trainer.activation_" in text
+
+
+class Heavy(MaskedTokens):
+    """Has memory for three rows at a time."""
+
+    def loss(self, model: FlexBertForMaskedLM, batch: Batch) -> Loss:
+        if len(batch["sequences"]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 rows")
+        return super().loss(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("rows", "heavy", "expected"),
+    [
+        ([8, 8], {0}, {ROW: 2}),
+        ([8, 8], {1}, {ROW: 2}),
+        ([8, 16, 8], {1}, {ROW: 2}),
+        ([4, 16], {1}, {ROW: 2}),
+        ([4, 16], {0}, {ROW: 2}),
+        ([3, 16], {0}, {ROW: 16}),  # three are all that the first phase has
+        ([3, 16], set(), {ROW: 16}),
+        ([16, 3], set(), {ROW: 16}),
+    ],
+    ids=str,
+)
+def test_auto_fits_every_phase_of_a_row_length(
+    tiny_data: Path, tmp_path: Path, rows: list[int], heavy: set[int], expected: dict[int, int]
+) -> None:
+    phases = [
+        {"name": f"p{number}", "tokens": ROW * count, "max_seq_len": ROW, "global_batch_size": count, "lr": 1e-2}
+        for number, count in enumerate(rows)
+    ]
+    config = load_run_config(write_config(tmp_path, tiny_data, 1, phases=phases, data={"lanes": 1}))
+    plan = PhasePlan(config)
+    each = [(Heavy if number in heavy else MaskedTokens)(config.objective, plan=plan) for number in range(len(rows))]
+    parallelism = PARALLELISMS.build(config.trainer.parallelism, world_size=1)
+    model = PretrainingModel(build(config.model), each, parallelism, nullcontext, lambda: 3)
+    assert fitting_rows(plan, model, 1) == expected
 
 
 @pytest.mark.slow

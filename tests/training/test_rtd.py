@@ -1,5 +1,7 @@
 """`rtd`: its loss and gradients are the formula's, its tables hang together as said, and a run of `mlm` goes on with it."""
 
+import json
+import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -17,15 +19,17 @@ from data.feed.loader import build_loader
 from flexbert import build
 from flexbert.accounting import batch_flops
 from flexbert.dropout import TokenKeys, keyed_dropout
+from flexbert.hf.convert import read_config
 from flexbert.losses import sample_tokens
 from flexbert_core.schema import ConfigError
 from recipe.config import load_run_config
 from recipe.cost import phase_flops
 from recipe.phases import PhasePlan
+from tests.helpers.in_process import go, last
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import ROOT
-from tests.helpers.tiny import check_same
-from tests.training.rtd_runs import KEPT, PHASES, RTD, TOKENS, files, made, write
+from tests.helpers.tiny import ROW, ROWS, check_same
+from tests.training.rtd_runs import KEPT, PHASES, RTD, TOKENS, files, lines, made, write
 from training.objectives.phases import Objectives
 from training.objectives.rtd import SITE
 
@@ -214,9 +218,56 @@ def test_both_parts_are_exported_and_what_is_idle_rests(straight: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("embeddings", ["disentangled", "tied"])
+def test_a_rollback_to_the_border_begins_the_phase_again(tiny_data: Path, tmp_path: Path) -> None:
+    """The reference leaves the same steps out from the start, and so goes back nowhere."""
+    phases = [{**PHASES[0], "tokens": ROWS * ROW}, {**PHASES[1], "tokens": 2 * TOKENS, "lr": 1e-4}]
+    changes = {"phases": phases, "checkpoint": {"interval": 10**9}}
+    guard = {"sigmas": 0.1, "window": 8, "skip": 2}  # at so low a rate the loss goes up as often as down
+    back = go(write(tmp_path / "back", tiny_data, "full", **changes, trainer={"spike_guard": guard}))
+    ledger = [json.loads(line) for line in (back / "ledger.jsonl").read_text().splitlines()]
+    skips = [line["skip"] for line in ledger if "skip" in line]
+    assert skips
+    assert len(list((back / "checkpoints").iterdir())) == 2, "it went back to the border, as nothing else is kept"
+    left_out = {"skip_steps": [f"{first}-{last}" for first, last in skips]}
+    never = go(write(tmp_path / "never", tiny_data, "full", **changes, trainer=left_out))
+    weights = [last(run, KEPT[0]) for run in (back, never)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def thetas(run: Path, tokens: int) -> dict[str, float]:
+    """Of the global layers of what is exported."""
+    return {
+        kind: read_config(run / kind / f"tokens-{tokens}").position.global_theta for kind in ("exports", "generators")
+    }
+
+
+def test_an_export_without_a_step_has_the_phase_s_generator(tiny_data: Path, tmp_path: Path) -> None:
+    """At step 0 that which the first step begins with; and where a kill came between the last checkpoint and its export,
+    that of the last step."""
+    phases = [{**PHASES[0], **PHASES[1]}]
+    changes = {"phases": phases, "checkpoint": {"exports": "permanent"}, "evaluations": ["detection"]}
+    run = go(write(tmp_path, tiny_data, "full", **changes))
+    expected = {"exports": 160000.0, "generators": 160000.0}
+    assert thetas(run, 0) == thetas(run, TOKENS) == expected
+    begun = [load_file(run / kind / "tokens-0" / KEPT[0]) for kind in ("exports", "generators")]
+    tables = [next(tensor for name, tensor in each.items() if "tok_embeddings" in name) for each in begun]
+    assert torch.equal(*tables)
+    scores = lines(run.parent)[-1]["evaluations"]
+    for kind in ("exports", "generators", "detectors"):
+        shutil.rmtree(run / kind / f"tokens-{TOKENS}")
+    (run / "summary.json").unlink()
+    go(tmp_path / "train.yaml")
+    assert thetas(run, TOKENS) == expected
+    assert lines(run.parent)[-1]["evaluations"] == scores
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("embeddings", "event"),
+    [("disentangled", "after_backward"), ("disentangled", "batch_end"), ("tied", "after_backward")],
+)
 def test_killed_in_each_phase_and_on_the_border(
-    ranks: Ranks, tiny_data: Path, straight: Path, tmp_path: Path, embeddings: str
+    ranks: Ranks, tiny_data: Path, straight: Path, tmp_path: Path, embeddings: str, event: str
 ) -> None:
     phases = [PHASES[0], {**PHASES[1], "objective": {**RTD, "embeddings": embeddings}}]
     if embeddings != "disentangled":
@@ -228,7 +279,7 @@ def test_killed_in_each_phase_and_on_the_border(
         tiny_data,
         phases=phases,
         imports=[str(ROOT / "tests" / "helpers" / "killer.py")],
-        callbacks=[{"name": "killer", "steps": kills, "event": "after_backward"}],
+        callbacks=[{"name": "killer", "steps": kills, "event": event}],
     )
     for _ in kills:
         assert ranks.run(1, "train", str(file))[0] == [-signal.SIGKILL]

@@ -26,7 +26,7 @@ from training.checkpoints.retention import Facts, facts_of, surplus
 from training.folder import RunFolder
 
 log = logging.getLogger(__name__)
-_HISTORY = ("config.yaml", "origin.json", "ledger.jsonl", "metrics.jsonl")
+_HISTORY = ("config.yaml", "origin.json", "teacher.json", "ledger.jsonl", "metrics.jsonl")
 _STATE = "state.json"
 _RETRIES = 3  # of a write: the next checkpoint tries again, and until then training waits for this one to end
 

@@ -4,6 +4,7 @@ import json
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 import xxhash
@@ -153,8 +154,7 @@ class Distillation:
                     f"{_KEY}: {self.config.teacher}: is another model than the one this run has learned from (see "
                     f"{self._record}): put that one back, or begin a run of another name"
                 )
-            with named(_KEY):  # in evaluation mode, and without gradients
-                self._teacher = from_hf(self.config.teacher).eval().requires_grad_(False)
+            self._teacher = _teacher(self.config.teacher, self._digest)
         maps: dict[str, nn.Module] = {}
         for number, (ours, theirs) in _widths(self.config, run.model).items():
             generator = torch.Generator("cpu").manual_seed(torch_seed(run.seed, "distillation", number))
@@ -210,6 +210,18 @@ class Distillation:
         if self._teacher.encoder.token_table.device != device:
             self._teacher = self._teacher.to(device)
         return self._teacher
+
+
+_TEACHERS = WeakValueDictionary[tuple[str, str], FlexBertForMaskedLM]()
+
+
+def _teacher(folder: str, digest: str) -> FlexBertForMaskedLM:
+    """In evaluation mode, and without gradients; one for all objectives that learn from it. Raises ConfigError."""
+    if (found := _TEACHERS.get((folder, digest))) is None:
+        with named(_KEY):
+            found = from_hf(folder).eval().requires_grad_(False)
+        _TEACHERS[folder, digest] = found
+    return found
 
 
 def _has_maps(model: FlexBertForMaskedLM) -> bool:

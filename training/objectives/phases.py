@@ -90,9 +90,9 @@ class Objectives(Callback):
         self.each = build_objectives(config, plan)
         self._begun: Phase | None = None
         parts: dict[str, nn.Module] = {}
-        for objective in self.each:
+        for objective in {id(each): each for each in self.each}.values():
             if (made := getattr(objective, "build_parts", None)) is not None:
-                parts = made(model, config) | parts  # phases of one objective share what the first has made
+                parts = made(model, config) | parts  # those of one name share what the first has made
         if parts:
             model.add_module(PARTS.removesuffix("."), nn.ModuleDict(parts))
             name_sites(model)
@@ -100,13 +100,27 @@ class Objectives(Callback):
     def _of(self, state: State) -> Objective:
         return self.each[self.plan.phases.index(self.plan.at(state.timestamp.batch.value))]
 
+    def resumed(self, step: int) -> None:
+        """Before anything is trained or measured: the model has the weights after so many steps, of this process or an
+        earlier one. It becomes what that step has left, and at step 0 what the first one will begin with."""
+        phase = self.plan.at(max(step - 1, 0))
+        self.model.set_rope_theta(phase.theta_global, phase.theta_local)
+        self._begun = None
+        objective = self.each[self.plan.phases.index(phase)]
+        if step == 0:
+            self._begin(0)
+        elif (tell := getattr(objective, "set_theta", None)) is not None:
+            tell(self.model, phase)
+
     def batch_start(self, state: State, logger: Logger) -> None:
-        step = state.timestamp.batch.value
-        phase, objective = self.plan.at(step), self._of(state)
+        self._begin(state.timestamp.batch.value)
+
+    def _begin(self, step: int) -> None:
+        phase = self.plan.at(step)
         if phase is self._begun:
             return
         self._begun = phase
-        if (begin := getattr(objective, "begin", None)) is not None:
+        if (begin := getattr(self.each[self.plan.phases.index(phase)], "begin", None)) is not None:
             before = self.plan.at(step - 1).objective.name if step else None
             begin(self.model, phase, step == phase.first_step and before != phase.objective.name)
 

@@ -154,11 +154,15 @@ class ReplacedTokens:
     def begin(self, model: FlexBertForMaskedLM, phase: Phase, first: bool) -> None:
         """Before a step that is the phase's first in this process. first: or in the run, behind another objective: the
         generator then starts from the model's token table."""
+        self.set_theta(model, phase)
+        if first and self.config.embeddings == "disentangled":
+            parts_of(model)[0].encoder.token_table.copy_(model.encoder.token_table)
+
+    def set_theta(self, model: FlexBertForMaskedLM, phase: Phase) -> None:
+        """Of the generator, as the phase has it."""
         generator, _ = parts_of(model)
         if hasattr(generator.config.position, "global_theta"):
             generator.set_rope_theta(phase.theta_global, phase.theta_local)
-        if first and self.config.embeddings == "disentangled":
-            generator.encoder.token_table.copy_(model.encoder.token_table)
 
     @torch.no_grad()
     def before_step(self, model: FlexBertForMaskedLM) -> None:

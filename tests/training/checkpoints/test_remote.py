@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import flexbert
 from callbacks.ledger import Ledger
 from callbacks.step_log import read_lines
 from flexbert_core.schema import ConfigError, RunError
@@ -132,6 +133,21 @@ def test_what_is_half_copied_or_damaged_is_skipped_loudly(
     machine.lose_disk()
     with pytest.raises(RunError, match=r"^s3://data/.*/run: none of the 6 checkpoints is whole: "):
         machine.train()
+
+
+def test_another_teacher_is_refused_on_a_new_machine_too(machine: Machine, tiny_data: Path) -> None:
+    teacher = machine.folder / "teacher"
+    model = load_run_config(write_config(machine.folder, tiny_data, STEPS)).model
+    flexbert.to_hf(flexbert.build(model, seed=1), tiny_data / "tokenizer", teacher)
+    learn = f"objective={{name: distill, teacher: {teacher}}}"
+    record = (machine.train(learn) / "teacher.json").read_bytes()
+    assert machine.bucket.get(f"{machine.prefix}/teacher.json") == record
+    machine.forget(5, 6)
+    machine.lose_disk()
+    shutil.rmtree(teacher)
+    flexbert.to_hf(flexbert.build(model, seed=2), tiny_data / "tokenizer", teacher)
+    with pytest.raises(ConfigError, match=f"{teacher}: is another model than the one this run has learned from"):
+        machine.train(learn)
 
 
 def back_to(run: Path, step: int) -> None:
