@@ -84,10 +84,10 @@ class Run:
             check_vocabulary(config, train_streams, self.start and self.start.rows)
         if self.start is not None:
             self.start.check_data(config, self.fingerprints, manifest.tokenizer_fingerprint)
-        self.origin: dict[str, Any] | None = None
-        self.tokenizer = manifest.tokenizer_fingerprint
+        self.origin, self.tokenizer = None, manifest.tokenizer_fingerprint
         model = without_init(config.model) if resumed or self.start is not None else config.model
         self.model = build(model, seed=torch_seed(config.seed, "init"), grow_from=read_source(model))
+        self.model.encoder.config = config.model  # its exports tell the file's `init`, in whatever process
         self.model.encoder.recompute_every = config.trainer.activation_checkpointing
         self.objectives = Objectives(config, self.plan, self.model)
         if torch.cuda.is_available():

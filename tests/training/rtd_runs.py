@@ -36,8 +36,7 @@ def files(folder: Path) -> dict[str, bytes]:
     run = folder / "run"
     found = [run / "checkpoints" / f"tokens-{2 * TOKENS}" / name for name in KEPT]
     for kind in ("exports", "generators", "detectors"):
-        found += sorted((run / kind).glob("*/model.safetensors"))
-    found += sorted((run / "generators").glob("*/config.json"))  # with its theta
+        found += sorted((run / kind).glob("*/model.safetensors")) + sorted((run / kind).glob("*/config.json"))
     return {str(file.relative_to(folder)): file.read_bytes() for file in found}
 
 
