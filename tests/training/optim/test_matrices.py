@@ -213,8 +213,7 @@ def step_on_ranks(rank: int, folder: str, name: str, sharded: bool) -> None:
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("name", ["muon", "normuon"])
 def test_ranks_that_share_the_work_move_as_one(tmp_path: Path, name: str, sharded: bool) -> None:
-    """Two gloo processes: each orthogonalises one of two matrices of a shape. On the CPU products of one matrix are
-    the same bits wherever it is; both ranks end equal."""
+    """Two gloo processes: each orthogonalises one of two matrices of a shape; both ranks end equal."""
     torch.multiprocessing.spawn(step_on_ranks, (str(tmp_path), name, sharded), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
     model = tiny()
     optimizer = make(name, model)
