@@ -84,9 +84,9 @@ def _train(design: Design, trials: list[Trial], executor: JobExecutor, say: Call
         if cell.is_finished or code is None:
             continue
         if code < 0 or code > 128:  # a signal's, its own or as a shell says it
-            died = [*trials[number].died_at, _newest(cell)]
+            died = (*trials[number].died_at, _newest(cell))
             trials[number] = replace(trials[number], died_at=died)
-            if died[-_TRIES:] == [died[-1]] * _TRIES:
+            if died[-_TRIES:] == died[-1:] * _TRIES:
                 why[number] = f"a signal ended it {_TRIES} times at {died[-1]:,} tokens (exit code {code})"
         elif code == 1:
             why[number] = "exit code 1"

@@ -101,7 +101,7 @@ class Trial:
     """Whether it was the best when the search had ended: an arm of the sweep since then."""
     why: str = ""
     """Of one that failed."""
-    died_at: Sequence[int] = ()
+    died_at: tuple[int, ...] = ()
     """Tokens of its run's newest checkpoint whenever a signal had ended the run."""
 
 

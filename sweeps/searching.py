@@ -113,7 +113,8 @@ def read_search(folder: Path, search: Search | None = None) -> list[Trial]:
         return []
     try:
         node = json.loads(file.read_text())
-        trials, rule = [Trial(**each) for each in node["trials"]], node["rule"]
+        trials = [Trial(**{**each, "died_at": tuple(each.get("died_at", ()))}) for each in node["trials"]]
+        rule = node["rule"]
     except (OSError, ValueError, TypeError, KeyError):
         raise ConfigError(f"{file}: damaged: restore it, or remove it and the runs of trials to search anew") from None
     if search is not None and trials and rule != _rule(search):

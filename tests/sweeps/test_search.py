@@ -221,10 +221,10 @@ def test_a_trial_that_signals_end_three_times_has_failed(tmp_path: Path) -> None
     (tmp_path / "sweep.yaml").write_text(json.dumps(node))
     sweep = load_sweep_file(tmp_path / "sweep.yaml")
     assert sweep.search is not None
-    write_search(tmp_path / "sweep", sweep.search, [replace(propose(sweep.search, []), died_at=[0, 0])])
+    write_search(tmp_path / "sweep", sweep.search, [replace(propose(sweep.search, []), died_at=(0, 0))])
     done = run(command("sweep", str(tmp_path / "sweep.yaml")))
     assert done.returncode == 1, done.stdout + done.stderr
     first, second = read_search(tmp_path / "sweep")
-    assert (first.state, list(first.died_at)) == ("failed", [0, 0, 0])
+    assert (first.state, first.died_at) == ("failed", (0, 0, 0))
     assert first.why.startswith("a signal ended it 3 times at 0 tokens (exit code -9): see ")
-    assert (second.state, list(second.died_at)) == ("running", [0])
+    assert (second.state, second.died_at) == ("running", (0,))
