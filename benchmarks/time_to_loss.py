@@ -2,7 +2,7 @@
 
 `python -m benchmarks.time_to_loss FOLDER [--tokens 1000000] [--seeds 0 1 2] [--config configs/speedrun/cpu.yaml]`.
 Same text, tokenizer, architecture, starting weights, row length and cores. FOLDER keeps every run, so that the same
-command goes on. What is tried, on a seed of its own, is not what is reported:
+command goes on; another config wants another FOLDER. What is tried, on a seed of its own, is not what is reported:
 
 1. The peer trains with each of five learning rates, with 8 rows a step, its default, and with as few as ours. What ends
    with the lowest held-out loss is its own.
@@ -49,7 +49,7 @@ class Race:
 
     def peer(self, seed: int, lr: float, rows: int) -> tuple[float, float]:
         """(held-out loss, seconds) of the Trainer, with so many rows a step, from our starting weights of this seed."""
-        start, output = self.folder / f"start-{seed}", self.folder / f"peer-{seed}-{lr:g}-{rows}"
+        start, output = self.folder / f"start-{seed}", self.folder / f"peer-{seed}-{self.tokens}-{lr:g}-{rows}"
         if not start.exists():
             to_hf(build(self.config.model, seed=torch_seed(seed, "init")), tokenizer_folder(self.config.data), start)
         if not (output / "facts.json").exists():
