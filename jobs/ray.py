@@ -71,7 +71,8 @@ def connect(address: str | None, who: str) -> None:
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     options["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        # "local": without an address it would join a cluster of RAY_ADDRESS or of `ray start`.
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (OSError, ValueError, RuntimeError) as error:
         where = f"the Ray cluster at {address!r}" if address else "Ray on this machine"
         raise RunError(f"{who}: cannot reach {where}: {str(error).splitlines()[0]}") from None

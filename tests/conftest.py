@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from data.store import transfer
-from tests.helpers.ranks import Ranks
+from tests.helpers.ranks import Ranks, shared_ranks
 from tests.helpers.registries import registries_as_before
 from tests.helpers.remote import DOCUMENTS
 from tests.helpers.servers import Bucket, Proxy, run_moto, run_web, s3_environment
@@ -105,11 +105,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
+def ranks() -> Ranks:
     """Starts runs of any number of ranks."""
-    ranks = Ranks()
-    yield ranks
-    ranks.close()
+    return shared_ranks()
 
 
 @pytest.fixture(scope="session")

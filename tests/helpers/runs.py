@@ -10,7 +10,9 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.helpers.process import ROOT, command, environment
+from tests.helpers.ranks import shared_ranks
+
 PYTHON_LIBRARY = Path(os.__file__).parent
 
 PREPARE = """
@@ -57,10 +59,6 @@ trainer: {{log_interval: 1}}
 STEPS = 40 + 12 + 12
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, str(ROOT / "main.py"), *arguments]
-
-
 def launched(processes: int, *arguments: str) -> list[str]:
     """The same command with so many processes."""
     return [str(Path(sys.executable).parent / "composer"), "-n", str(processes), *command(*arguments)[1:]]
@@ -72,16 +70,14 @@ def rank(launcher: int, number: int) -> psutil.Process:
     return next(child for child in children if child.environ().get("RANK") == str(number))
 
 
-def environment() -> dict[str, str]:
-    """One thread per process, so that sums have one order; no launcher's variables."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "WORLD_SIZE", "LOCAL_"))}
-    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "10000"}
-
-
 def run(
     arguments: list[str], timeout: float = 300, extra: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
+    """A command to its end. One of main.py is a fork of a process that has imported all, unless it can not be (what an
+    import does is then done anew)."""
     variables = environment() | (extra or {})
+    if arguments[:2] == command() and shared_ranks().can_have(variables):
+        return shared_ranks().command(arguments[2:], variables, timeout)
     return subprocess.run(
         arguments, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout, check=False
     )

@@ -92,7 +92,9 @@ def test_no_slurm_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_tasks_of_ray(tmp_path: Path) -> None:
+def test_tasks_of_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this machine, whatever cluster the environment names."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     executor = RayJobs(RayJobs.Config())
     executor.check()
     codes: dict[str, int | None] = {}

@@ -92,7 +92,7 @@ class Ray(Executor):
         options: dict[str, Any] = {} if self.config.address else {"include_dashboard": False}
         try:
             ray.init(
-                address=self.config.address,
+                address=self.config.address or "local",  # else it joins one of RAY_ADDRESS or of `ray start`
                 runtime_env={"env_vars": variables},
                 log_to_driver=False,
                 logging_level=logging.ERROR,

@@ -270,6 +270,7 @@ def test_ray_makes_the_same_dataset(
     short = tempfile.mkdtemp(prefix="ray")
     request.addfinalizer(lambda: shutil.rmtree(short, ignore_errors=True))
     monkeypatch.setenv("RAY_TMPDIR", short)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # none was asked for: Ray of this machine
     executor = {"name": "ray", "mem_per_cpu_gb": 0.1, "workers": 2}
     good = (corpus / "b" / "1.jsonl").read_bytes()
     try:
