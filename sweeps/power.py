@@ -17,11 +17,14 @@ from flexbert_core.schema import ConfigError
 
 ALPHA = 0.05
 POWER = 0.8
+"""What is promised."""
+PLANNED = POWER + 0.01
+"""What is reckoned with: noise of real runs is not normal, which took up to 0.3 % from it (docs/report.md)."""
 _MOST_SEEDS = 100_000
 
 
 def smallest_difference(
-    noise: float, seeds: int, comparisons: int, alpha: float = ALPHA, power: float = POWER
+    noise: float, seeds: int, comparisons: int, alpha: float = ALPHA, power: float = PLANNED
 ) -> float:
     """The difference that is found with probability `power`, in the unit of `noise`.
 
@@ -33,7 +36,7 @@ def smallest_difference(
     return visible(noise / math.sqrt(seeds), seeds - 1, comparisons, alpha, power)
 
 
-def visible(error: float, freedom: float, comparisons: int, alpha: float = ALPHA, power: float = POWER) -> float:
+def visible(error: float, freedom: float, comparisons: int, alpha: float = ALPHA, power: float = PLANNED) -> float:
     """The same for a mean difference with this standard error and these degrees of freedom."""
     if error == 0:
         return 0.0
@@ -49,7 +52,7 @@ def visible(error: float, freedom: float, comparisons: int, alpha: float = ALPHA
     return error * float(root)
 
 
-def seeds_for(difference: float, noise: float, comparisons: int, alpha: float = ALPHA, power: float = POWER) -> int:
+def seeds_for(difference: float, noise: float, comparisons: int, alpha: float = ALPHA, power: float = PLANNED) -> int:
     """The fewest seeds, 2 or more, with which such a difference is found with probability `power`.
 
     Raises ConfigError when more than 100,000 would not do.

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from data.store import transfer
+from tests.helpers.process import quicken_runs
 from tests.helpers.ranks import Ranks, shared_ranks
 from tests.helpers.registries import registries_as_before
 from tests.helpers.remote import DOCUMENTS
@@ -24,6 +25,10 @@ settings.register_profile("fixed", derandomize=True, print_blob=True, **_TIMELES
 settings.register_profile("explore", print_blob=True, **_TIMELESS)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+def pytest_collection_finish() -> None:
+    quicken_runs()
 
 
 @pytest.fixture(autouse=True, scope="module")

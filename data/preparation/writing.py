@@ -161,7 +161,7 @@ class Part:
         if self._writer is None:
             return
         self._count()
-        self._writer.finish()
+        finish_shards(self._writer)
         index = self._partial / "index.json"
         self.shards = json.loads(index.read_text(encoding="utf-8"))["shards"]
         index.unlink()  # the stream has one index; this one would be stale the moment the folder moves
@@ -191,6 +191,16 @@ class Part:
             "length_histogram": np.bincount([length.bit_length() - 1 for length in self.lengths], minlength=1).tolist(),
             "shards": self.shards,
         }
+
+
+def finish_shards(writer: Any) -> None:
+    """What the finish() of an MDSWriter does, without the second that it sleeps where the thread that would upload the
+    last shard has not taken it from its queue yet."""
+    if writer.new_samples:
+        writer.flush_shard()
+        writer.new_samples = []
+    writer.executor.submit(int).result()  # the queue is empty when this comes out of it
+    writer.finish()
 
 
 def token_dtype(vocab_size: int) -> str:

@@ -4,10 +4,7 @@ Judged by the package jsonschema and by our loaders, which know nothing of each 
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -26,6 +23,7 @@ from flexbert_core.schema import Component, ConfigError, Schema, ShownSlot
 from recipe.config import load_run_config
 from recipe.track import load_track
 from sweeps.file import load_sweep_file
+from tests.helpers.runs import command, run
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -74,8 +72,7 @@ REMOVED = object()
 
 def test_schemas_are_up_to_date(tmp_path: Path) -> None:
     """In a process of its own: tests register components, too."""
-    command = [sys.executable, "main.py", "schema", "--json", "--output", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": ""})
+    assert run(command("schema", "--json", "--output", str(tmp_path))).returncode == 0
     for kind in KINDS:
         committed = (ROOT / f"configs/schema/{kind}.json").read_text()
         assert (tmp_path / f"{kind}.json").read_text() == committed, "run `python main.py schema --json`, and commit"

@@ -1,5 +1,6 @@
 """What inspect prints is what is there; what is no dataset is said in one line."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,18 @@ from flexbert_core.schema import ConfigError
 from tests.helpers.preparing import config_file, documents, run, shown, write_jsonl
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    write_jsonl(folder / "a" / "1.jsonl", [*documents(60), documents(1)[0]])
+    write_jsonl(folder / "b" / "1.jsonl", documents(60, first=60))
+    return run(config_file(folder))
+
+
 @pytest.fixture
-def dataset(tmp_path: Path) -> Path:
-    write_jsonl(tmp_path / "a" / "1.jsonl", [*documents(60), documents(1)[0]])
-    write_jsonl(tmp_path / "b" / "1.jsonl", documents(60, first=60))
-    return run(config_file(tmp_path))
+def dataset(prepared: Path, tmp_path: Path) -> Path:
+    """A copy that the test may damage."""
+    return shutil.copytree(prepared, tmp_path / "dataset")
 
 
 def test_whole_dataset(dataset: Path) -> None:

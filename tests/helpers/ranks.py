@@ -5,7 +5,6 @@ The ranks find each other over gloo by the variables that a launcher sets; the l
 
 import atexit
 import functools
-import gc
 import json
 import os
 import signal
@@ -13,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import tomllib
 import traceback
 import warnings
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.process import ROOT, command, environment
+from tests.helpers.process import ROOT, command, environment, quicken_runs
 
 _SECONDS = 300
 # Variables that are read when a command needs them. The server has imported all, with any other as it was then.
@@ -73,17 +73,24 @@ class Ranks:
             raise subprocess.TimeoutExpired(command(*arguments), timeout, output, errors)
         return subprocess.CompletedProcess(command(*arguments), code, output, errors)
 
+    def start(self, *arguments: str) -> "Forked":
+        """The same, but it is left running, in a session of its own."""
+        return Forked(self, *self.ask("start", arguments, self._variables, _SECONDS))
+
     def _ask(
         self, world_size: int, arguments: Sequence[str], variables: dict[str, str], seconds: float, *, files: int
     ) -> tuple[list[int], list[str]]:
         """files: 1 when stdout and stderr go to one, 2 when each has its own."""
+        return self.ask("run", world_size, arguments, variables, seconds, files)
+
+    def ask(self, what: str, *arguments: Any) -> Any:
+        """The server's answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with self._one_at_a_time:
-            self._process.stdin.write(json.dumps([world_size, list(arguments), variables, seconds, files]) + "\n")
+            self._process.stdin.write(json.dumps([what, *arguments]) + "\n")
             self._process.stdin.flush()
-            codes, texts = json.loads(self._process.stdout.readline())
-        return codes, texts
+            return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -95,6 +102,39 @@ class Ranks:
             self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
+
+
+class Forked:
+    """A command that runs, as subprocess.Popen has it."""
+
+    def __init__(self, ranks: Ranks, pid: int, errors: str) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._ranks, self._errors = ranks, Path(errors)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._ranks.ask("poll", self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float = _SECONDS) -> int:
+        end = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("train", timeout)
+            time.sleep(0.005)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def errors(self) -> str:
+        """What it wrote to stderr, so far."""
+        return self._errors.read_text()
 
 
 @functools.cache
@@ -112,10 +152,7 @@ def our_modules() -> str:
 
 
 def warm_up() -> None:
-    """What each fork would do anew: the imports of all commands, and what is slow when it is first called.
-
-    Of a tiny run's three seconds two went into these.
-    """
+    """What each fork would do anew: the imports of all commands, and what is slow when it is first called."""
     import cpuinfo
     import matplotlib.pyplot
     import numpy as np
@@ -132,44 +169,68 @@ def warm_up() -> None:
     del flexbert, training, matplotlib, main
     loaded = (GradientClipping, TensorboardLogger, ModernBertForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING)
     assert all(loaded)
-    info = cpuinfo.get_cpu_info()  # starts processes; Composer asks for it at each start, and does not use it
-    cpuinfo.get_cpu_info = lambda: info
     spans = Spans(np.arange(3), np.zeros(3, np.int64), np.full(3, 8))
     pack(spans, 16, np.random.default_rng(0), np.arange(3) % 2)  # numba loads what it has compiled
     warnings.filterwarnings("error", module=our_modules())
-    gc.collect()
-    gc.freeze()  # a run's own collections then leave all this alone
+    quicken_runs()
+    cpuinfo.get_cpu_info()
 
 
 def _serve() -> None:
     warm_up()
     for line in sys.stdin:
-        world_size, arguments, variables, seconds, files = json.loads(line)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        logs = [Path(f"/proc/{os.getpid()}/fd/{os.memfd_create('log')}") for _ in range(files)]
-        ranks = list[int]()
-        for rank in range(world_size):
-            numbers: dict[str, Any] = {}
-            if world_size > 1:
-                numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-                numbers |= {"NODE_RANK": 0, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
-            each = {**variables, **{name: str(value) for name, value in numbers.items()}}
-            ranks.append(_fork(arguments, each, seconds, logs))
-        codes = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
-        sys.stdout.write(json.dumps([codes, [log.read_text() for log in logs]]) + "\n")
+        what, *arguments = json.loads(line)
+        sys.stdout.write(json.dumps({"run": _run, "start": _start, "poll": _poll}[what](*arguments)) + "\n")
         sys.stdout.flush()
-        for log in logs:
-            os.close(int(log.name))
 
 
-def _fork(arguments: list[str], variables: dict[str, str], seconds: float, logs: list[Path]) -> int:
+def _run(
+    world_size: int, arguments: list[str], variables: dict[str, str], seconds: float, files: int
+) -> tuple[list[int], list[str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logs = [_log() for _ in range(files)]
+    ranks = list[int]()
+    for rank in range(world_size):
+        numbers: dict[str, Any] = {}
+        if world_size > 1:
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+            numbers |= {"NODE_RANK": 0, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+        each = {**variables, **{name: str(value) for name, value in numbers.items()}}
+        ranks.append(_fork(arguments, each, seconds, logs))
+    codes = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
+    texts = [log.read_text() for log in logs]
+    for log in logs:
+        os.close(int(log.name))
+    return codes, texts
+
+
+def _start(arguments: list[str], variables: dict[str, str], seconds: float) -> tuple[int, str]:
+    """Its logs stay open: what they hold is small."""
+    logs = [_log(), _log()]
+    return _fork(arguments, variables, seconds, logs, session=True), str(logs[1])
+
+
+def _poll(child: int) -> int | None:
+    done, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
+def _log() -> Path:
+    return Path(f"/proc/{os.getpid()}/fd/{os.memfd_create('log')}")
+
+
+def _fork(
+    arguments: list[str], variables: dict[str, str], seconds: float, logs: list[Path], *, session: bool = False
+) -> int:
     child = os.fork()
     if child:
         return child
     code = 1
     try:
+        if session:
+            os.setsid()
         for number, log in ((0, Path(os.devnull)), (1, logs[0]), (2, logs[-1])):
             file = os.open(log, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_APPEND)
             os.dup2(file, number)

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from tests.helpers.process import ROOT, command, environment
-from tests.helpers.ranks import shared_ranks
+from tests.helpers.ranks import Forked, shared_ranks
 
 PYTHON_LIBRARY = Path(os.__file__).parent
 
@@ -89,10 +89,9 @@ def train_alone(config: Path, *overrides: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def start(config: Path, **options: Any) -> "subprocess.Popen[Any]":
-    """`train CONFIG` in the background, silent unless the options say otherwise."""
-    defaults: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command("train", str(config)), cwd=ROOT, env=environment(), **(defaults | options))
+def start(config: Path) -> Forked:
+    """`train CONFIG` in the background."""
+    return shared_ranks().start("train", str(config))
 
 
 def prepare_dataset(folder: Path) -> Path:
@@ -132,7 +131,7 @@ def final_weights(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(run_folder)): file.read_bytes() for file in files}
 
 
-def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[Any]", timeout: float = 120) -> None:
+def wait_for_step(folder: Path, step: int, process: Forked, timeout: float = 120) -> None:
     start = time.monotonic()
     while process.poll() is None and max(metrics(folder), default=0) < step:
         assert time.monotonic() - start < timeout, "the run does not move"

@@ -9,6 +9,7 @@ import numpy as np
 import xxhash
 from streaming import MDSWriter
 
+from data.preparation.writing import finish_shards
 from data.store.manifest import CHUNKS, describe_shard, pack_chunks
 
 TOKENIZER = b"not one that could be loaded"
@@ -42,9 +43,10 @@ def write_stream(
     that of write_tokenizer."""
     path = folder / split
     dtype = "uint16" if vocab_size <= 65536 else "uint32"
-    with MDSWriter(out=str(path), columns={"tokens": f"ndarray:{dtype}"}, size_limit=shard_bytes) as writer:
-        for document in docs:
-            writer.write({"tokens": document.astype(dtype)})
+    writer = MDSWriter(out=str(path), columns={"tokens": f"ndarray:{dtype}"}, size_limit=shard_bytes)
+    for document in docs:
+        writer.write({"tokens": document.astype(dtype)})
+    finish_shards(writer)
     index = json.loads((path / "index.json").read_text())
     shards, all_chunks, first = [], [], 0
     for entry in index["shards"]:

@@ -12,7 +12,7 @@ from scipy.stats import ttest_1samp
 from commands.sweep_power import power
 from data.keyed import keyed_generator
 from flexbert_core.schema import ConfigError
-from sweeps.power import seeds_for, smallest_difference
+from sweeps.power import PLANNED, seeds_for, smallest_difference
 
 
 @pytest.mark.parametrize(("seeds", "comparisons"), [(3, 1), (3, 11), (5, 3), (10, 49)])
@@ -22,13 +22,13 @@ def test_the_smallest_difference_is_found_as_often_as_it_says(seeds: int, compar
     draws = keyed_generator(1, "power", seeds).normal(shift, 0.01, (20_000, seeds))
     test: Any = ttest_1samp(draws, 0.0, axis=1)
     found = np.mean((test.pvalue <= 0.05 / comparisons) & (draws.mean(1) > 0))
-    assert found == pytest.approx(0.8, abs=0.0113)
+    assert found == pytest.approx(PLANNED, abs=0.0113)
 
 
 def test_the_textbook_value() -> None:
     """Cohen's d of a paired test with 34 pairs, power 0.80 at 0.05 (G*Power 3.1): 0.49 to two digits."""
-    assert smallest_difference(1.0, 34, 1) == pytest.approx(0.4954, abs=1e-3)
-    assert seeds_for(0.5, 1.0, 1) == 34
+    assert smallest_difference(1.0, 34, 1, power=0.8) == pytest.approx(0.4954, abs=1e-3)
+    assert seeds_for(0.5, 1.0, 1, power=0.8) == 34
 
 
 def test_seeds_are_the_fewest_that_do() -> None:

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -313,15 +312,14 @@ def test_wandb_offline(dataset: Path, tmp_path: Path) -> None:
 def test_an_interrupted_run_says_one_line(dataset: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach the loader's worker, too."""
     config = write_config(tmp_path / "run", dataset, endless=True)
-    process = start(config, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = start(config)
     wait_for_step(tmp_path / "run", 3, process)
     os.killpg(process.pid, number)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 85
+    assert process.wait(60) == 85
     saved = newest_checkpoint(tmp_path / "run" / "runs" / "small" / "checkpoints")
     assert saved is not None
     assert saved.state["step"] == max(metrics(tmp_path / "run"))
-    assert error.strip().splitlines() == ["interrupted: the same command goes on from the newest checkpoint"]
+    assert process.errors().strip().splitlines() == ["interrupted: the same command goes on from the newest checkpoint"]
 
 
 def test_two_processes_cannot_share_a_run_folder(dataset: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from flexbert_core.schema import ConfigError
 from recipe.config import load_run_config
 from recipe.phases import PhasePlan
 from tests.helpers.in_process import PER_STEP, go, invoke, said
-from tests.helpers.tiny import ROW, ROWS, write_config, write_data
+from tests.helpers.tiny import ROW, ROWS, write_config
 from training.checkpoints.files import list_checkpoints
 from training.folder import RunFolder
 
@@ -25,8 +25,8 @@ TWO = [
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return write_data(tmp_path / "data")
+def data(tiny_data: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_data, tmp_path / "data")
 
 
 def config_of(folder: Path, source: Path, phases: list[dict[str, Any]], /, **changes: Any) -> Path:

@@ -16,7 +16,7 @@ from recipe.schedules import set_learning_rate
 from recipe.slots import OPTIMIZERS
 from tests.helpers.in_process import go
 from tests.helpers.optimizers import closure_of, gradient_of, make, tiny
-from tests.helpers.tiny import write_config, write_data
+from tests.helpers.tiny import write_config
 from training.checkpoints.files import load_checkpoint
 
 TABLE = "encoder.embedding.tokens.weight"
@@ -131,10 +131,9 @@ def test_scaling_that_would_say_nothing_is_refused() -> None:
             OPTIMIZERS.parse({"name": "adamw", **options})
 
 
-def test_a_run_trains_its_groups_and_tells_the_phases_lr(tmp_path: Path) -> None:
-    data = write_data(tmp_path / "data")
+def test_a_run_trains_its_groups_and_tells_the_phases_lr(tiny_data: Path, tmp_path: Path) -> None:
     changes = {"optimizer": {"name": "adamw", "groups": [{"match": "encoder.embedding.*", "lr_factor": 0}]}}
-    config = write_config(tmp_path, data, 3, "full", **changes)
+    config = write_config(tmp_path, tiny_data, 3, "full", **changes)
     run = go(config)
     checkpoints = sorted((run / "checkpoints").glob("tokens-*"), key=lambda path: int(path.name.split("-")[1]))
     first, last = (load_checkpoint(path).model for path in (checkpoints[0], checkpoints[-1]))
@@ -144,9 +143,8 @@ def test_a_run_trains_its_groups_and_tells_the_phases_lr(tmp_path: Path) -> None
     assert [line["lr"] for line in lines] == [0.01] * 3
 
 
-def test_a_pattern_that_matches_nothing_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    data = write_data(tmp_path / "data")
-    config = write_config(tmp_path, data, 2, "full")
+def test_a_pattern_that_matches_nothing_is_refused_before_anything_is_written(tiny_data: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_data, 2, "full")
     for dry in ([], ["--dry-run"]):
         told = CliRunner().invoke(
             app, ["train", str(config), "optimizer={name: adamw, groups: [{match: nothing}]}", *dry]
