@@ -83,11 +83,11 @@ def test_a_split_without_its_manifest_is_unfinished(dataset: Path, below: str) -
         shown(dataset / below)
 
 
-def test_what_is_no_dataset(dataset: Path, tmp_path: Path) -> None:
+def test_what_is_no_dataset(prepared: Path, dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere: no such folder: give a dataset that"):
         inspect(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"a: holds no stream\.json: run `python main\.py prepare CONFIG`"):
-        inspect(tmp_path / "a")
+        inspect(prepared.parent / "a")
     (dataset / "b" / "train" / "stream.json").unlink()
     with pytest.raises(ConfigError, match=r"b/train: not finished: run `python main\.py prepare CONFIG` again"):
         inspect(dataset)

@@ -9,6 +9,7 @@ from pathlib import Path
 import cpuinfo
 
 ROOT = Path(__file__).parent.parent.parent
+COUNTING = str(ROOT / "tests" / "helpers" / "counting.py")  # a run file's `imports`: what is compiled, with COUNTS
 
 
 def command(*arguments: str) -> list[str]:

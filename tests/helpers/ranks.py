@@ -53,9 +53,9 @@ class Ranks:
         codes, (text,) = self._ask(world_size, arguments, self._variables | (extra or {}), _SECONDS, files=1)
         return codes, text
 
-    def train(self, world_size: int, *arguments: str) -> str:
+    def train(self, world_size: int, *arguments: str, extra: dict[str, str] | None = None) -> str:
         """`main.py train ARGUMENTS`, which must succeed on all ranks."""
-        codes, text = self.run(world_size, "train", *arguments)
+        codes, text = self.run(world_size, "train", *arguments, extra=extra)
         assert codes == [0] * world_size, text
         return text
 

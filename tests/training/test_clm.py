@@ -23,6 +23,7 @@ from flexbert_core.schema import ConfigError
 from recipe.config import load_run_config
 from recipe.phases import PhasePlan
 from recipe.slots import OBJECTIVES
+from tests.helpers.process import COUNTING
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import ROOT, environment
 from tests.helpers.tiny import ROW, ROWS, check_same, write_config
@@ -115,7 +116,9 @@ def test_killed_in_each_phase_and_on_the_border(
 def test_the_split_changes_only_rounding(
     ranks: Ranks, tiny_data: Path, straight: Path, tmp_path: Path, processes: int, trainer: dict[str, Any]
 ) -> None:
-    ranks.train(processes, str(two_phases(tmp_path, tiny_data, trainer={"log_interval": 1, **trainer})))
+    """Compiled: as it was traced, which takes no compiler; test_compiled.py has one."""
+    file = two_phases(tmp_path, tiny_data, trainer={"log_interval": 1, **trainer}, imports=[COUNTING])
+    ranks.train(processes, str(file), extra={"COUNTS": str(tmp_path)})
     check_same(tmp_path, straight)
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.process import COUNTING
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import ROOT, command, launched, run
+from tests.helpers.runs import command, launched, run
 from tests.helpers.tiny import ROW, ROWS, losses, write_config
 
-COUNTING = str(ROOT / "tests" / "helpers" / "counting.py")
 HALF = 3
 
 

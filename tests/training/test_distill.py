@@ -28,6 +28,7 @@ from recipe.config import load_run_config
 from recipe.cost import parameters_beside, phase_flops
 from recipe.phases import PhasePlan
 from tests.helpers.in_process import go
+from tests.helpers.process import COUNTING
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import ROOT
 from tests.helpers.tiny import ROW, ROWS, VOCABULARY, check_same, forget_after, write_config
@@ -230,7 +231,9 @@ def test_matrices_are_trained_saved_and_not_exported(straight: Path, bert: Path)
 def test_the_split_changes_only_rounding(
     ranks: Ranks, tiny_data: Path, bert: Path, straight: Path, tmp_path: Path, processes: int, trainer: dict[str, Any]
 ) -> None:
-    ranks.train(processes, str(write(tmp_path, tiny_data, bert, trainer={"log_interval": 1, **trainer})))
+    """Compiled: as it was traced, which takes no compiler; test_compiled.py has one."""
+    file = write(tmp_path, tiny_data, bert, trainer={"log_interval": 1, **trainer}, imports=[COUNTING])
+    ranks.train(processes, str(file), extra={"COUNTS": str(tmp_path)})
     check_same(tmp_path, straight)
     ours, theirs = (
         [json.loads(line).get("parts") for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]

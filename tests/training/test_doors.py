@@ -29,6 +29,7 @@ from flexbert_core.schema import ConfigError, RunError
 from recipe.config import load_run_config
 from recipe.phases import PhasePlan
 from recipe.slots import ALGORITHMS, OBJECTIVES
+from tests.helpers.process import COUNTING
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import ROOT
 from tests.helpers.tiny import ROW, ROWS, write_config
@@ -192,8 +193,9 @@ def test_however_a_step_is_split_it_is_the_same(
     straight: Path, ranks: Ranks, tiny_data: Path, tmp_path: Path, processes: int, trainer: dict[str, Any]
 ) -> None:
     """The count of targets is the objective's own, so microbatches and ranks are weighed by it."""
-    changes = {**DOORS, "trainer": {"log_interval": 1, **trainer}}
-    ranks.train(processes, str(write_config(tmp_path, tiny_data, STEPS, "full", "sparse", **changes)))
+    changes = {**DOORS, "trainer": {"log_interval": 1, **trainer}, "imports": [*DOORS["imports"], COUNTING]}
+    file = write_config(tmp_path, tiny_data, STEPS, "full", "sparse", **changes)
+    ranks.train(processes, str(file), extra={"COUNTS": str(tmp_path)})
     for ours, theirs in zip(lines(tmp_path), lines(straight), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         if "evaluations" in ours:
