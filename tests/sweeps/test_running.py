@@ -55,11 +55,11 @@ def weights(folder: Path, steps: int = STEPS) -> dict[str, torch.Tensor]:
     return load_file(folder / "checkpoints" / f"tokens-{steps * ROWS * ROW}" / "model.safetensors")
 
 
-def test_killed_ten_times_it_trains_no_step_twice_beyond_its_last_checkpoint(tmp_path: Path) -> None:
+def test_killed_again_and_again_it_trains_no_step_twice_beyond_its_last_checkpoint(tmp_path: Path) -> None:
     """At a random moment after a run has saved a further step; every other time its runs are killed, too, which then save
     nothing. Each run says in its log where it goes on: at the newest checkpoint that the kill has left. In the end runs
     are, to the bit, what they are by themselves."""
-    steps = 400
+    steps = 200
     file = write_sweep(tmp_path, steps)
     folder, names = tmp_path / "sweep", ("baseline-s0", "wide-s0")
     rng = np.random.default_rng(3)
@@ -76,7 +76,7 @@ def test_killed_ten_times_it_trains_no_step_twice_beyond_its_last_checkpoint(tmp
         process = subprocess.Popen(
             command("sweep", str(file)), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
         )
-        if kills < 10:
+        if kills < 4:
             end = time.monotonic() + 200
             while process.poll() is None and all(newest(folder / "runs" / name) == saved[name] for name in names):
                 assert time.monotonic() < end
@@ -97,7 +97,7 @@ def test_killed_ten_times_it_trains_no_step_twice_beyond_its_last_checkpoint(tmp
             assert process.returncode == 0
             break
         kills += 1
-    assert kills >= 5  # a quick machine may be done before the tenth
+    assert kills >= 2  # a quick machine may be done before the fourth
     assert resumed >= kills
     result = read_sweep(folder)
     assert {cell: each.state for cell, each in result.runs.items()} == {

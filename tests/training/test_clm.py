@@ -122,24 +122,6 @@ def test_the_split_changes_only_rounding(
     check_same(tmp_path, straight)
 
 
-@pytest.mark.slow
-def test_two_processes_are_killed_in_each_phase_and_on_the_border(
-    ranks: Ranks, tiny_data: Path, straight: Path, tmp_path: Path
-) -> None:
-    kills = [2, 3, 4, 6]
-    file = two_phases(
-        tmp_path,
-        tiny_data,
-        imports=[str(ROOT / "tests" / "helpers" / "killer.py")],
-        callbacks=[{"name": "killer", "steps": kills, "event": "after_backward"}],
-    )
-    for _ in kills:
-        codes, text = ranks.run(2, "train", str(file))
-        assert -signal.SIGKILL in codes, text
-    ranks.train(2, str(file))
-    check_same(tmp_path, straight)
-
-
 def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 

@@ -28,7 +28,7 @@ from recipe.phases import PhasePlan
 from tests.helpers.in_process import go, last
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import ROOT
-from tests.helpers.tiny import ROW, ROWS, check_same
+from tests.helpers.tiny import ROW, ROWS
 from tests.training.rtd_runs import KEPT, PHASES, RTD, TOKENS, files, lines, made, write
 from training.objectives.phases import Objectives
 from training.objectives.rtd import SITE
@@ -285,22 +285,3 @@ def test_killed_in_each_phase_and_on_the_border(
         assert ranks.run(1, "train", str(file))[0] == [-signal.SIGKILL]
     ranks.train(1, str(file))
     assert files(killed) == files(straight)
-
-
-@pytest.mark.slow
-def test_two_processes_are_killed_and_train_as_one(
-    ranks: Ranks, tiny_data: Path, straight: Path, tmp_path: Path
-) -> None:
-    kills = [3, 4]
-    file = write(
-        tmp_path,
-        tiny_data,
-        trainer={"log_interval": 1, "microbatch_size": 3},
-        imports=[str(ROOT / "tests" / "helpers" / "killer.py")],
-        callbacks=[{"name": "killer", "steps": kills, "event": "after_backward"}],
-    )
-    for _ in kills:
-        codes, text = ranks.run(2, "train", str(file))
-        assert -signal.SIGKILL in codes, text
-    ranks.train(2, str(file))
-    check_same(tmp_path, straight)
