@@ -119,7 +119,8 @@ def test_killed_and_without_its_source_it_ends_with_the_same_bits(
     source, terms = tmp_path / "source", tmp_path / "terms.txt"
     shutil.copytree(bert.source, source)
     shutil.copy(bert.terms, terms)
-    kills = {"name": "killer", "steps": [1, 3], "event": "after_backward"}
+    # The second save, after step 2, begins when the first is done: only then can the source go.
+    kills = {"name": "killer", "steps": [3, 5], "event": "after_backward"}
     file = str(
         run_file(
             tmp_path, str(source), bert.data / "tokenizer", tokens={"add": str(terms)}, callbacks=[kills], **KILLER
@@ -210,7 +211,7 @@ def test_a_model_of_the_hub_goes_on_and_is_asked_for_once(
         api = HfApi(token=False)
         api.create_repo("org/model")
         api.upload_folder(repo_id="org/model", folder_path=bert.source)
-        kills = {"name": "killer", "steps": [2], "event": "batch_end"}
+        kills = {"name": "killer", "steps": [3], "event": "batch_end"}
         phases = [{"name": "short", "tokens": 4 * PER_STEP, "max_seq_len": 64, "global_batch_size": 8, "lr": 2e-2}]
         file = str(
             run_file(tmp_path, "hf:org/model", bert.data / "tokenizer", phases=phases, callbacks=[kills], **KILLER)
