@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +47,13 @@ def _signals_of_a_test() -> Iterator[None]:
     for number, handler in before.items():
         if handler is not None:  # one that Python did not set
             signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_watches_on() -> Iterator[None]:
+    """A watchdog that a run in this process leaves behind would end the process half an hour later, silently."""
+    yield
+    assert "watchdog" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.fixture(scope="session")

@@ -114,9 +114,11 @@ def train_until(config: RunConfig, console: Console, tokens: int | None) -> dict
             f"{folder.path}: {error.strerror or error}: {error.filename or ''} (checkpoints stay whole)"
         ) from error
     finally:
-        if run is not None:
-            run.close()
-        watchdog.stop()
+        try:
+            if run is not None:
+                run.close()
+        finally:
+            watchdog.stop()
     assert run is not None
     # With the folder free for others, and no watchdog: this may take longer than a step may.
     run.publisher.finish(lambda text: console.print(text, soft_wrap=True))
