@@ -73,8 +73,9 @@ format: setup-dev
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-schema: setup ## write configs/schema/ anew, after a change of a config's keys
+schema: setup ## write configs/schema/ and docs/reference.md anew, after a change of a config's keys
 	$(PY) main.py schema --json
+	$(PY) main.py schema --markdown --output docs/reference.md
 
 .venv-docs/.done: requirements-docs.txt
 	$(PYTHON) -m venv .venv-docs
@@ -82,7 +83,6 @@ schema: setup ## write configs/schema/ anew, after a change of a config's keys
 	@touch $@
 
 docs: setup .venv-docs/.done ## build the documentation into site/; open site/index.html
-	$(PY) main.py schema --markdown --output docs/reference.md
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 bench: setup-dev ## the loader, 2 trillion simulated tokens, start-up (docs/measurements.md names the other benchmarks)

@@ -25,9 +25,9 @@ _INDENT = " " * 11  # of lines that belong to the one above: a phase's name and 
 class ProgressLine(Callback):
     """Rank 0 only. Logs nothing.
 
-    loss: mean over the last 50 steps or so. tokens/s: slots, evaluations and saves included. Masked accuracy, gradient
-    norm, update-to-weight ratio, MFU, share of time waiting for data, memory, cost, losses of the streams: those of the
-    newest line of metrics.jsonl. Below them, what other callbacks log.
+    loss: mean over the last 50 steps or so. ETA: at the pace so far, evaluations and saves included. tokens/s, masked
+    accuracy, gradient norm, update-to-weight ratio, MFU, share of time waiting for data, memory, cost, losses of the
+    streams: those of the newest line of metrics.jsonl. Below them, what other callbacks log.
     """
 
     def __init__(
@@ -70,7 +70,9 @@ class ProgressLine(Callback):
         tokens, now = facts["tokens"], time.monotonic()
         speed = (tokens - self._first_tokens) / (now - self._start)
         lr, latest = self.plan.lr(step - 1), self.metrics.latest
-        done = [f"{_short(tokens)}/{_short(self.plan.total_tokens)} tokens", f"{_short(speed)} tokens/s"]
+        done = [f"{_short(tokens)}/{_short(self.plan.total_tokens)} tokens"]
+        if "tokens_per_second" in latest:
+            done.append(f"{_short(latest['tokens_per_second'])} tokens/s")
         scores = _scores(self._loss if self._steps else None, lr, latest)
         if self._progress is not None:
             self._progress.below = [scores, stream_losses(latest), self._others()]

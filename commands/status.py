@@ -158,7 +158,8 @@ def _table(facts: dict[str, Any]) -> Table:
     )
     line = facts["metrics"] or {}
     if facts["loss"] is not None:
-        rows["loss"] = f"{facts['loss']:.4f}" + (f", {_duration(age)} ago" if age is not None else "")
+        rows["loss"] = f"{facts['loss']:.4f} at step {line['step']:,}"
+        rows["loss"] += f", {_duration(age)} ago" if age is not None else ""
     for name, scores in line.get("streams", {}).items():
         if scores["loss"] is None:
             continue

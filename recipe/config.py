@@ -103,7 +103,7 @@ def _local(folder: str) -> str:
 
 
 class RunConfig(Schema):
-    """A pretraining run. What is MAY_CHANGE may differ when it goes on; training/folder.py refuses the rest."""
+    """A pretraining run. It goes on with other values of keys that may change on resume; a change of any other is refused."""
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",

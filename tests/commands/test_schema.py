@@ -75,7 +75,9 @@ def test_schemas_are_up_to_date(tmp_path: Path) -> None:
     assert run(command("schema", "--json", "--output", str(tmp_path))).returncode == 0
     for kind in KINDS:
         committed = (ROOT / f"configs/schema/{kind}.json").read_text()
-        assert (tmp_path / f"{kind}.json").read_text() == committed, "run `python main.py schema --json`, and commit"
+        assert (tmp_path / f"{kind}.json").read_text() == committed, "run `make schema`, and commit"
+    assert run(command("schema", "--markdown", "--output", str(tmp_path / "page.md"))).returncode == 0
+    assert (tmp_path / "page.md").read_text() == (ROOT / "docs/reference.md").read_text(), "run `make schema`"
 
 
 @pytest.mark.parametrize("kind", KINDS)
