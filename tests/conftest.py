@@ -2,9 +2,11 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -30,6 +32,13 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 def pytest_collection_finish() -> None:
     quicken_runs()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """How a worker of xdist died; the line of xdist says only that it did."""
+    if error:
+        sys.stderr.write(f"\n{node.gateway.id}: exit code {node.gateway._io.popen.wait(30)}\n")
 
 
 @pytest.fixture(autouse=True, scope="module")
