@@ -1,5 +1,6 @@
 """metrics.jsonl: what every callback logs, a line for each step that something was logged in."""
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import ranks
 from callbacks.step_log import append_line, nested, read_lines, trim_lines
 from recipe.phases import PhasePlan
 
+log = logging.getLogger(__name__)
 # Composer's trainer logs these at every step: clocks that count what `step` and `tokens` say, and the loss of a step.
 _OF_THE_TRAINER = ("time/", "trainer/", "loss/train/total")
 
@@ -20,8 +22,8 @@ class MetricsFile(LoggerDestination):
     """Writes {"step", where the plan stands then, the metrics of the step} (rank 0).
 
     Metrics named `train/...` are ours: they stand in the line itself, nested at each slash. All others keep their
-    prefix: `validation/loss` is line["validation"]["loss"]. A number that is not finite is null. What Composer's
-    trainer logs of each step by itself is left out.
+    prefix: `validation/loss` is line["validation"]["loss"]. A number that is not finite is null. What is no number is
+    left out with a warning, what Composer's trainer logs of each step by itself without one.
     A metric logged while a step is under way belongs to that step, so that a restart neither repeats nor loses one.
     """
 
@@ -33,6 +35,7 @@ class MetricsFile(LoggerDestination):
         """The newest value of each metric that is not ours, by its whole name."""
         self._step, self._metrics = 0, dict[str, Any]()
         self._under_way: int | None = None  # finished steps while the next one runs
+        self._refused = set[str]()
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         self._under_way = state.timestamp.batch.value
@@ -50,6 +53,9 @@ class MetricsFile(LoggerDestination):
                 self._metrics[name] = number
                 if not name.startswith(("train/", "validation")):
                     self.others[name] = number
+            elif name not in self._refused:
+                self._refused.add(name)
+                log.warning("metric %s: %r is no number: it is not written, nor is what follows of it", name, value)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self._under_way = None

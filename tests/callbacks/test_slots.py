@@ -203,3 +203,27 @@ def test_a_callback_of_composers_is_built(tiny_data: Path, tmp_path: Path) -> No
     (part,) = Parts(config, PhasePlan(config), tmp_path).callbacks
     assert isinstance(part, SpeedMonitor)
     assert part.history_wct.maxlen == 8
+
+
+TALKER = """
+from composer.core import Callback
+from flexbert_core.schema import Component
+from recipe.slots import CALLBACKS
+
+@CALLBACKS.register("talker")
+class Talker(Callback):
+    class Config(Component):
+        pass
+    def __init__(self, config, *, plan, folder):
+        pass
+    def batch_end(self, state, logger):
+        logger.log_metrics({"mine/text": "much", "mine/number": 7})
+"""
+
+
+def test_what_is_no_number_is_said_once(ranks: Ranks, tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "talker.py").write_text(TALKER)
+    mine = {"imports": [str(tmp_path / "talker.py")], "callbacks": ["talker"]}
+    text = ranks.train(1, str(write_config(tmp_path, tiny_data, 3, "full", **mine)))
+    assert text.count("metric mine/text: 'much' is no number: it is not written") == 1
+    assert [line["mine"] for line in lines(tmp_path)] == [{"number": 7}] * 3
