@@ -103,7 +103,7 @@ def _local(folder: str) -> str:
 
 
 class RunConfig(Schema):
-    """A pretraining run. It goes on with other values of keys that may change on resume; a change of any other is refused."""
+    """A pretraining run. Once begun it takes other values of the keys that may change on resume, and of no others."""
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
