@@ -7,6 +7,7 @@ from flexbert.hf.convert import check_exportable
 from flexbert_core.schema import ConfigError
 from recipe.config import RunConfig
 from recipe.phases import PhasePlan
+from training.parts import part_faults
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ def check_effects(config: RunConfig, place: object) -> None:
 
 
 def _faults(config: RunConfig) -> list[str]:
-    faults = []
+    faults = part_faults(config)
     for number, phase in enumerate(config.phases):
         given = [key for key, theta in phase.rope_theta if theta is not None]
         if given and not hasattr(config.model.position, "global_theta"):
