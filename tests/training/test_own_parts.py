@@ -80,3 +80,146 @@ def test_a_constructor_that_takes_too_little_is_one_line_before_anything_starts(
         assert f"{place}: mine (mine.py:{begins}): __init__ takes no '{first}': " in line
         assert f"write __init__(self, config, *, {facts}), see docs/extending" in line
     assert not (tmp_path / "run").exists()
+
+
+RAISES: dict[str, tuple[str, dict[str, Any]]] = {
+    "callbacks": (
+        """
+@CALLBACKS.register("mine")
+class Mine(Callback):
+    class Config(Component):
+        pass
+
+    def __init__(self, config, *, plan, folder):
+        pass
+
+    def batch_end(self, state, logger):
+        fail()
+""",
+        {"callbacks": ["mine"]},
+    ),
+    "algorithms": (
+        """
+@ALGORITHMS.register("mine")
+class Mine(Algorithm):
+    class Config(Component):
+        pass
+
+    def __init__(self, config, *, plan, folder):
+        pass
+
+    def match(self, event, state):
+        return True
+
+    def apply(self, event, state, logger):
+        fail()
+""",
+        {"algorithms": ["mine"]},
+    ),
+    "loggers": (
+        """
+@LOGGERS.register("mine")
+class Mine(LoggerDestination):
+    class Config(Component):
+        pass
+
+    def __init__(self, config, *, name, run, folder):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        fail()
+""",
+        {"loggers": ["mine"]},
+    ),
+    "evaluations": (
+        """
+@EVALUATIONS.register("mine")
+class Mine:
+    class Config(Component):
+        pass
+
+    def __init__(self, config, *, run, plan, streams, folder):
+        pass
+
+    def run(self, model, step):
+        fail()
+""",
+        {"evaluations": ["mine"]},
+    ),
+    "objective": (
+        """
+@OBJECTIVES.register("mine")
+class Mine:
+    class Config(Component):
+        pass
+
+    def __init__(self, config, *, plan):
+        pass
+
+    def count(self, batch):
+        return batch["masked"]
+
+    def loss(self, model, batch):
+        fail()
+""",
+        {"objective": "mine"},
+    ),
+    "masking": (
+        """
+@MASKINGS.register("mine")
+class Mine:
+    class Config(HidingConfig):
+        pass
+
+    def __init__(self, config, *, vocabulary):
+        pass
+
+    def mask(self, input_ids, row_ends, rows):
+        fail()
+""",
+        {"masking": "mine"},
+    ),
+}
+FAIL = """
+
+def fail():
+    raise {error}
+"""
+
+
+@pytest.mark.parametrize("slot", RAISES)
+def test_a_part_that_raises_in_a_run_is_named_behind_its_own_frames(
+    ranks: Ranks, tiny_data: Path, tmp_path: Path, slot: str
+) -> None:
+    text, changes = RAISES[slot]
+    text = HEAD + text + FAIL.format(error='ValueError("two\\nlines")')
+    done = run(command("train", str(written(tmp_path, tiny_data, text, **changes))))
+    assert done.returncode == 1, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1] == f"error: {slot}: mine (mine.py:{text.count(chr(10))}): ValueError: two lines"
+    first = lines.index("Traceback (most recent call last):")
+    assert f'File "{tmp_path}/mine.py", line ' in lines[first + 1]
+    assert len(lines) - first < 15
+
+
+@pytest.mark.parametrize("error", ['FileNotFoundError(2, "none", "x.txt")', 'RuntimeError("no")'])
+def test_what_a_run_says_of_errors_of_its_own_does_not_hide_a_part_that_raises_them(
+    ranks: Ranks, tiny_data: Path, tmp_path: Path, error: str
+) -> None:
+    text, changes = RAISES["callbacks"]
+    done = run(command("train", str(written(tmp_path, tiny_data, HEAD + text + FAIL.format(error=error), **changes))))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: callbacks: mine (mine.py:2"), done.stderr
+    assert f"{error.partition('(')[0]}: " in done.stderr.splitlines()[-1]
+
+
+def test_a_masking_that_raises_in_a_worker_of_the_loader_is_named(
+    ranks: Ranks, tiny_data: Path, tmp_path: Path
+) -> None:
+    text, changes = RAISES["masking"]
+    text = HEAD + text + FAIL.format(error='ValueError("no")')
+    file = written(tmp_path, tiny_data, text, **changes)
+    done = run(command("train", str(file), "data.num_workers=1"))
+    assert done.returncode == 1, done.stderr
+    line = f"error: masking: mine (mine.py:{text.count(chr(10))}): ValueError: no"
+    assert done.stderr.splitlines()[-1] == line, done.stderr
