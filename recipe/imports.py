@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from flexbert_core.calling import stands_at
 from flexbert_core.schema import ConfigError, Registry, expand_user
 
-_PREFIX = "imported_"  # of the modules' names
+PREFIX = "imported_"  # of the modules' names
 
 
 class Blame(NamedTuple):
@@ -25,7 +25,7 @@ class Blame(NamedTuple):
 
 def blamed(error: BaseException) -> Blame | None:
     """Which part of the user's raised an error, or its cause; None where no imported file has to do with it."""
-    files = {getattr(module, "__file__", None) for name, module in sys.modules.items() if name.startswith(_PREFIX)}
+    files = {str(module.__file__) for name, module in sys.modules.items() if name.startswith(PREFIX)}
     cause: BaseException | None = error
     while cause is not None:
         steps, step = list[TracebackType](), cause.__traceback__
@@ -85,7 +85,7 @@ def import_components(node: dict[str, Any], config: Path) -> dict[str, Any]:
 
 def _import(file: Path, where: str) -> None:
     # One name for one file, whatever the folder: a second load of the config must not register its components again
-    name = f"{_PREFIX}{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=8).hexdigest()}"
+    name = f"{PREFIX}{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=8).hexdigest()}"
     if name in sys.modules:
         return
     # So that it can import files beside it, as when it is run as a script; behind all else, so that it hides nothing.

@@ -8,6 +8,7 @@ from flexbert_core.schema import ConfigError
 from recipe.config import RunConfig
 from recipe.phases import PhasePlan
 from training.parts import part_faults
+from training.trial import shape_faults
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +18,7 @@ def check_effects(config: RunConfig, place: object) -> None:
 
     What runs of older versions may have been begun with is only warned of, so that they can go on.
     """
-    faults = _faults(config)
+    faults = _faults(config) or shape_faults(config)
     if faults:
         raise ConfigError("\n".join(f"{place}: {fault}" for fault in faults))
     for line in _without_effect(config):

@@ -223,3 +223,40 @@ def test_a_masking_that_raises_in_a_worker_of_the_loader_is_named(
     assert done.returncode == 1, done.stderr
     line = f"error: masking: mine (mine.py:{text.count(chr(10))}): ValueError: no"
     assert done.stderr.splitlines()[-1] == line, done.stderr
+
+
+SHAPED = """
+
+@register("SLOT", "mine")
+class Mine(nn.Module):
+    class Config(Component):
+        pass
+
+    def __init__(self, config, *, hidden_size, **sizes):
+        super().__init__()
+
+    def forward(self, states, *others):
+        return GIVEN
+"""
+
+
+@pytest.mark.parametrize(
+    ("slot", "given", "fault"),
+    [
+        ("mlp", "states[:, :4]", "forward gives (6, 4) for (6, 16): give the same shape"),
+        ("norm", "states.mean(-1)", "forward gives (6,) for (6, 16): give the same shape"),
+        ("attention", "(states, None)", "forward gives a tuple: give a tensor like its input"),
+    ],
+)
+def test_a_wrong_shape_is_one_line_before_anything_starts(
+    ranks: Ranks, tiny_data: Path, tmp_path: Path, slot: str, given: str, fault: str
+) -> None:
+    text = MODEL_HEAD + SHAPED.replace("SLOT", slot).replace("GIVEN", given)
+    file = written(tmp_path, tiny_data, text, model={slot: "mine"})
+    for options in (["--dry-run"], []):
+        done = run(command("train", str(file), *options))
+        assert done.returncode == 2, done.stderr
+        (line,) = done.stderr.strip().splitlines()
+        assert line.startswith(f"error: {file}: model.{slot}: mine (mine.py:")
+        assert line.endswith(f"): {fault}")
+    assert not (tmp_path / "run").exists()
