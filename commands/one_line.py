@@ -1,6 +1,7 @@
 """What is wrong, with the command line or in a command, is said in one line on stderr and by the exit code."""
 
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +29,8 @@ class OneLineUsage(TyperGroup):
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Errors that the user can act on become one line each on stderr and an exit code; bugs keep their traceback."""
+    """Errors that the user can act on become one line each on stderr and an exit code; bugs keep their traceback. Those
+    of a user's own part show it from their first frame on, and the line behind it."""
     from flexbert_core.schema import ConfigError, RunError
 
     try:
@@ -43,3 +45,15 @@ def plain_errors() -> Iterator[None]:
         if code in (85, 130, 143):
             print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
         raise typer.Exit(code if isinstance(code, int) else 1) from None
+    except Exception as error:
+        from recipe.imports import blamed
+
+        if (blame := blamed(error)) is None:
+            raise
+        sys.stdout.flush()
+        if blame.traceback is None:
+            print(error, file=sys.stderr)
+        else:
+            traceback.print_exception(type(blame.error), blame.error, blame.traceback)
+        print(f"error: {blame.line}", file=sys.stderr, flush=True)
+        raise typer.Exit(1) from None

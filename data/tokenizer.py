@@ -18,7 +18,7 @@ from data.added_tokens import add_tokens
 from flexbert_core.durable import new_folder
 from flexbert_core.schema import Component, ConfigError, Count, Registry, RunError, Schema, UserPath, named
 
-TOKENIZERS = Registry("tokenizer")
+TOKENIZERS = Registry("tokenizer", has_imports=False)
 
 VOCAB_MULTIPLE = 64
 """The vocabulary is padded to a multiple of this: matrix kernels are fastest so (Karpathy, nanoGPT, 2023)."""

@@ -26,7 +26,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator
 
 from flexbert.activations import FUNCTIONS
-from flexbert_core.schema import Component, ConfigError, Registry, Shown, did_you_mean
+from flexbert_core.schema import Component, ConfigError, Registry, Shown, did_you_mean, named
 
 T = TypeVar("T")
 
@@ -94,10 +94,27 @@ SLOTS = {
     for slot in (EMBEDDINGS, POSITIONS, ATTENTIONS, NORMS, ACTIVATIONS, MLPS, BLOCKS, HEADS, LOSSES, INITS)
 }
 
+ELSEWHERE = {
+    "optimizer": "recipe.slots.OPTIMIZERS",
+    "parallelism": "recipe.slots.PARALLELISMS",
+    "objective": "recipe.slots.OBJECTIVES",
+    "evaluations": "recipe.slots.EVALUATIONS",
+    "callbacks": "recipe.slots.CALLBACKS",
+    "algorithms": "recipe.slots.ALGORITHMS",
+    "loggers": "recipe.slots.LOGGERS",
+    "schedule": "recipe.schedules.SCHEDULES",
+    "masking": "data.feed.masking.MASKINGS",
+    "source": "data.preparation.sources.base.SOURCES",
+    "filter": "data.preparation.filters.base.FILTERS",
+    "tokenizer": "data.tokenizer.TOKENIZERS",
+    "executor": "data.preparation.executors.base.EXECUTORS",
+    "eval": "evals.interface.EVALS",
+}
+"""The registries of all other slots: rooms above this one, which it may not import."""
+
 
 def _known_activation(name: str) -> str:
-    if name not in ACTIVATIONS.entries:
-        raise ValueError(f"unknown activation {name!r}, {did_you_mean(name, ACTIVATIONS.entries)}")
+    ACTIVATIONS.known(name)
     return name
 
 
@@ -107,9 +124,14 @@ Activation = Annotated[str, ACTIVATION, Shown(lambda _: {"enum": sorted(ACTIVATI
 
 
 def build_activation(name: str) -> Any:
-    """The function, or a fresh module, that an Activation field names."""
+    """The function, or a fresh module, that an Activation field names. Raises ConfigError for a module class that wants
+    arguments."""
     entry = ACTIVATIONS.entries[name]
-    return entry() if isinstance(entry, type) else entry
+    if not isinstance(entry, type):
+        return entry
+    with named(ACTIVATIONS.slot_name):
+        ACTIVATIONS.check_call(name, ())
+    return entry()
 
 
 def register(slot: str, name: str) -> Callable[[T], T]:
@@ -128,6 +150,13 @@ def registered(slot: str) -> list[str]:
 
 
 def _slot(slot: str) -> Registry:
+    for each in (slot, f"{slot}s"):
+        if place := ELSEWHERE.get(each):
+            module, _, registry = place.rpartition(".")
+            raise ConfigError(
+                f"unknown slot {slot!r}: it is none of a model's: `from {module} import {registry}`, and write "
+                f'`@{registry}.register("NAME")`'
+            )
     if slot not in SLOTS:
         raise ConfigError(f"unknown slot {slot!r}, {did_you_mean(slot, SLOTS)}")
     return SLOTS[slot]

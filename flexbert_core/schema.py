@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -36,6 +36,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic.config import JsonDict
+
+from flexbert_core.calling import call_fault, place_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -156,18 +158,25 @@ class ShownSlot:
 class Registry:
     """Named implementations of one slot. has_config: false for entries that are all said by their name."""
 
+    every: ClassVar[list["Registry"]] = []
+
     def __init__(
         self,
         slot_name: str,
         has_config: bool = True,
         filled_by: Sequence[str] = (),
         base: type[Component] = Component,
+        noun: str | None = None,
+        has_imports: bool = True,
     ) -> None:
         """base: what each entry's `Config` derives from: the fields that others read of any entry of this slot.
+        noun: one entry, where the slot's name is a plural. has_imports: whether files that name entries have `imports`.
         filled_by: modules that register entries, imported when the slot is first looked into. So the room of a
         schema need not import the rooms of the components that it names."""
         self.slot_name, self.has_config, self.base = slot_name, has_config, base
-        self._entries: dict[str, Any] = {}
+        self.noun, self.has_imports = noun or slot_name, has_imports
+        self.every.append(self)
+        self.loaded: dict[str, Any] = {}
         self._filled_by = tuple(filled_by)
 
     @property
@@ -176,7 +185,7 @@ class Registry:
         modules, self._filled_by = self._filled_by, ()
         for module in modules:
             importlib.import_module(module)
-        return self._entries
+        return self.loaded
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator. The entry must carry a `Config` derived from the slot's base.
@@ -185,16 +194,16 @@ class Registry:
         """
 
         def add(entry: T) -> T:
-            if name in self._entries:
-                raise ValueError(f"{self.slot_name} {name!r} is registered twice")
+            if name in self.loaded:
+                raise ValueError(f"{self.noun} {name!r} is registered twice")
             config = getattr(entry, "Config", None)
             if self.has_config and not (isinstance(config, type) and issubclass(config, self.base)):
                 fault = "has no class Config" if config is None else f"has a Config that is no {self.base.__name__}"
                 place = f"from {self.base.__module__}"
                 raise ValueError(
-                    f"{self.slot_name} {name!r} {fault}: write `class Config({self.base.__name__}):` in it ({place})"
+                    f"{self.noun} {name!r} {fault}: write `class Config({self.base.__name__}):` in it ({place})"
                 )
-            self._entries[name] = entry
+            self.loaded[name] = entry
             return entry
 
         return add
@@ -209,11 +218,15 @@ class Registry:
         if default is not None:
             node = {"name": default, **node}
         if "name" not in node:
-            raise ValueError(f"has no name: say which {self.slot_name}, name: {' | '.join(sorted(self.entries))}")
-        name = str(node["name"])
+            raise ValueError(f"has no name: say which {self.noun}, name: {' | '.join(sorted(self.entries))}")
+        return self.known(str(node["name"])).Config.model_validate(node)
+
+    def known(self, name: str) -> Any:
+        """The entry. Raises ValueError for a name that there is not."""
         if name not in self.entries:
-            raise ValueError(f"unknown {self.slot_name} {name!r}, {did_you_mean(name, self.entries)}")
-        return self.entries[name].Config.model_validate(node)
+            hint = "; a part of yours needs its file in imports" if self.has_imports else ""
+            raise ValueError(f"unknown {self.noun} {name!r}, {did_you_mean(name, self.entries)}{hint}")
+        return self.entries[name]
 
     def slot(self, optional: bool = False, default: str | None = None) -> tuple[Any, ...]:
         """Annotation metadata for a config field that holds one entry of this registry: `Annotated[Any, *R.slot()]`.
@@ -227,8 +240,19 @@ class Registry:
         )
 
     def build(self, config: Component, **runtime: Any) -> Any:
-        """Construct the entry named by `config`; runtime facts (hidden_size, layer_index, ...) are keywords."""
+        """Construct the entry named by `config`; runtime facts (hidden_size, layer_index, ...) are keywords.
+
+        Raises ConfigError, starting with the slot, as check_call.
+        """
+        with named(self.slot_name):
+            self.check_call(config.name, runtime)
         return self.entries[config.name](config, **runtime)
+
+    def check_call(self, name: str, facts: Iterable[str]) -> None:
+        """Raise ConfigError, one line, for an entry that cannot be constructed with its config and these facts."""
+        entry = self.entries[name]
+        if fault := call_fault(entry, ["config"] if self.has_config else [], facts):
+            raise ConfigError(f"{name} ({place_of(entry)}): {fault}")
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}

@@ -11,7 +11,7 @@ from typing import Any
 from flexbert_core.schema import Component, Registry
 
 ROOT = Path(__file__).parent.parent
-JOBS = Registry("executor of jobs", filled_by=["jobs.entries"])
+JOBS = Registry("executor of jobs", has_imports=False, filled_by=["jobs.entries"])
 
 
 @dataclass(frozen=True)

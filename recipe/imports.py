@@ -2,12 +2,61 @@
 
 import hashlib
 import importlib.util
+import re
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple
 
-from flexbert_core.schema import ConfigError, expand_user
+from flexbert_core.calling import stands_at
+from flexbert_core.schema import ConfigError, Registry, expand_user
+
+PREFIX = "imported_"  # of the modules' names
+
+
+class Blame(NamedTuple):
+    """An error in a file of the user's. line: `callbacks: mine (mine.py:12): ValueError: text`."""
+
+    line: str
+    error: BaseException
+    traceback: TracebackType | None  # from the first frame of the user's on; None: the error's text tells it
+
+
+def blamed(error: BaseException) -> Blame | None:
+    """Which part of the user's raised an error, or its cause; None where no imported file has to do with it."""
+    files = {str(module.__file__) for name, module in sys.modules.items() if name.startswith(PREFIX)}
+    cause: BaseException | None = error
+    while cause is not None:
+        steps, step = list[TracebackType](), cause.__traceback__
+        while step is not None:
+            steps.append(step)
+            step = step.tb_next
+        own = [step for step in steps if step.tb_frame.f_code.co_filename in files]
+        if own:
+            said = " ".join(f"{type(cause).__name__}: {cause}".split()).rstrip(": ")
+            places = [(step.tb_frame.f_code.co_filename, step.tb_lineno) for step in own]
+            return Blame(f"{_part(places)}: {said}", cause, own[0])
+        cause = cause.__cause__
+    # A DataLoader gives the traceback of its worker as text
+    found = re.findall(r'^ *File "(.+)", line (\d+)', str(error), re.MULTILINE)
+    places = [(file, int(line)) for file, line in found if file in files]
+    return Blame(f"{_part(places)}: {str(error).strip().splitlines()[-1]}", error, None) if places else None
+
+
+def _part(places: list[tuple[str, int]]) -> str:
+    """The innermost entry that has one of these lines, and the innermost line."""
+    file, line = places[-1]
+    names = (
+        f"{registry.slot_name}: {name} "
+        for place in reversed(places)
+        for registry in Registry.every
+        for name, entry in registry.loaded.items()
+        if stands_at(entry, *place)
+    )
+    where = f"{Path(file).name}:{line}"
+    name = next(names, None)
+    return where if name is None else f"{name}({where})"
 
 
 def import_components(node: dict[str, Any], config: Path) -> dict[str, Any]:
@@ -36,7 +85,7 @@ def import_components(node: dict[str, Any], config: Path) -> dict[str, Any]:
 
 def _import(file: Path, where: str) -> None:
     # One name for one file, whatever the folder: a second load of the config must not register its components again
-    name = f"imported_{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=8).hexdigest()}"
+    name = f"{PREFIX}{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=8).hexdigest()}"
     if name in sys.modules:
         return
     # So that it can import files beside it, as when it is run as a script; behind all else, so that it hides nothing.

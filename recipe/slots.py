@@ -30,8 +30,9 @@ PARALLELISMS = Registry("parallelism", filled_by=["training.parallelism"])
 OBJECTIVES = Registry("objective", filled_by=["training.objectives"])
 EVALUATIONS = Registry(
     "evaluations",
+    noun="evaluation",
     filled_by=["training.evaluations", "training.document_losses", "training.detection", "evals.background"],
 )
-CALLBACKS = Registry("callbacks", filled_by=["callbacks.entries"])
-ALGORITHMS = Registry("algorithms", filled_by=["callbacks.entries"])
-LOGGERS = Registry("loggers", filled_by=["callbacks.entries"])
+CALLBACKS = Registry("callbacks", noun="callback", filled_by=["callbacks.entries"])
+ALGORITHMS = Registry("algorithms", noun="algorithm", filled_by=["callbacks.entries"])
+LOGGERS = Registry("loggers", noun="logger", filled_by=["callbacks.entries"])

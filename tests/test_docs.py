@@ -22,7 +22,7 @@ from flexbert import FlexBertConfig
 from flexbert.accounting import count_parameters
 from flexbert.config import PRESETS
 from flexbert.hf.convert import transformers_config
-from flexbert.registry import SLOTS
+from flexbert.registry import ELSEWHERE, SLOTS
 from flexbert_core.schema import Registry
 from recipe.config import load_run_config
 from recipe.schedules import SCHEDULES
@@ -94,6 +94,16 @@ def test_the_page_on_data_names_every_part() -> None:
         row = slot_row("", registry)
         missing = [name for name in re.findall(r"`(\w+)`", row) if f"`{name}`" not in page]
         assert not missing, (registry.slot_name, missing)
+
+
+def test_each_page_on_a_part_names_its_registry_and_constructor() -> None:
+    for slot in (*SLOTS, *ELSEWHERE.keys() - {"parallelism"}):  # which has no page
+        page = "callback" if slot in ("callbacks", "algorithms", "loggers") else slot
+        own = (ROOT / "docs" / "extending" / f"{page}.md").read_text()
+        module, _, registry = ELSEWHERE.get(slot, "").rpartition(".")
+        for said in (registry, module) if registry else (f'@flexbert.register("{slot}", NAME)',):
+            assert said in own, page
+        assert slot == "activation" or "`__init__(self, config" in own, page
 
 
 def test_each_slot_has_a_page_that_the_site_lists() -> None:

@@ -7,6 +7,8 @@ from flexbert.hf.convert import check_exportable
 from flexbert_core.schema import ConfigError
 from recipe.config import RunConfig
 from recipe.phases import PhasePlan
+from training.parts import part_faults
+from training.trial import shape_faults
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +18,7 @@ def check_effects(config: RunConfig, place: object) -> None:
 
     What runs of older versions may have been begun with is only warned of, so that they can go on.
     """
-    faults = _faults(config)
+    faults = _faults(config) or shape_faults(config)
     if faults:
         raise ConfigError("\n".join(f"{place}: {fault}" for fault in faults))
     for line in _without_effect(config):
@@ -24,7 +26,7 @@ def check_effects(config: RunConfig, place: object) -> None:
 
 
 def _faults(config: RunConfig) -> list[str]:
-    faults = []
+    faults = part_faults(config)
     for number, phase in enumerate(config.phases):
         given = [key for key, theta in phase.rope_theta if theta is not None]
         if given and not hasattr(config.model.position, "global_theta"):

@@ -12,10 +12,18 @@ from composer.core import Algorithm, Callback, Time, Timestamp
 from composer.loggers import LoggerDestination
 from torch import Tensor
 
-from flexbert_core.schema import Component, ConfigError, Registry, RunError
+from flexbert_core.schema import Component, ConfigError, Registry, RunError, named
 from recipe.config import RunConfig
 from recipe.phases import PhasePlan
-from recipe.slots import ALGORITHMS, CALLBACKS, LOGGERS
+from recipe.slots import ALGORITHMS, CALLBACKS, EVALUATIONS, LOGGERS
+
+# What the entries of each slot are constructed with: recipe.slots.
+_FACTS: dict[str, tuple[Registry, tuple[str, ...]]] = {
+    "callbacks": (CALLBACKS, ("plan", "folder")),
+    "algorithms": (ALGORITHMS, ("plan", "folder")),
+    "loggers": (LOGGERS, ("name", "run", "folder")),
+    "evaluations": (EVALUATIONS, ("run", "plan", "streams", "folder")),
+}
 
 
 class Parts:
@@ -24,10 +32,9 @@ class Parts:
     def __init__(self, config: RunConfig, plan: PhasePlan, folder: Path) -> None:
         """folder: runs/NAME. Raises ConfigError, starting with the key, for one that refuses its arguments."""
         self._folder = folder
-        self.callbacks: list[Callback] = build_parts("callbacks", CALLBACKS, config.callbacks, plan=plan, folder=folder)
-        self.algorithms: list[Algorithm] = build_parts(
-            "algorithms", ALGORITHMS, config.algorithms, plan=plan, folder=folder
-        )
+        facts = {"plan": plan, "folder": folder}
+        self.callbacks: list[Callback] = build_parts("callbacks", CALLBACKS, config.callbacks, **facts)
+        self.algorithms: list[Algorithm] = build_parts("algorithms", ALGORITHMS, config.algorithms, **facts)
         facts = {"name": config.name, "run": config.model_dump(mode="json"), "folder": folder}
         self.loggers: list[LoggerDestination] = build_parts("loggers", LOGGERS, config.loggers, **facts)
         named = zip([*config.callbacks, *config.algorithms], [*self.callbacks, *self.algorithms], strict=True)
@@ -58,11 +65,25 @@ def build_parts(key: str, registry: Registry, configs: list[Component], **runtim
     """The entries that a list of a run file names. Raises ConfigError, starting with the key, for one that refuses."""
     parts = []
     for number, config in enumerate(configs):
+        with named(f"{key}[{number}]"):
+            registry.check_call(config.name, runtime)
         try:
             parts.append(registry.build(config, **runtime))
         except ValueError as error:
             raise ConfigError(f"{key}[{number}].{error}") from None
     return parts
+
+
+def part_faults(config: RunConfig) -> list[str]:
+    """A line for each that does not take what it will be given. None is built: that may open files."""
+    faults = []
+    for key, (registry, facts) in _FACTS.items():
+        for number, part in enumerate(getattr(config, key)):
+            try:
+                registry.check_call(part.name, facts)
+            except ConfigError as error:
+                faults.append(f"{key}[{number}]: {error}")
+    return faults
 
 
 def _name(config: Component) -> str:

@@ -13,6 +13,7 @@ from callbacks.watchdog import Watchdog
 from data.feed.workers import worker_death
 from flexbert_core.schema import RunError
 from recipe.config import RunConfig
+from recipe.imports import blamed
 from recipe.phases import PhasePlan
 from training import report, signals
 from training.allocator import keep_freed_memory
@@ -110,6 +111,8 @@ def train_until(config: RunConfig, console: Console, tokens: int | None) -> dict
     except RuntimeError as error:  # PyTorch raises this in the training process at the moment when a worker dies
         raise worker_death(error) or lost_rank(error) or error from None
     except OSError as error:
+        if blamed(error) is not None:
+            raise
         raise RunError(
             f"{folder.path}: {error.strerror or error}: {error.filename or ''} (checkpoints stay whole)"
         ) from error

@@ -163,7 +163,7 @@ def test_names_nest_and_flatten() -> None:
         ("callbacks=[{name: composer,class: SpeedMonitr}]", "callbacks[0]: class: Composer has no callback 'SpeedMonitr', did you mean 'SpeedMonitor'?"),
         ("callbacks=[{name: composer,class: SpeedMonitor,arguments: {windowsize: 3}}]", "callbacks[0]: arguments: SpeedMonitor has no 'windowsize', did you mean 'window_size'?"),
         ("algorithms=[{name: composer,class: SpeedMonitor}]", "algorithms[0]: class: Composer has no algorithm 'SpeedMonitor'"),
-        ("callbacks=[speedmonitor]", "callbacks[0]: unknown callbacks 'speedmonitor', valid names: composer"),
+        ("callbacks=[speedmonitor]", "callbacks[0]: unknown callback 'speedmonitor', valid names: composer"),
         ("loggers=[{name: wandb}]", "loggers[0].project: is required and missing"),
         ("wandb.project=x", "wandb: is an entry of `loggers`"),
     ],

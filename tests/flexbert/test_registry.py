@@ -1,5 +1,6 @@
 """A component of any kind, written outside the package, works from YAML at once."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from flexbert import FlexBertConfig, build, register, registered
 from flexbert.config import ModelComponent
-from flexbert.registry import SLOTS
+from flexbert.registry import ELSEWHERE, SLOTS
 from flexbert_core.schema import Component, ConfigError
 from tests.flexbert.parts import (
     Bigram,
@@ -22,6 +23,7 @@ from tests.flexbert.parts import (
     Scale,
 )
 from tests.helpers.models import batch_of, gradients, tiny
+from tests.helpers.registries import registries_as_before
 
 LINES: dict[str, tuple[str, Any]] = {
     "norm": ("norm: {name: test_scale, start: 4}", Scale),
@@ -94,8 +96,66 @@ def test_registered_lists_names_and_register_guards_them() -> None:
         registered("norms")
     with pytest.raises(ConfigError, match="unknown slot 'foo', valid names: activation, attention, block"):
         register("foo", "bar")
+    for slot in ("callbacks", "callback"):
+        with pytest.raises(
+            ConfigError, match=f"unknown slot '{slot}': .* `from recipe.slots import CALLBACKS`, .*@CALLBA"
+        ):
+            register(slot, "bar")
     with pytest.raises(ValueError, match="norm 'layernorm' is registered twice"):
         register("norm", "layernorm")(Scale)
+
+
+def test_slots_of_other_rooms_are_where_the_hint_says() -> None:
+    for slot, place in ELSEWHERE.items():
+        module, _, name = place.rpartition(".")
+        assert getattr(importlib.import_module(module), name).slot_name == slot
+
+
+class Wanting(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+
+
+class Bare(nn.Module):
+    class Config(Component):
+        pass
+
+
+class Alone(Bare):
+    def __init__(self) -> None:
+        super().__init__()
+
+
+class Greedy(Bare):
+    def __init__(self, config: Component, *, hidden_size: int, eps: float) -> None:
+        super().__init__()
+
+
+def sized(config: Component, size: int) -> None:
+    pass
+
+
+sized.Config = Bare.Config  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@pytest.mark.parametrize(
+    ("slot", "entry", "node", "fault"),
+    [
+        ("activation", Wanting, {"mlp": {"name": "glu", "activation": "test_part"}}, r"__init__ wants 'width', which it is not given: write __init__\(self\)"),
+        ("norm", Bare, {"norm": "test_part"}, r"__init__ takes no config: write __init__\(self, config, \*, hidden_size\)"),
+        ("norm", Alone, {"norm": "test_part"}, r"__init__ takes no config: write __init__\(self, config, \*, hidden_size\)"),
+        ("norm", Greedy, {"norm": "test_part"}, r"__init__ wants 'eps', which it is not given: write __init__\(self, config, \*, hidden_size\)"),
+        ("norm", sized, {"norm": "test_part"}, r"sized wants 'size', which it is not given: write sized\(config, \*, hidden_size\)"),
+        ("loss", Greedy, {"loss": "test_part"}, r"__init__ wants 'hidden_size', which it is not given: write __init__\(self, config\)"),
+    ],
+)  # fmt: skip
+def test_an_entry_that_cannot_be_called_as_its_slot_is_names_itself_and_the_fix(
+    slot: str, entry: Any, node: dict[str, Any], fault: str
+) -> None:
+    with registries_as_before():
+        register(slot, "test_part")(entry)
+        with pytest.raises(ConfigError, match=rf"^{slot}: test_part \(test_registry\.py:\d+\): {fault}"):
+            build(tiny(**node))
 
 
 class Picky(nn.LayerNorm):

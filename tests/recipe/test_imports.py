@@ -147,7 +147,10 @@ def test_a_file_runs_once_and_the_resolved_config_finds_it_from_anywhere(tmp_pat
     other = run_file(tmp_path, tmp_path, "two", MINE, norm="two_norm")  # another file of the same name
     assert load_run_config(other).model.norm.name == "two_norm"
     unknown = run_file(tmp_path, tmp_path, "typo", MINE, norm="typo_nrm")
-    with pytest.raises(ConfigError, match=r"model\.norm: unknown norm 'typo_nrm', did you mean 'typo_norm'\?"):
+    with pytest.raises(
+        ConfigError,
+        match=r"model\.norm: unknown norm 'typo_nrm', did you mean 'typo_norm'\?; a part of yours needs its file in imports$",
+    ):
         load_run_config(unknown)
 
 

@@ -261,7 +261,7 @@ def test_what_is_no_score_is_told(tiny_data: Path, tmp_path: Path, scores: Any, 
         ({"masking": "spns"}, "masking: unknown masking 'spns', did you mean 'spans'?"),
         ({"masking": {"name": "token_spans", "p": 2}}, "masking.p: should be less than or equal to 1, got 2"),
         ({"objective": "mml"}, "objective: unknown objective 'mml', did you mean 'mlm'?"),
-        ({"evaluations": ["held-out"]}, "evaluations[0]: unknown evaluations 'held-out', did you mean 'held_out'?"),
+        ({"evaluations": ["held-out"]}, "evaluations[0]: unknown evaluation 'held-out', did you mean 'held_out'?"),
         ({"evaluation": {"masking": "spans", "rate": 0.1}}, "evaluation: unknown key 'rate'"),
     ],
 )

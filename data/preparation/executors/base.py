@@ -17,7 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from flexbert_core.schema import Registry, RunError, plain_console
 
-EXECUTORS = Registry("executor")
+EXECUTORS = Registry("executor", has_imports=False)
 
 ROOT = Path(__file__).parents[3]
 """Where `data` can be imported from: processes on other machines start elsewhere."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from flexbert_core.schema import Registry
 
-FILTERS = Registry("filter")
+FILTERS = Registry("filter", has_imports=False)
 
 Run = Callable[[str, Sequence[PipelineStep], Sequence[int]], None]
 """Run a datatrove pipeline on the config's executor: name, steps, and a size per task (for progress; bytes)."""

@@ -22,7 +22,7 @@ from data.preparation.sources.local import wrong_content
 from data.preparation.sources.text import shown
 from flexbert_core.schema import Registry, RunError
 
-SOURCES = Registry("source")
+SOURCES = Registry("source", has_imports=False)
 
 # Uncompressed files of lines are cut into units of this size, so that one large file keeps all workers busy.
 RANGE_BYTES = 16 * 2**20

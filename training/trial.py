@@ -1,0 +1,62 @@
+"""A few tokens through a model with parts of the user's, so that a wrong shape is told before a run starts."""
+
+from typing import Any
+
+import torch
+
+from flexbert import FlexBertConfig, FlexBertForMaskedLM
+from flexbert.registry import SLOTS
+from flexbert_core.calling import place_of
+from flexbert_core.schema import ConfigError
+from recipe.config import RunConfig
+from recipe.imports import PREFIX
+
+_KEEP_SHAPE = ("norm", "mlp", "attention")  # slots whose modules give what they are given
+
+
+def shape_faults(config: RunConfig) -> list[str]:
+    """A line for a part of `imports` that gives another shape than its slot wants.
+
+    The initial layers and two more run, on the CPU. A part may need a GPU, so other errors are left to the run.
+    """
+    if not config.imports or not _own():
+        return []
+    node, initial = config.model.to_dict(), config.model.initial_layers
+    layers = min(config.model.num_hidden_layers, 2 + (0 if initial is None else initial.count))
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            model = FlexBertForMaskedLM(FlexBertConfig.from_dict({**node, "num_hidden_layers": layers})).eval()
+            for module in model.modules():
+                if said := _own().get(type(module)):
+                    module.register_forward_hook(_check(said))
+            model(torch.zeros(6, dtype=torch.int64), torch.tensor([0, 4, 6], dtype=torch.int32), 4)
+    except _ShapeError as error:
+        return [str(error)]
+    except Exception:
+        return []
+    return []
+
+
+class _ShapeError(ConfigError):
+    pass
+
+
+def _own() -> dict[type, str]:
+    """The user's classes, and how they are named."""
+    return {
+        entry: f"{slot}: {name} ({place_of(entry)})"
+        for slot in _KEEP_SHAPE
+        for name, entry in SLOTS[slot].loaded.items()
+        if isinstance(entry, type) and SLOTS[slot].registered_by[name].startswith(PREFIX)
+    }
+
+
+def _check(said: str) -> Any:
+    def check(module: Any, given: tuple[Any, ...], result: Any) -> None:
+        wanted, found = tuple(given[0].shape), getattr(result, "shape", None)
+        if found is None:
+            raise _ShapeError(f"model.{said}: forward gives a {type(result).__name__}: give a tensor like its input")
+        if tuple(found) != wanted:
+            raise _ShapeError(f"model.{said}: forward gives {tuple(found)} for {wanted}: give the same shape")
+
+    return check
