@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 
 from flexbert_core.durable import holder, lock, remove_unfinished, write_file
+from flexbert_core.folders import no_run
 from flexbert_core.schema import MAY_CHANGE, ConfigError
 from recipe.config import RunConfig, read_recorded_config
 from recipe.phases import PhasePlan
@@ -103,7 +104,7 @@ class RunFolder:
         """The config that the run was last started with. Raises ConfigError when this is no run folder."""
         file = self.path / "config.yaml"
         if not file.exists():
-            raise ConfigError(f"{self.path}: no run folder (it holds no config.yaml): give runs/NAME")
+            raise ConfigError(no_run(self.path))
         return read_recorded_config(file)
 
     def trained_steps(self, config: RunConfig) -> int:
