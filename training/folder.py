@@ -138,7 +138,7 @@ class RunFolder:
         trained, plan = self.trained_steps(recorded), PhasePlan(recorded)
         begun = plan.phases.index(plan.at(max(trained - 1, 0)))
         free = [key for key in keys if not phases_too and _is_to_come(key, begun)]
-        told = {key: f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in keys}
+        told = {key: f"{key} was {_shown(before.get(key))}, now {_shown(now.get(key))}" for key in keys}
         refused = [said for key, said in told.items() if key not in free]
         if refused:
             why = f" (it stands at step {trained}, in phases[{begun}], {plan.phases[begun].name})" if trained else ""
@@ -258,6 +258,10 @@ def _objectives(config: RunConfig, numbers: Iterable[int]) -> dict[str, Any]:
         place = f"phases.{number}.objective"
         leaves |= {place: None} | _history(phases[min(number, len(phases) - 1)].objective, place)
     return leaves
+
+
+def _shown(value: object) -> str:
+    return "not set" if value is None else repr(value)
 
 
 def _is_title(key: str) -> bool:
