@@ -39,7 +39,9 @@ def test_only_what_trains_goes_on_from_a_checkpoint() -> None:
     found = {}
     for file in (ROOT / "main.py", *(ROOT / "commands").glob("*_app.py")):
         for function in ast.walk(ast.parse(file.read_text())):
-            for call in ast.walk(function) if isinstance(function, ast.FunctionDef) else ():
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            for call in ast.walk(function):
                 if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "plain_errors" and call.args:
                     found[function.name] = getattr(one_line, ast.unparse(call.args[0]))
     assert found == AGAIN
