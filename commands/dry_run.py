@@ -158,7 +158,7 @@ def _phase_facts(
         "checkpoints": f"{plan.checkpoints(phase, config.checkpoint.interval):,}",
         "FLOPs per token": f"{flops / 1e9:.3f} G" if flops >= 1e8 else f"{flops / 1e6:.3f} M",
         "FLOPs": f"{flops * phase.tokens:.3e}",
-        "memory per rank": f"{memory / 2**30:.2f} GiB in microbatches of {rows}{more}; {ranks}",
+        "memory per rank": f"{_memory(memory)} in microbatches of {rows}{more}; {ranks}",
     }
 
 
@@ -243,3 +243,7 @@ def _describe_cache(config: RunConfig, remote: list[Stream], lanes: int) -> str:
 def _size(count: float, digits: int = 2) -> str:
     """Bytes, in the unit that shows digits of them."""
     return f"{count / 1e9:,.{digits}f} GB" if count >= 1e8 else f"{count / 1e6:,.{digits}f} MB"
+
+
+def _memory(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.2f} MiB"

@@ -19,3 +19,4 @@ def test_small_numbers_are_told_in_small_units(tmp_path: Path, tiny_data: Path) 
     assert " G" not in flops
     assert "MB each" in out.getvalue()
     assert "MB in all" in out.getvalue()
+    assert "0.00 " not in out.getvalue()
