@@ -12,7 +12,7 @@ import typer
 from commands.arguments import Config, Overrides, path, place, token_count
 from commands.generate_app import generate
 from commands.launch_app import launch_app
-from commands.one_line import OneLineUsage, plain_errors
+from commands.one_line import FROM_CELLS, FROM_CHECKPOINT, FROM_PUSHED, FROM_TASKS, OneLineUsage, plain_errors
 from commands.speedrun_app import speedrun_app
 from commands.steering_app import decay, phases
 from commands.sweep_app import sweep_app
@@ -41,7 +41,7 @@ DataConfig = Annotated[
 @app.command()
 def prepare(config: DataConfig, overrides: Overrides = None) -> None:
     """Turn documents into token shards, as configs/data/NAME.yaml says. Resumes where it was interrupted."""
-    with plain_errors():
+    with plain_errors(FROM_TASKS):
         from data.preparation.dataset import load_prepare_config
         from data.preparation.dataset import prepare as run
 
@@ -118,7 +118,7 @@ def train(
     """
     from training import signals
 
-    with plain_errors(), signals.from_start_up():
+    with plain_errors(FROM_CHECKPOINT), signals.from_start_up():
         from flexbert_core.schema import ConfigError, plain_console
 
         if tokens_per_second is not None and not dry_run:
@@ -298,8 +298,8 @@ def evaluate(
     group: Annotated[str | None, typer.Option(hidden=True)] = None,
     label: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Evaluate models: GLUE, retrieval, probes, speed. Finished parts are not done again; interrupted, it goes on."""
-    with plain_errors():
+    """Evaluate models: glue, scifact, needle, efficiency, ... (configs/eval). Interrupted, the same command goes on."""
+    with plain_errors(FROM_CELLS):
         from commands.evaluate import run_eval
         from flexbert_core.schema import plain_console
 
@@ -317,7 +317,7 @@ def follow(
     ] = None,
 ) -> None:
     """Evaluate a run's checkpoints as its `evaluations` say (entry `eval`). `train` starts this by itself."""
-    with plain_errors():
+    with plain_errors(FROM_CELLS):
         from evals.follower import follow as run_it
         from flexbert_core.schema import plain_console
 
@@ -343,7 +343,7 @@ def publish(
     background: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Push a run's exports to the hub, a folder or a URL, each as a revision. What is there already is left."""
-    with plain_errors():
+    with plain_errors(FROM_PUSHED):
         from commands.publish import publish as push
         from flexbert_core.schema import plain_console
 
@@ -369,7 +369,7 @@ def schema(
 @app.command()
 def demo() -> None:
     """Prepare the text this machine already holds, pretrain a small encoder on it, export it and fill masks."""
-    with plain_errors():
+    with plain_errors(FROM_CHECKPOINT):
         from commands.demo import run_demo
 
         run_demo()

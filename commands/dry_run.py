@@ -156,9 +156,9 @@ def _phase_facts(
         "objective": phase.objective.name,
         "masking rate": "none: next tokens" if phase.is_causal else phase.masking.describe(),
         "checkpoints": f"{plan.checkpoints(phase, config.checkpoint.interval):,}",
-        "FLOPs per token": f"{flops / 1e9:.3f} G",
+        "FLOPs per token": f"{flops / 1e9:.3f} G" if flops >= 1e8 else f"{flops / 1e6:.3f} M",
         "FLOPs": f"{flops * phase.tokens:.3e}",
-        "memory per rank": f"{memory / 2**30:.2f} GiB in microbatches of {rows}{more}; {ranks}",
+        "memory per rank": f"{_memory(memory)} in microbatches of {rows}{more}; {ranks}",
     }
 
 
@@ -187,8 +187,8 @@ def _print_totals(config: RunConfig, plan: PhasePlan, console: Console, price: d
         f"total: {plan.total_tokens:,} tokens (slots) in {plan.total_steps:,} steps; {config.lanes} lanes; "
         f"{run_flops(config):.3e} FLOPs{said}\n"
         f"checkpoints every {options.interval:,} tokens, {options.keep} kept{often}{best}; "
-        f"milestones (kept, evaluated, exported) at {milestones}{more}; {need.checkpoint / 1e9:,.2f} GB each, "
-        f"{need.total / 1e9:,.1f} GB in all, {need.exports} exports among them",
+        f"milestones (kept, evaluated, exported) at {milestones}{more}; {_size(need.checkpoint)} each, "
+        f"{_size(need.total, 1)} in all, {need.exports} exports among them",
     )
 
 
@@ -238,3 +238,12 @@ def _describe_cache(config: RunConfig, remote: list[Stream], lanes: int) -> str:
     if working_set > data.cache_limit:
         line += ": set data.shuffle_shards lower, or shards are fetched many times"
     return line
+
+
+def _size(count: float, digits: int = 2) -> str:
+    """Bytes, in the unit that shows digits of them."""
+    return f"{count / 1e9:,.{digits}f} GB" if count >= 1e8 else f"{count / 1e6:,.{digits}f} MB"
+
+
+def _memory(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.2f} MiB"

@@ -27,10 +27,21 @@ class OneLineUsage(TyperGroup):
         sys.exit(code)
 
 
+# What the same command does when it was interrupted.
+FROM_CHECKPOINT = "goes on from the newest checkpoint"
+FROM_TASKS = "goes on; finished tasks are not done again"
+FROM_CELLS = "goes on; finished cells are not computed again"
+FROM_RUNS = "goes on; finished runs are not trained again, others go on from their newest checkpoints"
+FROM_PUSHED = "goes on; what is pushed is not pushed again"
+
+
 @contextmanager
-def plain_errors() -> Iterator[None]:
+def plain_errors(again: str | None = None) -> Iterator[None]:
     """Errors that the user can act on become one line each on stderr and an exit code; bugs keep their traceback. Those
-    of a user's own part show it from their first frame on, and the line behind it."""
+    of a user's own part show it from their first frame on, and the line behind it.
+
+    again: what the same command does when this one was interrupted; None: it begins anew, of which nothing is said.
+    """
     from flexbert_core.schema import ConfigError, RunError
 
     try:
@@ -43,7 +54,7 @@ def plain_errors() -> Iterator[None]:
         # Composer turns SIGINT and SIGTERM into SystemExit(128 + number); 85: training.signals.EXIT_PREEMPTED.
         code = stop.code if isinstance(stop, SystemExit) else 130
         if code in (85, 130, 143):
-            print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
+            print("interrupted" if again is None else f"interrupted: the same command {again}", file=sys.stderr)
         raise typer.Exit(code if isinstance(code, int) else 1) from None
     except Exception as error:
         from recipe.imports import blamed

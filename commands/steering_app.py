@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from commands.arguments import Overrides, path, token_count
-from commands.one_line import plain_errors
+from commands.one_line import FROM_CHECKPOINT, plain_errors
 
 
 def decay(
@@ -37,7 +37,7 @@ def decay(
     """
     from training import signals
 
-    with plain_errors(), signals.from_start_up():
+    with plain_errors(FROM_CHECKPOINT), signals.from_start_up():
         from commands.decay import decay_config
         from flexbert_core.schema import plain_console
         from training.effects import check_effects, ranks

@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from commands.arguments import path
-from commands.one_line import plain_errors
+from commands.one_line import FROM_RUNS, plain_errors
 
 
 class _RunByDefault(TyperGroup):
@@ -37,7 +37,7 @@ def run(
     ] = None,
 ) -> None:
     """Train what is missing of a sweep. Interrupted, the same command goes on; arms and seeds may be added."""
-    with plain_errors():
+    with plain_errors(FROM_RUNS):
         from commands.sweep import sweep
         from flexbert_core.schema import ConfigError, plain_console
 

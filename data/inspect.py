@@ -19,6 +19,7 @@ from data.store.manifest import CHUNKS, MANIFEST
 from data.store.shards import Stream, open_stream
 from data.store.transfer import is_url
 from data.tokenizer import corpus_tokenizer, tokenizer_facts
+from flexbert_core.folders import what_it_is
 from flexbert_core.schema import ConfigError, RunError, plain_console
 
 _BAR_COLUMNS = 40
@@ -51,6 +52,11 @@ def _find_streams(path: Path) -> list[Path]:
     levels = ("", "*/", "*/*/")
     found = sorted(file.parent for level in levels for file in path.glob(f"{level}{MANIFEST}"))
     if not found:
+        kind = what_it_is(path)
+        if kind == "a run":
+            raise ConfigError(f"{path}: this is a run: give --step N to see what a step trained on")
+        if kind is not None:
+            raise ConfigError(f"{path}: this is {kind}, no dataset: give what `python main.py prepare` wrote")
         raise ConfigError(
             f"{path}: holds no {MANIFEST}: run `python main.py prepare CONFIG` to make or complete a dataset"
         )

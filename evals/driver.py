@@ -231,7 +231,11 @@ def _shown(result: Any) -> str:
     """The numbers of a cell's result that lie on top, for its line."""
     if not isinstance(result, Mapping):
         return ""
-    numbers = [f"{key} {value:.4g}" for key, value in result.items() if isinstance(value, int | float)][:6]
+    numbers = [
+        f"{key} {value:,}" if isinstance(value, int) else f"{key} {value:.4g}"
+        for key, value in result.items()
+        if isinstance(value, int | float)
+    ][:6]
     return ", ".join(numbers) + "  " if numbers else ""
 
 

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field
 from data.keyed import keyed_generator
 from evals.embedding_models import EmbeddingConfig, EmbeddingModel, LastEmbeddingModel, embedding_settings
 from evals.interface import EVALS, Cell, CelledEval, Model, Scores
+from evals.packages import require
 from evals.text_data import Rows
 from evals.text_scores import scored
 from evals.text_tasks import TaskData, TextTask, load_task
@@ -55,6 +56,7 @@ class LinearProbe(CelledEval):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        require("linear probe", ["sklearn"])
         if config.data is not None and config.hub is not None:
             raise ConfigError("give data (a folder) or hub (a dataset's name), not both")
         self.tasks = {task.name: load_task(task, config.data, config.hub) for task in config.tasks}

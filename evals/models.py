@@ -22,6 +22,7 @@ from pathlib import Path
 from evals.interface import Model
 from flexbert.hf.verify import PARITY_FILE
 from flexbert_core.durable import new_folder
+from flexbert_core.folders import what_it_is
 from flexbert_core.schema import ConfigError, expand_user, named
 from recipe.hub import HUB, of_hub
 
@@ -76,7 +77,11 @@ def _of_folder(place: str, scratch: Path) -> tuple[Path, str, str, int | None]:
     if (path / "manifest.json").is_file() and (path.parent.parent / "config.yaml").is_file():
         return _of_checkpoint(path, scratch)
     if not (path / "config.json").is_file():
-        raise ConfigError(f"{path}: has no config.json, and is no run or checkpoint")
+        kind = what_it_is(path)
+        if kind == "a run":
+            raise ConfigError(f"{path}: has no checkpoint yet")
+        fault = "has no config.json, and is no run or checkpoint" if kind is None else f"this is {kind}, no model"
+        raise ConfigError(f"{path}: {fault}: give a run, a checkpoint, an export or a folder with a config.json")
     if (run := _run_of_export(path)) is not None:
         return path, f"{run.name}@{path.name}", f"{run}@{path.name}", _tokens(path.name)
     name = path.resolve().name

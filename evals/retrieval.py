@@ -14,10 +14,10 @@ from evals.beir import Example, RetrievalSet, read_beir, read_triples, sampled
 from evals.bm25 import Bm25
 from evals.contrastive import Encoder, drawn, fine_tune, mined
 from evals.interface import EVALS, Cell, CelledEval, EvalConfig, Model, Scores
+from evals.packages import require
 from evals.ranking import DEPTH, METRICS, PerQuery, Ranking, interval, mean, measured, over_queries, paired
 from evals.results import over_seeds
 from evals.retrieval_methods import LABEL, Method, Work, encoder_of, spelled_out, work_of
-from evals.sentence_modules import require
 from flexbert_core.schema import ConfigError, Line, UserPath, or_text
 
 # By method and set, for each seed: by metric the values of each query.
@@ -77,7 +77,7 @@ class Retrieval(CelledEval):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        pylate = ["pylate"] if any(method.name == "multi_vector" for method in config.methods) else []
+        pylate = ["pylate", "fast_plaid"] if any(method.name == "multi_vector" for method in config.methods) else []
         mteb = ["mteb"] if config.mteb else []
         require("retrieval", ["sentence_transformers", "pytrec_eval", "bm25s", *pylate, *mteb])
         if not config.data and not config.mteb:

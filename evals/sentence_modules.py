@@ -4,8 +4,7 @@ sentence-transformers makes a mean-pooling model of any folder, with a warning, 
 length from the config alone; so the modules are made here one by one.
 """
 
-import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,6 @@ from evals.classifiers import load_tokenizer, longest
 from flexbert_core.schema import ConfigError, RunError
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": True}
-
-
-def require(evaluation: str, packages: Sequence[str]) -> None:
-    """Raise ConfigError when a package that only evaluation needs is not here."""
-    names = {"sentence_transformers": "sentence-transformers", "pytrec_eval": "pytrec_eval-terrier"}
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"{evaluation} needs {names.get(package, package)}: make setup-eval")
 
 
 def is_sentence_model(folder: Path) -> bool:

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 
 from evals.interface import EVALS, Eval, EvalConfig, Model, Scores
-from evals.sentence_modules import require
+from evals.packages import require
 from evals.text_data import Columns, read_rows
 from evals.text_scores import scored
 from flexbert_core.schema import ConfigError, UserPath

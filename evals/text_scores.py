@@ -17,6 +17,8 @@ import numpy as np
 class Metric:
     kind: Literal["classes", "score"]
     function: Callable[[Any, Any], float]
+    package: str | None = None
+    """Imported by it, where only evaluations need it."""
 
 
 def _accuracy(labels: Any, found: Any) -> float:
@@ -57,8 +59,8 @@ def _or_zero(function: Callable[[], Any]) -> float:
 
 METRICS = {
     "accuracy": Metric("classes", _accuracy),
-    "f1": Metric("classes", _f1),
-    "mcc": Metric("classes", _mcc),
+    "f1": Metric("classes", _f1, "sklearn"),
+    "mcc": Metric("classes", _mcc, "sklearn"),
     "pearson": Metric("score", _pearson),
     "spearman": Metric("score", _spearman),
 }

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from evals.packages import require
 from evals.text_data import Columns, Rows, read_rows, rows_of_hub
 from evals.text_scores import METRICS
 from flexbert_core.schema import ConfigError, Schema, UserPath, did_you_mean
@@ -205,6 +206,8 @@ def load_task(task: TextTask, data: str | None, hub: str | None) -> TaskData:
     for metric in metrics:
         if METRICS[metric].kind != kind:
             raise ConfigError(f"tasks: {task.name}: metrics: {metric} is no metric of {kind}")
+        if (package := METRICS[metric].package) is not None:
+            require(f"tasks: {task.name}: {metric}", [package])
     trained_on = task.trained_on or (known.trained_on if known else None)
     if hub is not None:
         name, _, subset = hub.partition(":")

@@ -38,6 +38,7 @@ from pydantic import (
 from pydantic.config import JsonDict
 
 from flexbert_core.calling import call_fault, place_of
+from flexbert_core.kinds import other_kind
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,8 +89,27 @@ def _printable(line: str) -> str:
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """A hint for a misspelt name: the nearest valid one, or all of them when none is near."""
     valid = sorted(valid)
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"valid names: {', '.join(valid)}"
+    near = nearest(name, valid)
+    return f"did you mean {near!r}?" if near is not None else f"valid names: {', '.join(valid)}"
+
+
+def nearest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name that a misspelt one means; None when none is near: `needle` is not meant by `speed`."""
+    return next(iter(difflib.get_close_matches(name, sorted(valid), n=1, cutoff=0.6)), None)
+
+
+_MOST_NAMED = 5
+
+
+def _unknown_keys(unknown: Sequence[str], known: Sequence[str]) -> str:
+    """What is wrong with keys: a hint for each that is near a valid one; the valid ones once for all the others."""
+    hints = {key: nearest(key, known) for key in unknown}
+    faults = [f"unknown key {key!r}, did you mean {near!r}?" for key, near in hints.items() if near is not None]
+    if far := [key for key in unknown if hints[key] is None]:
+        named = ", ".join(map(repr, far[:_MOST_NAMED]))
+        more = f" and {len(far) - _MOST_NAMED} more" if len(far) > _MOST_NAMED else ""
+        faults.append(f"unknown key{'s' * (len(far) > 1)} {named}{more}, valid names: {', '.join(sorted(known))}")
+    return "; ".join(faults)
 
 
 class Schema(BaseModel):
@@ -115,7 +135,7 @@ class Schema(BaseModel):
             known = [field.alias or name for name, field in cls.model_fields.items()]
             unknown = [str(key) for key in node if key not in known]
             if unknown:
-                raise ValueError("; ".join(f"unknown key {key!r}, {did_you_mean(key, known)}" for key in unknown))
+                raise ValueError(_unknown_keys(unknown, known))
         return node
 
 
@@ -370,10 +390,13 @@ Size = Annotated[int, BeforeValidator(parse_size), or_text(_SIZE, "50gb")]
 
 
 def validate(schema: type[S], node: Any, path: str | Path) -> S:
-    """Check a node against a schema. Raises ConfigError with one line per fault: `file: key.path: what is wrong`."""
+    """Check a node against a schema. Raises ConfigError with one line per fault: `file: key.path: what is wrong`; of a
+    file of another kind with the one line that says so."""
     try:
         return schema.model_validate(node)
     except ValidationError as error:
+        if (said := other_kind(schema.__name__, node, Path(path))) is not None:
+            raise ConfigError(f"{path}: {said}") from None
         raise ConfigError("\n".join(dict.fromkeys(f"{path}: {line}" for line in explain(error)))) from None
 
 

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from callbacks.step_log import read_lines
 from flexbert.accounting import count_parameters
 from flexbert_core.durable import write_file
+from flexbert_core.folders import what_it_is
 from flexbert_core.schema import ConfigError, named
 from recipe.config import RunConfig, read_recorded_config
 from recipe.cost import run_flops
@@ -166,9 +167,9 @@ def _with_stops(run: RunResult, stops: Stops) -> RunResult:
 def _node(folder: Path) -> dict[str, Any]:
     file = folder / _FILE
     if not file.is_file():
-        raise ConfigError(
-            f"{folder}: no sweep (it holds no {_FILE}) and no run: give the folder that `sweep` has written"
-        )
+        kind = what_it_is(folder)
+        fault = f"no sweep (it holds no {_FILE}) and no run" if kind is None else f"this is {kind}, no sweep and no run"
+        raise ConfigError(f"{folder}: {fault}: give the folder that `sweep` has written")
     try:
         node = json.loads(file.read_text())
         if not node.keys() >= {"name", "baseline", "seeds", "arms"}:

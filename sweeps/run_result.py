@@ -8,6 +8,7 @@ import numpy as np
 import yaml
 
 from callbacks.step_log import read_lines
+from flexbert_core.folders import no_run
 from flexbert_core.schema import ConfigError
 from sweeps.results import DocumentLosses, RunResult, State
 from training.folder import RunFolder
@@ -49,7 +50,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
     """config.yaml as it was recorded. It is not validated: a page on 150 runs takes no minute."""
     file = folder / "config.yaml"
     if not file.is_file():
-        raise ConfigError(f"{folder}: no run folder (it holds no config.yaml): give runs/NAME")
+        raise ConfigError(no_run(folder))
     try:
         node = yaml.load(file.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):

@@ -55,6 +55,7 @@ def test_help_lists_the_commands_without_heavy_imports() -> None:
         (["train", "configs/demo.yaml", "phases.9.lr=3"], ["configs/demo.yaml: phases.9.lr: phases has no entry 9, only 0 to 2"]),
         (["train", "configs/demo.yaml", "phases.decay.lr=3"], ["configs/demo.yaml: phases.decay.lr: phases has no entry decay, only 0 to 2"]),
         (["prepare", "configs/nothing.yaml"], ["configs/nothing.yaml: no such file"]),
+        (["eval", "speed", "x"], ["eval: 'speed': no such evaluation, valid names: beir, cosqa, ", "needle"]),
         (["inspect", "configs"], ["configs"]),
         (["inspect", "configs", "--json"], ["--json: only says something with --step"]),
         (["inspect", "configs", "--rows", "1"], ["--rows: only says something with --step"]),

@@ -22,7 +22,7 @@ from data.keyed import torch_seed
 from flexbert import FlexBertConfig, FlexBertForMaskedLM, build, from_hf
 from flexbert.config import without_init
 from flexbert_core.composing import leaves
-from flexbert_core.schema import Component, ConfigError, RunError, did_you_mean
+from flexbert_core.schema import Component, ConfigError, RunError, nearest
 from recipe.config import RunConfig, read_recorded_config
 from recipe.phases import PhasePlan
 from recipe.source_model import source_folder
@@ -234,8 +234,13 @@ def _find_checkpoint(folder: Path) -> Checkpoint:
         if newest is None:
             raise ConfigError(f"from: {folder}: has no checkpoint yet: let it train up to one")
         return newest
-    near = {path.name for path in folder.parent.iterdir()} if folder.parent.is_dir() else set()
-    hint = did_you_mean(folder.name, near) if near else "give runs/NAME/checkpoints/tokens-N, a folder, or hf:ORG/NAME"
+    beside = {path.name for path in folder.parent.iterdir() if path.is_dir()} if folder.parent.is_dir() else set()
+    near = nearest(folder.name, beside)
+    hint = "give runs/NAME/checkpoints/tokens-N, a folder, or hf:ORG/NAME"
+    if near is not None:
+        hint = f"did you mean '{folder.parent / near}'?"
+    elif beside:
+        hint = f"in {folder.parent} there are: {', '.join(sorted(beside))}"
     raise ConfigError(f"from: {folder}: neither a checkpoint, a run nor a Hugging Face folder: {hint}")
 
 

@@ -14,6 +14,7 @@ from data.feed.loader import tokenizer_folder
 from flexbert import FlexBertConfig, FlexBertForMaskedLM, build
 from flexbert.config import without_init
 from flexbert.hf.parts import outside
+from flexbert_core.folders import what_it_is
 from flexbert_core.schema import ConfigError, RunError
 from recipe.config import RunConfig, read_recorded_config
 from recipe.origin import read_origin_record
@@ -41,7 +42,9 @@ class CheckpointSource:
 def read_source(path: Path) -> CheckpointSource:
     """Raises ConfigError for what is no checkpoint of a run, RunError for a damaged one."""
     if not (path / "manifest.json").is_file():
-        raise ConfigError(f"{path}: is no checkpoint (it has no manifest.json): give runs/NAME/checkpoints/tokens-N")
+        kind = what_it_is(path)
+        fault = "is no checkpoint (it has no manifest.json)" if kind is None else f"this is {kind}, no checkpoint"
+        raise ConfigError(f"{path}: {fault}: give runs/NAME/checkpoints/tokens-N")
     verify_checkpoint(path, (WEIGHTS, _STATE))
     file = path.parent.parent / "config.yaml"
     if not file.is_file():

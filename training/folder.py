@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 
 from flexbert_core.durable import holder, lock, remove_unfinished, write_file
+from flexbert_core.folders import no_run
 from flexbert_core.schema import MAY_CHANGE, ConfigError
 from recipe.config import RunConfig, read_recorded_config
 from recipe.phases import PhasePlan
@@ -103,7 +104,7 @@ class RunFolder:
         """The config that the run was last started with. Raises ConfigError when this is no run folder."""
         file = self.path / "config.yaml"
         if not file.exists():
-            raise ConfigError(f"{self.path}: no run folder (it holds no config.yaml): give runs/NAME")
+            raise ConfigError(no_run(self.path))
         return read_recorded_config(file)
 
     def trained_steps(self, config: RunConfig) -> int:
@@ -137,7 +138,7 @@ class RunFolder:
         trained, plan = self.trained_steps(recorded), PhasePlan(recorded)
         begun = plan.phases.index(plan.at(max(trained - 1, 0)))
         free = [key for key in keys if not phases_too and _is_to_come(key, begun)]
-        told = {key: f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in keys}
+        told = {key: f"{key} was {_shown(before.get(key))}, now {_shown(now.get(key))}" for key in keys}
         refused = [said for key, said in told.items() if key not in free]
         if refused:
             why = f" (it stands at step {trained}, in phases[{begun}], {plan.phases[begun].name})" if trained else ""
@@ -257,6 +258,10 @@ def _objectives(config: RunConfig, numbers: Iterable[int]) -> dict[str, Any]:
         place = f"phases.{number}.objective"
         leaves |= {place: None} | _history(phases[min(number, len(phases) - 1)].objective, place)
     return leaves
+
+
+def _shown(value: object) -> str:
+    return "not set" if value is None else repr(value)
 
 
 def _is_title(key: str) -> bool:

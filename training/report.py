@@ -1,5 +1,6 @@
 """What a run tells people: the model card and the closing table."""
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -126,17 +127,27 @@ def closing_table(config: RunConfig, summary: dict[str, Any], console: Console) 
     console.print(table)
     accuracy, unigram = (validation[key] or 0.0 for key in ("masked_accuracy", "unigram_accuracy"))
     ratio = accuracy / max(unigram, 1e-9)
-    facts = Table.grid(padding=(0, 2))
-    facts.add_row("baseline", f"the most frequent token, always; accuracy is {ratio:.2f}x that")
-    facts.add_row("tokens/s", f"{summary['tokens_per_second']:,.0f} in training steps")
-    facts.add_row("packing efficiency", f"{summary['packing_efficiency']:.2%}")
-    facts.add_row("time", f"{summary['seconds']:.0f} s ({summary['train_seconds']:.0f} s of training steps)")
-    facts.add_row("export", summary["export"] or _no_export(config))
-    facts.add_row("checkpoints", str(config.folder / "checkpoints"))
-    if (curves := config.folder / "curves.png").exists():
-        facts.add_row("curves", str(curves))
-    facts.add_row("metrics", f"{config.folder / 'metrics.jsonl'}, {config.folder / 'tensorboard'}")
-    console.print(facts)
+    files = config.folder / "checkpoints", config.folder / "metrics.jsonl", config.folder / "tensorboard"
+    checkpoints, metrics, tensorboard = map(from_here, files)
+    curves = config.folder / "curves.png"
+    facts = {
+        "baseline": f"the most frequent token, always; accuracy is {ratio:.2f}x that",
+        "tokens/s": f"{summary['tokens_per_second']:,.0f} in training steps",
+        "packing efficiency": f"{summary['packing_efficiency']:.2%}",
+        "time": f"{summary['seconds']:.0f} s ({summary['train_seconds']:.0f} s of training steps)",
+        "export": from_here(Path(summary["export"])) if summary["export"] else _no_export(config),
+        "checkpoints": checkpoints,
+        **({"curves": from_here(curves)} if curves.exists() else {}),
+        "metrics": f"{metrics}, {tensorboard}",
+    }
+    for name, value in facts.items():
+        console.print(f"{name:<20}{value}", soft_wrap=True)  # a table would cut long paths
+
+
+def from_here(path: Path) -> Path:
+    """Relative to the current folder, where it lies below that."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _scores(result: dict[str, Any], before: dict[str, Any] | None) -> list[str]:

@@ -85,7 +85,11 @@ def _differences(found: Any, wanted: Any, key: str = "") -> list[str]:
             for name in keys
             for line in _differences(found.get(name), wanted.get(name), f"{key}.{name}".lstrip("."))
         ]
-    return [] if found == wanted else [f"{key} was {found!r}, is {wanted!r}"]
+    return [] if found == wanted else [f"{key} was {_shown(found)}, is {_shown(wanted)}"]
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else repr(value)
 
 
 @contextmanager

@@ -208,8 +208,9 @@ def test_a_hugging_face_folder_starts_with_its_loss(folder: Folder) -> None:
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["from={runs}/straight/checkpoints/tokens-6145"], "from: {runs}/straight/checkpoints/tokens-6145: neither a checkpoint, a run nor a Hugging Face folder: did you mean 'tokens-6144'?"),
-        (["from={runs}/strait"], "did you mean 'straight'?"),
+        (["from={runs}/straight/checkpoints/tokens-6145"], "from: {runs}/straight/checkpoints/tokens-6145: neither a checkpoint, a run nor a Hugging Face folder: did you mean '{runs}/straight/checkpoints/tokens-6144'?"),
+        (["from={runs}/strait"], "did you mean '{runs}/straight'?"),
+        (["from={runs}/nope"], "neither a checkpoint, a run nor a Hugging Face folder: in {runs} there are: "),
         (["from={runs}/damaged/checkpoints/tokens-6144"], "model.safetensors: damaged checkpoint file: expected"),
         (["from={runs}/refused"], "is this run's own folder: give the branch a name of its own"),
         (["from.chekpoint=x"], "from: unknown key 'chekpoint', did you mean 'checkpoint'?"),

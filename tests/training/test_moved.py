@@ -62,7 +62,7 @@ def test_a_run_whose_files_moved_goes_on(
         (["evaluation.max_rows=3", "evaluation.batch_size=3", "seed=18"], "this run was started otherwise (it stands at step 2, in phases[0], all): evaluation.max_rows was 4, now 3; seed was 17, now 18: undo that; or begin "),
         (["phases.0.lr=1"], "phases.0.lr was 0.01, now 1.0: "),
         (["model.norm.name=rmsnorm"], "model.norm.name was 'layernorm', now 'rmsnorm': "),
-        (["data.shuffle_shards=1"], "data.shuffle_shards was None, now 1: "),
+        (["data.shuffle_shards=1"], "data.shuffle_shards was not set, now 1: "),
         (["trainer.precision=amp_bf16"], "trainer.precision was 'auto', now 'amp_bf16': "),
     ],
 )  # fmt: skip

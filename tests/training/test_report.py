@@ -1,5 +1,6 @@
 """The card of an export: where its weights come from, and code that runs."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -8,9 +9,12 @@ from typing import Any
 import pytest
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from flexbert_core.schema import plain_console
+from recipe.config import load_run_config
 from tests.helpers.in_process import PER_STEP, branch, go
 from tests.helpers.tiny import write_config
 from training.checkpoints.files import list_checkpoints
+from training.report import closing_table
 
 
 def test_the_card_says_where_the_weights_come_from(tiny_data: Path, tmp_path: Path) -> None:
@@ -71,3 +75,28 @@ def fingerprints(data: Path) -> None:
         manifest = json.loads(file.read_text())
         manifest["tokenizer_fingerprint"] = fingerprint(data / "tokenizer")
         file.write_text(json.dumps(manifest))
+
+
+def test_paths_of_the_closing_table_are_from_here_and_never_cut(
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "a-name-that-is-longer-than-any-terminal-that-anybody-looks-at-a-run-of-this-kind-with"
+    config = load_run_config(write_config(tmp_path, tiny_data, 2), [f"name={name}", f"runs={tmp_path}/runs"])
+    scores = {"loss": 1.0, "masked_accuracy": 0.5, "unigram_accuracy": 0.1}
+    summary = {
+        "validation": {**scores, "streams": {"full": scores}},
+        "stream_tokens": {"full": 5},
+        "tokens": 5,
+        "tokens_per_second": 1.0,
+        "packing_efficiency": 1.0,
+        "seconds": 1.0,
+        "train_seconds": 1.0,
+        "export": str(config.folder / "exports" / "tokens-5"),
+    }
+    monkeypatch.chdir(tmp_path)
+    out = io.StringIO()
+    closing_table(config, summary, plain_console(file=out, width=80))
+    lines = out.getvalue().splitlines()
+    assert f"export              runs/{name}/exports/tokens-5" in lines
+    assert f"metrics             runs/{name}/metrics.jsonl, runs/{name}/tensorboard" in lines
+    assert str(tmp_path) not in out.getvalue()

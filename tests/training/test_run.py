@@ -231,7 +231,7 @@ def test_how_a_step_is_computed_changes_only_rounding(dataset: Path, tmp_path: P
 def test_another_config_is_refused_on_resume(straight: Path) -> None:
     done = run(command("train", str(straight / "train.yaml"), "phases.2.lr=1e-4", "trainer.log_interval=5"))
     assert done.returncode == 2
-    assert "phases.2.lr was None, now 0.0001" in done.stderr
+    assert "phases.2.lr was not set, now 0.0001" in done.stderr
     assert "log_interval" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 

@@ -61,7 +61,7 @@ def test_a_phase_to_come_changes_and_the_run_is_as_if_it_had_always_been_so(
     changed += [{"name": "third", "tokens": PER_STEP, "lr": 1e-3}]
     told = said(config_of(tmp_path / "a", data, changed))
     assert "to come: phases.1.lr was 0.005, now 0.002" in told
-    assert "phases.2.name was None, now 'third'" in told
+    assert "phases.2.name was not set, now 'third'" in told
     straight = go(config_of(tmp_path / "b", data, changed, data={"lanes": 4}))
     assert same(weights(run, 7), weights(straight, 7))
     assert [line["lr"] for line in read_lines(run / "metrics.jsonl") if "lr" in line] == [
@@ -236,7 +236,7 @@ def test_what_cannot_decay_is_refused(data: Path, tmp_path: Path, monkeypatch: p
     assert f"--from: {run} has no checkpoint at 77 tokens; it has {PER_STEP}, {2 * PER_STEP}," in told
     long = invoke("decay", str(run), "--tokens", tokens, "--name", "a" * 300, code=2)
     assert "config.yaml: name: String should have at most 200 characters" in long
-    assert "no run folder" in invoke("decay", str(data), "--tokens", tokens, code=2)
+    assert "this is a dataset, no run folder: give runs/NAME" in invoke("decay", str(data), "--tokens", tokens, code=2)
     assert "unknown schedule 'sqrt'" in invoke("decay", str(run), "--tokens", tokens, "--schedule", "sqrt", code=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     told = invoke("decay", str(run), "--tokens", tokens, code=2)

@@ -122,6 +122,8 @@ def _nothing(pattern: str, kinds: Kinds, others: Counter[str]) -> str:
     if others:
         there = ", ".join(f"{count:,} {reason}" for reason, count in others.most_common(5))
         return f"{pattern!r} holds no {kinds}, but {there}"
+    if not is_remote(pattern) and Path(pattern).is_dir() and not any(Path(pattern).iterdir()):
+        return f"{pattern!r} is empty"
     where = "" if is_remote(pattern) else f" (looked from {Path.cwd()})"
     return f"nothing matches {pattern!r}{where}"
 

@@ -85,6 +85,12 @@ def test_path_that_matches_nothing(tmp_path: Path, name: str) -> None:
         build({"name": name, "paths": [str(tmp_path / "none" / "*")]}).find()
 
 
+def test_a_folder_that_is_empty_is_said_to_be(tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ConfigError, match=r"^paths: '.*/none' is empty$"):
+        build({"name": "txt", "paths": [str(tmp_path / "none")]}).find()
+
+
 def test_overlapping_globs_give_a_file_once(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("once")
     assert read_all({"name": "txt", "paths": [str(tmp_path), str(tmp_path / "*.txt")]}) == ["once"]

@@ -1,0 +1,21 @@
+"""Packages that only evaluations need: whether they are here is said before anything is computed."""
+
+import importlib.util
+from collections.abc import Sequence
+
+from flexbert_core.schema import ConfigError
+
+# What is installed under another name than it is imported by.
+_INSTALLED = {
+    "fast_plaid": "fast-plaid",
+    "pytrec_eval": "pytrec_eval-terrier",
+    "sentence_transformers": "sentence-transformers",
+    "sklearn": "scikit-learn",
+}
+
+
+def require(evaluation: str, packages: Sequence[str]) -> None:
+    """Raise ConfigError when any of these packages is not here. They are not imported."""
+    missing = [_INSTALLED.get(name, name) for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{evaluation} needs {', '.join(missing)}: make setup-eval")

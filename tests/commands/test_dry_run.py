@@ -1,0 +1,22 @@
+"""The plan of a small model has digits."""
+
+import io
+from pathlib import Path
+
+from commands.dry_run import dry_run
+from flexbert_core.schema import plain_console
+from recipe.config import load_run_config
+from tests.helpers.tiny import write_config
+from training.effects import ranks
+
+
+def test_small_numbers_are_told_in_small_units(tmp_path: Path, tiny_data: Path) -> None:
+    out = io.StringIO()
+    config = load_run_config(write_config(tmp_path, tiny_data, 2))
+    dry_run(config, plain_console(file=out, width=200), ranks(), None, None, None)
+    (flops,) = (line for line in out.getvalue().splitlines() if "FLOPs per token" in line)
+    assert " M" in flops
+    assert " G" not in flops
+    assert "MB each" in out.getvalue()
+    assert "MB in all" in out.getvalue()
+    assert "0.00 " not in out.getvalue()
