@@ -121,24 +121,24 @@ def run_steps(config: RunConfig, *watching: Callback) -> Run:
     """The real run, watched."""
     quiet_libraries()
     keep_freed_memory()
-    watchdog = Watchdog(config.trainer.hang_timeout)
-    run = Run(config, Console(quiet=True), watchdog)
-    run.open()
-    step = run.resume()
-    # First in the list: what other callbacks do before a step belongs to the step.
-    run.trainer.state.callbacks[:0] = list(watching)
-    try:
-        run.fit(step)
-    finally:
-        run.close()
-        watchdog.stop()
+    with Watchdog(config.trainer.hang_timeout) as watchdog:
+        run = Run(config, Console(quiet=True), watchdog)
+        run.open()
+        step = run.resume()
+        # First in the list: what other callbacks do before a step belongs to the step.
+        run.trainer.state.callbacks[:0] = list(watching)
+        try:
+            run.fit(step)
+        finally:
+            run.close()
     return run
 
 
 def bare(config: RunConfig, steps: int) -> None:
     """A loop over batches that are there before it starts."""
     keep_freed_memory()
-    run = Run(config, Console(quiet=True), Watchdog(config.trainer.hang_timeout))
+    with Watchdog(config.trainer.hang_timeout) as watchdog:
+        run = Run(config, Console(quiet=True), watchdog)
     model, optimizer = run.model, run.optimizer
     loader = build_loader(PhasePlan(config).loader_config(config))
     batches = [batch for batch, _ in zip(loader, range(steps), strict=False)]

@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from typing import Self
 
 import psutil
 from composer.core import Callback, State
@@ -24,7 +25,7 @@ class Watchdog(Callback):
     One rank that hangs stops all, so all time out together, and each prints its own stacks. A rank that was stopped
     (SIGSTOP) is woken by another on its host to print its own. SIGQUIT (Ctrl-\\) prints the stacks of a live process at
     any time. Should a thread hold the interpreter's lock for ever, faulthandler's thread, which needs
-    none, does the same 60 s later.
+    none, does the same 60 s later. One that is not stopped ends the process, whatever it does by then.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -59,6 +60,12 @@ class Watchdog(Callback):
         self._closed.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def _watch(self) -> None:
         while True:

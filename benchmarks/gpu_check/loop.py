@@ -56,19 +56,18 @@ def check(place: Place) -> Iterator[Line]:
         "evaluation": {"interval": 1000 * steps * rows * row, "max_rows": 4},
     }
     config = load_run_config(write_config(place.folder / "loop", data, model, 100 * steps, row, rows, **options))
-    watchdog = Watchdog(config.trainer.hang_timeout)
-    run = Run(config, Console(quiet=True), watchdog)
-    run.open()
-    step = run.resume()
-    marks = _Marks(steps)
-    run.trainer.state.callbacks.insert(0, marks)
-    try:
-        run.fit(step)
-    except _Enough:
-        pass
-    finally:
-        run.close()
-        watchdog.stop()
+    with Watchdog(config.trainer.hang_timeout) as watchdog:
+        run = Run(config, Console(quiet=True), watchdog)
+        run.open()
+        step = run.resume()
+        marks = _Marks(steps)
+        run.trainer.state.callbacks.insert(0, marks)
+        try:
+            run.fit(step)
+        except _Enough:
+            pass
+        finally:
+            run.close()
     ours = statistics.median(after - before for before, after in itertools.pairwise(marks.marks[WARM:]))
     bare = _bare(place, run)
     over = ours / bare - 1

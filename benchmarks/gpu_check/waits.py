@@ -55,8 +55,12 @@ def check(place: Place) -> Iterator[Line]:
 
 
 def _of_config(place: Place, config: RunConfig, name: str) -> Iterator[Line]:
-    run = Run(config, Console(quiet=True), Watchdog(config.trainer.hang_timeout))
-    if config.trainer.compile:
+    with Watchdog(config.trainer.hang_timeout) as watchdog:
+        yield from _of_run(place, Run(config, Console(quiet=True), watchdog), name)
+
+
+def _of_run(place: Place, run: Run, name: str) -> Iterator[Line]:
+    if run.config.trainer.compile:
         from training.compiling import compile_blocks
 
         compile_blocks(run.model, 2)
@@ -134,15 +138,14 @@ class _Steps(Callback):
 
 
 def _of_steps(place: Place, config: RunConfig) -> dict[str, Any]:
-    watchdog = Watchdog(config.trainer.hang_timeout)
-    run = Run(config, Console(quiet=True), watchdog)
-    run.open()
-    step = run.resume()
-    heard = _Steps(place, range(WARM, WARM + 4))
-    run.trainer.state.callbacks.insert(0, heard)
-    try:
-        run.fit(step)
-    finally:
-        run.close()
-        watchdog.stop()
+    with Watchdog(config.trainer.hang_timeout) as watchdog:
+        run = Run(config, Console(quiet=True), watchdog)
+        run.open()
+        step = run.resume()
+        heard = _Steps(place, range(WARM, WARM + 4))
+        run.trainer.state.callbacks.insert(0, heard)
+        try:
+            run.fit(step)
+        finally:
+            run.close()
     return {"waits_a_step": sum(heard.places.values()) / 4, "places": dict(heard.places.most_common(30))}

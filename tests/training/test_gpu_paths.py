@@ -189,17 +189,16 @@ def heard(data: Path, folder: Path, rows: int) -> Heard:
     changes = {"model": {"attention": FLASH["attention"]}, "checkpoint": {"interval": 1000 * ROWS * ROW}}
     file = write_config(folder, data, 3, "full", "sparse", trainer=trainer, phases=[phase], **changes)
     config = load_run_config(file)
-    watchdog = Watchdog(config.trainer.hang_timeout)
-    run = Run(config, Console(quiet=True), watchdog)
-    run.open()
-    found = Heard()
-    run.trainer.state.callbacks.append(found)
-    try:
-        with eagerly():
-            run.fit(run.resume())
-    finally:
-        run.close()
-        watchdog.stop()
+    with Watchdog(config.trainer.hang_timeout) as watchdog:
+        run = Run(config, Console(quiet=True), watchdog)
+        run.open()
+        found = Heard()
+        run.trainer.state.callbacks.append(found)
+        try:
+            with eagerly():
+                run.fit(run.resume())
+        finally:
+            run.close()
     return found
 
 
