@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from flexbert_core.schema import Component, did_you_mean
+from flexbert_core.misspelt import did_you_mean
+from flexbert_core.schema import Component
 from recipe.slots import ALGORITHMS, CALLBACKS, LOGGERS
 
 

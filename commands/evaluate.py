@@ -11,7 +11,8 @@ from evals.driver import evaluate, run_group
 from evals.models import resolve
 from evals.results import ScoreTable, write_results
 from flexbert_core.durable import write_file
-from flexbert_core.schema import ConfigError, RunError, did_you_mean
+from flexbert_core.misspelt import did_you_mean
+from flexbert_core.schema import ConfigError, RunError
 
 _OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*=")
 

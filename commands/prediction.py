@@ -17,7 +17,8 @@ Ranks are taken to hide what they send behind backward: 600 MB over NVLink is 3 
 from dataclasses import dataclass
 
 from flexbert.accounting import flops_per_token, step_work
-from flexbert_core.schema import ConfigError, did_you_mean
+from flexbert_core.misspelt import did_you_mean
+from flexbert_core.schema import ConfigError
 from recipe.config import RunConfig
 from recipe.cost import phase_flops_per_token
 from recipe.phases import Phase

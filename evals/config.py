@@ -6,7 +6,8 @@ from pathlib import Path
 
 from evals.interface import EVALS, Eval, EvalConfig, EvalFile
 from flexbert_core.composing import load_node
-from flexbert_core.schema import ConfigError, did_you_mean, named, validate
+from flexbert_core.misspelt import did_you_mean
+from flexbert_core.schema import ConfigError, named, validate
 from recipe.imports import import_components
 
 FOLDER = Path(__file__).parent.parent / "configs" / "eval"

@@ -19,7 +19,8 @@ from evals.following import Following, adopt, following_of, mark_of
 from evals.models import resolve
 from evals.results import numbers, write_results
 from flexbert_core.durable import lock, remove_folder
-from flexbert_core.schema import ConfigError, RunError, did_you_mean
+from flexbert_core.misspelt import did_you_mean
+from flexbert_core.schema import ConfigError, RunError
 from training.checkpoints.files import tokens_of
 from training.folder import RunFolder
 

@@ -12,7 +12,8 @@ from evals.corpora import digest_of_texts
 from evals.interface import EVALS, Cell, CelledEval, Model, Scores
 from evals.masked_models import LastMaskedModel, model_settings
 from evals.pseudo_likelihood import PseudoConfig, pseudo_log_likelihoods
-from flexbert_core.schema import ConfigError, UserPath, did_you_mean
+from flexbert_core.misspelt import did_you_mean
+from flexbert_core.schema import ConfigError, UserPath
 
 _SENTENCES = ("sentence_good", "sentence_bad")
 

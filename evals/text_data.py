@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from flexbert_core.schema import ConfigError, did_you_mean
+from flexbert_core.misspelt import did_you_mean
+from flexbert_core.schema import ConfigError
 
 log = logging.getLogger(__name__)
 _SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")

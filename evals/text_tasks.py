@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 from evals.packages import require
 from evals.text_data import Columns, Rows, read_rows, rows_of_hub
 from evals.text_scores import METRICS
-from flexbert_core.schema import ConfigError, Schema, UserPath, did_you_mean
+from flexbert_core.misspelt import did_you_mean
+from flexbert_core.schema import ConfigError, Schema, UserPath
 
 Column = str | int
 

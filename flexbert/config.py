@@ -19,7 +19,8 @@ from flexbert.registry import (
     ModelComponent,
 )
 from flexbert_core.composing import load_node
-from flexbert_core.schema import Component, ConfigError, Schema, ShownSlot, did_you_mean, validate
+from flexbert_core.misspelt import did_you_mean
+from flexbert_core.schema import Component, ConfigError, Schema, ShownSlot, validate
 
 _HERE = Path(__file__).resolve().parent
 # An installed library has the presets inside, a checkout among the other configs.

@@ -15,7 +15,8 @@ from flexbert.kernels import linear, require_backend
 from flexbert.losses import TokenScores, masked_evaluation
 from flexbert.registry import HEADS, INITS, LOSSES
 from flexbert.tasks import IGNORE, FlexBertForSequenceClassification, FlexBertForTokenClassification
-from flexbert_core.schema import ConfigError, did_you_mean
+from flexbert_core.misspelt import did_you_mean
+from flexbert_core.schema import ConfigError
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")

@@ -26,7 +26,8 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator
 
 from flexbert.activations import FUNCTIONS
-from flexbert_core.schema import Component, ConfigError, Registry, Shown, did_you_mean, named
+from flexbert_core.misspelt import did_you_mean
+from flexbert_core.schema import Component, ConfigError, Registry, Shown, named
 
 T = TypeVar("T")
 

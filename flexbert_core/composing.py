@@ -10,7 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
-from flexbert_core.schema import ConfigError, did_you_mean, expand_user
+from flexbert_core.misspelt import did_you_mean
+from flexbert_core.schema import ConfigError, expand_user
 
 # By dotted key, how a short form is written out in full.
 Spelled = Mapping[str, Callable[[Any], Any]]

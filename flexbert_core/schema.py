@@ -16,7 +16,6 @@ Its YAML name works at once:
 Both `norm: rmsnorm` and `norm: {name: rmsnorm, eps: 1e-5}` then validate, to `RMSNorm.Config(name="rmsnorm", eps=...)`.
 """
 
-import difflib
 import importlib
 import math
 import re
@@ -39,6 +38,7 @@ from pydantic.config import JsonDict
 
 from flexbert_core.calling import call_fault, place_of
 from flexbert_core.kinds import other_kind
+from flexbert_core.misspelt import did_you_mean, unknown_keys
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,32 +86,6 @@ def _printable(line: str) -> str:
     return line if len(line) <= 2000 else f"{line[:1200]} ... {line[-780:]}"
 
 
-def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """A hint for a misspelt name: the nearest valid one, or all of them when none is near."""
-    valid = sorted(valid)
-    near = nearest(name, valid)
-    return f"did you mean {near!r}?" if near is not None else f"valid names: {', '.join(valid)}"
-
-
-def nearest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name that a misspelt one means; None when none is near: `needle` is not meant by `speed`."""
-    return next(iter(difflib.get_close_matches(name, sorted(valid), n=1, cutoff=0.6)), None)
-
-
-_MOST_NAMED = 5
-
-
-def _unknown_keys(unknown: Sequence[str], known: Sequence[str]) -> str:
-    """What is wrong with keys: a hint for each that is near a valid one; the valid ones once for all the others."""
-    hints = {key: nearest(key, known) for key in unknown}
-    faults = [f"unknown key {key!r}, did you mean {near!r}?" for key, near in hints.items() if near is not None]
-    if far := [key for key in unknown if hints[key] is None]:
-        named = ", ".join(map(repr, far[:_MOST_NAMED]))
-        more = f" and {len(far) - _MOST_NAMED} more" if len(far) > _MOST_NAMED else ""
-        faults.append(f"unknown key{'s' * (len(far) > 1)} {named}{more}, valid names: {', '.join(sorted(known))}")
-    return "; ".join(faults)
-
-
 class Schema(BaseModel):
     """Base of every config: frozen, strict types, no unknown keys. Defaults are validated like given values.
 
@@ -130,12 +104,12 @@ class Schema(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _reject_unknown_keys(cls, node: Any) -> Any:
+    def _rejectunknown_keys(cls, node: Any) -> Any:
         if isinstance(node, dict):
             known = [field.alias or name for name, field in cls.model_fields.items()]
             unknown = [str(key) for key in node if key not in known]
             if unknown:
-                raise ValueError(_unknown_keys(unknown, known))
+                raise ValueError(unknown_keys(unknown, known))
         return node
 
 

@@ -15,17 +15,8 @@ from data.store.transfer import is_url
 from flexbert import FlexBertConfig
 from flexbert.config import load_preset, named_init
 from flexbert_core.composing import load_node, merge
-from flexbert_core.schema import (
-    MAY_CHANGE,
-    ConfigError,
-    Count,
-    Schema,
-    UserPath,
-    did_you_mean,
-    named,
-    or_text,
-    validate,
-)
+from flexbert_core.misspelt import did_you_mean
+from flexbert_core.schema import MAY_CHANGE, ConfigError, Count, Schema, UserPath, named, or_text, validate
 from recipe import source_model
 from recipe.batch_sizes import BatchSizeWarmup
 from recipe.imports import import_components

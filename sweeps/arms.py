@@ -17,7 +17,8 @@ import numpy as np
 
 from data.keyed import keyed_generator
 from flexbert_core.composing import override
-from flexbert_core.schema import ConfigError, did_you_mean, named
+from flexbert_core.misspelt import did_you_mean
+from flexbert_core.schema import ConfigError, named
 from recipe.config import RunConfig, load_run_config
 from recipe.phases import PhasePlan
 from sweeps.equal import adjusted

@@ -22,7 +22,8 @@ from data.keyed import torch_seed
 from flexbert import FlexBertConfig, FlexBertForMaskedLM, build, from_hf
 from flexbert.config import without_init
 from flexbert_core.composing import leaves
-from flexbert_core.schema import Component, ConfigError, RunError, nearest
+from flexbert_core.misspelt import nearest
+from flexbert_core.schema import Component, ConfigError, RunError
 from recipe.config import RunConfig, read_recorded_config
 from recipe.phases import PhasePlan
 from recipe.source_model import source_folder

@@ -26,7 +26,8 @@ from data.feed.workers import Fork, Guarded, prepare_worker, with_plain_deaths
 from data.store.shards import Stream, open_stream
 from data.store.transfer import is_url
 from data.tokenizer import fingerprint
-from flexbert_core.schema import ConfigError, Schema, did_you_mean
+from flexbert_core.misspelt import did_you_mean
+from flexbert_core.schema import ConfigError, Schema
 from ranks import of_all_ranks
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from data.store.transfer import TransferError
 from evals.publishing.revisions import Revision, find_revisions
 from evals.publishing.target import MAIN, open_target
 from flexbert_core.durable import lock, write_file
-from flexbert_core.schema import ConfigError, RunError, did_you_mean
+from flexbert_core.misspelt import did_you_mean
+from flexbert_core.schema import ConfigError, RunError
 from recipe.config import RunConfig
 from training.folder import RunFolder
 

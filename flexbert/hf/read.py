@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from flexbert.hf.fields import Fields
 from flexbert.hf.mappings import MAPPINGS, SIZES
 from flexbert.hf.state import float_state
-from flexbert_core.schema import ConfigError, did_you_mean
+from flexbert_core.misspelt import did_you_mean
+from flexbert_core.schema import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from data.preparation.sources.base import SOURCES, Listing, Unit, readable, text
 from data.preparation.sources.files import Fault, File, reason
 from data.preparation.sources.local import sample
 from data.preparation.sources.text import shown
-from flexbert_core.schema import Component, ConfigError, RunError, UserPath, did_you_mean
+from flexbert_core.misspelt import did_you_mean
+from flexbert_core.schema import Component, ConfigError, RunError, UserPath
 
 _ROWS_PER_UNIT, _ROWS_AT_ONCE = 4096, 256
 

@@ -11,7 +11,8 @@ from pydantic import Field
 from data.preparation.sources.base import SOURCES, Listing, Unit, line_number, line_units, listing, read_lines, texts
 from data.preparation.sources.files import Fault, find_files
 from data.preparation.sources.text import kind_of, not_utf8, shown, to_text
-from flexbert_core.schema import Component, ConfigError, RunError, UserPath, did_you_mean
+from flexbert_core.misspelt import did_you_mean
+from flexbert_core.schema import Component, ConfigError, RunError, UserPath
 
 
 @SOURCES.register("jsonl")

@@ -10,7 +10,8 @@ from data.preparation.sources import arrow
 from data.preparation.sources.base import SOURCES, DamagedError, Listing, Unit, readable, texts
 from data.preparation.sources.files import Fault, File, find_files, open_raw
 from data.preparation.sources.text import shown
-from flexbert_core.schema import Component, ConfigError, RunError, UserPath, did_you_mean
+from flexbert_core.misspelt import did_you_mean
+from flexbert_core.schema import Component, ConfigError, RunError, UserPath
 
 
 @SOURCES.register("parquet")
