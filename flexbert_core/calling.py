@@ -56,8 +56,9 @@ def _constructor(entry: Any) -> Any:
     init: Any = entry.__init__
     if init is object.__init__:
         return _takes_self if entry.__new__ is object.__new__ else entry
-    # nn.Module's own says that it takes anything, and then takes nothing.
-    return _takes_self if init.__module__ == "torch.nn.modules.module" else init
+    # nn.Module's own says that it takes anything, and then takes nothing; libraries put others in its place.
+    owner = next(each for each in entry.__mro__ if "__init__" in vars(each))
+    return _takes_self if owner.__module__ == "torch.nn.modules.module" else init
 
 
 def _takes_self(self: Any) -> None:
