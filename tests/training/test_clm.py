@@ -207,7 +207,7 @@ def test_held_out_text_is_told_causally(ranks: Ranks, tiny_data: Path, straight:
         ({"phases": [PHASES[0], {**PHASES[1], "masking": "next"}]}, "phases[1].masking: 'next' is brought along by objective clm: name that, and no masking"),
         ({"masking": "next", "phases": [PHASES[0], {"name": "masked", "tokens": TOKENS, "objective": "mlm"}]}, "masking: 'next' is brought along by objective clm: name that, and no masking"),
         ({"objective": "diffusion", "phases": PHASES}, "objective: 'diffusion' is of no phase, phases[0].objective says 'clm': leave one out"),
-        ({"objective": "clmm"}, "objective: unknown objective 'clmm', did you mean 'clm'?"),
+        ({"objective": "clmm"}, "objective: unknown objective 'clmm', did you mean 'clm'?; a part of yours needs its file in imports"),
         ({"objective": "clm", "imports": [str(ROOT / "examples" / "mean_attention.py")], "model": {"attention": {"name": "mean"}}},
          "objective: clm: model.attention: 'mean' does not say that it can be causal: use multihead, or look at plan.causal in it and give it `causal = True`"),
     ],

@@ -172,7 +172,10 @@ def test_what_fsdp2_cannot_do_is_refused(tiny_data: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"parallelism": "fsdp"}, "trainer.parallelism: unknown parallelism 'fsdp', did you mean 'fsdp2'?"),
+        (
+            {"parallelism": "fsdp"},
+            "trainer.parallelism: unknown parallelism 'fsdp', did you mean 'fsdp2'?; a part of yours needs its file in imports",
+        ),
         ({"microbatch_size": 0}, "trainer.microbatch_size: expected a number of rows, 1 or more, or auto, got 0"),
         (
             {"microbatch_size": "automatic"},
