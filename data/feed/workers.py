@@ -39,13 +39,19 @@ class Guarded(IterableDataset):
 
 
 def with_plain_deaths(groups: Iterator[list[Any]]) -> Iterator[Any]:
-    """The batches, one by one; a worker that was killed ends them with a RunError."""
+    """The batches, one by one; a worker that was killed ends them with a RunError.
+
+    The workers end with them: the traceback of an error keeps the DataLoader's iterator, which would end its workers
+    when it is forgotten, and a process waits for its workers before it exits.
+    """
     with _watched([worker.sentinel for worker in getattr(groups, "_workers", [])]):
         try:
             for group in groups:
                 yield from group
         except RuntimeError as error:
             raise worker_death(error) or error from None
+        finally:
+            getattr(groups, "_shutdown_workers", lambda: None)()
 
 
 class Event:

@@ -1,10 +1,12 @@
 """Bugs in a user's own parts: before a run one line, in a run their own frames and then one line."""
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.process import environment
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import command, run
 from tests.helpers.tiny import write_config
@@ -219,7 +221,9 @@ def test_a_masking_that_raises_in_a_worker_of_the_loader_is_named(
     text, changes = RAISES["masking"]
     text = HEAD + text + FAIL.format(error='ValueError("no")')
     file = written(tmp_path, tiny_data, text, **changes)
-    done = run(command("train", str(file), "data.num_workers=1"))
+    # A process of its own, which must come to its end: it waited five minutes for its worker.
+    arguments = command("train", str(file), "data.num_workers=1")
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 1, done.stderr
     line = f"error: masking: mine (mine.py:{text.count(chr(10))}): ValueError: no"
     assert done.stderr.splitlines()[-1] == line, done.stderr
