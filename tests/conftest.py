@@ -59,16 +59,6 @@ def _signals_of_a_test() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _variables_of_a_test() -> Iterator[None]:
-    """What a command sets in this process (Ray's, tokenizers') would be in the environment of all that come later."""
-    before = dict(os.environ)
-    yield
-    if dict(os.environ) != before:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-@pytest.fixture(autouse=True)
 def _nothing_watches_on() -> Iterator[None]:
     """A watchdog that a run in this process leaves behind would end the process half an hour later, silently."""
     yield

@@ -11,6 +11,8 @@ import cpuinfo
 ROOT = Path(__file__).parent.parent.parent
 COUNTING = str(ROOT / "tests" / "helpers" / "counting.py")  # a run file's `imports`: what is compiled, with COUNTS
 
+_OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "NODE_RANK", "MASTER_")
+
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "main.py"), *arguments]
@@ -18,7 +20,7 @@ def command(*arguments: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """One thread per process, so that sums have one order; no launcher's variables."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "WORLD_SIZE", "LOCAL_"))}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(_OF_LAUNCHERS)}
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "10000"}
 
 

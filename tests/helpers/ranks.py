@@ -23,8 +23,10 @@ from typing import Any
 from tests.helpers.process import ROOT, command, environment, quicken_runs
 
 _SECONDS = 300
-# Variables that are read when a command needs them. The server has imported all, with any other as it was then.
-_READ_LATE = ("AWS_", "FAKE_", "PYTEST_")
+# Variables that are read when a command needs them, and those that imports and runs in this process set by themselves.
+# The server has imported all, with any other as it was then.
+_READ_LATE = ("AWS_", "FAKE_", "PYTEST_", "RAY_")
+_SET_BY_US = ("KMP_", "NCCL_ALGO", "OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM", "TORCHINDUCTOR_")
 
 
 class Ranks:
@@ -62,7 +64,7 @@ class Ranks:
     def can_have(self, variables: dict[str, str]) -> bool:
         """Whether a process with this environment would have imported what the server has."""
         differ = {name for name, _ in self._variables.items() ^ variables.items()}
-        return all(name.startswith(_READ_LATE) for name in differ)
+        return all(name.startswith(_READ_LATE + _SET_BY_US) for name in differ)
 
     def command(
         self, arguments: Sequence[str], variables: dict[str, str], timeout: float
