@@ -2,6 +2,7 @@
 
 import logging
 import math
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ class MetricsFile(LoggerDestination):
                     self.others[name] = number
             elif name not in self._refused:
                 self._refused.add(name)
-                log.warning("metric %s: %r is no number: it is not written, nor is what follows of it", name, value)
+                said = reprlib.repr(value)
+                log.warning("metric %s: %s is no number: left out, as any later one of this name", name, said)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self._under_way = None

@@ -104,7 +104,7 @@ class Schema(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _rejectunknown_keys(cls, node: Any) -> Any:
+    def _reject_unknown_keys(cls, node: Any) -> Any:
         if isinstance(node, dict):
             known = [field.alias or name for name, field in cls.model_fields.items()]
             unknown = [str(key) for key in node if key not in known]
