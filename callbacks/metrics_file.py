@@ -57,7 +57,7 @@ class MetricsFile(LoggerDestination):
             elif name not in self._refused:
                 self._refused.add(name)
                 said = reprlib.repr(value)
-                log.warning("metric %s: %s is no number: left out, as any later one of this name", name, said)
+                log.warning("metric %s: %s is no number: left out (this is said once)", name, said)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self._under_way = None

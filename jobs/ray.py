@@ -11,6 +11,8 @@ from pydantic import Field
 from flexbert_core.schema import Component, ConfigError, RunError
 from jobs.base import JOBS, ROOT, Changed, Job, JobExecutor, run_here
 
+log = logging.getLogger(__name__)
+
 
 @JOBS.register("ray")
 class RayJobs(JobExecutor):
@@ -67,6 +69,8 @@ def connect(address: str | None, who: str) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray  # pyright: ignore[reportMissingImports] (of the data extra)
 
+    if not address and (other := os.environ.get("RAY_ADDRESS")):
+        log.warning("%s: RAY_ADDRESS=%s is not used: Ray starts on this machine; address: auto joins it", who, other)
     options: dict[str, Any] = {} if address else {"include_dashboard": False}
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     options["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}

@@ -92,8 +92,8 @@ def test_no_slurm_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_tasks_of_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On this machine, whatever cluster the environment names."""
+def test_tasks_of_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """On this machine, whatever cluster the environment names; that it is not used is said."""
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     executor = RayJobs(RayJobs.Config())
     executor.check()
@@ -101,3 +101,4 @@ def test_tasks_of_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     executor.run(jobs_in(tmp_path), lambda job, code: codes.update({job.name: code}))
     assert codes == {"j0": 0, "j1": 1}
     assert (tmp_path / "j1.log").read_text() == "hello m1\n"
+    assert "executor: ray: RAY_ADDRESS=127.0.0.1:1 is not used: Ray starts on this machine" in caplog.text

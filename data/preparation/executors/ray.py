@@ -11,6 +11,8 @@ from pydantic import Field
 from data.preparation.executors.base import EXECUTORS, ROOT, Executor, RecordsFailures, Stage, display, quiet
 from flexbert_core.schema import Component, ConfigError, RunError
 
+log = logging.getLogger(__name__)
+
 
 @EXECUTORS.register("ray")
 class Ray(Executor):
@@ -89,6 +91,9 @@ class Ray(Executor):
             "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
             "RAYON_NUM_THREADS": str(threads),
         }
+        if not self.config.address and (other := os.environ.get("RAY_ADDRESS")):
+            said = "executor: ray: RAY_ADDRESS=%s is not used: Ray starts on this machine; address: auto joins it"
+            log.warning(said, other)
         options: dict[str, Any] = {} if self.config.address else {"include_dashboard": False}
         try:
             ray.init(
