@@ -25,6 +25,7 @@ import ranks
 from callbacks.step_log import read_lines
 from evals.background_config import BackgroundConfig
 from evals.following import adopt, followings, mark_of, read_evaluations
+from evals.packages import require
 from recipe.config import RunConfig
 from recipe.slots import EVALUATIONS
 from training import signals
@@ -45,10 +46,12 @@ class Background(Callback):
     Config = BackgroundConfig
 
     def __init__(self, config: BackgroundConfig, *, run: RunConfig, folder: Path, **_: Any) -> None:
-        """folder: runs/NAME. Raises ConfigError for evaluations that are none, or that another entry names, too."""
+        """folder: runs/NAME. Raises ConfigError for evaluations that are none, that another entry names, too,
+        or that need packages which are not here."""
         self._everyone = followings(folder, run)
         self.following = next(each for each in self._everyone if each.entry == config)
-        self.following.load()
+        for name, (file, _) in self.following.load().items():
+            require(name, file.evaluation.packages())
         self._process: subprocess.Popen[bytes] | None = None
         self._begun = 0  # steps that were done when training began, or began again after a rollback
         self._marks: dict[int, str | None] = {}  # by step, of the weights that this history of the run has there

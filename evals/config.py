@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evals.interface import EVALS, Eval, EvalConfig, EvalFile
+from evals.packages import require
 from flexbert_core.composing import load_node
 from flexbert_core.misspelt import did_you_mean
 from flexbert_core.schema import ConfigError, named, validate
@@ -59,5 +60,6 @@ def load_eval_file(file: str | Path, overrides: Sequence[str] = ()) -> EvalFile:
 
 def build_eval(config: EvalConfig, name: str) -> Eval:
     """The evaluation. Raises ConfigError for what it cannot do here."""
+    require(name, config.packages())
     with named(name):
         return EVALS.build(config)

@@ -98,6 +98,9 @@ class Glue(CelledEval):
                     raise ValueError(f"{key}: a value stands there twice: {values}")
             return self
 
+        def packages(self) -> list[str]:
+            return [package for task in self.tasks for package in task.packages()]
+
     config: Config
 
     def __init__(self, config: Config) -> None:

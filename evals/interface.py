@@ -32,6 +32,11 @@ Scores = Mapping[str, Any]
 class EvalConfig(Component):
     """Base of the Configs of the slot's entries."""
 
+    def packages(self) -> list[str]:
+        """Modules that this evaluation imports and that only evaluations need (`make setup-eval`). Whether they are here
+        is said before anything is computed, and before a run begins whose `evaluations` name it."""
+        return []
+
 
 EVALS = Registry("eval", base=EvalConfig, filled_by=["evals.entries"])
 
@@ -88,7 +93,7 @@ class Eval(ABC):
     """Raised when the code's results change, so that older ones are computed again."""
 
     def __init__(self, config: Any) -> None:
-        """Raises ConfigError for what cannot be evaluated, before any model is looked at: missing data or packages."""
+        """Raises ConfigError for what cannot be evaluated, before any model is looked at: such as missing data."""
         self.config = config
         self.say: Callable[[str], None] = lambda text: None
         """For a line about how far a long computation is; whoever runs it sets where it goes."""

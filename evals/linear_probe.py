@@ -15,7 +15,6 @@ from pydantic import BeforeValidator, Field
 from data.keyed import keyed_generator
 from evals.embedding_models import EmbeddingConfig, EmbeddingModel, LastEmbeddingModel, embedding_settings
 from evals.interface import EVALS, Cell, CelledEval, Model, Scores
-from evals.packages import require
 from evals.text_data import Rows
 from evals.text_scores import scored
 from evals.text_tasks import TaskData, TextTask, load_task
@@ -52,11 +51,13 @@ class LinearProbe(CelledEval):
         )
         seed: int = Field(default=0, ge=0, description="of the choice of a fifth")
 
+        def packages(self) -> list[str]:
+            return ["sklearn"]
+
     config: Config
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        require("linear probe", ["sklearn"])
         if config.data is not None and config.hub is not None:
             raise ConfigError("give data (a folder) or hub (a dataset's name), not both")
         self.tasks = {task.name: load_task(task, config.data, config.hub) for task in config.tasks}

@@ -15,7 +15,7 @@ _INSTALLED = {
 
 
 def require(evaluation: str, packages: Sequence[str]) -> None:
-    """Raise ConfigError when any of these packages is not here. They are not imported."""
-    missing = [_INSTALLED.get(name, name) for name in packages if importlib.util.find_spec(name) is None]
+    """Raise ConfigError when any of these modules is not here. They are not imported."""
+    missing = [_INSTALLED.get(name, name) for name in dict.fromkeys(packages) if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"{evaluation} needs {', '.join(missing)}: make setup-eval")
+        raise ConfigError(f"{evaluation}: needs {', '.join(missing)}: make setup-eval")

@@ -14,7 +14,6 @@ from evals.beir import Example, RetrievalSet, read_beir, read_triples, sampled
 from evals.bm25 import Bm25
 from evals.contrastive import Encoder, drawn, fine_tune, mined
 from evals.interface import EVALS, Cell, CelledEval, EvalConfig, Model, Scores
-from evals.packages import require
 from evals.ranking import DEPTH, METRICS, PerQuery, Ranking, interval, mean, measured, over_queries, paired
 from evals.results import over_seeds
 from evals.retrieval_methods import LABEL, Method, Work, encoder_of, spelled_out, work_of
@@ -73,13 +72,15 @@ class Retrieval(CelledEval):
                     raise ValueError(f"methods[{number}].tune.examples: {self.split} is what the model is scored by")
             return self
 
+        def packages(self) -> list[str]:
+            pylate = ["pylate", "fast_plaid"] if any(method.name == "multi_vector" for method in self.methods) else []
+            mteb = ["mteb"] if self.mteb else []
+            return ["sentence_transformers", "pytrec_eval", "bm25s", *pylate, *mteb]
+
     config: Config
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        pylate = ["pylate", "fast_plaid"] if any(method.name == "multi_vector" for method in config.methods) else []
-        mteb = ["mteb"] if config.mteb else []
-        require("retrieval", ["sentence_transformers", "pytrec_eval", "bm25s", *pylate, *mteb])
         if not config.data and not config.mteb:
             raise ConfigError("give data=FOLDER, a folder in BEIR's layout (or several), or mteb=NAME")
         tunings = [method.tune for method in config.methods if method.tune is not None]

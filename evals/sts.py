@@ -7,7 +7,6 @@ import torch
 from pydantic import Field
 
 from evals.interface import EVALS, Eval, EvalConfig, Model, Scores
-from evals.packages import require
 from evals.text_data import Columns, read_rows
 from evals.text_scores import scored
 from flexbert_core.schema import ConfigError, UserPath
@@ -35,11 +34,13 @@ class Sts(Eval):
         batch_size: int = Field(default=32, ge=1, description="texts embedded at once")
         precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto: bf16 on a GPU")
 
+        def packages(self) -> list[str]:
+            return ["sentence_transformers"]
+
     config: Config
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        require("sts", ["sentence_transformers"])
         if config.data is None:
             raise ConfigError("give data=FILE, such as STS-B's dev.tsv")
         file = Path(config.data)

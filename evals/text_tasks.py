@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from evals.packages import require
 from evals.text_data import Columns, Rows, read_rows, rows_of_hub
 from evals.text_scores import METRICS
 from flexbert_core.misspelt import did_you_mean
@@ -69,6 +68,11 @@ class TextTask(Schema):
                     near = did_you_mean(self.name, GLUE)
                     raise ValueError(f"{self.name!r} is no task of GLUE ({near}); of your own give {key}, too")
         return self
+
+    def packages(self) -> list[str]:
+        """Those that its metrics import."""
+        metrics = self.metrics or (GLUE[self.name].metrics if self.name in GLUE else ())
+        return [package for metric in metrics if (package := METRICS[metric].package) is not None]
 
 
 @dataclass(frozen=True)
@@ -207,8 +211,6 @@ def load_task(task: TextTask, data: str | None, hub: str | None) -> TaskData:
     for metric in metrics:
         if METRICS[metric].kind != kind:
             raise ConfigError(f"tasks: {task.name}: metrics: {metric} is no metric of {kind}")
-        if (package := METRICS[metric].package) is not None:
-            require(f"tasks: {task.name}: {metric}", [package])
     trained_on = task.trained_on or (known.trained_on if known else None)
     if hub is not None:
         name, _, subset = hub.partition(":")

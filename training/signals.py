@@ -5,6 +5,7 @@ process at once, as a kill would: the newest whole checkpoint stays. Before the 
 nothing to save, and the process exits with the same code at once.
 """
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,10 @@ def finish_steps() -> None:
 
 
 def _ask(number: int, _frame: FrameType | None) -> None:
+    if _State.finishing and not _State.received and os.environ.get("RANK", "0") == "0":
+        again = "; a second Ctrl-C ends it at once, unsaved" if number == signal.SIGINT else ""
+        # Not print: the signal may have come within one.
+        os.write(2, f"{signal.Signals(number).name}: the run finishes its step, saves and ends{again}\n".encode())
     _State.received = True
     if number == signal.SIGINT:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -11,13 +11,16 @@ from flexbert_core.schema import ConfigError
 from recipe.config import RunConfig
 from recipe.imports import PREFIX
 
-_KEEP_SHAPE = ("norm", "mlp", "attention")  # slots whose modules give what they are given
+# Slots whose modules give the shape that they are given; an embedding's adds a dimension.
+_KEEP_SHAPE = ("block", "attention", "norm", "mlp", "activation", "head")
+_SLOTS = ("embedding", *_KEEP_SHAPE)
 
 
 def shape_faults(config: RunConfig) -> list[str]:
     """A line for a part of `imports` that gives another shape than its slot wants.
 
-    The initial layers and two more run, on the CPU. A part may need a GPU, so other errors are left to the run.
+    The initial layers and two more run, and the head, on the CPU. A part may need a GPU, so other errors are left to
+    the run.
     """
     if not config.imports or not _own():
         return []
@@ -28,7 +31,8 @@ def shape_faults(config: RunConfig) -> list[str]:
             model = FlexBertForMaskedLM(FlexBertConfig.from_dict({**node, "num_hidden_layers": layers})).eval()
             for module in model.modules():
                 if said := _own().get(type(module)):
-                    module.register_forward_hook(_check(said))
+                    more = (config.model.hidden_size,) if said.startswith("embedding:") else ()
+                    module.register_forward_hook(_check(said, more))
             model(torch.zeros(6, dtype=torch.int64), torch.tensor([0, 4, 6], dtype=torch.int32), 4)
     except _ShapeError as error:
         return [str(error)]
@@ -45,18 +49,22 @@ def _own() -> dict[type, str]:
     """The user's classes, and how they are named."""
     return {
         entry: f"{slot}: {name} ({place_of(entry)})"
-        for slot in _KEEP_SHAPE
+        for slot in _SLOTS
         for name, entry in SLOTS[slot].loaded.items()
         if isinstance(entry, type) and SLOTS[slot].registered_by[name].startswith(PREFIX)
     }
 
 
-def _check(said: str) -> Any:
+def _check(said: str, more: tuple[int, ...]) -> Any:
+    """more: dimensions that the result has behind those of what is given."""
+
     def check(module: Any, given: tuple[Any, ...], result: Any) -> None:
-        wanted, found = tuple(given[0].shape), getattr(result, "shape", None)
+        shape, found = tuple(given[0].shape), getattr(result, "shape", None)
+        wanted = (*shape, *more)
+        fix = f"give {wanted}" if more else "give the same shape"
         if found is None:
-            raise _ShapeError(f"model.{said}: forward gives a {type(result).__name__}: give a tensor like its input")
+            raise _ShapeError(f"model.{said}: forward gives a {type(result).__name__} for {shape}: {fix}, a tensor")
         if tuple(found) != wanted:
-            raise _ShapeError(f"model.{said}: forward gives {tuple(found)} for {wanted}: give the same shape")
+            raise _ShapeError(f"model.{said}: forward gives {tuple(found)} for {shape}: {fix}")
 
     return check

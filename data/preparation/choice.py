@@ -8,6 +8,7 @@ planned again.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -171,18 +172,30 @@ class _Choice:
                 over_max_bytes=np.bincount(splits[reasons == _OVER_BUDGET], minlength=len(SPLITS)),
                 kept_bytes=sizes[kept].sum(),
             )
+        if not full.any():
+            raise ConfigError(f"{self.config._file}: streams.{self.name}: holds no document: {self._left_out()}")
         _check_splits(self.config, self.name, full.tolist())
         sizes_of_chunks = {split: chunk_documents(int(count)) for split, count in zip(SPLITS, documents, strict=True)}
         write_file(self.work / "plan" / f"{self.name}.json", json.dumps(sizes_of_chunks).encode())
 
 
+    def _left_out(self) -> str:
+        """Why a stream is empty: counts by reason."""
+        counts = Counter[str]()
+        for rank in self.ranks:
+            skipped = json.loads(numbered(self.work / "scan", rank, ".skipped.json").read_text("utf-8"))
+            counts.update({f"skipped ({reason})": count for reason, (count, _) in skipped.items()})
+        labels = filter_labels(self.config, self.name)
+        for number, why in [*enumerate(labels, 1), (_COPY, "duplicates"), (_OVER_BUDGET, "over max_bytes")]:
+            counts[why] += int((self.reasons == number).sum())
+        counts["empty"] += int((self.reasons == _KEPT).sum())  # those that are not would be in the stream
+        said = ", ".join(f"{count:,} {why}" for why, count in counts.items() if count)
+        return said or "its source gives none"
+
+
 def _check_splits(config: PrepareConfig, name: str, counts: list[int]) -> None:
-    """counts: documents of each split that are not empty."""
+    """counts: documents of each split that are not empty; some are not."""
     share, total = config.validation_share(name), sum(counts)
-    if total == 0:
-        raise ConfigError(
-            f"{config._file}: streams.{name}: holds no document (all empty, filtered, duplicates, skipped or left out)"
-        )
     if counts[0] == 0:
         raise ConfigError(
             f"{config._file}: streams.{name}: all of its {total} documents fall into validation: "

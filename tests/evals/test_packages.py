@@ -28,15 +28,15 @@ def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
 @pytest.mark.parametrize(
     ("file", "overrides", "package", "said"),
     [
-        ("glue", [TASK % "accuracy, f1"], "sklearn", "glue: tasks: mine: f1 needs scikit-learn: make setup-eval"),
-        ("glue", ["tasks=[cola]", "data=x"], "sklearn", "glue: tasks: cola: mcc needs scikit-learn: make setup-eval"),
-        ("linear-probe", [TASK % "accuracy"], "sklearn", "linear probe needs scikit-learn: make setup-eval"),
-        ("sts", [], "sentence_transformers", "sts needs sentence-transformers: make setup-eval"),
-        ("scifact", [], "bm25s", "retrieval needs bm25s: make setup-eval"),
-        ("scifact", [], "pytrec_eval", "retrieval needs pytrec_eval-terrier: make setup-eval"),
-        ("scifact", ["methods=[multi_vector]"], "pylate", "retrieval needs pylate: make setup-eval"),
-        ("scifact", ["methods=[multi_vector]"], "fast_plaid", "retrieval needs fast-plaid: make setup-eval"),
-        ("scifact", ["mteb=[x]"], "mteb", "retrieval needs mteb: make setup-eval"),
+        ("glue", [TASK % "accuracy, f1"], "sklearn", "glue: needs scikit-learn: make setup-eval"),
+        ("glue", ["tasks=[cola]", "data=x"], "sklearn", "glue: needs scikit-learn: make setup-eval"),
+        ("linear-probe", [TASK % "accuracy"], "sklearn", "linear-probe: needs scikit-learn: make setup-eval"),
+        ("sts", [], "sentence_transformers", "sts: needs sentence-transformers: make setup-eval"),
+        ("scifact", [], "bm25s", "scifact: needs bm25s: make setup-eval"),
+        ("scifact", [], "pytrec_eval", "scifact: needs pytrec_eval-terrier: make setup-eval"),
+        ("scifact", ["methods=[multi_vector]"], "pylate", "scifact: needs pylate: make setup-eval"),
+        ("scifact", ["methods=[multi_vector]"], "fast_plaid", "scifact: needs fast-plaid: make setup-eval"),
+        ("scifact", ["mteb=[x]"], "mteb", "scifact: needs mteb: make setup-eval"),
     ],
 )
 def test_a_missing_package_is_said_before_data_are_read(

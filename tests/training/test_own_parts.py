@@ -236,7 +236,7 @@ class Mine(nn.Module):
     class Config(Component):
         pass
 
-    def __init__(self, config, *, hidden_size, **sizes):
+    def __init__(self, config, **facts):
         super().__init__()
 
     def forward(self, states, *others):
@@ -249,7 +249,10 @@ class Mine(nn.Module):
     [
         ("mlp", "states[:, :4]", "forward gives (6, 4) for (6, 16): give the same shape"),
         ("norm", "states.mean(-1)", "forward gives (6,) for (6, 16): give the same shape"),
-        ("attention", "(states, None)", "forward gives a tuple: give a tensor like its input"),
+        ("attention", "(states, None)", "forward gives a tuple for (6, 16): give the same shape, a tensor"),
+        ("block", "states[1:]", "forward gives (5, 16) for (6, 16): give the same shape"),
+        ("head", "states.new_zeros(6, 9)", "forward gives (6, 9) for (6, 16): give the same shape"),
+        ("embedding", "torch.zeros(6, 8)", "forward gives (6, 8) for (6,): give (6, 16)"),
     ],
 )
 def test_a_wrong_shape_is_one_line_before_anything_starts(

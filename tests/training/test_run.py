@@ -319,7 +319,11 @@ def test_an_interrupted_run_says_one_line(dataset: Path, tmp_path: Path, number:
     saved = newest_checkpoint(tmp_path / "run" / "runs" / "small" / "checkpoints")
     assert saved is not None
     assert saved.state["step"] == max(metrics(tmp_path / "run"))
-    assert process.errors().strip().splitlines() == ["interrupted: the same command goes on from the newest checkpoint"]
+    assert process.errors().strip().splitlines() == [
+        f"{number.name}: the run finishes its step, saves and ends"
+        + ("; a second Ctrl-C ends it at once, unsaved" if number == signal.SIGINT else ""),
+        "interrupted: the same command goes on from the newest checkpoint",
+    ]
 
 
 def test_two_processes_cannot_share_a_run_folder(dataset: Path, tmp_path: Path) -> None:
