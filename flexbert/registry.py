@@ -47,16 +47,24 @@ class ModelComponent(Component):
 class ModelSlot(Registry):
     """A slot of a model. It knows which module registered a name: exports carry the files of parts from outside."""
 
-    def __init__(self, slot_name: str, has_config: bool = True) -> None:
+    def __init__(self, slot_name: str, has_config: bool = True, attribute: str | None = None) -> None:
+        """attribute: of the class, which entries must have."""
         super().__init__(slot_name, has_config)
+        self.attribute = attribute
         self.registered_by: dict[str, str] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """As Registry's. Raises ValueError for a Config with a `check` that nobody would call, too."""
+        """As Registry's. Raises ValueError, too, for an entry without the slot's attribute, and for a Config with a
+        `check` that nobody would call."""
         add = super().register(name)
         module = _caller()
 
         def checked(entry: T) -> T:
+            if self.attribute is not None and not hasattr(entry, self.attribute):
+                raise ValueError(
+                    f"{self.slot_name} {name!r} has no class attribute `{self.attribute}`: see "
+                    f"docs/extending/{self.slot_name}.md"
+                )
             config = getattr(entry, "Config", None)
             if callable(getattr(config, "check", None)) and not issubclass(config, ModelComponent):  # pyright: ignore
                 raise ValueError(
@@ -84,8 +92,8 @@ ATTENTIONS = ModelSlot("attention")
 NORMS = ModelSlot("norm")
 ACTIVATIONS = ModelSlot("activation", has_config=False)
 MLPS = ModelSlot("mlp")
-BLOCKS = ModelSlot("block")
-HEADS = ModelSlot("head")
+BLOCKS = ModelSlot("block", attribute="needs_final_norm")
+HEADS = ModelSlot("head", attribute="task")
 LOSSES = ModelSlot("loss")
 INITS = ModelSlot("init")
 for _name, _function in FUNCTIONS.items():

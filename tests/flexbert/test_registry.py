@@ -213,3 +213,13 @@ def test_entries_whose_config_would_be_skipped_are_refused(config: Any, fault: s
     with pytest.raises(ValueError, match=f"^norm 'test_refused' {fault}"):
         register("norm", "test_refused")(entry)
     assert "test_refused" not in registered("norm")
+
+
+@pytest.mark.parametrize(("slot", "attribute"), [("block", "needs_final_norm"), ("head", "task")])
+def test_an_entry_without_the_attribute_of_its_slot_is_refused(slot: str, attribute: str) -> None:
+    """It would be missed when a model is built, by a traceback."""
+    entry = type("Entry", (nn.Identity,), {"Config": type("Config", (Component,), {})})
+    fault = f"^{slot} 'test_refused' has no class attribute `{attribute}`: see docs/extending/{slot}.md$"
+    with pytest.raises(ValueError, match=fault):
+        register(slot, "test_refused")(entry)
+    assert "test_refused" not in registered(slot)

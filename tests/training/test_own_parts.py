@@ -233,8 +233,10 @@ SHAPED = """
 
 @register("SLOT", "mine")
 class Mine(nn.Module):
+    task, needs_final_norm, norm = "mlm", False, True
+
     class Config(Component):
-        pass
+        norm: bool = True
 
     def __init__(self, config, **facts):
         super().__init__()

@@ -44,6 +44,7 @@ class Local(Executor):
             os.environ["FLEXBERT_PREPARE_PID"] = str(os.getpid())  # for data.preload
             forkserver.set_forkserver_preload(["data.preparation.preload", "data.preparation.writing", "streaming"])
             forkserver.ensure_running()
+            del os.environ["FLEXBERT_PREPARE_PID"]  # it says nothing to processes that come later
 
     def run(self, stage: Stage) -> None:
         """Raises RunError from a task, or when a worker process died. With few tasks, each has several threads."""
