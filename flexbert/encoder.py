@@ -39,6 +39,11 @@ class FlexBertEncoder(nn.Module):
         self.config = config
         self.position = POSITIONS.build(config.position, model=config)
         self.embedding = EMBEDDINGS.build(config.embedding, model=config)
+        if not hasattr(getattr(self.embedding, "tokens", None), "weight"):
+            raise ConfigError(
+                f"embedding: {config.embedding.name} has no module `tokens` with a weight (V, D), to which heads tie "
+                "their decoder: see docs/extending/embedding.md"
+            )
         self.layers = nn.ModuleList(
             BLOCKS.build(model.block, model=model, layer_index=index)
             for index, model in enumerate(map(config.layer, range(config.num_hidden_layers)))

@@ -38,6 +38,8 @@ class FlexBertForMaskedLM(nn.Module):
         super().__init__()
         self.encoder = FlexBertEncoder(config)
         self.head = HEADS.build(config.head, model=config)
+        if not hasattr(self.head, "decoder"):
+            raise ConfigError(f"head: {config.head.name} has no method `decoder`: see docs/extending/head.md")
         self.loss = LOSSES.build(config.loss)
 
     @property

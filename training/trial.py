@@ -34,15 +34,11 @@ def shape_faults(config: RunConfig) -> list[str]:
                     more = (config.model.hidden_size,) if said.startswith("embedding:") else ()
                     module.register_forward_hook(_check(said, more))
             model(torch.zeros(6, dtype=torch.int64), torch.tensor([0, 4, 6], dtype=torch.int32), 4)
-    except _ShapeError as error:
-        return [str(error)]
+    except ConfigError as error:
+        return [f"model.{error}"]
     except Exception:
         return []
     return []
-
-
-class _ShapeError(ConfigError):
-    pass
 
 
 def _own() -> dict[type, str]:
@@ -63,8 +59,8 @@ def _check(said: str, more: tuple[int, ...]) -> Any:
         wanted = (*shape, *more)
         fix = f"give {wanted}" if more else "give the same shape"
         if found is None:
-            raise _ShapeError(f"model.{said}: forward gives a {type(result).__name__} for {shape}: {fix}, a tensor")
+            raise ConfigError(f"{said}: forward gives a {type(result).__name__} for {shape}: {fix}, a tensor")
         if tuple(found) != wanted:
-            raise _ShapeError(f"model.{said}: forward gives {tuple(found)} for {shape}: {fix}")
+            raise ConfigError(f"{said}: forward gives {tuple(found)} for {shape}: {fix}")
 
     return check

@@ -229,6 +229,29 @@ def test_a_masking_that_raises_in_a_worker_of_the_loader_is_named(
     assert done.stderr.splitlines()[-1] == line, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("slot", "fault"),
+    [
+        ("head", "mine has no method `decoder`: see docs/extending/head.md"),
+        (
+            "embedding",
+            "mine has no module `tokens` with a weight (V, D), to which heads tie their decoder: "
+            "see docs/extending/embedding.md",
+        ),
+    ],
+)
+def test_what_a_part_must_have_beside_its_forward_is_said(
+    ranks: Ranks, tiny_data: Path, tmp_path: Path, slot: str, fault: str
+) -> None:
+    text = MODEL_HEAD + SHAPED.replace("SLOT", slot).replace("GIVEN", "states")
+    text = text.replace("decoder", "other").replace("self.tokens", "self.others")
+    file = written(tmp_path, tiny_data, text, model={slot: "mine"})
+    for options in (["--dry-run"], []):
+        done = run(command("train", str(file), *options))
+        assert (done.returncode, done.stderr) == (2, f"error: {file}: model.{slot}: {fault}\n")
+    assert not (tmp_path / "run").exists()
+
+
 SHAPED = """
 
 @register("SLOT", "mine")
@@ -240,8 +263,12 @@ class Mine(nn.Module):
 
     def __init__(self, config, **facts):
         super().__init__()
+        self.tokens = nn.Embedding(8, 16)
 
-    def forward(self, states, *others):
+    def decoder(self, embeddings):
+        return embeddings, None
+
+    def forward(self, states, *others, **more):
         return GIVEN
 """
 
