@@ -42,6 +42,8 @@ CASES = [
     (["overhead", "seed"], "expected KEY=VALUE, got 'seed'"),
     (["overhead", "trainer.gradient_clip_norm=1.0"], "trainer.gradient_clip_norm: the bare loop has nothing of the kind"),
     (["overhead", "trainer.microbatch_size=2"], "trainer.microbatch_size: the bare loop has nothing of the kind"),
+    (["evaluating", "seed"], "expected KEY=VALUE, got 'seed'"),
+    (["evaluating", "evaluations=[]"], "evaluations=[]: evaluations: this benchmark sets it: leave it out"),
     (["overhead", "ema.decay=0.9"], "ema.decay: the bare loop has nothing of the kind"),
 ]  # fmt: skip
 
