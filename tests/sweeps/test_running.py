@@ -76,7 +76,7 @@ def test_killed_again_and_again_it_trains_no_step_twice_beyond_its_last_checkpoi
         process = subprocess.Popen(
             command("sweep", str(file)), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
         )
-        if kills < 4:
+        if kills < 3:
             end = time.monotonic() + 200
             while process.poll() is None and all(newest(folder / "runs" / name) == saved[name] for name in names):
                 assert time.monotonic() < end
@@ -97,7 +97,7 @@ def test_killed_again_and_again_it_trains_no_step_twice_beyond_its_last_checkpoi
             assert process.returncode == 0
             break
         kills += 1
-    assert kills >= 2  # a quick machine may be done before the fourth
+    assert kills >= 2  # a quick machine may be done before the third
     assert resumed >= kills
     result = read_sweep(folder)
     assert {cell: each.state for cell, each in result.runs.items()} == {
