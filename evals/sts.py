@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 
 from evals.interface import EVALS, Eval, EvalConfig, Model, Scores
-from evals.text_data import Columns, read_rows
+from evals.text_data import Columns, read_rows, score_of
 from evals.text_scores import scored
 from flexbert_core.schema import ConfigError, UserPath
 
@@ -45,12 +45,10 @@ class Sts(Eval):
             raise ConfigError("give data=FILE, such as STS-B's dev.tsv")
         file = Path(config.data)
         self.rows = read_rows(file, Columns(config.text, config.pair, config.label))
-        self.labels = []
-        for number, label in enumerate(self.rows.labels or (), 1):
-            try:
-                self.labels.append(float(label))
-            except (TypeError, ValueError):
-                raise ConfigError(f"{file}: row {number}: {config.label}: {label!r} is no number") from None
+        self.labels = [
+            score_of(label, f"{file}: row {number}: {config.label}")
+            for number, label in enumerate(self.rows.labels or (), 1)
+        ]
 
     def run(self, model: Model, out: Path) -> Scores:
         from evals.dense import SingleVector

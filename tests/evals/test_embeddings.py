@@ -106,6 +106,9 @@ def test_pairs_of_low_scores_count_as_texts_only(model: Model, tmp_path: Path) -
     ):
         with pytest.raises(ConfigError, match=words):
             evaluation(**config, **wrong)
+    (tmp_path / "sts.tsv").write_text("a\tb\tscore\nthe cat\tthe cat\tnan\n")
+    with pytest.raises(ConfigError, match="row 1: 'nan' is no number"):
+        evaluation(**config, score="score", min_score=4.0)
 
 
 def write_task(folder: Path, count: int, seed: int, name: str) -> None:

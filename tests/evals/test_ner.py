@@ -120,3 +120,8 @@ def test_train_data_without_entities_is_refused(model: Model, tmp_path: Path) ->
         (tmp_path / f"{name}.txt").write_text("the O\n")
     with pytest.raises(ConfigError, match="every word is tagged O"):
         evaluation(name="ner", data=str(tmp_path))
+
+
+def test_words_hold_blanks_other_than_spaces(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("10\u00a0000 CD O\nEU NNP B-ORG\n\u3000\n")
+    assert read_conll(tmp_path / "a.txt").words == [["10\u00a0000", "EU"]]
