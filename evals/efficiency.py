@@ -17,7 +17,7 @@ from pydantic import Field
 from data.keyed import keyed_generator
 from evals.classifiers import load_tokenizer, longest
 from evals.interface import EVALS, Cell, CelledEval, EvalConfig, Model, Scores
-from evals.loading import Runtime, known, model_type
+from evals.loading import Runtime, known, model_type, precision_of
 from evals.speed import Encoder, fits_on_gpu, largest_batch
 from flexbert_core.schema import ConfigError, RunError, Schema
 
@@ -79,8 +79,7 @@ class Efficiency(CelledEval):
             if len(set(values)) != len(values):
                 raise ConfigError(f"{key}: a value stands there twice: {values}")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        auto = "bf16" if self.device.type == "cuda" else "fp32"
-        self.precision = auto if config.precision == "auto" else config.precision
+        self.precision = precision_of(config.precision)
 
     def cells(self, model: Model, results: Mapping[str, Any]) -> list[Cell]:
         """One for each kind and length that the model takes; all in one group: at once they would slow one another."""

@@ -19,6 +19,7 @@ from data.keyed import torch_seed
 from evals.classifiers import Classifier, encode, load_classifier, load_tokenizer, longest
 from evals.finetuning import Plan, Split, answers, dev_scores, fine_tune, predict
 from evals.interface import EVALS, Cell, CelledEval, EvalConfig, Model, Scores
+from evals.loading import Precision, precision_of
 from evals.results import over_seeds
 from evals.text_data import Rows
 from evals.text_scores import scored
@@ -116,8 +117,7 @@ class Glue(CelledEval):
             if task.trained_on is not None and task.trained_on not in self.tasks:
                 raise ConfigError(f"tasks: {task.name}: is scored with the model of {task.trained_on}: add that task")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        auto = "bf16" if self.device.type == "cuda" else "fp32"
-        self.precision: Any = auto if config.precision == "auto" else config.precision
+        self.precision: Precision = precision_of(config.precision)
         self._encoded: dict[tuple[str, str], tuple[Split | None, dict[str, Split], dict[str, int]]] = {}
 
     # Which cells there are

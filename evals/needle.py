@@ -18,6 +18,7 @@ from data.keyed import keyed_generator
 from evals.beir import read_corpus
 from evals.classifiers import load_tokenizer, longest
 from evals.interface import EVALS, Cell, CelledEval, EvalConfig, Model, Scores
+from evals.loading import precision_of
 from evals.masked_reader import MaskedReader
 from flexbert_core.schema import ConfigError, RunError, UserPath
 
@@ -65,8 +66,7 @@ class Needle(CelledEval):
                 raise ConfigError(f"{key}: a value stands there twice: {values}")
         self.texts, self.digest = _texts(Path(config.data))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        auto = "bf16" if self.device.type == "cuda" else "fp32"
-        self.precision = auto if config.precision == "auto" else config.precision
+        self.precision = precision_of(config.precision)
 
     @property
     def depths(self) -> list[float]:

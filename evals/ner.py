@@ -18,6 +18,7 @@ from evals.conll import TaggedSentences, read_conll
 from evals.entities import entity_scores
 from evals.finetuning import IGNORE, Plan, Split, autocast, fine_tune
 from evals.interface import EVALS, Cell, CelledEval, EvalConfig, Model, Scores
+from evals.loading import Precision, precision_of
 from evals.results import over_seeds
 from evals.taggers import load_tagger
 from flexbert_core.schema import ConfigError, RunError, UserPath
@@ -76,8 +77,7 @@ class Ner(CelledEval):
         if self.classes == ["O"]:
             raise ConfigError(f"{folder / config.train}: every word is tagged O: is it column {config.tag_column}?")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        auto = "bf16" if self.device.type == "cuda" else "fp32"
-        self.precision: Any = auto if config.precision == "auto" else config.precision
+        self.precision: Precision = precision_of(config.precision)
 
     def cells(self, model: Model, results: Mapping[str, Any]) -> list[Cell]:
         names = ("lr", "weight_decay", "epochs", "batch_size", "max_length", "warmup", "runtime", "microbatch_tokens")

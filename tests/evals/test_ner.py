@@ -169,7 +169,7 @@ def test_wordpiece_tokens_are_those_of_the_words() -> None:
     tokenizer, words = text_tokenizer(), [*WORDS, "cats", "sleeping"]
     for most in (64, 12):
         split, cut = _encoded(tokenizer, TaggedSentences([words], [["O"] * 10], ""), ["O"], most)
-        theirs = tokenizer([words], is_split_into_words=True, truncation=True, max_length=most)
+        theirs: Any = tokenizer([words], is_split_into_words=True, truncation=True, max_length=most)
         numbers = theirs.word_ids(0)
         firsts = [(numbers.index(word), word) for word in range(10) if word in numbers]
         row: Any = split.rows[0]
