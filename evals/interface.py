@@ -29,6 +29,18 @@ from jobs.base import JOBS
 Scores = Mapping[str, Any]
 
 
+def distinct(key: str, values: Sequence[Any]) -> None:
+    """Raises ValueError, for validators, where two values of a key are alike, or are so in the six digits that names of
+    cells and columns have: one of them would stand for both."""
+    shown = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+    if len(set(shown)) != len(shown):
+        raise ValueError(
+            f"{key}: a value stands there twice: {list(values)}"
+            if len(set(values)) != len(values)
+            else f"{key}: two values are alike in six digits: {list(values)}"
+        )
+
+
 class EvalConfig(Component):
     """Base of the Configs of the slot's entries."""
 

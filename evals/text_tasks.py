@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -254,6 +254,36 @@ def load_task(task: TextTask, data: str | None, hub: str | None) -> TaskData:
         labelled.get(f"{place}: train"),
         {key: labelled[f"{place}: dev {key}".rstrip()] for key in dev},
     )
+
+
+def check_labels(task: TaskData) -> None:
+    """Raises ConfigError for a task that cannot be trained and scored."""
+    if task.train is None or task.train.labels is None:
+        raise ConfigError(f"tasks: {task.name}: has no labelled training rows: leave it out")
+    if all(rows.labels is None for rows in task.dev.values()):
+        raise ConfigError(f"tasks: {task.name}: its dev set has no labels")
+
+
+def first_rows(task: TaskData, most: int | None) -> TaskData:
+    """The task with so many training rows, its first. Raises ConfigError where a class is in none of them: the file is
+    sorted, and another class would be all that a model learns."""
+    train = task.train
+    if train is None or most is None or len(train) <= most:
+        return task
+    pairs, labels = (None if column is None else column[:most] for column in (train.pairs, train.labels))
+    if task.kind == "classes" and (lost := set(train.labels or ()) - set(labels or ())):
+        raise ConfigError(
+            f"tasks: {task.name}: rows: the class {task.classes[min(lost)]} is in none of the first {most} training "
+            f"rows of {len(train)}: shuffle them, or give more rows (null: all)"
+        )
+    return replace(task, train=Rows(train.texts[:most], pairs, labels))
+
+
+def check_names(tasks: Sequence[TextTask]) -> None:
+    """Raises ValueError, for validators, where two tasks have one name."""
+    names = [task.name for task in tasks]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"tasks: {twice[0]} stands there twice")
 
 
 def _columns(task: TextTask, known: Known | None, from_hub: bool) -> Columns:
