@@ -89,7 +89,9 @@ class Glue(CelledEval):
         precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto: bf16 on a GPU")
         microbatch_tokens: int = Field(default=16384, ge=1, description="slots at once in a step, which bounds memory")
         rows: int | None = Field(
-            default=None, ge=1, description="training rows of a task at most, its first; default: all"
+            default=None,
+            ge=1,
+            description="training rows of a task at most, its first, which must have all classes; default: all",
         )
 
         @model_validator(mode="after")
@@ -122,8 +124,8 @@ class Glue(CelledEval):
                 raise ConfigError(f"tasks: {task.name}: is scored with the model of {task.trained_on}: add that task")
             if task.trained_on is not None and task.num_labels != self.tasks[task.trained_on].num_labels:
                 raise ConfigError(
-                    f"tasks: {task.name}: labels: there are {task.num_labels}, of {task.trained_on}, with whose model it "
-                    f"is scored, {self.tasks[task.trained_on].num_labels}: give the classes of {task.trained_on}"
+                    f"tasks: {task.name}: labels: there are {task.num_labels}, of {task.trained_on}, whose model is "
+                    f"scored, {self.tasks[task.trained_on].num_labels}: give the classes of {task.trained_on}"
                 )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision: Precision = precision_of(config.precision)

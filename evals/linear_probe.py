@@ -47,7 +47,9 @@ class LinearProbe(CelledEval):
             description="C of logistic regression; of ridge, alpha is 1 / C",
         )
         rows: int | None = Field(
-            default=5000, ge=1, description="training rows of a task at most, its first; null: all"
+            default=5000,
+            ge=1,
+            description="training rows of a task at most, its first, which must have all classes; null: all",
         )
         seed: int = Field(default=0, ge=0, description="of the choice of a fifth")
 

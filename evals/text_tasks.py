@@ -52,7 +52,8 @@ class TextTask(Schema):
         default=None, min_length=1, description="how long to train; default: the evaluation's"
     )
     starts_from: str | None = Field(
-        default=None, description="the task whose best weights training starts from; GLUE: mnli"
+        default=None,
+        description="the one of the tasks whose best weights training starts from; GLUE: mnli, where that is one",
     )
     trained_on: str | None = Field(
         default=None, description="the task whose best weights are scored, without training (ax)"
