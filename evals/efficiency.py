@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from data.keyed import keyed_generator
 from evals.classifiers import load_tokenizer, longest
-from evals.interface import EVALS, Cell, CelledEval, EvalConfig, Model, Scores, distinct
+from evals.interface import EVALS, LONGER, Cell, CelledEval, EvalConfig, Model, Scores, distinct
 from evals.loading import Runtime, known, model_type, precision_of
 from evals.speed import Encoder, fits_on_gpu, largest_batch
 from flexbert_core.schema import RunError, Schema
@@ -158,7 +158,7 @@ class Efficiency(CelledEval):
             for kind in self.config.kinds:
                 cell = results.get(f"{kind}-{each.longest}")
                 if cell is None:
-                    found[f"{kind} {each.longest}"] = "longer than the model takes"
+                    found[f"{kind} {each.longest}"] = LONGER
                     continue
                 found |= _columns(f"{kind} {each.longest}", cell["runtimes"])
         return found

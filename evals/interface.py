@@ -27,6 +27,8 @@ from jobs.base import JOBS
 
 # Numbers by column of the table; a mapping with `mean` for what was measured with several seeds.
 Scores = Mapping[str, Any]
+LONGER = "longer than the model takes"
+"""Stands in the place of a score of texts that a model is too short for."""
 
 
 def distinct(key: str, values: Sequence[Any]) -> None:
