@@ -94,6 +94,26 @@ def join_title(title: str, text: str) -> str:
     return " ".join(part for part in (title.strip(), text.strip()) if part)
 
 
+def refuse_identical(data: RetrievalSet, split: str) -> None:
+    """Raises ConfigError where queries of a split are documents themselves, by id and text, as ArguAna's and Quora's
+    are: each finds itself first, which scores of others leave out."""
+    queries = data.splits[split].queries
+    same = [
+        name
+        for name, text in queries.items()
+        if text.strip() and _words(data.documents.get(name, "")).endswith(_words(text))  # behind its title
+    ]
+    if same:
+        raise ConfigError(
+            f"data: {data.name}: {len(same)} of {len(queries)} queries are documents themselves, such as {same[0]!r}: "
+            "give ignore_identical_ids=true to leave them out of what they find, or false"
+        )
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
+
+
 def sampled(data: RetrievalSet, split: str, documents: int | None, queries: int | None, seed: int) -> RetrievalSet:
     """With fewer queries in a split, and fewer documents: those that are judged for the queries left, and others up to
     the number wanted. Its scores compare with nothing but scores of the same sample."""
@@ -118,9 +138,10 @@ def sampled(data: RetrievalSet, split: str, documents: int | None, queries: int 
 
 def read_triples(file: Path) -> list[Example]:
     """Queries, positives and negatives: TSV without header as MS MARCO has it (2 or more columns), or jsonl with
-    `query`, `positive`, and `negative`, a text or a list of them.
+    `query`, `positive`, and `negative`, a text or a list of them. All have as many negatives as the one with the
+    fewest: a batch needs them alike.
 
-    Raises ConfigError naming file and line.
+    Raises ConfigError naming file and line, as for one without negatives among others that have some.
     """
     if not file.is_file():
         raise ConfigError(
@@ -129,7 +150,9 @@ def read_triples(file: Path) -> list[Example]:
     if file.suffix not in (".tsv", ".jsonl"):
         raise ConfigError(f"tune.examples: {file}: expected a .tsv or .jsonl file of queries, positives and negatives")
     found: list[Example] = []
+    lines: list[int] = []
     for number, line in _lines(file):
+        lines.append(number)
         place = f"{file}:{number}"
         if file.suffix == ".tsv":
             parts = line.split("\t")
@@ -148,7 +171,15 @@ def read_triples(file: Path) -> list[Example]:
         found.append(Example(query, positive, tuple(negatives)))
     if not found:
         raise ConfigError(f"{file}: holds no triples")
-    fewest = min(len(example.negatives) for example in found)
+    counts = [len(example.negatives) for example in found]
+    fewest, most = min(counts), max(counts)
+    if fewest < most:
+        place = f"{file}:{lines[counts.index(fewest)]}"
+        if fewest == 0:
+            raise ConfigError(
+                f"{place}: has no negative, where others have up to {most}: give it some, or leave it out"
+            )
+        log.warning("%s: has %d negatives, others up to %d: %d are taken of each", place, fewest, most, fewest)
     return [replace(example, negatives=example.negatives[:fewest]) for example in found]
 
 

@@ -20,7 +20,7 @@ class TaggedSentences:
 
 
 def read_conll(file: Path, word_column: int = 0, tag_column: int = -1) -> TaggedSentences:
-    """Columns are parted by tabs where a line has some, else by blanks; lines of -DOCSTART- and comments (# without a
+    """Columns are parted by tabs where a line has some, else by spaces; lines of -DOCSTART- and comments (# without a
     tag) are left out. Raises ConfigError naming the line."""
     if not file.is_file():
         near = sorted(path.name for path in file.parent.glob("*") if path.is_file()) if file.parent.is_dir() else []
@@ -33,9 +33,11 @@ def read_conll(file: Path, word_column: int = 0, tag_column: int = -1) -> Tagged
     words: list[list[str]] = [[]]
     tags: list[list[str]] = [[]]
     for number, line in enumerate(text.split("\n"), 1):
-        columns = line.rstrip("\r").split("\t") if "\t" in line else line.split()
+        line = line.rstrip("\r")
+        # By spaces alone: words hold other blanks, such as the no-break space of 10 000.
+        columns = line.split("\t") if "\t" in line else [column for column in line.split(" ") if column]
         is_comment = columns[:1] == ["#"] and not _TAG.fullmatch(columns[-1])
-        if not any(columns) or columns[0].startswith("-DOCSTART-") or is_comment:
+        if not line.strip() or columns[0].startswith("-DOCSTART-") or is_comment:
             if words[-1]:
                 words.append([])
                 tags.append([])

@@ -58,7 +58,9 @@ class Tune(Schema):
         "before it is tuned; default: bm25. Triples bring theirs",
     )
     num_negatives: int = Field(
-        default=1, ge=1, description="of each example; those of the batch's other examples count, too"
+        default=1,
+        ge=1,
+        description="of each example of a split; those of the batch's other examples count, too. Triples bring theirs",
     )
     epochs: int = Field(default=1, ge=1, description="passes over the examples")
     lr: float = Field(default=5e-5, gt=0, description="peak learning rate (arXiv 2412.13663 sweeps 1e-5 to 1e-4)")
@@ -83,8 +85,9 @@ class Tune(Schema):
     def _check(self) -> "Tune":
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: a value stands there twice: {self.seeds}")
-        if self.of_triples and self.negatives is not None:
-            raise ValueError(f"negatives: the triples of {self.examples} bring theirs: leave it out")
+        for key in ("negatives", "num_negatives"):
+            if self.of_triples and key in self.model_fields_set and getattr(self, key) is not None:
+                raise ValueError(f"{key}: the triples of {self.examples} bring theirs: leave it out")
         return self
 
     @property

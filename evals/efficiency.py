@@ -12,14 +12,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data.keyed import keyed_generator
 from evals.classifiers import load_tokenizer, longest
-from evals.interface import EVALS, Cell, CelledEval, EvalConfig, Model, Scores
-from evals.loading import Runtime, known, model_type
+from evals.interface import EVALS, LONGER, Cell, CelledEval, EvalConfig, Model, Scores, distinct
+from evals.loading import Runtime, known, model_type, precision_of
 from evals.speed import Encoder, fits_on_gpu, largest_batch
-from flexbert_core.schema import ConfigError, RunError, Schema
+from flexbert_core.schema import RunError, Schema
 
 
 class Lengths(Schema):
@@ -70,17 +70,19 @@ class Efficiency(CelledEval):
             default=None, description="transformers' attn_implementation; default: what it takes by itself"
         )
 
+        @model_validator(mode="after")
+        def _check(self) -> Any:
+            distinct("kinds", self.kinds)
+            distinct("runtimes", self.runtimes)
+            distinct("lengths: longest", [each.longest for each in self.lengths])
+            return self
+
     config: Config
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        for key in ("kinds", "runtimes"):
-            values = getattr(config, key)
-            if len(set(values)) != len(values):
-                raise ConfigError(f"{key}: a value stands there twice: {values}")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        auto = "bf16" if self.device.type == "cuda" else "fp32"
-        self.precision = auto if config.precision == "auto" else config.precision
+        self.precision = precision_of(config.precision)
 
     def cells(self, model: Model, results: Mapping[str, Any]) -> list[Cell]:
         """One for each kind and length that the model takes; all in one group: at once they would slow one another."""
@@ -156,7 +158,7 @@ class Efficiency(CelledEval):
             for kind in self.config.kinds:
                 cell = results.get(f"{kind}-{each.longest}")
                 if cell is None:
-                    found[f"{kind} {each.longest}"] = "longer than the model takes"
+                    found[f"{kind} {each.longest}"] = LONGER
                     continue
                 found |= _columns(f"{kind} {each.longest}", cell["runtimes"])
         return found

@@ -17,7 +17,7 @@ from evals.batching import by_length
 from evals.classifiers import Encoded, encode, load_tokenizer, longest
 from evals.finetuning import autocast
 from evals.interface import EvalConfig, Model
-from evals.loading import Runtime, load_transformers, require_encoder, runtime_of
+from evals.loading import Runtime, load_transformers, precision_of, require_encoder, runtime_of
 from flexbert import from_hf
 from flexbert_core.schema import RunError
 
@@ -42,8 +42,7 @@ class EmbeddingModel:
     def __init__(self, folder: Path, config: EmbeddingConfig) -> None:
         """Raises ConfigError for a folder that cannot be loaded, RunError for one whose weights are not all there."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        auto = "bf16" if self.device.type == "cuda" else "fp32"
-        self.precision = auto if config.precision == "auto" else config.precision
+        self.precision = precision_of(config.precision)
         self.tokenizer = load_tokenizer(folder)
         self.max_length = min(config.max_length, longest(folder, self.tokenizer))
         self.config = config
@@ -115,4 +114,5 @@ class LastEmbeddingModel:
 
 def embedding_settings(config: EmbeddingConfig) -> dict[str, Any]:
     """What results depend on of it."""
-    return config.model_dump(include={"pooling", "max_length", "runtime", "precision"})
+    settings = config.model_dump(include={"pooling", "max_length", "runtime"})
+    return {**settings, "precision": precision_of(config.precision)}

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from evals.embedding_models import EmbeddingConfig, EmbeddingModel, embedding_settings
 from evals.interface import EVALS, Cell, CelledEval, Model, Scores
-from evals.text_data import Columns, read_rows
+from evals.text_data import Columns, read_rows, score_of
 from flexbert_core.schema import ConfigError, UserPath
 
 
@@ -79,10 +79,7 @@ class Embeddings(CelledEval):
             raise ConfigError(f"data: {config.data}: holds a single text: uniformity needs two")
 
     def _is_same(self, label: Any, number: int) -> bool:
-        try:
-            return float(label) >= float(self.config.min_score or 0.0)
-        except (TypeError, ValueError):
-            raise ConfigError(f"data: {self.config.data}: row {number}: {label!r} is no number") from None
+        return score_of(label, f"data: {self.config.data}: row {number}") >= float(self.config.min_score or 0.0)
 
     def cells(self, model: Model, results: Mapping[str, Any]) -> list[Cell]:
         settings = self.config.model_dump(include={"first", "second", "score", "min_score", "pairs"})

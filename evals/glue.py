@@ -5,6 +5,7 @@ authors answered (github.com/AnswerDotAI/ModernBERT, issues 196 and 225).
 """
 
 import itertools
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -18,14 +19,18 @@ from safetensors.torch import load_file, save_file
 from data.keyed import torch_seed
 from evals.classifiers import Classifier, encode, load_classifier, load_tokenizer, longest
 from evals.finetuning import Plan, Split, answers, dev_scores, fine_tune, predict
-from evals.interface import EVALS, Cell, CelledEval, EvalConfig, Model, Scores
+from evals.interface import EVALS, Cell, CelledEval, EvalConfig, Model, Scores, distinct
+from evals.loading import Precision, precision_of
 from evals.results import over_seeds
 from evals.text_data import Rows
 from evals.text_scores import scored
-from evals.text_tasks import TaskData, TextTask, load_task
+from evals.text_tasks import TaskData, TextTask, check_labels, check_names, first_rows, load_task
 from flexbert_core.durable import write_file
+from flexbert_core.misspelt import did_you_mean
 from flexbert_core.schema import ConfigError, RunError, UserPath, or_text
 from recipe.slots import OPTIMIZERS
+
+log = logging.getLogger(__name__)
 
 
 def _task(node: Any) -> Any:
@@ -84,18 +89,16 @@ class Glue(CelledEval):
         precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto: bf16 on a GPU")
         microbatch_tokens: int = Field(default=16384, ge=1, description="slots at once in a step, which bounds memory")
         rows: int | None = Field(
-            default=None, ge=1, description="training rows of a task at most, its first; default: all"
+            default=None,
+            ge=1,
+            description="training rows of a task at most, its first, which must have all classes; default: all",
         )
 
         @model_validator(mode="after")
         def _check(self) -> Any:
-            names = [task.name for task in self.tasks]
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise ValueError(f"tasks: {twice[0]} stands there twice")
+            check_names(self.tasks)
             for key in ("seeds", "lr", "weight_decay", "epochs"):
-                values = getattr(self, key) or []
-                if len(set(values)) != len(values):
-                    raise ValueError(f"{key}: a value stands there twice: {values}")
+                distinct(key, getattr(self, key) or [])
             return self
 
         def packages(self) -> list[str]:
@@ -108,17 +111,46 @@ class Glue(CelledEval):
         if config.data is not None and config.hub is not None:
             raise ConfigError("give data (a folder) or hub (a dataset's name), not both")
         tasks = [load_task(task, config.data, config.hub) for task in config.tasks]
-        self.tasks = {task.name: task if config.rows is None else _first(task, config.rows) for task in tasks}
         for task in tasks:
+            if task.trained_on is None:
+                check_labels(task)
+        self.tasks = {task.name: first_rows(task, config.rows) for task in tasks}
+        for given, task in zip(config.tasks, tasks, strict=True):
+            self._check_start(given, task)
             for other in (task.starts_from, task.trained_on):
                 if other == task.name or (other in self.tasks and self.tasks[str(other)].starts_from):
                     raise ConfigError(f"tasks: {task.name}: starts from {other}, which starts from another task")
             if task.trained_on is not None and task.trained_on not in self.tasks:
                 raise ConfigError(f"tasks: {task.name}: is scored with the model of {task.trained_on}: add that task")
+            if task.trained_on is not None and task.num_labels != self.tasks[task.trained_on].num_labels:
+                raise ConfigError(
+                    f"tasks: {task.name}: labels: there are {task.num_labels}, of {task.trained_on}, whose model is "
+                    f"scored, {self.tasks[task.trained_on].num_labels}: give the classes of {task.trained_on}"
+                )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        auto = "bf16" if self.device.type == "cuda" else "fp32"
-        self.precision: Any = auto if config.precision == "auto" else config.precision
+        self.precision: Precision = precision_of(config.precision)
         self._encoded: dict[tuple[str, str], tuple[Split | None, dict[str, Split], dict[str, int]]] = {}
+
+    def _check_start(self, given: TextTask, task: TaskData) -> None:
+        """Raises ConfigError where a task is to start from one that is not here; GLUE's by default are only warned of,
+        since a part of GLUE is a fair thing to run."""
+        if given.starts_from is not None and task.trained_on is not None:
+            raise ConfigError(
+                f"tasks: {task.name}: starts_from: is not trained, but scored with the model of {task.trained_on}: "
+                "leave it out"
+            )
+        if given.starts_from is not None and given.starts_from not in self.tasks:
+            raise ConfigError(
+                f"tasks: {task.name}: starts_from: {given.starts_from} is none of the tasks, "
+                f"{did_you_mean(given.starts_from, self.tasks)}: add that task, or leave it out"
+            )
+        if task.trained_on is None and task.starts_from is not None and task.starts_from not in self.tasks:
+            log.warning(
+                "tasks: %s: starts from the model itself, not from the weights of %s as the protocol has it: add that "
+                "task for those",
+                task.name,
+                task.starts_from,
+            )
 
     # Which cells there are
 
@@ -232,7 +264,9 @@ class Glue(CelledEval):
         if "/start-" in cell.name:
             path = out / f"start-{cell.key(model)}.safetensors"
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
-        return {**result, "cut_rows": cut, "runtime": classifier.runtime, "starts_from": classifier.starts_from}
+        origin = self._origin(task)
+        starts_from = classifier.starts_from if origin is None else f"the weights of {origin.name}"
+        return {**result, "cut_rows": cut, "runtime": classifier.runtime, "starts_from": starts_from}
 
     def _classifier(self, task: TaskData, model: Model, seed: int, start: Any) -> Classifier:
         return load_classifier(
@@ -321,12 +355,3 @@ class Glue(CelledEval):
         return {
             "always one answer": {**found, "average": math.fsum(scores) / len(scores)} if len(scores) > 1 else found
         }
-
-
-def _first(task: TaskData, rows: int) -> TaskData:
-    if task.train is None or len(task.train) <= rows:
-        return task
-    train = task.train
-    pairs, labels = (None if column is None else column[:rows] for column in (train.pairs, train.labels))
-    cut = Rows(train.texts[:rows], pairs, labels)
-    return TaskData(**{**vars(task), "train": cut})

@@ -27,14 +27,28 @@ from jobs.base import JOBS
 
 # Numbers by column of the table; a mapping with `mean` for what was measured with several seeds.
 Scores = Mapping[str, Any]
+LONGER = "longer than the model takes"
+"""Stands in the place of a score of texts that a model is too short for."""
+
+
+def distinct(key: str, values: Sequence[Any]) -> None:
+    """Raises ValueError, for validators, where two values of a key are alike, or are so in the six digits that names of
+    cells and columns have: one of them would stand for both."""
+    shown = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+    if len(set(shown)) != len(shown):
+        raise ValueError(
+            f"{key}: a value stands there twice: {list(values)}"
+            if len(set(values)) != len(values)
+            else f"{key}: two values are alike in six digits: {list(values)}"
+        )
 
 
 class EvalConfig(Component):
     """Base of the Configs of the slot's entries."""
 
     def packages(self) -> list[str]:
-        """Modules that this evaluation imports and that only evaluations need (`make setup-eval`). Whether they are here
-        is said before anything is computed, and before a run begins whose `evaluations` name it."""
+        """Modules that this evaluation imports and that only evaluations need (`make setup-eval`). Whether they are
+        here is said before anything is computed, and before a run begins whose `evaluations` name it."""
         return []
 
 

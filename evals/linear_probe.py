@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from data.keyed import keyed_generator
 from evals.embedding_models import EmbeddingConfig, EmbeddingModel, LastEmbeddingModel, embedding_settings
 from evals.interface import EVALS, Cell, CelledEval, Model, Scores
 from evals.text_data import Rows
 from evals.text_scores import scored
-from evals.text_tasks import TaskData, TextTask, load_task
+from evals.text_tasks import TaskData, TextTask, check_labels, check_names, first_rows, load_task
 from flexbert_core.schema import ConfigError, UserPath, or_text
 
 
@@ -47,9 +47,16 @@ class LinearProbe(CelledEval):
             description="C of logistic regression; of ridge, alpha is 1 / C",
         )
         rows: int | None = Field(
-            default=5000, ge=1, description="training rows of a task at most, its first; null: all"
+            default=5000,
+            ge=1,
+            description="training rows of a task at most, its first, which must have all classes; null: all",
         )
         seed: int = Field(default=0, ge=0, description="of the choice of a fifth")
+
+        @model_validator(mode="after")
+        def _check(self) -> Any:
+            check_names(self.tasks)
+            return self
 
         def packages(self) -> list[str]:
             return ["sklearn"]
@@ -60,12 +67,10 @@ class LinearProbe(CelledEval):
         super().__init__(config)
         if config.data is not None and config.hub is not None:
             raise ConfigError("give data (a folder) or hub (a dataset's name), not both")
-        self.tasks = {task.name: load_task(task, config.data, config.hub) for task in config.tasks}
-        for name, task in self.tasks.items():
-            if task.train is None or task.train.labels is None:
-                raise ConfigError(f"tasks: {name}: has no labelled training rows: leave it out")
-            if all(rows.labels is None for rows in task.dev.values()):
-                raise ConfigError(f"tasks: {name}: its dev set has no labels")
+        tasks = [load_task(task, config.data, config.hub) for task in config.tasks]
+        for task in tasks:
+            check_labels(task)
+        self.tasks = {task.name: first_rows(task, config.rows) for task in tasks}
         self._models = LastEmbeddingModel(config)
 
     def cells(self, model: Model, results: Mapping[str, Any]) -> list[Cell]:
@@ -79,9 +84,8 @@ class LinearProbe(CelledEval):
         task, embedder = self.tasks[cell.name], self._models.of(model)
         assert task.train is not None
         assert task.train.labels is not None
-        most = self.config.rows or len(task.train)
-        features, cut = _features(embedder, task.train, most)
-        labels = np.asarray(task.train.labels[:most])
+        features, cut = _features(embedder, task.train)
+        labels = np.asarray(task.train.labels)
         order = keyed_generator(self.config.seed, "linear probe", 0).permutation(len(labels))
         chosen, rest = order[: max(1, len(order) // 5)], order[max(1, len(order) // 5) :]
         strength = self.config.strengths[0]
@@ -101,7 +105,7 @@ class LinearProbe(CelledEval):
         for name, rows in task.dev.items():
             if rows.labels is None:
                 continue
-            held_out, cut_here = _features(embedder, rows, len(rows))
+            held_out, cut_here = _features(embedder, rows)
             cut += cut_here
             values = scored(task.metrics, rows.labels, _answers(fitted, held_out))
             scores.append(values.pop("score"))
@@ -119,12 +123,12 @@ class LinearProbe(CelledEval):
         return {**found, "average": math.fsum(found.values()) / len(found)} if len(found) > 1 else found
 
 
-def _features(embedder: EmbeddingModel, rows: Rows, most: int) -> tuple[Any, int]:
+def _features(embedder: EmbeddingModel, rows: Rows) -> tuple[Any, int]:
     """(rows, D), or (rows, 2 D) of pairs, float32, and how many texts were cut."""
-    first, cut = embedder.embed(rows.texts[:most])
+    first, cut = embedder.embed(rows.texts)
     if rows.pairs is None:
         return first, cut
-    second, also = embedder.embed(rows.pairs[:most])
+    second, also = embedder.embed(rows.pairs)
     return np.concatenate((np.abs(first - second), first * second), axis=1), cut + also
 
 

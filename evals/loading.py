@@ -10,6 +10,15 @@ from flexbert.hf.mappings import MAPPINGS
 from flexbert_core.schema import ConfigError, RunError
 
 Runtime = Literal["flexbert", "transformers"]
+Precision = Literal["fp32", "bf16"]
+
+
+def precision_of(wanted: Literal["auto", "fp32", "bf16"]) -> Precision:
+    """auto: bf16 on a GPU, else fp32. Results are keyed by what comes of it, since auto means another thing on another
+    machine."""
+    if wanted == "auto":
+        return "bf16" if torch.cuda.is_available() else "fp32"
+    return wanted
 
 
 def model_type(folder: Path) -> str:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data.keyed import keyed_generator
 from evals.corpora import CorpusConfig, pieces, read_corpora
-from evals.interface import EVALS, Cell, CelledEval, Model, Scores
+from evals.interface import EVALS, Cell, CelledEval, Model, Scores, distinct
 from evals.masked_models import Hidden, LastMaskedModel, MaskedModel, MaskedModelConfig, model_settings
 from flexbert_core.schema import RunError
 
@@ -37,6 +37,11 @@ class Masked(CelledEval):
         words: int = Field(default=200, ge=1, description="of a piece, as blanks part them")
         seed: int = Field(default=0, ge=0, description="of the masks")
 
+        @model_validator(mode="after")
+        def _check(self) -> Any:
+            distinct("rates", self.rates)
+            return self
+
     config: Config
 
     def __init__(self, config: Config) -> None:
@@ -50,7 +55,7 @@ class Masked(CelledEval):
         return [
             Cell(f"{name}/rate{rate:g}", {**settings, "domain": name, "rate": rate, "data": corpus.digest})
             for name, corpus in self.corpora.items()
-            for rate in dict.fromkeys(self.config.rates)
+            for rate in self.config.rates
         ]
 
     def compute(self, cell: Cell, model: Model, out: Path) -> Any:
@@ -113,7 +118,7 @@ class Masked(CelledEval):
 
     def scores(self, model: Model, results: Mapping[str, Any]) -> Scores:
         """Over all hidden tokens of all domains, and of each."""
-        rates = list(dict.fromkeys(self.config.rates))
+        rates = self.config.rates
         found: dict[str, Any] = {}
         if len(self.corpora) > 1:
             for rate in rates:

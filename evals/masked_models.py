@@ -16,7 +16,7 @@ from evals.batching import by_length
 from evals.classifiers import load_tokenizer, longest
 from evals.finetuning import autocast
 from evals.interface import EvalConfig, Model
-from evals.loading import Runtime, load_transformers, runtime_of
+from evals.loading import Runtime, load_transformers, precision_of, runtime_of
 from flexbert import FlexBertForMaskedLM, from_hf
 from flexbert.kernels import linear
 from flexbert_core.schema import ConfigError, RunError
@@ -53,8 +53,7 @@ class MaskedModel:
         """Raises RunError for a folder without a masked-token head or mask token, ConfigError for one that cannot be
         loaded."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        auto = "bf16" if self.device.type == "cuda" else "fp32"
-        self.precision = auto if config.precision == "auto" else config.precision
+        self.precision = precision_of(config.precision)
         self.tokenizer = load_tokenizer(folder)
         if not self.tokenizer.is_fast:
             raise RunError(f"{folder}: its tokenizer has no tokenizer.json, which tells where in a text its tokens are")
@@ -170,4 +169,5 @@ class LastMaskedModel:
 
 def model_settings(config: MaskedModelConfig) -> dict[str, Any]:
     """What results depend on of it."""
-    return config.model_dump(include={"max_length", "runtime", "precision"})
+    settings = config.model_dump(include={"max_length", "runtime"})
+    return {**settings, "precision": precision_of(config.precision)}

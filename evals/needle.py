@@ -17,7 +17,8 @@ from pydantic import Field
 from data.keyed import keyed_generator
 from evals.beir import read_corpus
 from evals.classifiers import load_tokenizer, longest
-from evals.interface import EVALS, Cell, CelledEval, EvalConfig, Model, Scores
+from evals.interface import EVALS, LONGER, Cell, CelledEval, EvalConfig, Model, Scores
+from evals.loading import precision_of
 from evals.masked_reader import MaskedReader
 from flexbert_core.schema import ConfigError, RunError, UserPath
 
@@ -40,7 +41,7 @@ class Needle(CelledEval):
         lengths: list[Annotated[int, Field(ge=64)]] = Field(
             default=[512, 1024, 2048, 4096, 8192],
             min_length=1,
-            description="tokens; those beyond the model's are left out",
+            description="tokens; those beyond the model's are left out, and with them `accuracy`, the mean over all",
         )
         depths: int = Field(
             default=11, ge=2, description="places of the fact, evenly from the text's begin (0) to its end (1)"
@@ -65,8 +66,7 @@ class Needle(CelledEval):
                 raise ConfigError(f"{key}: a value stands there twice: {values}")
         self.texts, self.digest = _texts(Path(config.data))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        auto = "bf16" if self.device.type == "cuda" else "fp32"
-        self.precision = auto if config.precision == "auto" else config.precision
+        self.precision = precision_of(config.precision)
 
     @property
     def depths(self) -> list[float]:
@@ -126,7 +126,11 @@ class Needle(CelledEval):
             between = binomtest(round(result["accuracy"] * count), count).proportion_ci(method="wilson")
             score = {"mean": result["accuracy"], "best": result["accuracy"], "deviation": None, "seeds": 1}
             found[f"asked at the {ask}, {length} tokens"] = {**score, "low": between.low, "high": between.high}
-        found["accuracy"] = math.fsum(result["accuracy"] for result in results.values()) / len(results)
+        wanted = list(itertools.product(self.config.ask, self.config.lengths))
+        left_out = [(ask, length) for ask, length in wanted if f"{ask}-{length}" not in results]
+        found |= {f"asked at the {ask}, {length} tokens": LONGER for ask, length in left_out}
+        if not left_out:  # else means of models would be over other lengths
+            found["accuracy"] = math.fsum(result["accuracy"] for result in results.values()) / len(results)
         found["chance"] = next(iter(results.values()))["chance"]
         return found
 

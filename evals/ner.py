@@ -18,6 +18,7 @@ from evals.conll import TaggedSentences, read_conll
 from evals.entities import entity_scores
 from evals.finetuning import IGNORE, Plan, Split, autocast, fine_tune
 from evals.interface import EVALS, Cell, CelledEval, EvalConfig, Model, Scores
+from evals.loading import Precision, precision_of
 from evals.results import over_seeds
 from evals.taggers import load_tagger
 from flexbert_core.schema import ConfigError, RunError, UserPath
@@ -59,6 +60,8 @@ class Ner(CelledEval):
         microbatch_tokens: int = Field(default=16384, ge=1, description="slots at once in a step, which bounds memory")
 
     config: Config
+    version = 2
+    """2: sentences are encoded as text, not word by word."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -74,8 +77,7 @@ class Ner(CelledEval):
         if self.classes == ["O"]:
             raise ConfigError(f"{folder / config.train}: every word is tagged O: is it column {config.tag_column}?")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        auto = "bf16" if self.device.type == "cuda" else "fp32"
-        self.precision: Any = auto if config.precision == "auto" else config.precision
+        self.precision: Precision = precision_of(config.precision)
 
     def cells(self, model: Model, results: Mapping[str, Any]) -> list[Cell]:
         names = ("lr", "weight_decay", "epochs", "batch_size", "max_length", "warmup", "runtime", "microbatch_tokens")
@@ -155,16 +157,18 @@ class _Sentence(Encoded):
 
 def _encoded(tokenizer: Any, sentences: TaggedSentences, classes: Sequence[str], most: int) -> tuple[Split, int]:
     """Rows with a label at each word's first token, -100 elsewhere, and how many sentences were cut. A tag that is no
-    class (of the dev set only) has none."""
+    class (of the dev set only) has none.
+
+    Words are encoded as the text that they make: one by one, byte-level BPE would see no spaces between them.
+    """
     numbers = {tag: number for number, tag in enumerate(classes)}
     tokenizer.backend_tokenizer.no_padding()
-    batch = tokenizer(sentences.words, is_split_into_words=True, truncation=True, max_length=most, padding=False)
+    texts = [" ".join(words) for words in sentences.words]
+    batch = tokenizer(texts, truncation=True, max_length=most, return_offsets_mapping=True, padding=False)
     rows, labels, cut = [], [], 0
     for number, tags in enumerate(sentences.tags):
-        ids, words = batch["input_ids"][number], batch.word_ids(number)
-        firsts = [
-            (at, word) for at, word in enumerate(words) if word is not None and (at == 0 or words[at - 1] != word)
-        ]
+        ids = batch["input_ids"][number]
+        firsts = _first_tokens(sentences.words[number], batch["offset_mapping"][number])
         row = [IGNORE] * len(ids)
         for at, word in firsts:
             row[at] = numbers.get(tags[word], IGNORE)
@@ -173,3 +177,17 @@ def _encoded(tokenizer: Any, sentences: TaggedSentences, classes: Sequence[str],
         cut += len(ids) == most and max((word for _, word in firsts), default=-1) < len(tags) - 1
     tokenizer.backend_tokenizer.no_truncation()
     return Split(rows, labels), cut
+
+
+def _first_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(token, word) where a word begins. offsets: of the tokens in the words joined by spaces; a token may hold the
+    space before its word, and a word may have no token."""
+    word_at: list[int | None] = []
+    for word, letters in enumerate(words):
+        word_at += [*[word] * len(letters), None]
+    found: dict[int, int] = {}
+    for token, (start, end) in enumerate(offsets):
+        word = next((each for each in word_at[start:end] if each is not None), None)
+        if word is not None:
+            found.setdefault(word, token)
+    return [(token, word) for word, token in found.items()]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator, Field, model_validator
 
-from evals.beir import Example, RetrievalSet, read_beir, read_triples, sampled
+from evals.beir import Example, RetrievalSet, read_beir, read_triples, refuse_identical, sampled
 from evals.bm25 import Bm25
 from evals.contrastive import Encoder, drawn, fine_tune, mined
 from evals.interface import EVALS, Cell, CelledEval, EvalConfig, Model, Scores
@@ -45,7 +45,8 @@ class Retrieval(CelledEval):
         )
         ignore_identical_ids: bool = Field(
             default=False,
-            description="leave out a document that has the query's id: sets whose queries are documents (ArguAna)",
+            description="leave out a document that has the query's id; folders whose queries are documents (ArguAna) "
+            "need it said",
         )
         documents: int | None = Field(
             default=None,
@@ -86,6 +87,9 @@ class Retrieval(CelledEval):
         tunings = [method.tune for method in config.methods if method.tune is not None]
         splits = list(dict.fromkeys([config.split, *(tune.examples for tune in tunings if not tune.of_triples)]))
         sets = [read_beir(Path(folder), splits) for folder in config.data]
+        if "ignore_identical_ids" not in config.model_fields_set:
+            for each in sets:
+                refuse_identical(each, config.split)
         if config.mteb:
             from evals.mteb_data import read_mteb
 

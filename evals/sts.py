@@ -7,7 +7,8 @@ import torch
 from pydantic import Field
 
 from evals.interface import EVALS, Eval, EvalConfig, Model, Scores
-from evals.text_data import Columns, read_rows
+from evals.loading import precision_of
+from evals.text_data import Columns, read_rows, score_of
 from evals.text_scores import scored
 from flexbert_core.schema import ConfigError, UserPath
 
@@ -40,26 +41,23 @@ class Sts(Eval):
     config: Config
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config)
+        # Resolved at once: results are keyed by the config.
+        super().__init__(config.model_copy(update={"precision": precision_of(config.precision)}))
         if config.data is None:
             raise ConfigError("give data=FILE, such as STS-B's dev.tsv")
         file = Path(config.data)
         self.rows = read_rows(file, Columns(config.text, config.pair, config.label))
-        self.labels = []
-        for number, label in enumerate(self.rows.labels or (), 1):
-            try:
-                self.labels.append(float(label))
-            except (TypeError, ValueError):
-                raise ConfigError(f"{file}: row {number}: {config.label}: {label!r} is no number") from None
+        self.labels = [
+            score_of(label, f"{file}: row {number}: {config.label}")
+            for number, label in enumerate(self.rows.labels or (), 1)
+        ]
 
     def run(self, model: Model, out: Path) -> Scores:
         from evals.dense import SingleVector
 
         config = self.config
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        auto = "bf16" if device.type == "cuda" else "fp32"
-        precision = auto if config.precision == "auto" else config.precision
-        encoder = SingleVector(model.folder, config.pooling, config.max_length, ("", ""), device, precision)
+        encoder = SingleVector(model.folder, config.pooling, config.max_length, ("", ""), device, config.precision)
         sides = [encoder.embed(texts, False, config.batch_size) for texts in (self.rows.texts, self.rows.pairs or ())]
         cosines = (sides[0] * sides[1]).sum(1).tolist()
         return {"spearman": scored(["spearman"], self.labels, cosines)["spearman"]}

@@ -2,9 +2,11 @@
 
 import csv
 import hashlib
+import io
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +19,7 @@ log = logging.getLogger(__name__)
 _SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
 # Official files hold a few rows with other columns (QQP's train: quotation marks that nobody closed).
 _MOST_BROKEN = 0.01
+_LONGEST_FIELD = 2**31 - 1  # the module's own limit is 131,072 characters
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,17 @@ def rows_of_hub(name: str, subset: str | None, split: str, columns: Columns) -> 
     return _collected(enumerate(table, 1), columns, place)
 
 
+def score_of(label: Any, place: str) -> float:
+    """A label as a score. Raises ConfigError for what is no finite number: its correlations would have no value."""
+    try:
+        score = float(label)
+    except (TypeError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise ConfigError(f"{place}: {label!r} is no number")
+    return score
+
+
 def _collected(records: "Iterator[tuple[int, Any]]", columns: Columns, place: str) -> Rows:
     texts: list[str] = []
     pairs: list[str] = []
@@ -140,24 +154,40 @@ def _records(file: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
 
 def _separated(file: Path, has_header: bool) -> Iterator[tuple[int, Any]]:
     """TSV by bare tabs, where `"` is a character like others; CSV with quotes."""
-    text = file.read_text(encoding="utf-8-sig")  # MRPC's begin with a byte-order mark
+    # MRPC's begin with a byte-order mark. Line ends stay as they are: a CSV's texts may hold some.
+    with file.open(encoding="utf-8-sig", newline="") as handle:
+        text = handle.read()
     if file.suffix == ".tsv":
-        lines: Sequence[list[str]] = [line.rstrip("\r").split("\t") for line in text.rstrip("\n").split("\n")]
+        split = [line.rstrip("\r").split("\t") for line in text.split("\n")]
+        lines = [(number, line) for number, line in enumerate(split, 1) if line != [""]]
     else:
-        lines = list(csv.reader(text.splitlines()))
+        lines = list(_quoted(text, file))
     if not lines:
         return
-    header = lines[0] if has_header else None
-    width = len(lines[0])
-    broken = [number for number, line in enumerate(lines, 1) if len(line) != width]
+    header = lines[0][1] if has_header else None
+    width = len(lines[0][1])
+    broken = [(number, len(line)) for number, line in lines if len(line) != width]
     if len(broken) > _MOST_BROKEN * len(lines):
-        raise ConfigError(f"{file}:{broken[0]}: {len(lines[broken[0] - 1])} columns, in the first line {width}")
+        raise ConfigError(f"{file}:{broken[0][0]}: {broken[0][1]} columns, in the first line {width}")
     if broken:
         log.warning(
-            "%s: %d rows have other columns and are left out, the first in line %d", file, len(broken), broken[0]
+            "%s: %d rows have other columns and are left out, the first in line %d", file, len(broken), broken[0][0]
         )
-    left_out = set(broken)
-    for number, line in enumerate(lines, 1):
-        if number in left_out or (number == 1 and header is not None):
-            continue
-        yield number, dict(zip(header, line, strict=True)) if header is not None else line
+    for number, line in lines[1:] if header is not None else lines:
+        if len(line) == width:
+            yield number, dict(zip(header, line, strict=True)) if header is not None else line
+
+
+def _quoted(text: str, file: Path) -> Iterator[tuple[int, list[str]]]:
+    """Rows of a CSV that hold something, with the lines where they begin. Strict: else a quotation mark that nobody
+    closed would make one text of all rows behind it."""
+    csv.field_size_limit(_LONGEST_FIELD)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    begin = 1
+    try:
+        for row in reader:
+            if row:
+                yield begin, row
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise ConfigError(f"{file}:{begin}: is no CSV: {error}") from None

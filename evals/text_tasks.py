@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from evals.text_data import Columns, Rows, read_rows, rows_of_hub
+from evals.text_data import Columns, Rows, read_rows, rows_of_hub, score_of
 from evals.text_scores import METRICS
 from flexbert_core.misspelt import did_you_mean
 from flexbert_core.schema import ConfigError, Schema, UserPath
@@ -52,7 +52,8 @@ class TextTask(Schema):
         default=None, min_length=1, description="how long to train; default: the evaluation's"
     )
     starts_from: str | None = Field(
-        default=None, description="the task whose best weights training starts from; GLUE: mnli"
+        default=None,
+        description="the one of the tasks whose best weights training starts from; GLUE: mnli, where that is one",
     )
     trained_on: str | None = Field(
         default=None, description="the task whose best weights are scored, without training (ax)"
@@ -232,11 +233,17 @@ def load_task(task: TextTask, data: str | None, hub: str | None) -> TaskData:
         dev = {key: read_rows(folder / file, columns) for key, file in dev_names.items()}
     classes = tuple(task.labels or (known and known.labels) or ())
     if kind == "classes" and not classes:
-        assert train is not None
+        if train is None:
+            raise ConfigError(f"tasks: {task.name}: trained_on: give labels, the classes of {trained_on}")
         classes = tuple(sorted({str(label) for label in train.labels or ()}))
     if "f1" in metrics and len(classes) != 2:
         raise ConfigError(f"tasks: {task.name}: metrics: f1 is of two classes, there are {len(classes)}: use accuracy")
     place = f"tasks: {task.name}"
+    splits = {} if train is None else {f"{place}: train": train}
+    splits |= {f"{place}: dev {key}".rstrip(): rows for key, rows in dev.items()}
+    by_name = known is None and task.labels is None
+    by_name = by_name or _say_names([label for rows in splits.values() for label in _visible(rows) or ()], classes)
+    labelled = {where: _labelled(rows, kind, classes, by_name, where) for where, rows in splits.items()}
     return TaskData(
         task.name,
         kind,
@@ -245,9 +252,39 @@ def load_task(task: TextTask, data: str | None, hub: str | None) -> TaskData:
         tuple(task.epochs) if task.epochs else known.epochs if known else None,
         task.starts_from or (known.starts_from if known else None),
         trained_on,
-        None if train is None else _labelled(train, kind, classes, f"{place}: train"),
-        {key: _labelled(rows, kind, classes, f"{place}: dev {key}".rstrip()) for key, rows in dev.items()},
+        labelled.get(f"{place}: train"),
+        {key: labelled[f"{place}: dev {key}".rstrip()] for key in dev},
     )
+
+
+def check_labels(task: TaskData) -> None:
+    """Raises ConfigError for a task that cannot be trained and scored."""
+    if task.train is None or task.train.labels is None:
+        raise ConfigError(f"tasks: {task.name}: has no labelled training rows: leave it out")
+    if all(rows.labels is None for rows in task.dev.values()):
+        raise ConfigError(f"tasks: {task.name}: its dev set has no labels")
+
+
+def first_rows(task: TaskData, most: int | None) -> TaskData:
+    """The task with so many training rows, its first. Raises ConfigError where a class is in none of them: the file is
+    sorted, and another class would be all that a model learns."""
+    train = task.train
+    if train is None or most is None or len(train) <= most:
+        return task
+    pairs, labels = (None if column is None else column[:most] for column in (train.pairs, train.labels))
+    if task.kind == "classes" and (lost := set(train.labels or ()) - set(labels or ())):
+        raise ConfigError(
+            f"tasks: {task.name}: rows: the class {task.classes[min(lost)]} is in none of the first {most} training "
+            f"rows of {len(train)}: shuffle them, or give more rows (null: all)"
+        )
+    return replace(task, train=Rows(train.texts[:most], pairs, labels))
+
+
+def check_names(tasks: Sequence[TextTask]) -> None:
+    """Raises ValueError, for validators, where two tasks have one name."""
+    names = [task.name for task in tasks]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"tasks: {twice[0]} stands there twice")
 
 
 def _columns(task: TextTask, known: Known | None, from_hub: bool) -> Columns:
@@ -276,25 +313,35 @@ def _folder(data: Path, name: str) -> Path:
     raise ConfigError(f"data: {data}: no folder {name} in it")
 
 
-def _labelled(rows: Rows, kind: str, classes: tuple[str, ...], place: str) -> Rows:
-    """With class numbers or floats for labels; None where all of them are hidden (the hub says -1)."""
-    labels = rows.labels
-    if labels is None or all(label in (-1, "-1", None) for label in labels):
+def _visible(rows: Rows) -> list[Any] | None:
+    """Its labels; None where all of them are hidden (the hub says -1)."""
+    if rows.labels is None or all(label in (-1, "-1", None) for label in rows.labels):
+        return None
+    return rows.labels
+
+
+def _say_names(labels: Sequence[Any], classes: tuple[str, ...]) -> bool:
+    """Whether whole numbers among a task's labels are names of classes, as 1 and 2 are where the classes are 1 and 2;
+    else they number the classes from 0, as the hub's do. All splits are asked at once, so that they are read alike."""
+    return all(str(label) in classes for label in labels)
+
+
+def _labelled(rows: Rows, kind: str, classes: tuple[str, ...], by_name: bool, place: str) -> Rows:
+    """With class numbers or floats for labels; None where they are hidden."""
+    labels = _visible(rows)
+    if labels is None:
         return Rows(rows.texts, rows.pairs, None)
     numbers: list[Any] = []
+    shown = ", ".join(classes)
     for row, label in enumerate(labels, 1):
         if kind == "score":
-            try:
-                number = float(label)
-            except (TypeError, ValueError):
-                number = float("nan")
-            if number != number:
-                raise ConfigError(f"{place}: row {row}: {label!r} is no number")
-            numbers.append(number)
-        elif isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(classes):
+            numbers.append(score_of(label, f"{place}: row {row}"))
+        elif not by_name and isinstance(label, int) and not isinstance(label, bool):
+            if not 0 <= label < len(classes):
+                raise ConfigError(f"{place}: row {row}: {label} is no class, nor the number of one from 0: {shown}")
             numbers.append(label)
         elif str(label) in classes:
             numbers.append(classes.index(str(label)))
         else:
-            raise ConfigError(f"{place}: row {row}: {label!r} is no class; they are: {', '.join(classes)}")
+            raise ConfigError(f"{place}: row {row}: {label!r} is no class; they are: {shown}")
     return Rows(rows.texts, rows.pairs, numbers)

@@ -101,9 +101,10 @@ def test_a_sample_keeps_what_is_judged(folder: Path) -> None:
     assert sampled(data, "test", 99, 99, seed=1) == data
 
 
-def test_triples_are_read(tmp_path: Path) -> None:
+def test_triples_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a.tsv").write_text("q one\tyes\tno\nq two\tyes 2\tno 2\tno 3\n")
     assert read_triples(tmp_path / "a.tsv") == [Example("q one", "yes", ("no",)), Example("q two", "yes 2", ("no 2",))]
+    assert f"{tmp_path}/a.tsv:1: has 1 negatives, others up to 2: 1 are taken of each" in caplog.text
     rows = [{"query": "q", "positive": "p", "negative": ["n", "m"]}, {"query": "r", "positive": "s", "negative": "t"}]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     assert read_triples(tmp_path / "a.jsonl") == [Example("q", "p", ("n",)), Example("r", "s", ("t",))]
@@ -114,6 +115,7 @@ def test_triples_are_read(tmp_path: Path) -> None:
     [
         ("a.tsv", "only a query\n", "a.tsv:1: expected query, positive and negatives between tabs, got 1 texts"),
         ("a.tsv", "", "a.tsv: holds no triples"),
+        ("a.tsv", "q\tp\tn\n\nr\ts\nt\tu\tv\n", "a.tsv:3: has no negative, where others have up to 1: give it some"),
         ("a.jsonl", '{"query": "q"}', "a.jsonl:1: has no 'positive'"),
         (
             "a.jsonl",

@@ -82,3 +82,8 @@ def test_one_runtime_alone_has_no_ratio(model: Model, tmp_path: Path) -> None:
     )
     results = {cell.name: speed.compute(cell, model, tmp_path) for cell in speed.cells(model, {})}
     assert list(speed.scores(model, results)) == ["fixed 64 transformers tokens/s", "fixed 64 transformers batch"]
+
+
+def test_lengths_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"lengths: longest: a value stands there twice: \[64, 64\]"):
+        evaluation(name="efficiency", lengths=[SHORT, {**SHORT, "mean": 16.0}])

@@ -106,6 +106,9 @@ def test_pairs_of_low_scores_count_as_texts_only(model: Model, tmp_path: Path) -
     ):
         with pytest.raises(ConfigError, match=words):
             evaluation(**config, **wrong)
+    (tmp_path / "sts.tsv").write_text("a\tb\tscore\nthe cat\tthe cat\tnan\n")
+    with pytest.raises(ConfigError, match="row 1: 'nan' is no number"):
+        evaluation(**config, score="score", min_score=4.0)
 
 
 def write_task(folder: Path, count: int, seed: int, name: str) -> None:
@@ -139,7 +142,7 @@ def test_a_linear_model_reads_what_is_there(model: Model, tmp_path: Path) -> Non
     scores = probe.scores(model, results)
     assert scores["average"] == pytest.approx(sum(each["score"] for each in results.values()) / 3)
     assert probe.compute(probe.cells(model, {})[0], model, tmp_path) == results["cats"]
-    few = evaluation(name="linear_probe", tasks=tasks[:1], rows=1)
+    few = evaluation(name="linear_probe", tasks=tasks[:1], rows=4)
     assert few.compute(few.cells(model, {})[0], model, tmp_path)["accuracy"] < 0.8
 
 
@@ -149,3 +152,19 @@ def test_tasks_without_labels_are_refused(tmp_path: Path) -> None:
     task = {"name": "cats", "data": str(tmp_path / "cats"), "text": "text", "label": "label", "metrics": ["accuracy"]}
     with pytest.raises(ConfigError, match="tasks: cats: its dev set has no labels"):
         evaluation(name="linear_probe", tasks=[task])
+
+
+def test_rows_of_all_classes_are_learnt_from(tmp_path: Path) -> None:
+    """Files that are sorted by label, and tasks of one name, would be lost on the way without a word."""
+    lines = ["text\tlabel", *["bad\t0"] * 6, *["good\t1"] * 6]
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    task = {"name": "mood", "data": str(tmp_path), "text": "text", "label": "label", "metrics": ["accuracy"]}
+    said = (
+        "tasks: mood: rows: the class 1 is in none of the first 6 training rows of 12: shuffle them, or give more rows"
+    )
+    with pytest.raises(ConfigError, match=said):
+        evaluation(name="linear_probe", tasks=[task], rows=6)
+    assert evaluation(name="linear_probe", tasks=[task], rows=7).tasks["mood"].train.labels == [0] * 6 + [1]
+    with pytest.raises(ValueError, match="tasks: mood stands there twice"):
+        evaluation(name="linear_probe", tasks=[task, {**task, "metrics": ["mcc"]}])

@@ -280,6 +280,20 @@ def test_the_chain_the_grid_and_the_table(tmp_path: Path) -> None:
         (["hub=nyu-mll/glue"], "give data .* or hub"),
         (["tasks=[rtee]"], r"'rtee' is no task of GLUE \(did you mean 'rte'\?\)"),
         (["lr=[-1]"], r"lr\[0\]"),
+        (["lr=[1e-5,1.0000001e-5]"], r"lr: two values are alike in six digits: \[1e-05, 1\.0000001e-05\]"),
+        (
+            ["tasks=[mnli,{name: rte, starts_from: mnil}]"],
+            r"tasks: rte: starts_from: mnil is none of the tasks, did you mean 'mnli'\?: add that task, or leave it out",
+        ),
+        (["tasks=[mnli,{name: ax, starts_from: mnli}]"], "tasks: ax: starts_from: is not trained, but scored with"),
+        (
+            ["tasks=[mnli,{name: ax, labels: [same, other]}]"],
+            "tasks: ax: labels: there are 2, of mnli, .* 3: give the classes",
+        ),
+        (
+            ["tasks=[rte]", "rows=1"],
+            "tasks: rte: rows: the class .*entail.* is in none of the first 1 training rows of 24",
+        ),
     ],
 )
 def test_wrong_protocols_are_refused(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -288,3 +302,31 @@ def test_wrong_protocols_are_refused(tmp_path: Path, arguments: list[str], messa
     with pytest.raises(ConfigError, match=message):
         run_eval("glue", [str(folder), f"data={tmp_path}/glue", *arguments], tmp_path / "out", Console(quiet=True))
     assert not (tmp_path / "out" / "glue").exists()
+
+
+def test_what_a_task_starts_from_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tasks(tmp_path / "glue")
+    folder = write_bert(tmp_path / "bert")
+    arguments = [str(folder), f"data={tmp_path}/glue", "seeds=[0]", "lr=[1e-3]", "epochs=[1]", "weight_decay=[0]"]
+
+    def start(tasks: str) -> str:
+        out = tmp_path / tasks
+        assert run_eval("glue", [*arguments, f"tasks=[{tasks}]"], out, Console(quiet=True))
+        cells = json.loads((out / "glue" / "bert" / "results.json").read_text())["cells"]
+        return cells["rte/lr0.001-wd0-epochs1-seed0"]["starts_from"]
+
+    said = "tasks: rte: starts from the model itself, not from the weights of mnli as the protocol has it"
+    assert start("mnli,rte") == "the weights of mnli"
+    assert said not in caplog.text
+    assert start("rte") == "fresh weights"
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("train", "rte: has no labelled training rows"), ("dev", "rte: its dev set has no labels")]
+)
+def test_tasks_without_labels_are_refused(tmp_path: Path, name: str, words: str) -> None:
+    write_tasks(tmp_path / "glue")
+    (tmp_path / "glue" / "RTE" / f"{name}.tsv").write_text("sentence1\tsentence2\tlabel\nA\tB\t-1\n")
+    with pytest.raises(ConfigError, match=words):
+        run_eval("glue", [str(tmp_path), f"data={tmp_path}/glue", "tasks=[rte]"], tmp_path / "out", Console(quiet=True))

@@ -179,3 +179,8 @@ def test_pieces_are_of_all_documents_first() -> None:
     texts = ["a b c d e", " f  g\nh ", "i"]
     assert pieces(texts, 2, 100) == ["a b", "f  g", "i", "c d", "h", "e"]
     assert pieces(texts, 2, 4) == ["a b", "f  g", "i", "c d"]
+
+
+def test_rates_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"rates: two values are alike in six digits: \[0\.15, 0\.15000001\]"):
+        evaluation(name="masked", texts={"prose": str(texts_file(tmp_path))}, rates=[0.15, 0.15000001])

@@ -5,17 +5,20 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import nn
+from transformers import PreTrainedTokenizerFast, RobertaTokenizerFast
 
 from data.keyed import keyed_generator
 from evals.classifiers import Encoded
-from evals.conll import read_conll
+from evals.conll import TaggedSentences, read_conll
 from evals.finetuning import Plan, Split, fine_tune
 from evals.interface import Model
+from evals.ner import _encoded  # pyright: ignore[reportPrivateUsage]
 from evals.taggers import load_tagger
 from flexbert_core.schema import ConfigError
 from recipe.slots import OPTIMIZERS
-from tests.helpers.texts import evaluation
+from tests.helpers.texts import evaluation, text_tokenizer
 
 
 def test_columns_of_every_kind(tmp_path: Path) -> None:
@@ -120,3 +123,56 @@ def test_train_data_without_entities_is_refused(model: Model, tmp_path: Path) ->
         (tmp_path / f"{name}.txt").write_text("the O\n")
     with pytest.raises(ConfigError, match="every word is tagged O"):
         evaluation(name="ner", data=str(tmp_path))
+
+
+def test_words_hold_blanks_other_than_spaces(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("10\u00a0000 CD O\nEU NNP B-ORG\n\u3000\n")
+    assert read_conll(tmp_path / "a.txt").words == [["10\u00a0000", "EU"]]
+
+
+WORDS = ["EU", "rejects", "German", "\u00a0", "call", "in", "Zürich", "."]
+
+
+def byte_level(trim_offsets: bool) -> Tokenizer:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    backend.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)  # pyright: ignore
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, show_progress=False, special_tokens=["<pad>", "<s>", "</s>", "<mask>"], initial_alphabet=letters
+    )
+    backend.train_from_iterator(["EU rejects German call in Zürich ."] * 9, trainer)
+    return backend
+
+
+@pytest.mark.parametrize("trim_offsets", [True, False])
+@pytest.mark.parametrize("kind", [PreTrainedTokenizerFast, RobertaTokenizerFast])
+def test_byte_level_tokens_are_those_of_the_text(kind: Any, trim_offsets: bool) -> None:
+    """With the spaces between words, as models have learned them."""
+    tokenizer = kind(tokenizer_object=byte_level(trim_offsets), add_prefix_space=False)
+    tags = ["B-ORG", "O", "B-MISC", "O", "O", "O", "B-LOC", "O"]
+    split, cut = _encoded(tokenizer, TaggedSentences([WORDS], [tags], ""), ["O", "B-ORG", "B-MISC", "B-LOC"], 64)
+    row: Any = split.rows[0]
+    assert row.input_ids == tokenizer(" ".join(WORDS))["input_ids"]
+    tokens = [tokenizer.convert_ids_to_tokens(row.input_ids[at]) for at, _ in row.first_tokens]
+    assert [word for _, word in row.first_tokens] == list(range(8))
+    assert all(
+        token.startswith("Ġ") for token in [*tokens[1:3], *tokens[4:]]
+    )  # the no-break space is tokens of its own
+    assert split.labels is not None
+    assert [split.labels[0][at] for at, _ in row.first_tokens] == [1, 0, 2, 0, 0, 0, 3, 0]
+    assert cut == 0
+
+
+def test_wordpiece_tokens_are_those_of_the_words() -> None:
+    """A word without a token, such as a no-break space, is none's."""
+    tokenizer, words = text_tokenizer(), [*WORDS, "cats", "sleeping"]
+    for most in (64, 12):
+        split, cut = _encoded(tokenizer, TaggedSentences([words], [["O"] * 10], ""), ["O"], most)
+        theirs: Any = tokenizer([words], is_split_into_words=True, truncation=True, max_length=most)
+        numbers = theirs.word_ids(0)
+        firsts = [(numbers.index(word), word) for word in range(10) if word in numbers]
+        row: Any = split.rows[0]
+        assert (row.input_ids, row.first_tokens) == (theirs["input_ids"][0], firsts)
+        assert 3 not in dict(firsts).values()
+        assert cut == (most == 12)

@@ -170,7 +170,11 @@ def test_a_document_with_the_querys_id_can_be_left_out(data: Path, model: Path, 
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nsea\tbread\t1\nsea\tsteel\t1\n")
     file = write_config(tmp_path, folder, "[single_vector]")
-    with_it, _ = run(file, [model], tmp_path / "with")
+    with pytest.raises(
+        ConfigError, match=r"data: same: 1 of 1 queries are documents .*'sea': give ignore_identical_ids"
+    ):
+        evaluation_of(file)
+    with_it, _ = run(file, [model], tmp_path / "with", "ignore_identical_ids=false")
     without, _ = run(file, [model], tmp_path / "without", "ignore_identical_ids=true")
     assert with_it["tiny"]["single_vector mrr@10"]["mean"] == 0.5
     assert without["tiny"]["single_vector mrr@10"]["mean"] == 1
@@ -209,7 +213,11 @@ def test_exact_scores_are_sums_of_largest_products() -> None:
         ),
         (
             ["methods=[{name: single_vector, tune: {examples: a.tsv, negatives: bm25}}]"],
-            "the triples of a.tsv bring theirs",
+            "negatives: the triples of a.tsv bring theirs",
+        ),
+        (
+            ["methods=[{name: single_vector, tune: {examples: a.tsv, num_negatives: 1}}]"],
+            "num_negatives: the triples of a.tsv bring theirs: leave it out",
         ),
         (
             ["data=DATA", "methods=[{name: single_vector, tune: {examples: a.tsv}}]"],

@@ -52,5 +52,8 @@ def test_a_score_that_is_no_number_is_said(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace("0.6", "low"))
     with pytest.raises(ConfigError, match=r"sts: .*dev\.tsv: row 4: score: 'low' is no number"):
         evaluation_of(Path("configs/eval/sts.yaml"), f"data={file}")
+    file.write_text(file.read_text().replace("low", "nan"))
+    with pytest.raises(ConfigError, match=r"row 4: score: 'nan' is no number"):
+        evaluation_of(Path("configs/eval/sts.yaml"), f"data={file}")
     with pytest.raises(ConfigError, match="sts: give data=FILE"):
         evaluation_of(Path("configs/eval/sts.yaml"))

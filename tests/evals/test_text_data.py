@@ -180,3 +180,70 @@ def test_a_constant_scores_nothing_where_it_has_no_score() -> None:
 def test_a_line_separator_inside_a_text_ends_no_row_of_jsonl(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text(json.dumps({"said": "a\u2028b", "mark": 1}, ensure_ascii=False) + "\n")
     assert read_rows(tmp_path / "t.jsonl", Columns("said", None, "mark")).texts == ["a\u2028b"]
+
+
+def own(folder: Path, marks: list[Any], suffix: str = "jsonl", dev: list[Any] | None = None, **node: Any) -> Any:
+    """A task of one text a label."""
+    for name, column in (("train", marks), ("dev", dev or marks)):
+        rows = [{"said": f"text {number}", "mark": label} for number, label in enumerate(column)]
+        if suffix == "tsv":
+            lines = ["said\tmark", *(f"{row['said']}\t{row['mark']}" for row in rows)]
+        else:
+            lines = [json.dumps(row) for row in rows]
+        (folder / f"{name}.{suffix}").write_text("\n".join(lines) + "\n")
+    files = {"data": str(folder), "train": f"train.{suffix}", "dev": {"": f"dev.{suffix}"}}
+    return task(folder, **{"name": "mine", "text": "said", "label": "mark", "metrics": ["accuracy"], **files, **node})
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "numbers"),
+    [
+        ([1, 2, 2], None, [0, 1, 1]),
+        ([1, 2, 3, 4, 5], None, [0, 1, 2, 3, 4]),
+        ([0, 1], ["1", "0"], [1, 0]),
+        ([0, 1, 2], ["no", "maybe", "yes"], [0, 1, 2]),
+        ([0, 4], ["1", "2", "3", "4", "5"], [0, 4]),
+        ([1, -1], None, [1, 0]),
+    ],
+)
+def test_whole_numbers_are_classes_by_name_where_they_are_names(
+    tmp_path: Path, labels: list[int], classes: list[str] | None, numbers: list[int]
+) -> None:
+    found = own(tmp_path, labels, labels=classes)
+    assert found.train.labels == found.dev[""].labels == numbers
+    if {str(label) for label in labels} <= set(found.classes):
+        assert own(tmp_path, labels, "tsv", labels=classes).train.labels == numbers
+
+
+def test_a_number_that_is_no_class_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tasks: mine: dev: row 2: 0 is no class; they are: 1, 2"):
+        own(tmp_path, [1, 2], dev=[1, 0])
+    with pytest.raises(ConfigError, match=r"train: row 2: 2 is no class, nor the number of one from 0: 1, 2"):
+        own(tmp_path, [0, 2], labels=["1", "2"])
+    with pytest.raises(ConfigError, match="tasks: mine: trained_on: give labels, the classes of mnli"):
+        own(tmp_path, [1, 2], trained_on="mnli")
+
+
+@pytest.mark.parametrize("label", ["nan", "inf", None])
+def test_a_score_is_a_finite_number(tmp_path: Path, label: Any) -> None:
+    with pytest.raises(ConfigError, match=f"train: row 2: {label!r} is no number"):
+        own(tmp_path, [1.0, label], metrics=["spearman"])
+
+
+def test_texts_of_a_csv_are_whole(tmp_path: Path) -> None:
+    """Line ends within quotes stay; other separators and form feeds end nothing; empty lines are no rows."""
+    columns, long = Columns("said", None, "mark"), "x" * 200_000
+    text = f'said,mark\r\n"first line\r\nsecond line",1\r\n\r\na\u2028b\x0cc\u0085d,0\r\n{long},1\r\n'
+    (tmp_path / "t.csv").write_bytes(text.encode())
+    rows = read_rows(tmp_path / "t.csv", columns)
+    assert rows.texts == ["first line\r\nsecond line", "a\u2028b\x0cc\u0085d", long]
+    assert rows.labels == ["1", "0", "1"]
+    (tmp_path / "t.csv").write_text('said,mark\n"a\nb",1\n\n"c,0\nd,1\n')
+    with pytest.raises(ConfigError, match=r"t\.csv:5: is no CSV: unexpected end of data"):
+        read_rows(tmp_path / "t.csv", columns)
+
+
+def test_only_line_feeds_end_rows_of_a_tsv(tmp_path: Path) -> None:
+    (tmp_path / "t.tsv").write_bytes("said\tmark\na\rb\x0cc\u2028d\t1\r\n\r\ne\t0\n\n".encode())
+    rows = read_rows(tmp_path / "t.tsv", Columns("said", None, "mark"))
+    assert (rows.texts, rows.labels) == (["a\rb\x0cc\u2028d", "e"], ["1", "0"])
