@@ -50,8 +50,8 @@ class Background(Callback):
         or that need packages which are not here."""
         self._everyone = followings(folder, run)
         self.following = next(each for each in self._everyone if each.entry == config)
-        for name, (file, _) in self.following.load().items():
-            require(name, file.evaluation.packages())
+        for name, loaded in self.following.load().items():
+            require(name, loaded[0].evaluation.packages())
         self._process: subprocess.Popen[bytes] | None = None
         self._begun = 0  # steps that were done when training began, or began again after a rollback
         self._marks: dict[int, str | None] = {}  # by step, of the weights that this history of the run has there

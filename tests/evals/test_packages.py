@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from flexbert_core.schema import ConfigError
+from recipe.config import load_run_config
 from tests.helpers.evals import evaluation_of
 from tests.helpers.process import ROOT
+from tests.helpers.tiny import write_config
+from training.trainer import train
 
 IMPORTED = {"scikit-learn": "sklearn", "pytrec_eval-terrier": "pytrec_eval"}
 TASK = "tasks=[{name: mine, data: nowhere, text: text, label: label, metrics: [%s]}]"
@@ -45,6 +49,14 @@ def test_a_missing_package_is_said_before_data_are_read(
     without(monkeypatch, package)
     with pytest.raises(ConfigError, match=f"{re.escape(said)}$"):
         evaluation_of(Path(f"configs/eval/{file}.yaml"), *overrides)
+
+
+def test_a_run_that_it_follows_does_not_begin(monkeypatch: pytest.MonkeyPatch, tiny_data: Path, tmp_path: Path) -> None:
+    file = write_config(tmp_path, tiny_data, 2, "full", evaluations=[{"name": "eval", "files": ["masked", "sts"]}])
+    without(monkeypatch, "sentence_transformers")
+    with pytest.raises(ConfigError, match="sts: needs sentence-transformers: make setup-eval$"):
+        train(load_run_config(file), Console(quiet=True))
+    assert not (tmp_path / "run").exists()
 
 
 def test_all_that_is_missing_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
