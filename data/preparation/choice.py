@@ -178,7 +178,6 @@ class _Choice:
         sizes_of_chunks = {split: chunk_documents(int(count)) for split, count in zip(SPLITS, documents, strict=True)}
         write_file(self.work / "plan" / f"{self.name}.json", json.dumps(sizes_of_chunks).encode())
 
-
     def _left_out(self) -> str:
         """Why a stream is empty: counts by reason."""
         counts = Counter[str]()
