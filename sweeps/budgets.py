@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sweeps.curves import AXES, Axis, Curve, held_out
 from sweeps.results import SweepResult
-from sweeps.statistics import Comparison, compare_in, why_missing
+from sweeps.statistics import OTHER_TEXT, Comparison, compare_in, other_text, why_missing
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,15 @@ class Reaching:
     seeds: int
     share: float | None
     """Mean over seeds; None unless all have reached it."""
+    why: str = ""
+    """Why the arm cannot be compared."""
 
 
 def at_equal(sweep: SweepResult) -> list[AtEqual]:
-    """For each cost a family of comparisons of its own. Runs that are not finished make theirs incomplete."""
+    """For each cost a family of comparisons of its own. Runs that are not finished make theirs incomplete, and so does
+    other held-out text: the losses are those of evaluations under way, whatever final loss the verdicts are of."""
     curves = _curves(sweep)
+    others = other_text(sweep)
     why = why_missing(sweep)
     arms = [arm.name for arm in sweep.arms]
     found = []
@@ -44,11 +48,14 @@ def at_equal(sweep: SweepResult) -> list[AtEqual]:
         known = [end for end in ends if end is not None]
         budget = min(known) if known and len(known) == len(ends) else None
         losses = {
-            (arm, seed): curves[arm, seed].at(axis, budget) if budget is not None and (arm, seed) in curves else None
+            (arm, seed): curves[arm, seed].at(axis, budget)
+            if budget is not None and (arm, seed) in curves and arm not in others
+            else None
             for arm in arms
             for seed in sweep.seeds
         }
         reasons = {cell: "no evaluation before that" if cell in curves else why.get(cell, "missing") for cell in losses}
+        reasons |= {cell: OTHER_TEXT for cell in curves if cell[0] in others}
         found.append(AtEqual(axis, budget, losses, compare_in(sweep, losses, reasons)))
     return found
 
@@ -56,9 +63,13 @@ def at_equal(sweep: SweepResult) -> list[AtEqual]:
 def reaching(sweep: SweepResult) -> list[Reaching]:
     """Every arm but the baseline and those that were stopped, for each cost."""
     curves = _curves(sweep)
-    found = []
+    others = other_text(sweep)
+    found: list[Reaching] = []
     for arm in sweep.arms:
         if arm.name == sweep.baseline or arm.name in sweep.stopped:
+            continue
+        if arm.name in others:
+            found += [Reaching(arm.name, axis, 0, len(sweep.seeds), None, OTHER_TEXT) for axis in AXES]
             continue
         for axis in AXES:
             shares = [

@@ -71,10 +71,12 @@
     while (high - low > 1) { const middle = (low + high) >> 1; if (x[middle] <= at) low = middle; else high = middle; }
     return x[high] === x[low] ? y[high] : y[low] + (y[high] - y[low]) * (at - x[low]) / (x[high] - x[low]);
   }
-  // Mean, least and most over seeds, where all of them are known.
+  // Mean, least and most over seeds, where all of them are known; null where that is nowhere.
   function band(curves) {
+    if (curves.some((curve) => !curve.x.length)) return null;
     const same = curves.every((curve) => curve.x.length === curves[0].x.length && curve.x.every((value, place) => value === curves[0].x[place]));
     const low = Math.max(...curves.map((curve) => curve.x[0])), high = Math.min(...curves.map((curve) => curve.x.at(-1)));
+    if (low > high) return null;
     const x = same ? curves[0].x : [...Array(120)].map((_, place) => low + (high - low) * place / 119);
     const rows = x.map((at, place) => curves.map((curve) => same ? curve.y[place] : interpolate(curve, at)));
     return { x, mean: rows.map(mean), least: rows.map((row) => Math.min(...row)), most: rows.map((row) => Math.max(...row)) };
@@ -88,8 +90,11 @@
       const drawn = runsOf[place].map((run) => ({ run, curve: points(run, chart.key, state.axis, state.smooth) })).filter((each) => each.curve);
       const line = { color: hue(place), dash: styles[place].dash, width: arm.baseline ? 2.4 : 1.7 };
       const marker = { symbol: styles[place].marker, size: 5, color: hue(place) };
+      let over = null;
       if (arm.whole && drawn.length > 1 && drawn.length === runsOf[place].length) {
-        const over = band(drawn.map((each) => each.curve));
+        over = band(drawn.map((each) => each.curve));
+      }
+      if (over) {
         traces.push(...shade(place, over), { ...meanLine(place, over), mode: dots && over.x.length < 40 ? "lines+markers" : "lines" });
       } else {
         for (const { run, curve } of drawn) {
@@ -100,18 +105,20 @@
     });
     return traces;
   }
-  // Of each seed the difference from the baseline's run of that seed, at the same cost.
+  // Of each seed the difference from the baseline's run of that seed, at the same cost and on the same text.
   function gaps() {
     const base = data.arms.findIndex((arm) => arm.baseline), traces = [];
     data.arms.forEach((arm, place) => {
-      if (state.hidden.has(place) || place === base || !arm.whole || !data.arms[base].whole) return;
+      if (state.hidden.has(place) || place === base || !arm.whole || !data.arms[base].whole || arm.other_text) return;
       const pairs = runsOf[place].map((run) => [run, runsOf[base].find((other) => other.seed === run.seed)].map((each) => each && points(each, "held_out", state.axis, 0)));
       if (!pairs.length || !pairs.every(([ours, theirs]) => ours && theirs)) return;
-      const over = band(pairs.map(([ours, theirs]) => {
+      const found = pairs.map(([ours, theirs]) => {
         const low = Math.max(ours.x[0], theirs.x[0]), high = Math.min(ours.x.at(-1), theirs.x.at(-1));
         const x = ours.x.filter((at) => at >= low && at <= high);
         return { x, y: x.map((at) => interpolate(ours, at) - interpolate(theirs, at)) };
-      }).filter((each) => each.x.length));
+      });
+      const over = band(found);
+      if (!over) return;
       if (pairs.length > 1) traces.push(...shade(place, over));
       traces.push({ ...meanLine(place, over), mode: over.x.length < 40 ? "lines+markers" : "lines" });
     });
@@ -294,7 +301,7 @@
     box.type = "checkbox";
     box.checked = !state.hidden.has(place);
     box.addEventListener("change", () => { if (box.checked) state.hidden.delete(place); else state.hidden.add(place); count(); redraw(); });
-    const note = arm.baseline ? " (baseline)" : arm.stopped ? ` (stopped at ${arm.stopped})` : arm.whole ? "" : " (incomplete)";
+    const note = arm.baseline ? " (baseline)" : arm.stopped ? ` (stopped at ${arm.stopped})` : arm.whole ? (arm.other_text ? " (other held-out text)" : "") : " (incomplete)";
     label.append(box, key(place), arm.name + note);
     item.append(label);
     $("arms").append(item);

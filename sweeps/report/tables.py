@@ -1,5 +1,6 @@
 """The tables of a report, as values: the page, Markdown and LaTeX show the same."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +11,7 @@ from sweeps.results import Arm, RunResult, SweepResult
 from sweeps.searching import name_of
 from sweeps.statistics import (
     DOCUMENTS,
+    OTHER_TEXT,
     Comparison,
     compare_in,
     documents,
@@ -54,6 +56,8 @@ class Table:
 
 
 def number(value: float | None, form: str = ".4f") -> Cell:
+    """A dash for what is not known or not finite."""
+    value = None if value is None or not math.isfinite(value) else value
     return Cell("-" if value is None else format(value, form), value)
 
 
@@ -107,7 +111,7 @@ def _verdicts(subject: Subject, sweep: SweepResult) -> Table:
             verdict = Cell("baseline", "baseline", kind="baseline")
             rows.append([Cell(arm.name, arm.name), verdict, nothing, nothing, nothing, mean, nothing, *tail])
             continue
-        said = _said(found) + (" (other held-out text)" if arm.name in others else "")
+        said = _said(found) + (f" ({OTHER_TEXT})" if arm.name in others else "")
         verdict = Cell(said, found.verdict, kind=found.verdict.replace(" ", "-"))
         interval = Cell(_interval(found.low, found.high), found.low)
         test = [_difference(found), interval, number(found.corrected, ".3g")]
@@ -117,10 +121,7 @@ def _verdicts(subject: Subject, sweep: SweepResult) -> Table:
     seeds = f"{len(sweep.seeds)} seed{'s' * (len(sweep.seeds) != 1)}"
     note = f"Baseline {sweep.baseline}, {seeds}; the loss is that of {source}. {tests}, over seeds."
     if others:
-        note += (
-            f" Not on the same held-out text as the baseline (other numbers of masked tokens): {', '.join(others)}. "
-            "Their differences are not of the model alone."
-        )
+        note += f" {_on_other_text(others)} Their differences are not of the model alone."
     if chosen := _chosen(sweep):
         note += f" {chosen}"
     if sweep.stopped:
@@ -129,6 +130,18 @@ def _verdicts(subject: Subject, sweep: SweepResult) -> Table:
             "verdicts of the others hold although the others were chosen."
         )
     return _table("verdicts", "Verdicts over seeds", columns, rows, note)
+
+
+def _on_other_text(arms: Sequence[str]) -> str:
+    return f"Not on the same held-out text as the baseline (other numbers of masked tokens): {', '.join(arms)}."
+
+
+def _under_way(sweep: SweepResult) -> str:
+    """What loss the tables of costs are of, and which arms they leave out."""
+    source, others = final_losses(sweep)[1], other_text(sweep)
+    note = " The loss is that of each run's own evaluations"
+    note += f", not the loss on {source} that verdicts are of." if source == DOCUMENTS else "."
+    return note + (f" {_on_other_text(others)} They are left out." if others else "")
 
 
 def _rungs(sweep: SweepResult) -> Table:
@@ -248,7 +261,7 @@ def _equal(subject: Subject, sweep: SweepResult) -> Table:
     note = (
         "Difference from the baseline where all finished runs have spent as much, on straight lines between "
         "evaluations. Hours are those of training steps. Each cost is a family of comparisons of its own."
-    )
+    ) + _under_way(sweep)
     return _table("equal-cost", "Loss at equal cost", columns, rows, note)
 
 
@@ -260,10 +273,11 @@ def _reaching(sweep: SweepResult) -> Table:
         for axis in _COSTS:
             one = of[arm, axis]
             text = f"reached by {one.reached} of {one.seeds} seeds" if one.share is None else f"{one.share:.1%}"
-            row.append(Cell(text, one.share))
+            row.append(Cell(one.why or text, one.share))
         rows.append(row)
     columns = [Column("arm", False), *(Column(name) for name in _COSTS.values())]
     note = "What the arm had spent when it reached the baseline's final held-out loss, as a share of the baseline's."
+    note += _under_way(sweep)
     return _table("reaching", "Cost of the baseline's loss", columns, rows, note)
 
 

@@ -2,17 +2,19 @@
 
 import csv
 import io
+import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.report_page import CHROMIUM, write_page
-from benchmarks.synthetic_sweep import write_run
+from benchmarks.synthetic_sweep import write_run, write_sweep
 from sweeps.report.page import page
-from sweeps.report.subject import of_runs
+from sweeps.report.subject import of_runs, of_sweep
 from sweeps.run_result import read_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make setup-dev")
@@ -174,6 +176,32 @@ def test_print(watched: Watched) -> None:
     assert len(re.findall(rb"/Type\s*/Page\b", paper)) >= 2
     assert watched.tab.evaluate("[...document.querySelectorAll('figure')].every(each => each.dataset.drawn)")
     assert watched.tab.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
+def test_seeds_that_never_cost_alike_have_no_mean(browser: Any, tmp_path: Path) -> None:
+    """One seed of `slow` begins after the baseline's end in hours, and so does every one of `late`. `other` was
+    measured on other text."""
+    effects = {"base": 0.0, "good": -0.03, "slow": 0.0, "late": 0.0, "other": 0.0}
+    sweep = write_sweep(tmp_path, effects, range(3), lines=60)
+    for (arm, seed), run in sweep.runs.items():
+        if arm == "late" or (arm, seed) == ("slow", 1):
+            lines = [line | {"slots_per_second": line["slots_per_second"] / 1000} for line in map(dict, run.lines)]
+            (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if arm == "other":
+            summary = {**run.summary, "validation": {"loss": 2.0, "masked_tokens": 5}}
+            (run.folder / "summary.json").write_text(json.dumps(summary))
+    runs = {(arm, seed): read_run(run.folder, arm, seed) for (arm, seed), run in sweep.runs.items()}
+    (tmp_path / "r.html").write_text(page(of_sweep(replace(sweep, runs=runs))))
+    found = Watched(browser, tmp_path / "r.html", viewport={"width": 1200, "height": 3000})
+    gap = "Held-out loss less the baseline's, same seed"
+    assert found.lines(gap) == ["good", "slow", "late"]
+    assert "other (other held-out text)" in found.tab.locator("#arms li").all_text_contents()
+    found.tab.locator("#axis").select_option("hours")
+    assert found.lines(gap) == ["good"]
+    assert found.lines("Held-out loss") == ["base", "good", *(f"slow, seed {seed}" for seed in range(3)), "late", "other"]
+    assert found.tab.evaluate("document.querySelectorAll('.plot')[1].layout.xaxis.title.text") == "hours of training"
+    found.tab.close()
+    assert found.wrong == []
 
 
 def test_one_run_and_several(browser: Any, tmp_path: Path) -> None:

@@ -78,6 +78,53 @@ def test_another_held_out_text_is_said(tmp_path: Path) -> None:
     assert "Not on the same held-out text as the baseline (other numbers of masked tokens): good." in table.note
 
 
+def on_other_text(sweep: SweepResult, arm: str) -> SweepResult:
+    """As rows of another length make it."""
+    runs = dict(sweep.runs)
+    for seed in sweep.seeds:
+        summary = dict(runs[arm, seed].summary)
+        summary["validation"] = summary["validation"] | {"masked_tokens": 9_999}
+        runs[arm, seed] = replace(runs[arm, seed], summary=summary)
+    return replace(sweep, runs=runs)
+
+
+def test_losses_of_other_held_out_text_are_compared_nowhere(sweep: SweepResult) -> None:
+    """The verdict is of documents, which are the same for all; costs are read off evaluations, which are not."""
+    subject = of_sweep(on_other_text(sweep, "good"))
+    first, *others = tables(subject)
+    assert [row[1].text for row in first.rows] == ["baseline", "better", "no difference shown"]
+    found = {table.key: table for table in others}
+    assert cells(found["equal-cost"].rows, "good")[1:] == ["-"] * 9
+    assert "-" not in cells(found["equal-cost"].rows, "same")
+    assert cells(found["reaching"].rows, "good")[1:] == ["other held-out text"] * 3
+    for key in ("equal-cost", "reaching"):
+        assert "own evaluations, not the loss on held-out documents that verdicts are of" in found[key].note
+        assert "(other numbers of masked tokens): good. They are left out." in found[key].note
+    assert [arm["other_text"] for arm in data_of(page(subject))["arms"]] == [False, True, False]
+
+
+def test_a_loss_on_other_text_stands_in_no_picture_of_final_losses(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {"base": 0.0, "good": -0.03}, range(2), lines=40, documents=0)
+    finals = [run["final"] is None for run in data_of(page(of_sweep(on_other_text(sweep, "good"))))["runs"]]
+    assert finals == [False, False, True, True]
+
+
+def test_what_is_not_finite_is_missing(tmp_path: Path) -> None:
+    """A loss and a score."""
+    sweep = write_sweep(tmp_path, {"base": 0.0, "good": -0.03}, range(3), lines=40, documents=0)
+    runs = dict(sweep.runs)
+    run = runs["good", 1]
+    summary = dict(run.summary) | {"validation": {"loss": float("nan"), "masked_tokens": 10_000}}
+    scores = [{**line, "scores": {**line["scores"], "cola mcc": float("inf")}} for line in run.scores]
+    runs["good", 1] = replace(run, summary=summary, scores=scores)
+    subject = of_sweep(replace(sweep, runs=runs))
+    found = {table.key: table for table in tables(subject)}
+    assert cells(found["verdicts"].rows, "good")[1:6] == ["incomplete: good seed 1 not finite", "-", "-", "-", "-"]
+    (row,) = [row for row in found["scores"].rows if row[0].text == "glue-quick cola mcc"]
+    assert [cell.text for cell in row[2:]] == ["-", "-", "-", "-", "incomplete: good seed 1 not finite"]
+    assert "nan" not in re.sub(r"<script.*?</script>", "", page(subject), flags=re.DOTALL)
+
+
 def test_one_seed_is_said(tmp_path: Path) -> None:
     text = page(of_sweep(write_sweep(tmp_path, {"base": 0.0, "good": -0.03}, [1], 40, 30)))
     assert "One seed says nothing about seeds: there are no verdicts." in text
