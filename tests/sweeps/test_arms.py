@@ -78,6 +78,11 @@ def test_more_random_arms_leave_the_first_ones_as_they_are(tmp_path: Path) -> No
         ),
         ({"list": {"a": {"seed": 3}}}, "a: seed: a sweep sets this itself: use seeds"),
         ({"list": {"a": {"model.num_hidden_layers": 4}}}, "a: trains the same as baseline: leave it out"),
+        ({"list": {"a": {"ema": {"decay": 0.999}}}}, "a: differs from baseline in `ema` alone, which moves no weight"),
+        (
+            {"list": {"b": {"ema.decay": 0.9}, "a": {"ema.decay": 0.99}}, "set": ["ema.decay=0.9"], "baseline": "b"},
+            "a: differs from b in `ema` alone",
+        ),
         ({"list": DEEP, "baseline": "dep"}, "baseline: 'dep' is no arm, did you mean 'deep'"),
         ({"list": DEEP, "seeds": [1, 1]}, "seeds: a value stands there twice"),
         (
