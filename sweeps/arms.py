@@ -260,8 +260,8 @@ def _check_differs(file: Path, arm: Variant, baseline: Variant) -> None:
         )
     if all(path.split(".")[0] == "ema" for path in found):
         raise ConfigError(
-            f"{file}: {arm.name}: differs from {baseline.name} in `ema` alone, which moves no weight, and arms are compared "
-            "by their weights: put `ema` in `set`, and read validation and validation_ema in each metrics.jsonl"
+            f"{file}: {arm.name}: differs from {baseline.name} in `ema` alone, which moves no weight, and arms are "
+            "compared by their weights: put `ema` in `set`, and read validation_ema in each metrics.jsonl"
         )
     said = [*arm.changes, *baseline.changes, *arm.adjusted]
     said += [

@@ -17,6 +17,9 @@ class AtEqual:
     budget: float | None
     """The smallest of what the finished runs have spent; None where that is not known of all."""
     losses: Mapping[tuple[str, int], float | None]
+    shares: Mapping[str, float]
+    """The budget as a share of what an arm had spent by its own end, mean over its finished runs; before that end its
+    learning rate has not decayed. Of arms of which it is known."""
     comparisons: Sequence[Comparison]
 
 
@@ -56,7 +59,8 @@ def at_equal(sweep: SweepResult) -> list[AtEqual]:
         }
         reasons = {cell: "no evaluation before that" if cell in curves else why.get(cell, "missing") for cell in losses}
         reasons |= {cell: OTHER_TEXT for cell in curves if cell[0] in others}
-        found.append(AtEqual(axis, budget, losses, compare_in(sweep, losses, reasons)))
+        shares = {arm: budget / plain.fmean(own) for arm in arms if budget and (own := _ends(curves, arm, axis))}
+        found.append(AtEqual(axis, budget, losses, shares, compare_in(sweep, losses, reasons)))
     return found
 
 
@@ -89,6 +93,11 @@ def _share(ours: Curve | None, theirs: Curve | None, axis: Axis) -> float | None
         return None
     spent, took = theirs.end(axis), ours.reaches(axis, float(theirs.values[-1]))
     return took / spent if took is not None and spent else None
+
+
+def _ends(curves: Mapping[tuple[str, int], Curve], arm: str, axis: Axis) -> list[float]:
+    ends = [curve.end(axis) for (name, _), curve in curves.items() if name == arm]
+    return [end for end in ends if end is not None]
 
 
 def _curves(sweep: SweepResult) -> dict[tuple[str, int], Curve]:

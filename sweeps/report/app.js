@@ -276,12 +276,16 @@
   for (const button of document.querySelectorAll(".sectionhead button.csv")) {
     button.addEventListener("click", () => {
       const table = $(button.dataset.table);
-      const heads = [...table.tHead.rows[0].cells];
-      const body = [...table.tBodies[0].rows].map((row) => [...row.cells].map((cell, column) => {
-        const plain = heads[column].classList.contains("num") && cell.dataset.value !== "" && !cell.textContent.startsWith("[");
-        return plain ? Number(cell.dataset.value) : cell.textContent.trim();
-      }));
-      download(table.id, [heads.map((head) => head.textContent), ...body]);
+      // Values, and not what people read: without a value the field is empty.
+      const heads = [...table.tHead.rows[0].cells].map((head) => JSON.parse(head.dataset.csv ?? "null") ?? [head.textContent]);
+      const numeric = [...table.tHead.rows[0].cells].map((head) => head.classList.contains("num"));
+      const values = (cell, column) => {
+        if (cell.dataset.csv) return JSON.parse(cell.dataset.csv);
+        if (!numeric[column]) return [cell.textContent.trim()];
+        return heads[column].map(() => cell.dataset.value === "" ? null : Number(cell.dataset.value));
+      };
+      const body = [...table.tBodies[0].rows].map((row) => [...row.cells].flatMap(values));
+      download(table.id, [heads.flat(), ...body]);
     });
   }
 

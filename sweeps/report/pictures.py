@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from sweeps.curves import AXES, Costs
+from sweeps.report.scores import score_lines
 from sweeps.report.subject import Subject, seen
-from sweeps.report.tables import score_lines
 from sweeps.results import RunResult
 from sweeps.statistics import DOCUMENTS, final_losses, other_text
 

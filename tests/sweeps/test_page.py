@@ -15,7 +15,9 @@ from benchmarks.report_page import CHROMIUM, write_page
 from benchmarks.synthetic_sweep import write_run, write_sweep
 from sweeps.report.page import page
 from sweeps.report.subject import of_runs, of_sweep
+from sweeps.results import Judged, Stops
 from sweeps.run_result import read_run
+from sweeps.statistics import verdicts
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make setup-dev")
 if not CHROMIUM.exists():
@@ -168,6 +170,39 @@ def test_csv_files(watched: Watched) -> None:
     assert figure.locator("tbody tr").count() == len(body)
 
 
+def test_csv_files_of_tables_hold_numbers_and_nothing_for_what_is_not_known(browser: Any, tmp_path: Path) -> None:
+    """Whatever people see of them: intervals, dashes, minus signs, words behind numbers."""
+    sweep = write_sweep(tmp_path, {"base": 0.0, "good": -0.03, "gone": 0.0}, range(3), 60, unfinished=[("gone", 1)])
+    judged = [
+        Judged("base", 1, {0: 2.5}, True),
+        Judged("good", 1, {0: 2.25}, True),
+        Judged("gone", 1, {0: None}, False),
+    ]
+    stops = Stops([0.5], {arm.name: [30_000_000] for arm in sweep.arms}, judged)
+    subject = of_sweep(replace(sweep, stops=stops))
+    (tmp_path / "r.html").write_text(page(subject))
+    found = Watched(browser, tmp_path / "r.html")
+    read = {}
+    for key in ("verdicts", "equal-cost", "reaching", "rungs", "documents", "scores"):
+        head, *body = table_of(found, found.tab.locator(f'button[data-table="{key}"]'))
+        assert len(set(head)) == len(head)
+        assert all(len(row) == len(head) for row in body)
+        assert not any("\u2212" in field or "\u2013" in field or field.startswith("[") for row in body for field in row)
+        read[key] = {row[0]: dict(zip(head, row, strict=True)) for row in body}
+    found.tab.close()
+    assert found.wrong == []
+    verdict = next(each for each in verdicts(subject.sweep or sweep) if each.arm == "good")
+    good, gone = read["verdicts"]["good"], read["verdicts"]["gone"]
+    assert (float(good["95 % low"]), float(good["95 % high"])) == (verdict.low, verdict.high)
+    assert (gone["difference"], gone["95 % low"], gone["95 % high"], gone["p (Holm)"]) == ("", "", "", "")
+    assert read["verdicts"]["base"]["95 % high"] == ""
+    assert [read["rungs"][arm]["rung 1"] for arm in ("base", "good", "gone")] == ["goes on", "goes on", "stopped"]
+    assert [read["rungs"][arm]["rung 1: loss"] for arm in ("base", "good", "gone")] == ["2.5", "2.25", ""]
+    assert float(read["equal-cost"]["good"]["FLOPs: share of the arm's own"]) == pytest.approx(1 / 1.05, rel=0.01)
+    assert float(read["equal-cost"]["good"]["hours: 95 % low"]) < 0
+    assert read["reaching"]["gone"]["tokens: share"] == ""
+
+
 def test_print(watched: Watched) -> None:
     """What was never scrolled to is on paper, too."""
     watched.tab.locator("#theme").click()
@@ -198,7 +233,13 @@ def test_seeds_that_never_cost_alike_have_no_mean(browser: Any, tmp_path: Path) 
     assert "other (other held-out text)" in found.tab.locator("#arms li").all_text_contents()
     found.tab.locator("#axis").select_option("hours")
     assert found.lines(gap) == ["good"]
-    assert found.lines("Held-out loss") == ["base", "good", *(f"slow, seed {seed}" for seed in range(3)), "late", "other"]
+    assert found.lines("Held-out loss") == [
+        "base",
+        "good",
+        *(f"slow, seed {seed}" for seed in range(3)),
+        "late",
+        "other",
+    ]
     assert found.tab.evaluate("document.querySelectorAll('.plot')[1].layout.xaxis.title.text") == "hours of training"
     found.tab.close()
     assert found.wrong == []

@@ -4,6 +4,7 @@ import csv
 import html
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import pytest
 from benchmarks.synthetic_sweep import write_run, write_sweep
 from commands.report import report
 from flexbert_core.schema import ConfigError
+from sweeps.report.cells import Cell
 from sweeps.report.page import page
 from sweeps.report.subject import differences, of_runs, of_sweep
-from sweeps.report.tables import Cell, tables
+from sweeps.report.tables import tables
 from sweeps.report.writing import latex, markdown, watch_report
-from sweeps.results import SweepResult
+from sweeps.results import Judged, Stops, SweepResult
 from sweeps.run_result import read_run
 
 EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(2)> & "it\'s" {{7*7}} | $x_1$ \\ \u2028'
@@ -40,7 +42,7 @@ def data_of(text: str) -> Any:
     return json.loads(found[1])
 
 
-def cells(table: list[list[Any]], arm: str) -> list[str]:
+def cells(table: Sequence[Sequence[Cell]], arm: str) -> list[str]:
     return [cell.text for row in table for cell in row if row[0].text == arm]
 
 
@@ -107,6 +109,28 @@ def test_a_loss_on_other_text_stands_in_no_picture_of_final_losses(tmp_path: Pat
     sweep = write_sweep(tmp_path, {"base": 0.0, "good": -0.03}, range(2), lines=40, documents=0)
     finals = [run["final"] is None for run in data_of(page(of_sweep(on_other_text(sweep, "good"))))["runs"]]
     assert finals == [False, False, True, True]
+
+
+def test_arms_that_are_read_before_their_end_are_marked(sweep: SweepResult) -> None:
+    """A token of `good` costs 5 % more than the baseline's, one of `same` 10 %: at equal FLOPs they are not done."""
+    found = next(table for table in tables(of_sweep(sweep)) if table.key == "equal-cost")
+    good, same = cells(found.rows, "good"), cells(found.rows, "same")
+    assert "(at" not in good[1] + same[1]
+    assert (good[4].split(" (")[1], same[4].split(" (")[1]) == ("at 95%)", "at 91%)")
+    assert "read before it, at the share in brackets" in found.note
+    assert "The baseline is read" not in found.note
+    dear = of_sweep(replace(sweep, baseline="same"))
+    note = next(table.note for table in tables(dear) if table.key == "equal-cost")
+    assert "The baseline is read at 91% of its FLOPs and 91% of its hours." in note
+
+
+def test_the_loss_at_a_rung_is_the_one_that_ranked(sweep: SweepResult) -> None:
+    """`same` has seed 0 alone, so that all were ranked over it."""
+    judged = [Judged("base", 1, {0: 2.0, 1: 4.0}, True), Judged("good", 1, {0: 2.1, 1: 0.1}, False)]
+    stops = Stops([0.5], {}, [*judged, Judged("same", 1, {0: 2.05}, True)])
+    found = next(table for table in tables(of_sweep(replace(sweep, stops=stops))) if table.key == "rungs")
+    told = [[cell.text for cell in row] for row in found.rows]
+    assert told == [["base", "2.0000 goes on"], ["good", "2.1000 stopped"], ["same", "2.0500 goes on"]]
 
 
 def test_what_is_not_finite_is_missing(tmp_path: Path) -> None:
