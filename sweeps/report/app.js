@@ -10,12 +10,14 @@
   const MARKERS = ["circle", "square", "diamond", "triangle-up", "x", "cross", "star"];
   const MANY = 12; // arms; of more, those with the lowest loss are drawn at first
 
+  // Of this page alone, and by name: the next one may have other arms, in another order.
+  const memory = `report ${location.pathname}`;
   const state = Object.assign({ axis: "tokens", logx: false, logy: false, smooth: 0, hidden: null, theme: null }, remembered());
   function remembered() {
-    try { return data.reload ? JSON.parse(sessionStorage.getItem("report") || "{}") : {}; } catch { return {}; }
+    try { return data.reload ? JSON.parse(sessionStorage.getItem(memory) || "{}") : {}; } catch { return {}; }
   }
   function remember() {
-    try { sessionStorage.setItem("report", JSON.stringify({ ...state, hidden: [...state.hidden] })); } catch { /* a page from the disk may not */ }
+    try { sessionStorage.setItem(memory, JSON.stringify({ ...state, hidden: [...state.hidden].map((arm) => data.arms[arm].name) })); } catch { /* a page from the disk may not */ }
   }
 
   const runsOf = data.arms.map((_, arm) => data.runs.filter((run) => run.arm === arm));
@@ -34,11 +36,11 @@
   }
   function firstHidden() {
     if (data.arms.length <= MANY) return new Set();
-    const order = data.arms.map((_, arm) => arm).sort((one, other) => (finalOf(one) ?? Infinity) - (finalOf(other) ?? Infinity));
+    const order = data.arms.map((_, arm) => arm).filter((arm) => !data.arms[arm].baseline).sort((one, other) => (finalOf(one) ?? Infinity) - (finalOf(other) ?? Infinity));
     const kept = new Set(order.slice(0, 7));
     return new Set(data.arms.map((_, arm) => arm).filter((arm) => !kept.has(arm) && !data.arms[arm].baseline));
   }
-  state.hidden = state.hidden ? new Set(state.hidden) : firstHidden();
+  state.hidden = state.hidden ? new Set([...data.arms.keys()].filter((arm) => state.hidden.includes(data.arms[arm].name))) : firstHidden();
 
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const hue = (arm) => styles[arm].hue ?? css("--ink");
@@ -126,14 +128,18 @@
   }
   const shade = (place, over) => [{ x: [...over.x, ...over.x.toReversed()], y: [...over.most, ...over.least.toReversed()], fill: "toself", fillcolor: transparent(hue(place), 0.15), line: { width: 0 }, mode: "lines", hoverinfo: "skip", type: "scatter" }];
   const meanLine = (place, over) => ({ over, x: over.x, y: over.mean, name: data.arms[place].name, line: { color: hue(place), dash: styles[place].dash, width: data.arms[place].baseline ? 2.4 : 1.7 }, marker: { symbol: styles[place].marker, size: 5, color: hue(place) }, type: "scatter" });
-  // All runs of a sweep have the same tokens: FLOPs say more of what they cost, where they are known.
-  const costAxis = () => state.axis === "tokens" && data.runs.some((run) => run.groups.some((group) => (group.x.flops.at(-1) ?? null) !== null)) ? "flops" : state.axis;
-  function costs(run) {
-    const ends = run.groups.map((group) => group.x[costAxis()].at(-1)).filter((value) => value !== null && value !== undefined);
+  // FLOPs say more of what runs cost, where all have the same tokens and their FLOPs are known.
+  const costAxis = () => {
+    const drawn = data.runs.filter((run) => run.final !== null && (data.arms[run.arm].whole || !data.seeds));
+    const same = drawn.every((run) => spent(run, "flops") !== null && spent(run, "tokens") === spent(drawn[0], "tokens"));
+    return state.axis === "tokens" && drawn.length && same ? "flops" : state.axis;
+  };
+  function spent(run, axis) {
+    const ends = run.groups.map((group) => group.x[axis].at(-1)).filter((value) => value !== null && value !== undefined);
     return ends.length ? Math.max(...ends) : null;
   }
   function pareto() {
-    const found = [];
+    const found = [], axis = costAxis(), costs = (run) => spent(run, axis);
     data.arms.forEach((arm, place) => {
       if (state.hidden.has(place)) return;
       const runs = runsOf[place].filter((run) => run.final !== null && costs(run) !== null);

@@ -35,12 +35,10 @@ def equal_cost(subject: Subject, sweep: SweepResult) -> Table:
             rows.append(row)
     note = (
         "Difference from the baseline where all finished runs have spent as much, on straight lines between "
-        "evaluations. Hours are those of training steps. Each cost is a family of comparisons of its own."
+        "evaluations. Hours are those of training steps. Each cost is a family of comparisons of its own. An arm that "
+        "had spent more by its own end is read before it, at the share in brackets, where its learning rate has not "
+        "decayed yet."
     )
-    note += (
-        " An arm that had spent more by its own end is read before it, at the share in brackets, where its learning "
-    )
-    note += "rate has not decayed yet."
     own = {_COSTS[each.axis]: each.shares.get(sweep.baseline) for each in found}
     early = [f"{share:.0%} of its {cost}" for cost, share in own.items() if _is_early(share)]
     note += f" The baseline is read at {' and '.join(early)}." if early else ""

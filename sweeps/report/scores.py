@@ -8,6 +8,8 @@ from sweeps.report.cells import Cell, Column, Table, difference, interval, inter
 from sweeps.results import RunResult, SweepResult
 from sweeps.statistics import compare_in, why_missing
 
+_VERDICTS = "held_out_documents loss"  # is what verdicts are of, and no family beside them
+
 
 def last_scores(run: RunResult) -> dict[str, float]:
     """The newest value of every score of downstream evaluations, made beside the run or by it."""
@@ -39,7 +41,7 @@ def score_table(sweep: SweepResult) -> Table:
     finals = {cell: last_scores(run) for cell, run in sweep.runs.items() if run.state == "finished"}
     why = why_missing(sweep)
     rows = []
-    for name in sorted({name for scores in finals.values() for name in scores}):
+    for name in sorted({name for scores in finals.values() for name in scores} - {_VERDICTS}):
         values = {cell: finals.get(cell, {}).get(name) for cell in sweep.runs}
         reasons = {cell: "has no such score" if cell in finals else why[cell] for cell in values}
         for one in compare_in(sweep, values, reasons):

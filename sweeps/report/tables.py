@@ -79,6 +79,11 @@ def _verdicts(subject: Subject, sweep: SweepResult) -> Table:
         note += f" {on_other_text(others)} Their differences are not of the model alone."
     if chosen := _chosen(sweep):
         note += f" {chosen}"
+    if count := subject.left_over:
+        note += (
+            f" {count} finished run{'s are' if count > 1 else ' is'} in {sweep.folder / 'runs'} of arms or seeds that "
+            "the sweep file no longer has: p values are not corrected for them."
+        )
     if sweep.stopped:
         note += (
             " Stopped arms have no final loss and are compared with nothing; they count in Holm's correction, so the "

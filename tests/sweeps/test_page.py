@@ -245,6 +245,54 @@ def test_seeds_that_never_cost_alike_have_no_mean(browser: Any, tmp_path: Path) 
     assert found.wrong == []
 
 
+def test_a_watched_page_keeps_arms_hidden_by_name_and_for_itself(browser: Any, tmp_path: Path) -> None:
+    """The page that comes next has another arm in front, and in the same tab there is a page of another sweep."""
+    for name, effects in (("one", {"base": 0.0, "good": -0.03, "bad": 0.03}), ("two", {"x": 0.0, "y": 0.0, "z": 0.0})):
+        sweep = write_sweep(tmp_path / name, effects, range(2), 40)
+        (tmp_path / f"{name}.html").write_text(page(of_sweep(sweep), reload_seconds=3600))
+    found = Watched(browser, tmp_path / "one.html", viewport={"width": 1200, "height": 900})
+    found.tab.get_by_label("good").click()
+    grown = write_sweep(tmp_path / "grown", {"base": 0.0, "new": 0.0, "good": -0.03, "bad": 0.03}, range(2), 40)
+    (tmp_path / "one.html").write_text(page(of_sweep(grown), reload_seconds=3600))
+    found.tab.reload()
+    found.tab.wait_for_selector("figure[data-drawn]", state="attached")
+    assert found.lines("Held-out loss less the baseline's, same seed") == ["new", "bad"]
+    assert found.tab.locator("#shown").text_content() == "3 of 4"
+    assert found.wrong == []
+    found.tab.goto((tmp_path / "two.html").as_uri())
+    found.tab.wait_for_selector("figure[data-drawn]", state="attached")
+    assert found.tab.locator("#shown").text_content() == "3 of 3"
+    found.tab.close()
+
+
+@pytest.mark.parametrize(("lines", "axis"), [((40, 40), "FLOPs"), ((40, 20), "tokens (slots)")])
+def test_loss_is_drawn_against_flops_where_tokens_are_the_same(
+    browser: Any, tmp_path: Path, lines: tuple[int, int], axis: str
+) -> None:
+    """Of runs with other tokens, as under `equal: flops`, tokens are no constant."""
+    for name, count in zip("ab", lines, strict=True):
+        write_run(tmp_path / name, name, 0.0, 1, count, 0, finished=True)
+    (tmp_path / "r.html").write_text(page(of_runs([read_run(tmp_path / name) for name in "ab"])))
+    found = Watched(browser, tmp_path / "r.html", viewport={"width": 1200, "height": 3000})
+    assert set(found.lines("Held-out loss against cost")) == {"a", "b"}
+    figure = found.tab.locator("figure", has_text="Held-out loss against cost")
+    assert figure.locator(".plot").evaluate("plot => plot.layout.xaxis.title.text") == axis
+    head, *_ = table_of(found, figure.locator("button.csv"))
+    assert head == ["arm", axis, "loss"]
+    found.tab.close()
+    assert found.wrong == []
+
+
+def test_of_many_arms_the_baseline_and_the_seven_best_are_drawn(browser: Any, tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {"base": -0.5, **{f"a{place}": 0.1 * place for place in range(13)}}, range(2), 20)
+    (tmp_path / "r.html").write_text(page(of_sweep(sweep)))
+    found = Watched(browser, tmp_path / "r.html")
+    assert found.lines("Held-out loss less the baseline's, same seed") == [f"a{place}" for place in range(7)]
+    assert found.tab.locator("#shown").text_content() == "8 of 14"
+    found.tab.close()
+    assert found.wrong == []
+
+
 def test_one_run_and_several(browser: Any, tmp_path: Path) -> None:
     runs = []
     for name in ("a", "b"):

@@ -4,6 +4,9 @@ import csv
 import html
 import json
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +22,9 @@ from sweeps.report.page import page
 from sweeps.report.subject import differences, of_runs, of_sweep
 from sweeps.report.tables import tables
 from sweeps.report.writing import latex, markdown, watch_report
-from sweeps.results import Judged, Stops, SweepResult
+from sweeps.results import Judged, SearchResult, Stops, SweepResult, Trial
 from sweeps.run_result import read_run
+from tests.helpers.runs import ROOT
 
 EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(2)> & "it\'s" {{7*7}} | $x_1$ \\ \u2028'
 
@@ -149,6 +153,14 @@ def test_what_is_not_finite_is_missing(tmp_path: Path) -> None:
     assert "nan" not in re.sub(r"<script.*?</script>", "", page(subject), flags=re.DOTALL)
 
 
+def test_the_loss_that_verdicts_are_of_is_no_score(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {"base": 0.0, "good": -0.03}, range(2), lines=20)
+    made = {"evaluations": {"held_out_documents": {"loss": 2.0}, "held_out": {"loss": 2.0}}}
+    runs = {cell: replace(run, lines=[*run.lines[:-1], {**run.lines[-1], **made}]) for cell, run in sweep.runs.items()}
+    found = next(each for each in tables(of_sweep(replace(sweep, runs=runs))) if each.key == "scores")
+    assert {row[0].text for row in found.rows} == {"glue-quick cola mcc", "glue-quick mnli accuracy", "held_out loss"}
+
+
 def test_one_seed_is_said(tmp_path: Path) -> None:
     text = page(of_sweep(write_sweep(tmp_path, {"base": 0.0, "good": -0.03}, [1], 40, 30)))
     assert "One seed says nothing about seeds: there are no verdicts." in text
@@ -252,6 +264,44 @@ def test_watching_ends_when_nothing_trains(tmp_path: Path) -> None:
     assert len(waits) == 3
     assert data_of((tmp_path / "r.html").read_text())["reload"] is None
     assert [file.name for file in tmp_path.iterdir()] == ["a", "r.html"] or len(list(tmp_path.iterdir())) == 2
+
+
+def test_watching_a_sweep_ends_with_its_command(tmp_path: Path) -> None:
+    """Here that of another process, of which no run trains: it searches, or its jobs wait in a queue. A run that died
+    before its first line keeps nothing alive."""
+    sweep = write_sweep(tmp_path, {"base": 0.0, "good": 0.0}, range(2), lines=20)
+    runs = dict(sweep.runs)
+    runs["good", 1] = replace(runs["good", 1], state="waiting", lines=(), summary={})
+    subject = of_sweep(replace(sweep, runs=runs))
+    assert not subject.alive
+    code = "import sys; from pathlib import Path; from flexbert_core.durable import lock\n"
+    code += "with lock(Path(sys.argv[1]), Path('.'), 'training'): print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        process.stdout.readline()
+        assert subject.alive
+        process.stdin.close()
+    assert not subject.alive
+
+
+def test_runs_that_the_sweep_file_no_longer_has_are_told(tmp_path: Path) -> None:
+    """An arm that lost was taken out of the file: Holm's family is smaller than what was tried. Trials are no arms."""
+    whole = write_sweep(tmp_path / "made", {"base": 0.0, "good": -0.03, "lost": 0.03}, range(3), lines=20)
+    runs = {}
+    for (arm, seed), run in whole.runs.items():
+        folder = tmp_path / "runs" / f"{arm}-s{seed}"
+        runs[arm, seed] = replace(run, folder=Path(shutil.copytree(run.folder, folder)))
+    shutil.copytree(whole.runs["lost", 0].folder, tmp_path / "runs" / "search-0-s1000")
+    trials = [Trial(0, {}, {}, "finished", 2.0)]
+    whole = replace(whole, folder=tmp_path, runs=runs, search=SearchResult(1, 1000, trials))
+    less = {cell: run for cell, run in runs.items() if cell[0] != "lost"}
+    cut = replace(whole, arms=[arm for arm in whole.arms if arm.name != "lost"], runs=less)
+    assert "no longer has" not in tables(of_sweep(whole))[0].note
+    told = f" 3 finished runs are in {tmp_path / 'runs'} of arms or seeds that the sweep file no longer has"
+    assert told in tables(of_sweep(cut))[0].note
 
 
 def test_csv_of_names_is_readable() -> None:
