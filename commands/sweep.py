@@ -51,9 +51,9 @@ def _stop(number: int, frame: Any) -> None:
 def _show(design: Design, price_per_hour: float | None, console: Console) -> None:
     """Arms with what they cost, and what the design can show. Raises ConfigError as a start would."""
     cells, seeds = cells_of(design), design.sweep.seeds
-    rates = design.sweep.tokens_per_second
+    rates = design.sweep.slots_per_second
     if price_per_hour is not None and len(rates) < len(design.arms):
-        raise ConfigError(f"--price-per-hour: needs tokens_per_second of all {len(design.arms)} arms in {design.file}")
+        raise ConfigError(f"--price-per-hour: needs slots_per_second of all {len(design.arms)} arms in {design.file}")
     table = Table(
         "arm", Column("changes", overflow="fold"), "parameters", "tokens", "FLOPs", "sees the baseline's batches"
     )

@@ -105,10 +105,10 @@ def expand(file: Path, sweep: SweepFile) -> Design:
     if sweep.search is not None:
         with named(f"{file}: search"):
             changes |= _found(file, sweep.search, Design(file, sweep, base, [own]), changes)
-    for name in sweep.tokens_per_second:
+    for name in sweep.slots_per_second:
         if name not in changes and name != own.name and not (sweep.search and name.startswith(TRIAL)):
             raise ConfigError(
-                f"{file}: tokens_per_second: {name!r} is no arm, {did_you_mean(name, [*changes, own.name])}"
+                f"{file}: slots_per_second: {name!r} is no arm, {did_you_mean(name, [*changes, own.name])}"
             )
     arms = [own, *(_variant(file, sweep, base, name, change) for name, change in changes.items())]
     names = [cell_name(arm.name, 0) for arm in arms]
@@ -215,7 +215,7 @@ def _fair(file: Path, sweep: SweepFile, base: Path, arm: Variant, baseline: Vari
     if sweep.equal is None:
         return arm
     with named(f"{file}: {arm.name}: equal"):
-        changes = adjusted(sweep.equal, arm.config, baseline.config, sweep.tokens_per_second, arm.name, baseline.name)
+        changes = adjusted(sweep.equal, arm.config, baseline.config, sweep.slots_per_second, arm.name, baseline.name)
     if clash := [path for path in changes if any(_touches(path, own) for own in arm.changes)]:
         raise ConfigError(
             f"{file}: {arm.name}: equal: {sweep.equal} would change {clash[0]}, which the arm sets itself"
@@ -257,6 +257,11 @@ def _check_differs(file: Path, arm: Variant, baseline: Variant) -> None:
     if not found:
         raise ConfigError(
             f"{file}: {arm.name}: trains the same as {baseline.name}: leave it out, or name it as `baseline`"
+        )
+    if all(path.split(".")[0] == "ema" for path in found):
+        raise ConfigError(
+            f"{file}: {arm.name}: differs from {baseline.name} in `ema` alone, which moves no weight, and arms are "
+            "compared by their weights: put `ema` in `set`, and read validation_ema in each metrics.jsonl"
         )
     said = [*arm.changes, *baseline.changes, *arm.adjusted]
     said += [

@@ -18,7 +18,7 @@ def adjusted(
     equal: Equal,
     arm: RunConfig,
     baseline: RunConfig,
-    tokens_per_second: Mapping[str, float],
+    slots_per_second: Mapping[str, float],
     arm_name: str,
     baseline_name: str,
 ) -> dict[str, Any]:
@@ -31,10 +31,10 @@ def adjusted(
         share = run_flops(baseline) / run_flops(arm)
     else:
         for name in (arm_name, baseline_name):
-            if name not in tokens_per_second:
-                raise ConfigError(f"hours: tokens_per_second has no {name!r}: measure it")
+            if name not in slots_per_second:
+                raise ConfigError(f"hours: slots_per_second has no {name!r}: take that of metrics.jsonl of a short run")
         tokens = PhasePlan(baseline).total_tokens / PhasePlan(arm).total_tokens
-        share = tokens * tokens_per_second[arm_name] / tokens_per_second[baseline_name]
+        share = tokens * slots_per_second[arm_name] / slots_per_second[baseline_name]
     return _budgets(arm, share)
 
 

@@ -131,8 +131,10 @@ class SweepFile(Schema):
     stop: Stop | None = Field(
         default=None, description="which arms are not trained to the end; {}: the defaults; absent: none is stopped"
     )
-    tokens_per_second: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default={}, description="of arms, measured: for equal hours, and for the hours of --dry-run"
+    slots_per_second: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={},
+        description="of arms, padding counted, as metrics.jsonl says of a run under this name: for equal hours, and "
+        "for the hours of --dry-run",
     )
     noise: float | None = Field(
         default=None,
@@ -164,8 +166,8 @@ class SweepFile(Schema):
                 "branch_from: one checkpoint goes on with its own seed only: write {seed} into its path, or give "
                 "data: restart, or one seed"
             )
-        if self.equal == "hours" and not self.tokens_per_second:
-            raise ValueError("equal: hours: needs tokens_per_second of each arm, measured")
+        if self.equal == "hours" and not self.slots_per_second:
+            raise ValueError("equal: hours: needs slots_per_second of each arm: take those of metrics.jsonl")
         return self
 
     @staticmethod

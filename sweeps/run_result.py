@@ -1,8 +1,10 @@
 """A run folder, live or dead, as statistics and the report page read it. Writes nothing."""
 
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
+from zipfile import BadZipFile
 
 import numpy as np
 import yaml
@@ -65,9 +67,9 @@ def _documents(file: Path) -> DocumentLosses | None:
     if not file.exists():
         return None
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
             names, sums, counts = (arrays[name] for name in ("documents", "sums", "counts"))
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, BadZipFile, zlib.error) as error:
         raise ConfigError(f"{file}: damaged ({error}): remove it, and evaluate the run again") from None
     if not (names.shape == sums.shape == counts.shape) or names.ndim != 1 or len(set(names.tolist())) != len(names):
         raise ConfigError(f"{file}: damaged: documents, sums and counts differ in length, or a name is there twice")

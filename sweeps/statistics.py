@@ -35,6 +35,8 @@ _SAME = 1e-12  # of the values: differences this close to one another differ by 
 _RESAMPLES = 2000
 DOCUMENTS = "held-out documents"
 """What loss `final_losses` has found."""
+OTHER_TEXT = "other held-out text"
+"""Why an arm of `other_text` has no loss that could be compared."""
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,12 @@ def compare(
     stopped: Collection[str] = (),
 ) -> list[Comparison]:
     """Every arm but the baseline. values: smaller is better; None for a cell without one. why: what is wrong there.
-    stopped: arms that are in the family and compared with nothing."""
+    A value that is not finite is missing. stopped: arms that are in the family and compared with nothing."""
+    infinite = {cell for cell, value in values.items() if value is not None and not math.isfinite(value)}
+    values = {cell: None if cell in infinite else value for cell, value in values.items()}
+    why = {**(why or {}), **dict.fromkeys(infinite, "not finite")}
     others = [arm for arm in arms if arm != baseline]
-    found = [_compare(values, arm, baseline, seeds, paired, len(others), why or {}) for arm in others]
+    found = [_compare(values, arm, baseline, seeds, paired, len(others), why) for arm in others]
     found = [Comparison(each.arm, "stopped", each.missing) if each.arm in stopped else each for each in found]
     corrected = holm(np.array([math.nan if each.p is None else each.p for each in found]))
     judged = []
@@ -203,7 +208,8 @@ def _known(value: Floats) -> float | None:
 
 
 def final_losses(sweep: SweepResult) -> tuple[dict[tuple[str, int], float | None], str]:
-    """By cell the held-out loss of the final weights, None of a run that is not finished; and what loss that is.
+    """By cell the held-out loss of the final weights, None of a run that is not finished, perhaps not finite; and what
+    loss that is.
 
     The loss over documents, whose masks are the same for every arm, where all finished runs have it; else that of the
     run's own last evaluation.
@@ -214,7 +220,7 @@ def final_losses(sweep: SweepResult) -> tuple[dict[tuple[str, int], float | None
     )
     if finished and _one_text(sweep, finished):
         found = {cell: run.documents.loss for cell, run in finished.items() if run.documents is not None}
-        return values | {cell: loss for cell, loss in found.items() if math.isfinite(loss)}, DOCUMENTS
+        return values | found, DOCUMENTS
     found = {cell: run.summary.get("validation", {}).get("loss") for cell, run in finished.items()}
     return values | found, "the last evaluation of each run"
 

@@ -1,10 +1,12 @@
 """`evaluations: [held_out_documents]`: what a run's final weights lose on each held-out document."""
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -118,9 +120,9 @@ class HeldOutDocuments:
     def _is_done(self, step: int) -> bool:
         done = False
         try:
-            with np.load(self.file, allow_pickle=False) as arrays:
+            with self.file.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 done = int(arrays["step"]) == step
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, RuntimeError, BadZipFile, zlib.error):
             pass  # not there, or damaged: it is written anew
         return bool(ranks.from_rank_0(done))
 

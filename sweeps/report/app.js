@@ -10,12 +10,14 @@
   const MARKERS = ["circle", "square", "diamond", "triangle-up", "x", "cross", "star"];
   const MANY = 12; // arms; of more, those with the lowest loss are drawn at first
 
+  // Of this page alone, and by name: the next one may have other arms, in another order.
+  const memory = `report ${location.pathname}`;
   const state = Object.assign({ axis: "tokens", logx: false, logy: false, smooth: 0, hidden: null, theme: null }, remembered());
   function remembered() {
-    try { return data.reload ? JSON.parse(sessionStorage.getItem("report") || "{}") : {}; } catch { return {}; }
+    try { return data.reload ? JSON.parse(sessionStorage.getItem(memory) || "{}") : {}; } catch { return {}; }
   }
   function remember() {
-    try { sessionStorage.setItem("report", JSON.stringify({ ...state, hidden: [...state.hidden] })); } catch { /* a page from the disk may not */ }
+    try { sessionStorage.setItem(memory, JSON.stringify({ ...state, hidden: [...state.hidden].map((arm) => data.arms[arm].name) })); } catch { /* a page from the disk may not */ }
   }
 
   const runsOf = data.arms.map((_, arm) => data.runs.filter((run) => run.arm === arm));
@@ -34,11 +36,11 @@
   }
   function firstHidden() {
     if (data.arms.length <= MANY) return new Set();
-    const order = data.arms.map((_, arm) => arm).sort((one, other) => (finalOf(one) ?? Infinity) - (finalOf(other) ?? Infinity));
+    const order = data.arms.map((_, arm) => arm).filter((arm) => !data.arms[arm].baseline).sort((one, other) => (finalOf(one) ?? Infinity) - (finalOf(other) ?? Infinity));
     const kept = new Set(order.slice(0, 7));
     return new Set(data.arms.map((_, arm) => arm).filter((arm) => !kept.has(arm) && !data.arms[arm].baseline));
   }
-  state.hidden = state.hidden ? new Set(state.hidden) : firstHidden();
+  state.hidden = state.hidden ? new Set([...data.arms.keys()].filter((arm) => state.hidden.includes(data.arms[arm].name))) : firstHidden();
 
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const hue = (arm) => styles[arm].hue ?? css("--ink");
@@ -71,10 +73,12 @@
     while (high - low > 1) { const middle = (low + high) >> 1; if (x[middle] <= at) low = middle; else high = middle; }
     return x[high] === x[low] ? y[high] : y[low] + (y[high] - y[low]) * (at - x[low]) / (x[high] - x[low]);
   }
-  // Mean, least and most over seeds, where all of them are known.
+  // Mean, least and most over seeds, where all of them are known; null where that is nowhere.
   function band(curves) {
+    if (curves.some((curve) => !curve.x.length)) return null;
     const same = curves.every((curve) => curve.x.length === curves[0].x.length && curve.x.every((value, place) => value === curves[0].x[place]));
     const low = Math.max(...curves.map((curve) => curve.x[0])), high = Math.min(...curves.map((curve) => curve.x.at(-1)));
+    if (low > high) return null;
     const x = same ? curves[0].x : [...Array(120)].map((_, place) => low + (high - low) * place / 119);
     const rows = x.map((at, place) => curves.map((curve) => same ? curve.y[place] : interpolate(curve, at)));
     return { x, mean: rows.map(mean), least: rows.map((row) => Math.min(...row)), most: rows.map((row) => Math.max(...row)) };
@@ -88,8 +92,11 @@
       const drawn = runsOf[place].map((run) => ({ run, curve: points(run, chart.key, state.axis, state.smooth) })).filter((each) => each.curve);
       const line = { color: hue(place), dash: styles[place].dash, width: arm.baseline ? 2.4 : 1.7 };
       const marker = { symbol: styles[place].marker, size: 5, color: hue(place) };
+      let over = null;
       if (arm.whole && drawn.length > 1 && drawn.length === runsOf[place].length) {
-        const over = band(drawn.map((each) => each.curve));
+        over = band(drawn.map((each) => each.curve));
+      }
+      if (over) {
         traces.push(...shade(place, over), { ...meanLine(place, over), mode: dots && over.x.length < 40 ? "lines+markers" : "lines" });
       } else {
         for (const { run, curve } of drawn) {
@@ -100,18 +107,20 @@
     });
     return traces;
   }
-  // Of each seed the difference from the baseline's run of that seed, at the same cost.
+  // Of each seed the difference from the baseline's run of that seed, at the same cost and on the same text.
   function gaps() {
     const base = data.arms.findIndex((arm) => arm.baseline), traces = [];
     data.arms.forEach((arm, place) => {
-      if (state.hidden.has(place) || place === base || !arm.whole || !data.arms[base].whole) return;
+      if (state.hidden.has(place) || place === base || !arm.whole || !data.arms[base].whole || arm.other_text) return;
       const pairs = runsOf[place].map((run) => [run, runsOf[base].find((other) => other.seed === run.seed)].map((each) => each && points(each, "held_out", state.axis, 0)));
       if (!pairs.length || !pairs.every(([ours, theirs]) => ours && theirs)) return;
-      const over = band(pairs.map(([ours, theirs]) => {
+      const found = pairs.map(([ours, theirs]) => {
         const low = Math.max(ours.x[0], theirs.x[0]), high = Math.min(ours.x.at(-1), theirs.x.at(-1));
         const x = ours.x.filter((at) => at >= low && at <= high);
         return { x, y: x.map((at) => interpolate(ours, at) - interpolate(theirs, at)) };
-      }).filter((each) => each.x.length));
+      });
+      const over = band(found);
+      if (!over) return;
       if (pairs.length > 1) traces.push(...shade(place, over));
       traces.push({ ...meanLine(place, over), mode: over.x.length < 40 ? "lines+markers" : "lines" });
     });
@@ -119,14 +128,18 @@
   }
   const shade = (place, over) => [{ x: [...over.x, ...over.x.toReversed()], y: [...over.most, ...over.least.toReversed()], fill: "toself", fillcolor: transparent(hue(place), 0.15), line: { width: 0 }, mode: "lines", hoverinfo: "skip", type: "scatter" }];
   const meanLine = (place, over) => ({ over, x: over.x, y: over.mean, name: data.arms[place].name, line: { color: hue(place), dash: styles[place].dash, width: data.arms[place].baseline ? 2.4 : 1.7 }, marker: { symbol: styles[place].marker, size: 5, color: hue(place) }, type: "scatter" });
-  // All runs of a sweep have the same tokens: FLOPs say more of what they cost, where they are known.
-  const costAxis = () => state.axis === "tokens" && data.runs.some((run) => run.groups.some((group) => (group.x.flops.at(-1) ?? null) !== null)) ? "flops" : state.axis;
-  function costs(run) {
-    const ends = run.groups.map((group) => group.x[costAxis()].at(-1)).filter((value) => value !== null && value !== undefined);
+  // FLOPs say more of what runs cost, where all have the same tokens and their FLOPs are known.
+  const costAxis = () => {
+    const drawn = data.runs.filter((run) => run.final !== null && (data.arms[run.arm].whole || !data.seeds));
+    const same = drawn.every((run) => spent(run, "flops") !== null && spent(run, "tokens") === spent(drawn[0], "tokens"));
+    return state.axis === "tokens" && drawn.length && same ? "flops" : state.axis;
+  };
+  function spent(run, axis) {
+    const ends = run.groups.map((group) => group.x[axis].at(-1)).filter((value) => value !== null && value !== undefined);
     return ends.length ? Math.max(...ends) : null;
   }
   function pareto() {
-    const found = [];
+    const found = [], axis = costAxis(), costs = (run) => spent(run, axis);
     data.arms.forEach((arm, place) => {
       if (state.hidden.has(place)) return;
       const runs = runsOf[place].filter((run) => run.final !== null && costs(run) !== null);
@@ -269,12 +282,16 @@
   for (const button of document.querySelectorAll(".sectionhead button.csv")) {
     button.addEventListener("click", () => {
       const table = $(button.dataset.table);
-      const heads = [...table.tHead.rows[0].cells];
-      const body = [...table.tBodies[0].rows].map((row) => [...row.cells].map((cell, column) => {
-        const plain = heads[column].classList.contains("num") && cell.dataset.value !== "" && !cell.textContent.startsWith("[");
-        return plain ? Number(cell.dataset.value) : cell.textContent.trim();
-      }));
-      download(table.id, [heads.map((head) => head.textContent), ...body]);
+      // Values, and not what people read: without a value the field is empty.
+      const heads = [...table.tHead.rows[0].cells].map((head) => JSON.parse(head.dataset.csv ?? "null") ?? [head.textContent]);
+      const numeric = [...table.tHead.rows[0].cells].map((head) => head.classList.contains("num"));
+      const values = (cell, column) => {
+        if (cell.dataset.csv) return JSON.parse(cell.dataset.csv);
+        if (!numeric[column]) return [cell.textContent.trim()];
+        return heads[column].map(() => cell.dataset.value === "" ? null : Number(cell.dataset.value));
+      };
+      const body = [...table.tBodies[0].rows].map((row) => [...row.cells].flatMap(values));
+      download(table.id, [heads.flat(), ...body]);
     });
   }
 
@@ -294,7 +311,7 @@
     box.type = "checkbox";
     box.checked = !state.hidden.has(place);
     box.addEventListener("change", () => { if (box.checked) state.hidden.delete(place); else state.hidden.add(place); count(); redraw(); });
-    const note = arm.baseline ? " (baseline)" : arm.stopped ? ` (stopped at ${arm.stopped})` : arm.whole ? "" : " (incomplete)";
+    const note = arm.baseline ? " (baseline)" : arm.stopped ? ` (stopped at ${arm.stopped})` : arm.whole ? (arm.other_text ? " (other held-out text)" : "") : " (incomplete)";
     label.append(box, key(place), arm.name + note);
     item.append(label);
     $("arms").append(item);

@@ -15,9 +15,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from sweeps.report.cells import Cell, Table
 from sweeps.report.pictures import pictures
 from sweeps.report.subject import Subject
-from sweeps.report.tables import Cell, Table, tables
+from sweeps.report.tables import tables
 from sweeps.statistics import verdicts
 
 _HERE = Path(__file__).parent

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from sweeps.curves import AXES, Costs
+from sweeps.report.scores import score_lines
 from sweeps.report.subject import Subject, seen
-from sweeps.report.tables import score_lines
 from sweeps.results import RunResult
-from sweeps.statistics import final_losses
+from sweeps.statistics import DOCUMENTS, final_losses, other_text
 
 _MOST = 1000  # points of a curve
 _ALL = 18_000  # points of all runs together: 50 arms x 3 seeds fit into 6 MB, and a browser draws them in 2 s
@@ -25,7 +25,10 @@ def pictures(subject: Subject) -> dict[str, Any]:
     places = {arm.name: place for place, arm in enumerate(subject.arms)}
     for run, node in zip(runs, drawn, strict=True):
         node["arm"] = places[run.arm]
-    finals = final_losses(subject.sweep)[0] if subject.sweep else {}
+    finals, source = final_losses(subject.sweep) if subject.sweep else ({}, "")
+    others = other_text(subject.sweep) if subject.sweep else []
+    if source != DOCUMENTS:  # else they are of the same text all the same
+        finals = {(arm, seed): None if arm in others else loss for (arm, seed), loss in finals.items()}
     for run, node in zip(runs, drawn, strict=True):
         node["final"] = _short(finals.get((run.arm, run.seed), node["last_held_out"]))
     return {
@@ -33,6 +36,7 @@ def pictures(subject: Subject) -> dict[str, Any]:
             {
                 "name": arm.name,
                 "whole": subject.whole(arm.name),
+                "other_text": arm.name in others,
                 "stopped": subject.stopped.get(arm.name),
                 "baseline": subject.sweep is not None and arm.name == subject.sweep.baseline,
             }

@@ -7,9 +7,12 @@ from typing import Any
 
 from callbacks.step_log import read_lines
 from flexbert_core.composing import leaves
+from flexbert_core.durable import holder
 from flexbert_core.schema import ConfigError
+from sweeps.arms import cell_name
 from sweeps.results import Arm, RunResult, SweepResult
 from sweeps.run_result import read_run
+from sweeps.searching import name_of
 
 _NAMES = ("name", "runs")  # of config keys that differ without saying anything
 
@@ -26,16 +29,28 @@ class Subject:
 
     @property
     def alive(self) -> bool:
-        """Whether something trains: of a sweep also while runs wait for their turn."""
-        if self.sweep is not None:
-            return any(run.state in ("running", "waiting") for run in self.sweep.runs.values())
-        return any(run.state == "running" for runs in self.runs.values() for run in runs)
+        """Whether something trains: of a sweep also while its command is there, which searches, waits for jobs of a
+        cluster or is between two runs."""
+        if self.sweep is not None and holder(self.sweep.folder / ".lock") is not None:
+            return True
+        runs = [run for runs in self.runs.values() for run in runs] if self.sweep is None else self.sweep.runs.values()
+        return any(run.state == "running" for run in runs)
 
     @property
     def missing(self) -> list[tuple[str, int, str]]:
         """(arm, seed, state) of the cells of a sweep that are neither finished nor stopped by its rule."""
         cells = self.sweep.runs.items() if self.sweep else ()
         return [(arm, seed, run.state) for (arm, seed), run in cells if run.state not in ("finished", "stopped")]
+
+    @property
+    def left_over(self) -> int:
+        """Finished runs of the sweep's folder that its file has no more: of an arm or seed that was taken out of it."""
+        if self.sweep is None:
+            return 0
+        known = {run.folder.name for run in self.sweep.runs.values()}
+        if (search := self.sweep.search) is not None:
+            known |= {cell_name(name_of(trial.number), search.seed) for trial in search.trials}
+        return sum(file.parent.name not in known for file in (self.sweep.folder / "runs").glob("*/summary.json"))
 
     def whole(self, arm: str) -> bool:
         """Whether all its runs are finished."""

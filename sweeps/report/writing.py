@@ -7,9 +7,10 @@ from pathlib import Path
 
 from flexbert_core.durable import write_file
 from flexbert_core.schema import ConfigError
+from sweeps.report.cells import Table
 from sweeps.report.page import page
 from sweeps.report.subject import Subject, read_subject
-from sweeps.report.tables import Table, tables
+from sweeps.report.tables import tables
 
 ENDINGS = (".html", ".md", ".tex")
 _SECONDS = 10  # between two pages of --watch

@@ -78,6 +78,11 @@ def test_more_random_arms_leave_the_first_ones_as_they_are(tmp_path: Path) -> No
         ),
         ({"list": {"a": {"seed": 3}}}, "a: seed: a sweep sets this itself: use seeds"),
         ({"list": {"a": {"model.num_hidden_layers": 4}}}, "a: trains the same as baseline: leave it out"),
+        ({"list": {"a": {"ema": {"decay": 0.999}}}}, "a: differs from baseline in `ema` alone, which moves no weight"),
+        (
+            {"list": {"b": {"ema.decay": 0.9}, "a": {"ema.decay": 0.99}}, "set": ["ema.decay=0.9"], "baseline": "b"},
+            "a: differs from b in `ema` alone",
+        ),
         ({"list": DEEP, "baseline": "dep"}, "baseline: 'dep' is no arm, did you mean 'deep'"),
         ({"list": DEEP, "seeds": [1, 1]}, "seeds: a value stands there twice"),
         (
@@ -85,7 +90,7 @@ def test_more_random_arms_leave_the_first_ones_as_they_are(tmp_path: Path) -> No
             "arms a=1, a_1 have one name as folders",
         ),
         ({"grid": {"phases.0.lr": []}}, r"grid\.phases\.0\.lr: no values"),
-        ({"list": DEEP, "equal": "hours"}, "equal: hours: needs tokens_per_second"),
+        ({"list": DEEP, "equal": "hours"}, "equal: hours: needs slots_per_second"),
         (
             {"list": {"a": {**DEEP["deep"], "model.intermediate_size": 64}}, "equal": "parameters"},
             r"a: equal: parameters would change model\.intermediate_size, which the arm sets itself",
@@ -98,7 +103,11 @@ def test_more_random_arms_leave_the_first_ones_as_they_are(tmp_path: Path) -> No
         ),
         ({"list": DEEP, "set": ["publish={folder: out}"]}, "baseline: publish: its runs would overwrite one another"),
         ({"list": DEEP, "lists": {}}, "unknown key 'lists', did you mean 'list'"),
-        ({"list": DEEP, "tokens_per_second": {"dep": 1.0}}, "tokens_per_second: 'dep' is no arm, did you mean 'deep'"),
+        (
+            {"list": DEEP, "equal": "hours", "tokens_per_second": {"baseline": 1.0, "deep": 1.0}},
+            "unknown key 'tokens_per_second', did you mean 'slots_per_second'",
+        ),
+        ({"list": DEEP, "slots_per_second": {"dep": 1.0}}, "slots_per_second: 'dep' is no arm, did you mean 'deep'"),
     ],
 )
 def test_what_is_wrong_is_one_line(tmp_path: Path, node: dict[str, Any], message: str) -> None:
@@ -143,7 +152,7 @@ def test_equal_budgets(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"would change phases\.0\.tokens, which the arm sets itself"):
         design(tmp_path, list=arms, equal="tokens")
     rates = {"baseline": 2000.0, "deep": 1000.0}
-    by_hours = design(tmp_path, list=DEEP, equal="hours", tokens_per_second=rates)
+    by_hours = design(tmp_path, list=DEEP, equal="hours", slots_per_second=rates)
     tokens = [PhasePlan(arm.config).total_tokens for arm in by_hours.arms]
     assert tokens[1] / tokens[0] == pytest.approx(0.5, rel=0.01)
 
@@ -154,6 +163,14 @@ def test_an_objective_with_targets_of_its_own_is_no_pair(tmp_path: Path) -> None
     baseline, clm, rtd = (arm.config for arm in found.arms)
     assert "objective.name" in seen_otherwise(clm, baseline)
     assert seen_otherwise(rtd, baseline) == []
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.stem.endswith("-paper")], ids=lambda file: file.stem)
+def test_runs_of_the_papers_budget_end_within_their_slurm_limit(file: Path) -> None:
+    """At 100 TFLOP/s, a third of an A100's peak."""
+    sweep = load_sweep_file(file)
+    seconds = [run_flops(arm.config) / 1e14 for arm in expand(file, sweep).arms]
+    assert max(seconds) < 60 * sweep.executor.minutes < 1.5 * max(seconds)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

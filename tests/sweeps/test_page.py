@@ -2,18 +2,22 @@
 
 import csv
 import io
+import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.report_page import CHROMIUM, write_page
-from benchmarks.synthetic_sweep import write_run
+from benchmarks.synthetic_sweep import write_run, write_sweep
 from sweeps.report.page import page
-from sweeps.report.subject import of_runs
+from sweeps.report.subject import of_runs, of_sweep
+from sweeps.results import Judged, Stops
 from sweeps.run_result import read_run
+from sweeps.statistics import verdicts
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make setup-dev")
 if not CHROMIUM.exists():
@@ -166,6 +170,39 @@ def test_csv_files(watched: Watched) -> None:
     assert figure.locator("tbody tr").count() == len(body)
 
 
+def test_csv_files_of_tables_hold_numbers_and_nothing_for_what_is_not_known(browser: Any, tmp_path: Path) -> None:
+    """Whatever people see of them: intervals, dashes, minus signs, words behind numbers."""
+    sweep = write_sweep(tmp_path, {"base": 0.0, "good": -0.03, "gone": 0.0}, range(3), 60, unfinished=[("gone", 1)])
+    judged = [
+        Judged("base", 1, {0: 2.5}, True),
+        Judged("good", 1, {0: 2.25}, True),
+        Judged("gone", 1, {0: None}, False),
+    ]
+    stops = Stops([0.5], {arm.name: [30_000_000] for arm in sweep.arms}, judged)
+    subject = of_sweep(replace(sweep, stops=stops))
+    (tmp_path / "r.html").write_text(page(subject))
+    found = Watched(browser, tmp_path / "r.html")
+    read = {}
+    for key in ("verdicts", "equal-cost", "reaching", "rungs", "documents", "scores"):
+        head, *body = table_of(found, found.tab.locator(f'button[data-table="{key}"]'))
+        assert len(set(head)) == len(head)
+        assert all(len(row) == len(head) for row in body)
+        assert not any("\u2212" in field or "\u2013" in field or field.startswith("[") for row in body for field in row)
+        read[key] = {row[0]: dict(zip(head, row, strict=True)) for row in body}
+    found.tab.close()
+    assert found.wrong == []
+    verdict = next(each for each in verdicts(subject.sweep or sweep) if each.arm == "good")
+    good, gone = read["verdicts"]["good"], read["verdicts"]["gone"]
+    assert (float(good["95 % low"]), float(good["95 % high"])) == (verdict.low, verdict.high)
+    assert (gone["difference"], gone["95 % low"], gone["95 % high"], gone["p (Holm)"]) == ("", "", "", "")
+    assert read["verdicts"]["base"]["95 % high"] == ""
+    assert [read["rungs"][arm]["rung 1"] for arm in ("base", "good", "gone")] == ["goes on", "goes on", "stopped"]
+    assert [read["rungs"][arm]["rung 1: loss"] for arm in ("base", "good", "gone")] == ["2.5", "2.25", ""]
+    assert float(read["equal-cost"]["good"]["FLOPs: share of the arm's own"]) == pytest.approx(1 / 1.05, rel=0.01)
+    assert float(read["equal-cost"]["good"]["hours: 95 % low"]) < 0
+    assert read["reaching"]["gone"]["tokens: share"] == ""
+
+
 def test_print(watched: Watched) -> None:
     """What was never scrolled to is on paper, too."""
     watched.tab.locator("#theme").click()
@@ -174,6 +211,86 @@ def test_print(watched: Watched) -> None:
     assert len(re.findall(rb"/Type\s*/Page\b", paper)) >= 2
     assert watched.tab.evaluate("[...document.querySelectorAll('figure')].every(each => each.dataset.drawn)")
     assert watched.tab.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
+def test_seeds_that_never_cost_alike_have_no_mean(browser: Any, tmp_path: Path) -> None:
+    """One seed of `slow` begins after the baseline's end in hours, and so does every one of `late`. `other` was
+    measured on other text."""
+    effects = {"base": 0.0, "good": -0.03, "slow": 0.0, "late": 0.0, "other": 0.0}
+    sweep = write_sweep(tmp_path, effects, range(3), lines=60)
+    for (arm, seed), run in sweep.runs.items():
+        if arm == "late" or (arm, seed) == ("slow", 1):
+            lines = [line | {"slots_per_second": line["slots_per_second"] / 1000} for line in map(dict, run.lines)]
+            (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if arm == "other":
+            summary = {**run.summary, "validation": {"loss": 2.0, "masked_tokens": 5}}
+            (run.folder / "summary.json").write_text(json.dumps(summary))
+    runs = {(arm, seed): read_run(run.folder, arm, seed) for (arm, seed), run in sweep.runs.items()}
+    (tmp_path / "r.html").write_text(page(of_sweep(replace(sweep, runs=runs))))
+    found = Watched(browser, tmp_path / "r.html", viewport={"width": 1200, "height": 3000})
+    gap = "Held-out loss less the baseline's, same seed"
+    assert found.lines(gap) == ["good", "slow", "late"]
+    assert "other (other held-out text)" in found.tab.locator("#arms li").all_text_contents()
+    found.tab.locator("#axis").select_option("hours")
+    assert found.lines(gap) == ["good"]
+    assert found.lines("Held-out loss") == [
+        "base",
+        "good",
+        *(f"slow, seed {seed}" for seed in range(3)),
+        "late",
+        "other",
+    ]
+    assert found.tab.evaluate("document.querySelectorAll('.plot')[1].layout.xaxis.title.text") == "hours of training"
+    found.tab.close()
+    assert found.wrong == []
+
+
+def test_a_watched_page_keeps_arms_hidden_by_name_and_for_itself(browser: Any, tmp_path: Path) -> None:
+    """The page that comes next has another arm in front, and in the same tab there is a page of another sweep."""
+    for name, effects in (("one", {"base": 0.0, "good": -0.03, "bad": 0.03}), ("two", {"x": 0.0, "y": 0.0, "z": 0.0})):
+        sweep = write_sweep(tmp_path / name, effects, range(2), 40)
+        (tmp_path / f"{name}.html").write_text(page(of_sweep(sweep), reload_seconds=3600))
+    found = Watched(browser, tmp_path / "one.html", viewport={"width": 1200, "height": 900})
+    found.tab.get_by_label("good").click()
+    grown = write_sweep(tmp_path / "grown", {"base": 0.0, "new": 0.0, "good": -0.03, "bad": 0.03}, range(2), 40)
+    (tmp_path / "one.html").write_text(page(of_sweep(grown), reload_seconds=3600))
+    found.tab.reload()
+    found.tab.wait_for_selector("figure[data-drawn]", state="attached")
+    assert found.lines("Held-out loss less the baseline's, same seed") == ["new", "bad"]
+    assert found.tab.locator("#shown").text_content() == "3 of 4"
+    assert found.wrong == []
+    found.tab.goto((tmp_path / "two.html").as_uri())
+    found.tab.wait_for_selector("figure[data-drawn]", state="attached")
+    assert found.tab.locator("#shown").text_content() == "3 of 3"
+    found.tab.close()
+
+
+@pytest.mark.parametrize(("lines", "axis"), [((40, 40), "FLOPs"), ((40, 20), "tokens (slots)")])
+def test_loss_is_drawn_against_flops_where_tokens_are_the_same(
+    browser: Any, tmp_path: Path, lines: tuple[int, int], axis: str
+) -> None:
+    """Of runs with other tokens, as under `equal: flops`, tokens are no constant."""
+    for name, count in zip("ab", lines, strict=True):
+        write_run(tmp_path / name, name, 0.0, 1, count, 0, finished=True)
+    (tmp_path / "r.html").write_text(page(of_runs([read_run(tmp_path / name) for name in "ab"])))
+    found = Watched(browser, tmp_path / "r.html", viewport={"width": 1200, "height": 3000})
+    assert set(found.lines("Held-out loss against cost")) == {"a", "b"}
+    figure = found.tab.locator("figure", has_text="Held-out loss against cost")
+    assert figure.locator(".plot").evaluate("plot => plot.layout.xaxis.title.text") == axis
+    head, *_ = table_of(found, figure.locator("button.csv"))
+    assert head == ["arm", axis, "loss"]
+    found.tab.close()
+    assert found.wrong == []
+
+
+def test_of_many_arms_the_baseline_and_the_seven_best_are_drawn(browser: Any, tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {"base": -0.5, **{f"a{place}": 0.1 * place for place in range(13)}}, range(2), 20)
+    (tmp_path / "r.html").write_text(page(of_sweep(sweep)))
+    found = Watched(browser, tmp_path / "r.html")
+    assert found.lines("Held-out loss less the baseline's, same seed") == [f"a{place}" for place in range(7)]
+    assert found.tab.locator("#shown").text_content() == "8 of 14"
+    found.tab.close()
+    assert found.wrong == []
 
 
 def test_one_run_and_several(browser: Any, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,6 +79,36 @@ def test_losses_by_document(run: Path) -> None:
     file.write_bytes(b"torn")
     with pytest.raises(ConfigError, match=r"held_out_documents.npz: damaged \(.*\): remove it"):
         read_run(run)
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_losses_by_document_are_damaged_in_one_line_however_they_are(run: Path, write: Any) -> None:
+    """Cut, or with a byte turned over, at every 50th byte: what can still be read is."""
+    file, counts = run / "held_out_documents.npz", np.arange(1, 101)
+    write(file, documents=np.array([f"a/{number}" for number in counts]), sums=counts * 0.7, counts=counts)
+    whole, told = file.read_bytes(), 0
+    for place in range(0, len(whole), 50):
+        for data in (whole[:place], whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :]):
+            file.write_bytes(data)
+            with suppress(ConfigError):
+                read_run(run)
+                continue
+            told += 1
+    assert told > len(whole) // 50  # every cut one
+
+
+def test_a_run_writes_damaged_losses_by_document_anew(tmp_path: Path) -> None:
+    """A kill came behind them and before the summary, and the disk has lost their end."""
+    file = write_config(tmp_path, write_data(tmp_path / "data"), 2, evaluations=["held_out_documents"])
+    documents = go(file) / "held_out_documents.npz"
+    forget_after(tmp_path, 1)
+    before = read_run(documents.parent).documents
+    documents.write_bytes(documents.read_bytes()[:-30])
+    go(file)
+    after = read_run(documents.parent).documents
+    assert before is not None
+    assert after is not None
+    assert after.sums.tolist() == before.sums.tolist()
 
 
 def test_what_is_no_run_is_named(run: Path, tmp_path: Path) -> None:

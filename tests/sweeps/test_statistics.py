@@ -65,6 +65,12 @@ def test_a_missing_cell_is_never_averaged_over() -> None:
         assert [seed for _, seed, _ in found.missing] == [2]
 
 
+def test_what_is_not_finite_is_a_missing_cell() -> None:
+    for wrong in (float("nan"), float("inf")):
+        found = one([2.1, wrong, 2.0], [2.2, 2.2, 2.1])
+        assert (found.verdict, found.missing) == ("incomplete", [("arm", 2, "not finite")])
+
+
 def test_an_incomplete_arm_still_counts_in_its_family() -> None:
     """Else finishing it could take a verdict away from another arm."""
     gap = [-0.010, -0.013, -0.008, -0.012]
