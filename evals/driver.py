@@ -1,9 +1,10 @@
 """Evaluates models: each cell once, here or as jobs, and goes on where it was interrupted.
 
-OUTPUT/NAME/LABEL/ holds a model's results of one evaluation: cells/*.json with a result and the key of what it depends
+OUTPUT/NAME/MODEL/ holds a model's results of one evaluation, whatever else a command evaluates: cells/*.json with a result and the key of what it depends
 on, failed/*.txt with what kept a cell from one, logs/, files/ of the evaluation's own, and results.json.
 """
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -92,7 +93,8 @@ class Outcome:
 
 
 def task_folder(output: Path, name: str, model: Model) -> Path:
-    return output / name / plain(model.label)
+    """OUTPUT/NAME/MODEL: of the model alone, since models of one name, or other weights of it, may come by turns."""
+    return output / name / f"{plain(model.name or model.label)}-{model.digest[:8]}"
 
 
 def evaluate(
@@ -110,6 +112,8 @@ def evaluate(
     tries it again.
     """
     tasks = [Task(name, evaluation, model, task_folder(output, name, model)) for model in models]
+    for task in tasks:
+        _take_over(output / name / plain(task.model.label), task)
     executor: JobExecutor | None = None if config.executor is None else JOBS.build(config.executor)
     if executor is not None:
         executor.check()
@@ -123,8 +127,12 @@ def evaluate(
             for i, task in enumerate(tasks):
                 _run_here(task, todo[i], done[i], failed[i], console)
         else:
-            jobs = [_job(task, group, again, output) for i, task in enumerate(tasks) for group in _groups(todo[i])]
-            _run_jobs(executor, jobs, console)
+            jobs = {  # one for two models of the same name and bytes
+                (task.folder, group): _job(task, group, again, output)
+                for i, task in enumerate(tasks)
+                for group in _groups(todo[i])
+            }
+            _run_jobs(executor, list(jobs.values()), console)
             for i, task in enumerate(tasks):
                 for cell in todo[i]:
                     there, result = task.result(cell)
@@ -145,6 +153,16 @@ def run_group(name: str, evaluation: Eval, model: Model, output: Path, group: st
     todo = [cell for cell in _todo(task, done, failed) if cell.group == group]
     _run_here(task, todo, done, failed, console, group)
     return not failed
+
+
+def _take_over(older: Path, task: Task) -> None:
+    """Give a folder as it was called before 2026-12, by the label alone, its name of today. It may hold other weights'
+    results, too, which are then computed again."""
+    if older.is_dir() and not task.folder.exists():
+        files = [older / "results.json", *older.glob("cells/**/*.json")]
+        if any(file.is_file() and f'"digest": "{task.model.digest}"' in file.read_text() for file in files):
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                older.rename(task.folder)
 
 
 def _hash(path: Path) -> str:

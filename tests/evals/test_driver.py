@@ -12,7 +12,6 @@ from rich.console import Console
 import main
 from commands.evaluate import run_eval
 from evals.config import overrides_of
-from evals.driver import task_folder
 from evals.interface import EVALS, Cell, CelledEval, Eval, EvalConfig, Model
 from evals.models import digest_of, resolve
 from evals.results import ScoreTable, flat_scores, numbers, over_seeds
@@ -71,6 +70,11 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_export(folder / "one"), write_export(folder / "two", seed=1)
 
 
+def results_of(folder: Path, name: str) -> str:
+    (file,) = folder.glob(f"{name}-*/results.json")
+    return file.read_text()
+
+
 class Desk:
     """A place to evaluate at: an eval file, its results, and what was computed."""
 
@@ -92,8 +96,12 @@ class Desk:
         self.log.unlink(missing_ok=True)
         return lines
 
-    def results(self, label: str) -> Any:
-        return json.loads((self.out / "sums" / label / "results.json").read_text())
+    def place(self, name: str) -> Path:
+        (found,) = (self.out / "sums").glob(f"{name}-*")
+        return found
+
+    def results(self, name: str) -> Any:
+        return json.loads((self.place(name) / "results.json").read_text())
 
 
 def test_models_stand_side_by_side_and_nothing_is_done_twice(exports: tuple[Path, Path], tmp_path: Path) -> None:
@@ -152,13 +160,13 @@ def test_a_failing_cell_costs_nothing_else_and_leaves_no_mean(exports: tuple[Pat
     desk.write()
     assert desk.run(exports[0])
     assert desk.computed() == ["one of/2", "one total"]
-    assert not list((desk.out / "sums" / "one" / "failed").rglob("*.txt"))
+    assert not list((desk.place("one") / "failed").rglob("*.txt"))
 
 
 def test_a_damaged_result_is_said(exports: tuple[Path, Path], tmp_path: Path) -> None:
     desk = Desk(tmp_path)
     desk.run(exports[0])
-    (file,) = (desk.out / "sums" / "one" / "cells" / "of").glob("1-*.json")
+    (file,) = (desk.place("one") / "cells" / "of").glob("1-*.json")
     file.write_text("{")
     with pytest.raises(RunError, match=r"1-\w+-1\.json: damaged: remove it"):
         desk.run(exports[0])
@@ -206,12 +214,39 @@ def test_labels_tell_models_apart(exports: tuple[Path, Path], tmp_path: Path) ->
     assert models[0].digest == models[1].digest
 
 
-def test_labels_are_apart_as_folders_too(exports: tuple[Path, Path], tmp_path: Path) -> None:
-    for name in ("a b", "a-b"):
-        subprocess.run(["cp", "-r", exports[0], tmp_path / name], check=True)
-    models = resolve([str(tmp_path / name) for name in ("a b", "a-b")], tmp_path)
-    first, second = (task_folder(tmp_path, "sums", model) for model in models)
-    assert first != second
+def test_results_lie_where_they_lay_whatever_stands_beside_the_model(
+    exports: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Models of one name, one by one and together: each keeps its results, and nothing is computed twice."""
+    desk, places = Desk(tmp_path), [tmp_path / parent / "checkpoint-5" for parent in ("a", "b")]
+    for place, export in zip(places, exports, strict=True):
+        place.parent.mkdir()
+        subprocess.run(["cp", "-r", export, place], check=True)
+        assert desk.run(place)
+    assert len(desk.computed()) == 8
+    digests = {json.loads(file.read_text())["model"]["digest"] for file in desk.out.glob("sums/*/results.json")}
+    assert digests == {digest_of(place) for place in places}
+    assert desk.run(*places)
+    assert desk.run(*reversed(places))
+    assert desk.computed() == []
+    assert len(list(desk.out.glob("sums/*"))) == 2
+
+
+def test_results_of_before_are_used(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    """They lay under the label alone; those of other weights stay where they are."""
+    desk = Desk(tmp_path)
+    desk.run(exports[0])
+    desk.computed()
+    older = desk.out / "sums" / "one"
+    desk.place("one").rename(older)
+    other = tmp_path / "one"
+    subprocess.run(["cp", "-r", exports[1], other], check=True)
+    assert desk.run(other)
+    assert len(desk.computed()) == 4
+    assert older.is_dir()
+    assert desk.run(exports[0])
+    assert desk.computed() == []
+    assert not older.exists()
 
 
 def test_other_data_under_the_same_name_are_evaluated_anew(exports: tuple[Path, Path], tmp_path: Path) -> None:
@@ -223,7 +258,7 @@ def test_other_data_under_the_same_name_are_evaluated_anew(exports: tuple[Path, 
 
     def words() -> int:
         assert run_eval(str(file), [str(exports[0])], tmp_path / "out", Console(quiet=True))
-        return json.loads((tmp_path / "out/words/one/results.json").read_text())["scores"]["words"]
+        return json.loads(results_of(tmp_path / "out/words", "one"))["scores"]["words"]
 
     assert words() == 2
     (tmp_path / "data" / "a.md").write_text("one two three")
@@ -255,12 +290,12 @@ def test_jobs_compute_the_same(exports: tuple[Path, Path], tmp_path: Path) -> No
     done = run(command("eval", *arguments))
     assert done.returncode == 1, done.stderr
     assert "weigh two all: exit code 1: warning: weigh  two  all: refused (log: " in done.stdout
-    one = json.loads((tmp_path / "jobs" / "weigh" / "one" / "results.json").read_text())
-    two = json.loads((tmp_path / "jobs" / "weigh" / "two" / "results.json").read_text())
+    one = json.loads(results_of(tmp_path / "jobs/weigh", "one"))
+    two = json.loads(results_of(tmp_path / "jobs/weigh", "two"))
     assert two["failed"] == {"all": "refused"}
     here = run(command("eval", str(file), str(exports[0]), "executor=null", "--output", str(tmp_path / "here")))
     assert here.returncode == 0, here.stderr
-    assert json.loads((tmp_path / "here" / "weigh" / "one" / "results.json").read_text())["scores"] == one["scores"]
+    assert json.loads(results_of(tmp_path / "here/weigh", "one"))["scores"] == one["scores"]
     assert len(list((tmp_path / "made").iterdir())) == 3
 
 
