@@ -97,7 +97,7 @@ class _Follower:
                 for name in todo:
                     self._evaluate(path, name)
                 shutil.rmtree(self.following.scratch, ignore_errors=True)
-            if path.exists():
+            if path.exists() and not self.following.missing(path):  # what failed waits for the next start
                 remove_folder(path)
         return busy
 
