@@ -33,8 +33,8 @@ class EvalConfig(Component):
     """Base of the Configs of the slot's entries."""
 
     def packages(self) -> list[str]:
-        """Modules that this evaluation imports and that only evaluations need (`make setup-eval`). Whether they are here
-        is said before anything is computed, and before a run begins whose `evaluations` name it."""
+        """Modules that this evaluation imports and that only evaluations need (`make setup-eval`). Whether they are
+        here is said before anything is computed, and before a run begins whose `evaluations` name it."""
         return []
 
 

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import math
+import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ from evals.config import overrides_of
 from evals.interface import EVALS, Cell, CelledEval, Eval, EvalConfig, Model
 from evals.models import digest_of, resolve
 from evals.results import ScoreTable, flat_scores, numbers, over_seeds
-from flexbert_core.schema import ConfigError, RunError, UserPath
+from flexbert_core.schema import Component, ConfigError, RunError, UserPath
+from jobs.base import JOBS, Changed, Job, JobExecutor
 from tests.helpers.exports import write_export
 from tests.helpers.runs import ROOT, command, run
 
@@ -27,9 +31,14 @@ class Sums(CelledEval):
     class Config(EvalConfig):
         numbers: list[int]
         broken: list[int] = []
+        odd: dict[str, str] = {}  # by number, what its result is
+        unknown: str = ""  # label of a model that there are no cells of
+        no_scores: str = ""  # of one that there are no scores of
         log: str
 
     def cells(self, model: Model, results: Any) -> list[Cell]:
+        if model.label == self.config.unknown:
+            raise ConfigError(f"{model.folder}: no tokenizer")
         first = [Cell(f"of/{number}", {"number": number}, group=f"g{number % 2}") for number in self.config.numbers]
         if any(cell.name not in results for cell in first):
             return first
@@ -42,9 +51,12 @@ class Sums(CelledEval):
             return {"value": sum(cell.settings["of"])}
         if cell.settings["number"] in self.config.broken:
             raise RunError(f"number {cell.settings['number']} is broken")
-        return {"value": cell.settings["number"] * 10}
+        odd = {"nan": {"value": [1.0, math.nan]}, "keys": {("a", "b"): 1}}
+        return odd.get(self.config.odd.get(str(cell.settings["number"]), ""), {"value": cell.settings["number"] * 10})
 
     def scores(self, model: Model, results: Any) -> Any:
+        if model.label == self.config.no_scores:
+            raise ZeroDivisionError("no queries")
         return {"total": results["total"]["value"]}
 
     def scores_without_model(self) -> Any:
@@ -57,11 +69,24 @@ class Words(Eval):
 
     class Config(EvalConfig):
         texts: list[UserPath]
+        more: dict[str, list[UserPath]] = {}
 
     def run(self, model: Model, out: Path) -> Any:
-        return {
-            "words": sum(len(file.read_text().split()) for text in self.config.texts for file in Path(text).iterdir())
-        }
+        texts = [*self.config.texts, *(text for texts in self.config.more.values() for text in texts)]
+        return {"words": sum(len(file.read_text().split()) for text in texts for file in Path(text).iterdir())}
+
+
+@JOBS.register("test_dying")
+class Dying(JobExecutor):
+    """Its jobs die before they do anything."""
+
+    class Config(Component):
+        pass
+
+    def run(self, jobs: Sequence[Job], changed: Changed) -> None:
+        for job in jobs:
+            changed(job, None)
+            changed(job, -9)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +109,7 @@ class Desk:
         self.write(**config)
 
     def write(self, **config: Any) -> None:
+        self.folder.mkdir(exist_ok=True)
         node = {"name": "test_sums", "numbers": [1, 2, 3], "log": str(self.log), **config}
         self.file.write_text(json.dumps({"evaluation": node}))
 
@@ -168,8 +194,65 @@ def test_a_damaged_result_is_said(exports: tuple[Path, Path], tmp_path: Path) ->
     desk.run(exports[0])
     (file,) = (desk.place("one") / "cells" / "of").glob("1-*.json")
     file.write_text("{")
-    with pytest.raises(RunError, match=r"1-\w+-1\.json: damaged: remove it"):
-        desk.run(exports[0])
+    desk.computed()
+    assert not desk.run(*exports)
+    assert re.search(r"1-\w+-1\.json: damaged: remove it", desk.results("one")["failed"]["of/1"])
+    assert desk.results("two")["scores"] == {"total": 60}
+    assert len(desk.computed()) == 4
+
+
+def test_a_model_without_cells_or_scores_costs_the_others_nothing(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    for key, failed in (
+        ("unknown", {"its cells": f"{exports[0]}: no tokenizer"}),
+        ("no_scores", {"its scores": "ZeroDivisionError: no queries"}),
+    ):
+        desk = Desk(tmp_path / key, **{key: "one"})
+        assert not desk.run(*exports)
+        assert desk.results("one")["failed"] == failed
+        assert desk.results("one")["scores"] is None
+        assert desk.results("two")["scores"] == {"total": 60}
+        assert "| incomplete (1 failed) |  |" in (desk.out / "table.md").read_text()
+
+
+def test_a_result_that_cannot_be_kept_costs_its_cell(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    desk = Desk(tmp_path, odd={"1": "nan", "2": "keys"})
+    assert not desk.run(exports[0])
+    assert desk.computed() == ["one of/1", "one of/2", "one of/3"]
+    failed = desk.results("one")["failed"]
+    assert failed["of/1"].startswith("result.value.1 is nan: a result holds finite numbers")
+    assert failed["of/2"].startswith("TypeError: keys must be str")
+    assert desk.results("one")["cells"] == {"of/3": {"value": 30}}
+
+
+def test_a_place_that_takes_no_files_costs_its_cell(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.run(exports[0], "numbers=[]")
+    (desk.place("one") / "cells" / "of").write_text("")
+    (desk.place("one") / "failed").write_text("")
+    assert not desk.run(exports[0])
+    assert set(desk.results("one")["failed"]) == {"of/1", "of/2", "of/3"}
+
+
+def test_versions_are_those_that_cells_were_computed_with(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.run(exports[0])
+    ours = desk.results("one")["versions"]["torch"]
+    for number, versions in ((1, {"torch": "1.0"}), (2, None)):
+        (file,) = (desk.place("one") / "cells" / "of").glob(f"{number}-*.json")
+        node = {key: value for key, value in json.loads(file.read_text()).items() if key != "versions"}
+        file.write_text(json.dumps(node | ({} if versions is None else {"versions": versions})))
+    assert desk.run(exports[0])
+    found = desk.results("one")["versions"]
+    assert found["torch"] == f"1.0, {ours}"
+    assert found["of cells before 2026-12"] == "not noted"
+
+
+def test_what_failed_before_is_not_why_a_job_dies(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    desk = Desk(tmp_path, broken=[1])
+    desk.run(exports[0])
+    assert desk.results("one")["failed"] == {"of/1": "number 1 is broken"}
+    desk.run(exports[0], "executor=test_dying")
+    assert desk.results("one")["failed"] == {"of/1": "its job ended without a word: see logs/"}
 
 
 def test_what_is_wrong_is_said_before_anything_is_computed(exports: tuple[Path, Path], tmp_path: Path) -> None:
@@ -263,6 +346,12 @@ def test_other_data_under_the_same_name_are_evaluated_anew(exports: tuple[Path, 
     assert words() == 2
     (tmp_path / "data" / "a.md").write_text("one two three")
     assert words() == 3
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.md").write_text("four")
+    file.write_text(json.dumps({"evaluation": {**evaluation, "more": {"en": [str(tmp_path / "more")]}}}))
+    assert words() == 4
+    (tmp_path / "more" / "a.md").write_text("four five")
+    assert words() == 5
 
 
 def test_results_lie_in_results_where_no_folder_is_given(
