@@ -38,6 +38,7 @@ class Sts(Eval):
             return ["sentence_transformers"]
 
     config: Config
+    version = 2
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
