@@ -200,7 +200,7 @@ def _todo(task: Task, done: dict[str, Any], failed: dict[str, str], console: Con
             names = [cell.name for cell in cells]
             assert len(set(names)) == len(names), f"{task.name}: two cells have one name: {names}"
         except Exception as error:
-            failed[_CELLS] = _warn(task, _CELLS, _said(error), console)
+            failed[_CELLS] = _warn(task, _CELLS, one_line(error), console)
             break
         found = 0
         todo = []
@@ -228,7 +228,7 @@ def _scores(task: Task, done: Mapping[str, Any], failed: dict[str, str], console
     try:
         return task.scores(done)
     except Exception as error:
-        failed[_SCORES] = _warn(task, _SCORES, _said(error), console)
+        failed[_SCORES] = _warn(task, _SCORES, one_line(error), console)
         return None
 
 
@@ -262,7 +262,7 @@ def _run_here(
                     seconds = time.monotonic() - start
                     _write(task, cell, result, seconds)
                 except Exception as error:  # an evaluation's own fault, or a full disk, costs its cell, not the others
-                    failed[cell.name] = _fail(task, cell, _said(error), console)
+                    failed[cell.name] = _fail(task, cell, one_line(error), console)
                     continue
                 if cell.name != _WHOLE:
                     console.print(
@@ -316,7 +316,7 @@ def _not_finite(node: Any, key: str) -> Iterator[str]:
             yield from _not_finite(each, f"{key}.{name}")
 
 
-def _said(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """One line; of what is no error of ours the traceback goes to stderr, too."""
     if isinstance(error, RunError | ConfigError):
         return str(error)

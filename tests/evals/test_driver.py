@@ -34,6 +34,7 @@ class Sums(CelledEval):
         odd: dict[str, str] = {}  # by number, what its result is
         unknown: str = ""  # label of a model that there are no cells of
         no_scores: str = ""  # of one that there are no scores of
+        alone: bool = False  # there is nothing but the models' own scores
         log: str
 
     def cells(self, model: Model, results: Any) -> list[Cell]:
@@ -59,7 +60,14 @@ class Sums(CelledEval):
             raise ZeroDivisionError("no queries")
         return {"total": results["total"]["value"]}
 
+    def compare(self, results: Any, out: Path) -> list[str]:
+        if self.config.alone:
+            raise ZeroDivisionError("no pairs")
+        return []
+
     def scores_without_model(self) -> Any:
+        if self.config.alone:
+            raise RunError("no rows")
         return {"nothing": {"total": 0}}
 
 
@@ -212,6 +220,12 @@ def test_a_model_without_cells_or_scores_costs_the_others_nothing(exports: tuple
         assert desk.results("one")["scores"] is None
         assert desk.results("two")["scores"] == {"total": 60}
         assert "| incomplete (1 failed) |  |" in (desk.out / "table.md").read_text()
+
+
+def test_what_cannot_be_compared_costs_no_scores(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    desk = Desk(tmp_path, alone=True)
+    assert not desk.run(*exports)
+    assert "| sums: total | 60 | 60 |" in (desk.out / "table.md").read_text()
 
 
 def test_a_result_that_cannot_be_kept_costs_its_cell(exports: tuple[Path, Path], tmp_path: Path) -> None:
