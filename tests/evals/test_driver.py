@@ -17,7 +17,6 @@ from commands.evaluate import run_eval
 from evals.config import overrides_of
 from evals.interface import EVALS, Cell, CelledEval, Eval, EvalConfig, Model
 from evals.models import digest_of, resolve
-from evals.results import ScoreTable, flat_scores, numbers, over_seeds
 from flexbert_core.schema import Component, ConfigError, RunError, UserPath
 from jobs.base import JOBS, Changed, Job, JobExecutor
 from tests.helpers.exports import write_export
@@ -400,18 +399,3 @@ def test_jobs_compute_the_same(exports: tuple[Path, Path], tmp_path: Path) -> No
     assert here.returncode == 0, here.stderr
     assert json.loads(results_of(tmp_path / "here/weigh", "one"))["scores"] == one["scores"]
     assert len(list((tmp_path / "made").iterdir())) == 3
-
-
-def test_scores_of_seeds() -> None:
-    score = over_seeds([1.0, 2.0, 6.0])
-    assert score == {"mean": 3.0, "deviation": pytest.approx(7**0.5), "best": 6.0, "seeds": 3}
-    assert over_seeds([2.0])["deviation"] is None
-    nested = {"a": score, "b": {"c": 1, "d": 2.5}}
-    assert flat_scores(nested) == {"a": score, "b c": 1, "b d": 2.5}
-    assert numbers(nested) == {"a": 3.0, "b c": 1, "b d": 2.5}
-
-
-def test_a_table_escapes_what_markdown_reads() -> None:
-    table = ScoreTable()
-    table.add("e", "a|b", {"x": 0.5})
-    assert table.markdown().splitlines()[0] == "| | a\\|b |"
