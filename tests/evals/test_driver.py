@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -316,8 +317,7 @@ def test_results_lie_where_they_lay_whatever_stands_beside_the_model(
     """Models of one name, one by one and together: each keeps its results, and nothing is computed twice."""
     desk, places = Desk(tmp_path), [tmp_path / parent / "checkpoint-5" for parent in ("a", "b")]
     for place, export in zip(places, exports, strict=True):
-        place.parent.mkdir()
-        subprocess.run(["cp", "-r", export, place], check=True)
+        shutil.copytree(export, place)
         assert desk.run(place)
     assert len(desk.computed()) == 8
     digests = {json.loads(file.read_text())["model"]["digest"] for file in desk.out.glob("sums/*/results.json")}
@@ -335,9 +335,7 @@ def test_results_of_before_are_used(exports: tuple[Path, Path], tmp_path: Path) 
     desk.computed()
     older = desk.out / "sums" / "one"
     desk.place("one").rename(older)
-    other = tmp_path / "one"
-    subprocess.run(["cp", "-r", exports[1], other], check=True)
-    assert desk.run(other)
+    assert desk.run(shutil.copytree(exports[1], tmp_path / "one"))
     assert len(desk.computed()) == 4
     assert older.is_dir()
     assert desk.run(exports[0])
