@@ -1,7 +1,8 @@
-"""Files of JSON lines that belong to steps: metrics.jsonl and ledger.jsonl."""
+"""Files of JSON lines that belong to steps: metrics.jsonl, ledger.jsonl and evaluations.jsonl."""
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from flexbert_core.composing import leaves
 
 
 def append_line(file: Path, line: dict[str, Any]) -> None:
-    """Add a line."""
-    with file.open("a") as out:
-        out.write(json.dumps(line) + "\n")
+    """Add a line, in one piece. What a kill or a full disk has torn before stays a line of its own."""
+    with file.open("a+b") as out:
+        end = out.seek(0, os.SEEK_END)
+        out.seek(max(end - 1, 0))
+        torn = out.read(1) not in (b"", b"\n")
+        out.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
 
 
 def read_lines(file: Path) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from evals.config import build_eval, eval_files, load_eval_file, overrides_of
-from evals.driver import evaluate, run_group
+from evals.driver import evaluate, one_line, run_group
 from evals.models import resolve
 from evals.results import ScoreTable, write_results
 from flexbert_core.durable import write_file
@@ -65,9 +65,17 @@ def run_eval(
             fine = fine and not outcome.failed
         whole = {outcome.task.model.label: outcome.results for outcome in outcomes if outcome.scores is not None}
         if whole:
-            lines += [f"{name}: {line}" for line in evaluations[name].compare(whole, output / name)]
+            try:
+                lines += [f"{name}: {line}" for line in evaluations[name].compare(whole, output / name)]
+            except Exception as error:  # it costs no scores
+                fine = _warn(f"{name}: models are not compared: {one_line(error)}", console)
     for name, evaluation in evaluations.items():
-        for row, scores in evaluation.scores_without_model().items():
+        try:
+            rows = evaluation.scores_without_model()
+        except Exception as error:
+            fine = _warn(f"{name}: no rows without a model: {one_line(error)}", console)
+            continue
+        for row, scores in rows.items():
             table.add(name, row, scores)
     try:
         write_file(output / "table.md", table.markdown() + "".join(f"\n- {line}" for line in lines))
@@ -81,3 +89,9 @@ def run_eval(
         f"{output}/table.md, {output}/table.csv; NAME/MODEL/results.json has each score's parts", soft_wrap=True
     )
     return fine
+
+
+def _warn(message: str, console: Console) -> bool:
+    """That something failed, which stops nothing. False."""
+    console.print(f"warning: {message}", soft_wrap=True)
+    return False

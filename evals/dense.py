@@ -32,13 +32,17 @@ class SingleVector:
         device: torch.device,
         precision: str,
     ) -> None:
-        """pooling: None: as the folder says (its modules.json), else the mean. prefixes: of queries and documents;
-        None: the folder's own prompts."""
+        """pooling: in place of the folder's; None: as the folder says (its modules.json), else the mean. prefixes: of
+        queries and documents; None: the folder's own prompts.
+
+        Raises ConfigError for a folder that cannot be loaded, or that has no pooling to replace; RunError for one whose
+        weights are not all there.
+        """
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.models import Pooling as PoolingModule
 
         self.device, self.precision = device, precision
-        if pooling is None and is_sentence_model(folder):
+        if is_sentence_model(folder):
             try:
                 model = SentenceTransformer(
                     str(folder), device=str(device), local_files_only=True, trust_remote_code=True
@@ -48,6 +52,14 @@ class SingleVector:
                 raise ConfigError(f"{folder}: sentence-transformers cannot load it: {said}") from None
             if max_length is not None:
                 model.max_seq_length = min(max_length, longest(folder, load_tokenizer(folder)))
+            if pooling is not None:  # its prompts, its length and its further modules stay
+                names = [name for name, module in model.named_children() if isinstance(module, PoolingModule)]
+                if len(names) != 1:
+                    raise ConfigError(f"{folder}: pooling: its modules.json has {len(names)} poolings: leave it out")
+                old: Any = model.get_submodule(names[0])
+                width = old.word_embedding_dimension
+                new = PoolingModule(width, pooling, include_prompt=old.include_prompt)
+                model.set_submodule(names[0], new)
         else:
             first = transformer(folder, max_length)
             pool = PoolingModule(first.get_word_embedding_dimension(), pooling or "mean")

@@ -7,6 +7,7 @@ through the encoder in the largest batches that fit, in no order of length. Toke
 import platform
 import statistics
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,6 +93,7 @@ class Efficiency(CelledEval):
             **self.config.model_dump(include=set(names)),
             "precision": self.precision,
             "device": _machine(self.device),
+            "versions": {name: version(name) for name in ("torch", "transformers")},  # others have other speeds
         }
         return [
             Cell(f"{kind}-{each.longest}", {**settings, "lengths": each.model_dump(), "kind": kind})

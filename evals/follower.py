@@ -3,8 +3,6 @@
 RUN/evaluations holds the results as `main.py eval` writes them; evals.following says what else is written.
 """
 
-import json
-import os
 import shutil
 import time
 from contextlib import ExitStack
@@ -13,12 +11,13 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
+from callbacks.step_log import append_line
 from evals.config import build_eval
 from evals.driver import evaluate
 from evals.following import Following, adopt, following_of, mark_of
 from evals.models import resolve
 from evals.results import numbers, write_results
-from flexbert_core.durable import lock, remove_folder
+from flexbert_core.durable import lock, remove_folder, sync
 from flexbert_core.misspelt import did_you_mean
 from flexbert_core.schema import ConfigError, RunError
 from training.checkpoints.files import tokens_of
@@ -97,7 +96,7 @@ class _Follower:
                 for name in todo:
                     self._evaluate(path, name)
                 shutil.rmtree(self.following.scratch, ignore_errors=True)
-            if path.exists():
+            if path.exists() and not self.following.missing(path):  # what failed waits for the next start
                 remove_folder(path)
         return busy
 
@@ -123,7 +122,5 @@ class _Follower:
         except (ConfigError, RunError, OSError) as error:
             line["failed"] = str(error)
         self.fine = self.fine and "scores" in line
-        with following.lines.open("a") as out:
-            out.write(json.dumps(line) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
+        append_line(following.lines, line)
+        sync(following.lines)

@@ -81,6 +81,8 @@ class Model:
     """Of all its files but texts about them."""
     tokens: int | None = None
     """Slots that it was trained on, of a run of ours."""
+    name: str = ""
+    """Its label where no other model stands beside it: its results lie under it. Empty: the label."""
 
 
 @dataclass(frozen=True)

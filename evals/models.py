@@ -195,8 +195,7 @@ def _tokens(name: str) -> int:
 
 
 def _told_apart(models: list[Model]) -> list[Model]:
-    """With the folder's parent in labels that come twice, and a mark where that does not help. Their folders differ,
-    too."""
+    """With the folder's parent in labels that come twice, and a mark where that does not help."""
     counts = Counter(plain(model.label) for model in models)
     labels: list[str] = []
     for model in models:
@@ -206,4 +205,4 @@ def _told_apart(models: list[Model]) -> list[Model]:
         while plain(label) in map(plain, labels):
             label += "'"
         labels.append(label)
-    return [replace(model, label=label) for model, label in zip(models, labels, strict=True)]
+    return [replace(model, label=label, name=model.label) for model, label in zip(models, labels, strict=True)]

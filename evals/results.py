@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from evals.interface import EvalConfig, Scores
 from flexbert_core.composing import leaves
 from flexbert_core.durable import write_file
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "sentence-transformers", "pylate")
 _FEW = 12  # columns that fit on a screen
 
 
@@ -34,24 +32,13 @@ def write_results(outcome: Outcome, config: EvalConfig) -> Path:
         "failed": outcome.failed,
         "cells": outcome.results,
         "config": config.model_dump(mode="json"),
-        "versions": versions(),
+        "versions": {name: ", ".join(sorted(found)) for name, found in sorted(task.versions.items())},
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     file = task.folder / "results.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, json.dumps(node, indent=1, default=str) + "\n")
     return file
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that numbers depend on, as far as they are here."""
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 class ScoreTable:

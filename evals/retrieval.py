@@ -65,9 +65,9 @@ class Retrieval(CelledEval):
 
         @model_validator(mode="after")
         def _check(self) -> Any:
-            names = [method.shown for method in self.methods]
+            names = [name for method in self.methods for name in method.labels]
             if twice := [name for name in names if names.count(name) > 1]:
-                raise ValueError(f"methods: {twice[0]} stands there twice: give one of them a label")
+                raise ValueError(f"methods: {twice[0]} stands there twice: give one of them another label")
             for number, method in enumerate(self.methods):
                 if method.tune is not None and method.tune.examples == self.split:
                     raise ValueError(f"methods[{number}].tune.examples: {self.split} is what the model is scored by")
@@ -79,6 +79,7 @@ class Retrieval(CelledEval):
             return ["sentence_transformers", "pytrec_eval", "bm25s", *pylate, *mteb]
 
     config: Config
+    version = 2
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -101,6 +102,9 @@ class Retrieval(CelledEval):
             each.name: sampled(each, config.split, config.documents, config.queries, config.seed) for each in sets
         }
         self.triples = {tune.examples: read_triples(Path(tune.examples)) for tune in tunings if tune.of_triples}
+        self._digests = {
+            name: hashlib.sha256(repr(examples).encode()).hexdigest()[:16] for name, examples in self.triples.items()
+        }
         self.work = work_of(config.methods, names)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         auto = "bf16" if self.device.type == "cuda" else "fp32"
@@ -114,14 +118,15 @@ class Retrieval(CelledEval):
 
     def _settings(self, work: Work) -> dict[str, Any]:
         names = ("split", "ignore_identical_ids", "documents", "queries", "seed")
-        left_out = {"label", "untuned"} | ({"tune"} if work.seed is None else set())
         found: dict[str, Any] = {name: getattr(self.config, name) for name in names}
         found |= {"precision": self.precision, "data": [self.sets[name].digest for name in work.sets]}
-        found["method"] = work.method.model_dump(exclude=left_out)
+        found["method"] = work.method.model_dump(exclude={"label", "untuned", "tune"})
         if work.seed is not None:
             found["tuning"] = work.seed
+            left_out = {"seeds", "examples"} if work.tune.of_triples else {"seeds"}  # of triples their bytes count
+            found["method"]["tune"] = work.tune.model_dump(exclude=left_out)
             if work.tune.of_triples:
-                found["triples"] = hashlib.sha256(repr(self.triples[work.tune.examples]).encode()).hexdigest()[:16]
+                found["triples"] = self._digests[work.tune.examples]
         return found
 
     def compute(self, cell: Cell, model: Model, out: Path) -> Any:
@@ -209,13 +214,15 @@ class Retrieval(CelledEval):
         """Paired tests of nDCG@10: each model against the first, and in each what is tuned against what is not."""
         of_models = {label: self._values(each) for label, each in results.items()}
         first = next(iter(of_models))
+        untuned = {work.label: work.method.shown for work in self.work.values() if work.seed is not None}
         pairs: list[tuple[str, Any, Any]] = []
         for model, values in of_models.items():
             for label, of_sets in values.items():
                 if model != first:
                     pairs.append((f"{label}, {model} less {first}", of_sets, of_models[first][label]))
-                plain = label.replace("-tuned", "", 1)
-                if plain != label and plain in values:
+                method, _, ranking = label.partition(" ")
+                plain = f"{untuned.get(method, '')} {ranking}".strip()
+                if plain in values:
                     pairs.append((f"{model}, {label} less {plain}", of_sets, values[plain]))
         lines = []
         for text, ours, theirs in pairs:

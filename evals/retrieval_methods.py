@@ -25,7 +25,8 @@ class Method(Schema):
         default=None, pattern=LABEL, description="in tables, where a method comes twice; default: name"
     )
     pooling: Literal["mean", "cls"] | None = Field(
-        default=None, description="of one vector; default: as the folder says (its modules.json), else mean"
+        default=None,
+        description="of one vector; default: as the folder says (its modules.json), else mean",
     )
     max_length: int | None = Field(
         default=None,
@@ -58,6 +59,16 @@ class Method(Schema):
     def shown(self) -> str:
         return self.label or self.name
 
+    @property
+    def labels(self) -> list[str]:
+        """In tables: of the model as it is, and tuned."""
+        plain = [self.shown] if self.tune is None or self.untuned else []
+        return plain if self.tune is None else [*plain, tuned(self.shown)]
+
+
+def tuned(label: str) -> str:
+    return f"{label}-tuned"
+
 
 def spelled_out(node: Any) -> Any:
     """A method by its name alone, as a mapping."""
@@ -74,7 +85,7 @@ class Work:
 
     @property
     def label(self) -> str:
-        return self.method.shown if self.seed is None else f"{self.method.shown}-tuned"
+        return self.method.shown if self.seed is None else tuned(self.method.shown)
 
     @property
     def tune(self) -> Tune:
@@ -95,7 +106,7 @@ def work_of(methods: Sequence[Method], sets: Sequence[str]) -> dict[str, Work]:
         groups = {"all": tuple(sets)} if method.tune.of_triples else {name: (name,) for name in sets}
         for name, group in groups.items():
             found |= {
-                f"{method.shown}-tuned/{name}-seed{seed}": Work(method, group, seed) for seed in method.tune.seeds
+                f"{tuned(method.shown)}/{name}-seed{seed}": Work(method, group, seed) for seed in method.tune.seeds
             }
     return found
 

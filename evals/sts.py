@@ -39,6 +39,7 @@ class Sts(Eval):
             return ["sentence_transformers"]
 
     config: Config
+    version = 2
 
     def __init__(self, config: Config) -> None:
         # Resolved at once: results are keyed by the config.

@@ -317,19 +317,25 @@ UserPath = Annotated[str, AfterValidator(_one_line), AfterValidator(expand_user)
 
 
 def named_paths(config: Schema) -> dict[str, Path]:
-    """What fields of type UserPath name, by their keys, those of sections among them."""
+    """What fields of type UserPath name, by their keys, those of sections, lists and mappings among them."""
     found: dict[str, Path] = {}
     for key, field in type(config).model_fields.items():
-        value = getattr(config, key)
-        parts = (
-            [(key, value)] if not isinstance(value, list) else [(f"{key}.{i}", each) for i, each in enumerate(value)]
-        )
-        for place, each in parts:
+        names_paths = _is_user_path(field.annotation, field.metadata)
+        for place, each in _parts(key, getattr(config, key)):
             if isinstance(each, Schema):
                 found |= {f"{place}.{name}": path for name, path in named_paths(each).items()}
-            elif isinstance(each, str) and _is_user_path(field.annotation, field.metadata):
+            elif isinstance(each, str) and names_paths:
                 found[place] = Path(each)
     return found
+
+
+def _parts(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """A value, or those in a list or mapping, however deep, with their places."""
+    if isinstance(value, Mapping | list | tuple):
+        for key, each in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _parts(f"{place}.{key}", each)
+    else:
+        yield place, value
 
 
 def _is_user_path(annotation: Any, metadata: Iterable[Any] = ()) -> bool:

@@ -51,7 +51,7 @@ class HubTarget:
         if constants.HF_HUB_OFFLINE:
             raise TransferError("denied", f"{self.where}: HF_HUB_OFFLINE is set: unset it to publish there")
         self.api = HfApi()
-        self._digests: dict[tuple[Any, bool], str] = {}
+        self._digests: dict[tuple[Any, ...], str] = {}
 
     def open(self) -> None:
         self._call(partial(self.api.create_repo, self.repo, private=self.private, exist_ok=True))
@@ -145,10 +145,12 @@ class HubTarget:
         if there is None:
             return False
         wanted, large = there
-        key = (content, large)
+        data = content if isinstance(content, bytes) else None
+        facts = None if data is not None else content.stat()  # pyright: ignore
+        # An export may be written again while this process lives: after a rollback its name has other weights.
+        key = (content, facts and (facts.st_size, facts.st_mtime_ns), large)
         if key not in self._digests:
-            data = content if isinstance(content, bytes) else None
-            size = len(data) if data is not None else content.stat().st_size  # pyright: ignore
+            size = len(data) if data is not None else facts.st_size  # pyright: ignore
             digest = hashlib.sha256() if large else hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
             if data is not None:
                 digest.update(data)

@@ -139,15 +139,20 @@ def _measured(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def _of_export(measured: Sequence[dict[str, Any]], export: Path, tokens: int) -> list[Result]:
-    """Those that were measured with this very export: its weights, and not its name, decide."""
+    """Those that were measured with this very export: its weights, and not its name, decide. Where it was measured
+    under several names the newest counts."""
     mine = [node for node in measured if node["model"].get("tokens") in (tokens, None)]
     if not mine:
         return []
     digest = digest_of(export)
+    newest = {
+        node["evaluation"]: node
+        for node in sorted(mine, key=lambda node: str(node.get("written")))
+        if node["model"]["digest"] == digest
+    }
     return [
         Result(str(_TASKS.get(node["config"]["name"], node["config"]["name"])), node["evaluation"], name, float(value))
-        for node in mine
-        if node["model"]["digest"] == digest
+        for node in newest.values()
         for name, value in numbers(node["scores"]).items()
     ]
 

@@ -15,7 +15,7 @@ import torch
 from composer.callbacks import SpeedMonitor
 from composer.core import Time, Timestamp
 
-from callbacks.step_log import flat, nested
+from callbacks.step_log import append_line, flat, nested, read_lines
 from commands.status import read_status
 from flexbert_core.schema import ConfigError
 from recipe.config import load_run_config, read_recorded_config
@@ -148,6 +148,17 @@ def test_states_of_all_kinds_come_back() -> None:
     assert unpack(json.loads(json.dumps(pack(timestamp, "x", {}))), {}) == timestamp
     with pytest.raises(TypeError, match="x/odd is a Odd"):
         pack({"odd": Odd()}, "x", {})
+
+
+def test_a_torn_line_takes_no_other_with_it(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    append_line(file, {"step": 1})
+    with file.open("a") as out:
+        out.write('{"step": 2, "lo')  # as a kill or a full disk leaves it
+    append_line(file, {"step": 2, "loss": 3.0})
+    append_line(file, {"step": 3})
+    assert list(read_lines(file)) == [{"step": 1}, {"step": 2, "loss": 3.0}, {"step": 3}]
+    assert len(file.read_text().splitlines()) == 4
 
 
 def test_names_nest_and_flatten() -> None:

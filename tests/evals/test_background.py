@@ -96,16 +96,21 @@ def test_a_kill_leaves_none_out_and_none_twice(
 
 @pytest.mark.slow
 def test_what_fails_is_a_warning_and_tried_again(ranks: Ranks, tiny_data: Path, tmp_path: Path) -> None:
-    file = config(tmp_path, tiny_data, refuses=f"tokens-{4 * PER_STEP}")
+    """Also of a checkpoint that retention has taken away since."""
+    failing = f"tokens-{2 * PER_STEP}"
+    file = config(tmp_path, tiny_data, refuses=failing)
     text = ranks.train(1, str(file))
-    assert text.count(f"evaluation weigh of tokens-{4 * PER_STEP}: all: refused") == 1
-    assert list(evaluated(tmp_path)) == [2, 6]
-    assert list(logged(tmp_path)) == [2, 6]
+    assert text.count(f"evaluation weigh of {failing}: all: refused") == 1
+    assert list(evaluated(tmp_path)) == [4, 6]
+    assert list(logged(tmp_path)) == [4, 6]
+    assert not (tmp_path / "run" / "checkpoints" / failing).exists()
+    assert [path.name for path in (tmp_path / "run" / "pending-weigh").iterdir()] == [failing]
     # Mended, the same command makes up for it; what went well is not made again.
-    (tmp_path / "weigh.yaml").write_text((tmp_path / "weigh.yaml").read_text().replace(f"tokens-{4 * PER_STEP}", ""))
+    (tmp_path / "weigh.yaml").write_text((tmp_path / "weigh.yaml").read_text().replace(failing, ""))
     ranks.train(1, str(file))
     assert set(evaluated(tmp_path)) == {2, 4, 6}
-    assert times_made(tmp_path) == {f"{tokens * PER_STEP}": 1 + (tokens == 4) for tokens in (2, 4, 6)}
+    assert times_made(tmp_path) == {f"{tokens * PER_STEP}": 1 + (tokens == 2) for tokens in (2, 4, 6)}
+    assert not list((tmp_path / "run" / "pending-weigh").iterdir())
 
 
 @pytest.mark.slow

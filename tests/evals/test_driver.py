@@ -2,7 +2,11 @@
 
 import csv
 import json
+import math
+import re
+import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,10 @@ from rich.console import Console
 import main
 from commands.evaluate import run_eval
 from evals.config import overrides_of
-from evals.driver import task_folder
 from evals.interface import EVALS, Cell, CelledEval, Eval, EvalConfig, Model
 from evals.models import digest_of, resolve
-from evals.results import ScoreTable, flat_scores, numbers, over_seeds
-from flexbert_core.schema import ConfigError, RunError, UserPath
+from flexbert_core.schema import Component, ConfigError, RunError, UserPath
+from jobs.base import JOBS, Changed, Job, JobExecutor
 from tests.helpers.exports import write_export
 from tests.helpers.runs import ROOT, command, run
 
@@ -28,9 +31,15 @@ class Sums(CelledEval):
     class Config(EvalConfig):
         numbers: list[int]
         broken: list[int] = []
+        odd: dict[str, str] = {}  # by number, what its result is
+        unknown: str = ""  # label of a model that there are no cells of
+        no_scores: str = ""  # of one that there are no scores of
+        alone: bool = False  # there is nothing but the models' own scores
         log: str
 
     def cells(self, model: Model, results: Any) -> list[Cell]:
+        if model.label == self.config.unknown:
+            raise ConfigError(f"{model.folder}: no tokenizer")
         first = [Cell(f"of/{number}", {"number": number}, group=f"g{number % 2}") for number in self.config.numbers]
         if any(cell.name not in results for cell in first):
             return first
@@ -43,12 +52,22 @@ class Sums(CelledEval):
             return {"value": sum(cell.settings["of"])}
         if cell.settings["number"] in self.config.broken:
             raise RunError(f"number {cell.settings['number']} is broken")
-        return {"value": cell.settings["number"] * 10}
+        odd = {"nan": {"value": [1.0, math.nan]}, "keys": {("a", "b"): 1}}
+        return odd.get(self.config.odd.get(str(cell.settings["number"]), ""), {"value": cell.settings["number"] * 10})
 
     def scores(self, model: Model, results: Any) -> Any:
+        if model.label == self.config.no_scores:
+            raise ZeroDivisionError("no queries")
         return {"total": results["total"]["value"]}
 
+    def compare(self, results: Any, out: Path) -> list[str]:
+        if self.config.alone:
+            raise ZeroDivisionError("no pairs")
+        return []
+
     def scores_without_model(self) -> Any:
+        if self.config.alone:
+            raise RunError("no rows")
         return {"nothing": {"total": 0}}
 
 
@@ -58,17 +77,35 @@ class Words(Eval):
 
     class Config(EvalConfig):
         texts: list[UserPath]
+        more: dict[str, list[UserPath]] = {}
 
     def run(self, model: Model, out: Path) -> Any:
-        return {
-            "words": sum(len(file.read_text().split()) for text in self.config.texts for file in Path(text).iterdir())
-        }
+        texts = [*self.config.texts, *(text for texts in self.config.more.values() for text in texts)]
+        return {"words": sum(len(file.read_text().split()) for text in texts for file in Path(text).iterdir())}
+
+
+@JOBS.register("test_dying")
+class Dying(JobExecutor):
+    """Its jobs die before they do anything."""
+
+    class Config(Component):
+        pass
+
+    def run(self, jobs: Sequence[Job], changed: Changed) -> None:
+        for job in jobs:
+            changed(job, None)
+            changed(job, -9)
 
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("exports")
     return write_export(folder / "one"), write_export(folder / "two", seed=1)
+
+
+def results_of(folder: Path, name: str) -> str:
+    (file,) = folder.glob(f"{name}-*/results.json")
+    return file.read_text()
 
 
 class Desk:
@@ -80,6 +117,7 @@ class Desk:
         self.write(**config)
 
     def write(self, **config: Any) -> None:
+        self.folder.mkdir(exist_ok=True)
         node = {"name": "test_sums", "numbers": [1, 2, 3], "log": str(self.log), **config}
         self.file.write_text(json.dumps({"evaluation": node}))
 
@@ -92,8 +130,12 @@ class Desk:
         self.log.unlink(missing_ok=True)
         return lines
 
-    def results(self, label: str) -> Any:
-        return json.loads((self.out / "sums" / label / "results.json").read_text())
+    def place(self, name: str) -> Path:
+        (found,) = (self.out / "sums").glob(f"{name}-*")
+        return found
+
+    def results(self, name: str) -> Any:
+        return json.loads((self.place(name) / "results.json").read_text())
 
 
 def test_models_stand_side_by_side_and_nothing_is_done_twice(exports: tuple[Path, Path], tmp_path: Path) -> None:
@@ -152,16 +194,79 @@ def test_a_failing_cell_costs_nothing_else_and_leaves_no_mean(exports: tuple[Pat
     desk.write()
     assert desk.run(exports[0])
     assert desk.computed() == ["one of/2", "one total"]
-    assert not list((desk.out / "sums" / "one" / "failed").rglob("*.txt"))
+    assert not list((desk.place("one") / "failed").rglob("*.txt"))
 
 
 def test_a_damaged_result_is_said(exports: tuple[Path, Path], tmp_path: Path) -> None:
     desk = Desk(tmp_path)
     desk.run(exports[0])
-    (file,) = (desk.out / "sums" / "one" / "cells" / "of").glob("1-*.json")
+    (file,) = (desk.place("one") / "cells" / "of").glob("1-*.json")
     file.write_text("{")
-    with pytest.raises(RunError, match=r"1-\w+-1\.json: damaged: remove it"):
-        desk.run(exports[0])
+    desk.computed()
+    assert not desk.run(*exports)
+    assert re.search(r"1-\w+-1\.json: damaged: remove it", desk.results("one")["failed"]["of/1"])
+    assert desk.results("two")["scores"] == {"total": 60}
+    assert len(desk.computed()) == 4
+
+
+def test_a_model_without_cells_or_scores_costs_the_others_nothing(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    for key, failed in (
+        ("unknown", {"its cells": f"{exports[0]}: no tokenizer"}),
+        ("no_scores", {"its scores": "ZeroDivisionError: no queries"}),
+    ):
+        desk = Desk(tmp_path / key, **{key: "one"})
+        assert not desk.run(*exports)
+        assert desk.results("one")["failed"] == failed
+        assert desk.results("one")["scores"] is None
+        assert desk.results("two")["scores"] == {"total": 60}
+        assert "| incomplete (1 failed) |  |" in (desk.out / "table.md").read_text()
+
+
+def test_what_cannot_be_compared_costs_no_scores(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    desk = Desk(tmp_path, alone=True)
+    assert not desk.run(*exports)
+    assert "| sums: total | 60 | 60 |" in (desk.out / "table.md").read_text()
+
+
+def test_a_result_that_cannot_be_kept_costs_its_cell(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    desk = Desk(tmp_path, odd={"1": "nan", "2": "keys"})
+    assert not desk.run(exports[0])
+    assert desk.computed() == ["one of/1", "one of/2", "one of/3"]
+    failed = desk.results("one")["failed"]
+    assert failed["of/1"].startswith("result.value.1 is nan: a result holds finite numbers")
+    assert failed["of/2"].startswith("TypeError: keys must be str")
+    assert desk.results("one")["cells"] == {"of/3": {"value": 30}}
+
+
+def test_a_place_that_takes_no_files_costs_its_cell(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.run(exports[0], "numbers=[]")
+    (desk.place("one") / "cells" / "of").write_text("")
+    (desk.place("one") / "failed").write_text("")
+    assert not desk.run(exports[0])
+    assert set(desk.results("one")["failed"]) == {"of/1", "of/2", "of/3"}
+
+
+def test_versions_are_those_that_cells_were_computed_with(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.run(exports[0])
+    ours = desk.results("one")["versions"]["torch"]
+    for number, versions in ((1, {"torch": "1.0"}), (2, None)):
+        (file,) = (desk.place("one") / "cells" / "of").glob(f"{number}-*.json")
+        node = {key: value for key, value in json.loads(file.read_text()).items() if key != "versions"}
+        file.write_text(json.dumps(node | ({} if versions is None else {"versions": versions})))
+    assert desk.run(exports[0])
+    found = desk.results("one")["versions"]
+    assert found["torch"] == f"1.0, {ours}"
+    assert found["of cells before 2026-12"] == "not noted"
+
+
+def test_what_failed_before_is_not_why_a_job_dies(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    desk = Desk(tmp_path, broken=[1])
+    desk.run(exports[0])
+    assert desk.results("one")["failed"] == {"of/1": "number 1 is broken"}
+    desk.run(exports[0], "executor=test_dying")
+    assert desk.results("one")["failed"] == {"of/1": "its job ended without a word: see logs/"}
 
 
 def test_what_is_wrong_is_said_before_anything_is_computed(exports: tuple[Path, Path], tmp_path: Path) -> None:
@@ -206,12 +311,36 @@ def test_labels_tell_models_apart(exports: tuple[Path, Path], tmp_path: Path) ->
     assert models[0].digest == models[1].digest
 
 
-def test_labels_are_apart_as_folders_too(exports: tuple[Path, Path], tmp_path: Path) -> None:
-    for name in ("a b", "a-b"):
-        subprocess.run(["cp", "-r", exports[0], tmp_path / name], check=True)
-    models = resolve([str(tmp_path / name) for name in ("a b", "a-b")], tmp_path)
-    first, second = (task_folder(tmp_path, "sums", model) for model in models)
-    assert first != second
+def test_results_lie_where_they_lay_whatever_stands_beside_the_model(
+    exports: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Models of one name, one by one and together: each keeps its results, and nothing is computed twice."""
+    desk, places = Desk(tmp_path), [tmp_path / parent / "checkpoint-5" for parent in ("a", "b")]
+    for place, export in zip(places, exports, strict=True):
+        shutil.copytree(export, place)
+        assert desk.run(place)
+    assert len(desk.computed()) == 8
+    digests = {json.loads(file.read_text())["model"]["digest"] for file in desk.out.glob("sums/*/results.json")}
+    assert digests == {digest_of(place) for place in places}
+    assert desk.run(*places)
+    assert desk.run(*reversed(places))
+    assert desk.computed() == []
+    assert len(list(desk.out.glob("sums/*"))) == 2
+
+
+def test_results_of_before_are_used(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    """They lay under the label alone; those of other weights stay where they are."""
+    desk = Desk(tmp_path)
+    desk.run(exports[0])
+    desk.computed()
+    older = desk.out / "sums" / "one"
+    desk.place("one").rename(older)
+    assert desk.run(shutil.copytree(exports[1], tmp_path / "one"))
+    assert len(desk.computed()) == 4
+    assert older.is_dir()
+    assert desk.run(exports[0])
+    assert desk.computed() == []
+    assert not older.exists()
 
 
 def test_other_data_under_the_same_name_are_evaluated_anew(exports: tuple[Path, Path], tmp_path: Path) -> None:
@@ -223,11 +352,17 @@ def test_other_data_under_the_same_name_are_evaluated_anew(exports: tuple[Path, 
 
     def words() -> int:
         assert run_eval(str(file), [str(exports[0])], tmp_path / "out", Console(quiet=True))
-        return json.loads((tmp_path / "out/words/one/results.json").read_text())["scores"]["words"]
+        return json.loads(results_of(tmp_path / "out/words", "one"))["scores"]["words"]
 
     assert words() == 2
     (tmp_path / "data" / "a.md").write_text("one two three")
     assert words() == 3
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.md").write_text("four")
+    file.write_text(json.dumps({"evaluation": {**evaluation, "more": {"en": [str(tmp_path / "more")]}}}))
+    assert words() == 4
+    (tmp_path / "more" / "a.md").write_text("four five")
+    assert words() == 5
 
 
 def test_results_lie_in_results_where_no_folder_is_given(
@@ -255,25 +390,10 @@ def test_jobs_compute_the_same(exports: tuple[Path, Path], tmp_path: Path) -> No
     done = run(command("eval", *arguments))
     assert done.returncode == 1, done.stderr
     assert "weigh two all: exit code 1: warning: weigh  two  all: refused (log: " in done.stdout
-    one = json.loads((tmp_path / "jobs" / "weigh" / "one" / "results.json").read_text())
-    two = json.loads((tmp_path / "jobs" / "weigh" / "two" / "results.json").read_text())
+    one = json.loads(results_of(tmp_path / "jobs/weigh", "one"))
+    two = json.loads(results_of(tmp_path / "jobs/weigh", "two"))
     assert two["failed"] == {"all": "refused"}
     here = run(command("eval", str(file), str(exports[0]), "executor=null", "--output", str(tmp_path / "here")))
     assert here.returncode == 0, here.stderr
-    assert json.loads((tmp_path / "here" / "weigh" / "one" / "results.json").read_text())["scores"] == one["scores"]
+    assert json.loads(results_of(tmp_path / "here/weigh", "one"))["scores"] == one["scores"]
     assert len(list((tmp_path / "made").iterdir())) == 3
-
-
-def test_scores_of_seeds() -> None:
-    score = over_seeds([1.0, 2.0, 6.0])
-    assert score == {"mean": 3.0, "deviation": pytest.approx(7**0.5), "best": 6.0, "seeds": 3}
-    assert over_seeds([2.0])["deviation"] is None
-    nested = {"a": score, "b": {"c": 1, "d": 2.5}}
-    assert flat_scores(nested) == {"a": score, "b c": 1, "b d": 2.5}
-    assert numbers(nested) == {"a": 3.0, "b c": 1, "b d": 2.5}
-
-
-def test_a_table_escapes_what_markdown_reads() -> None:
-    table = ScoreTable()
-    table.add("e", "a|b", {"x": 0.5})
-    assert table.markdown().splitlines()[0] == "| | a\\|b |"

@@ -1,6 +1,7 @@
 """Speed by turns: what is measured, of what, and what is left out."""
 
 import statistics
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ def test_documents_are_the_same_every_time_and_as_long_as_asked_for() -> None:
     assert {len(ids) for ids in make_documents(Lengths(longest=8, mean=8, deviation=0), 5, 9, set(), 0)} == {8}
     cut = [len(ids) for ids in make_documents(Lengths(longest=8, mean=6, deviation=9), 200, 9, set(), 0)]
     assert (min(cut), max(cut)) == (1, 8)
+
+
+def test_speed_is_of_the_versions_that_ran(model: Model) -> None:
+    speed = evaluation(name="efficiency", lengths=[SHORT], kinds=["fixed"])
+    (cell,) = speed.cells(model, {})
+    assert cell.settings["versions"] == {"torch": version("torch"), "transformers": version("transformers")}
 
 
 def test_both_runtimes_by_turns(model: Model, tmp_path: Path) -> None:

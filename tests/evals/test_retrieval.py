@@ -12,7 +12,7 @@ from rich.console import Console
 
 from commands.evaluate import run_eval
 from evals.config import load_eval_file
-from evals.interface import EVALS
+from evals.interface import EVALS, Model
 from flexbert_core.schema import ConfigError
 from tests.helpers.evals import evaluation_of
 from tests.helpers.sentences import TOPICS, write_beir, write_model
@@ -108,7 +108,7 @@ def test_tuning_for_one_vector_and_for_several_teaches(data: Path, model: Path, 
         plain, tuned = (of_model[f"{method.format(kind)} ndcg@10"]["mean"] for kind in ("", "-tuned"))
         assert tuned > plain + 0.1, (method, plain, tuned)
     assert "tiny, single_vector-tuned less single_vector: +0." in said
-    (cell,) = (tmp_path / "out/found/tiny/cells/single_vector-tuned").glob("*.json")
+    (cell,) = (tmp_path / "out/found").glob("tiny-*/cells/single_vector-tuned/*.json")
     tuning = json.loads(cell.read_text())["result"]["tuning"]
     assert (tuning["examples"], tuning["negatives"], len(tuning["losses"])) == (60, 2, 4)
     assert tuning["losses"][-1] < tuning["losses"][0]
@@ -147,9 +147,68 @@ def test_triples_train_once_for_all_sets(data: Path, model: Path, tmp_path: Path
     (of_model,) = scores.values()
     means = [of_model[f"{name} single_vector-tuned ndcg@10"]["mean"] for name in ("topics", "other")]
     assert of_model["average single_vector-tuned ndcg@10"] == pytest.approx(sum(means) / 2)
-    (cell,) = (tmp_path / "out/found/tiny/cells/single_vector-tuned").glob("*.json")
+    (cell,) = (tmp_path / "out/found").glob("tiny-*/cells/single_vector-tuned/*.json")
     result = json.loads(cell.read_text())["result"]
     assert (result["tuning"]["examples"], result["max_length"], list(result["sets"])) == (4, 16, ["topics", "other"])
+
+
+def test_a_tuned_cell_is_of_its_own_seed_and_the_triples_themselves(data: Path, model: Path, tmp_path: Path) -> None:
+    rows = [f"{topic} word1\t{topic} word2 word3\tword4 word5" for topic in ("sea", "bread", "steel", "opera")]
+    for name in ("a.tsv", "b.tsv"):
+        (tmp_path / name).write_text("\n".join(rows))
+    (tmp_path / "c.tsv").write_text("\n".join(rows[:2]))
+    of_model = Model(str(model), "tiny", model, "0")
+
+    def keys(examples: str, seeds: str) -> dict[str, str]:
+        tune = f"{{examples: {examples}, seeds: {seeds}}}"
+        methods = f"methods=[{{name: single_vector, untuned: false, tune: {tune}}}]"
+        evaluation = evaluation_of(write_config(tmp_path, data, "[single_vector]"), methods)
+        return {cell.name: cell.key(of_model) for cell in evaluation.cells(of_model, {})}
+
+    (data / "qrels/other.tsv").write_text((data / "qrels/train.tsv").read_text())
+    of_split, of_triples = keys("train", "[0]"), keys(f"{tmp_path}/a.tsv", "[0]")
+    assert of_split.items() <= keys("train", "[0,1]").items()
+    assert of_triples.items() <= keys(f"{tmp_path}/b.tsv", "[0,1]").items()
+    assert of_split.keys() == keys("other", "[0]").keys()
+    assert not {*of_split.values()} & {*keys("other", "[0]").values()}
+    assert not {*of_triples.values()} & {*keys(f"{tmp_path}/c.tsv", "[0]").values()}
+
+
+def test_what_is_tuned_is_compared_with_the_same_method_as_it_is(data: Path, tmp_path: Path) -> None:
+    """Also where a label has the word: a-tuned-b is another method than a-b."""
+    methods = "[{name: single_vector, label: a-b}, {name: single_vector, label: a-tuned-b, tune: {}}]"
+    evaluation = evaluation_of(write_config(tmp_path, data, methods), *QUICK)
+    queries = evaluation.sets["topics"].splits["test"].queries
+    values = {metric: dict.fromkeys(queries, 0.5) for metric in ("ndcg@10", "recall@100", "mrr@10")}
+    result = {"sets": {"topics": {"rankings": {"": values}}}}
+    lines = evaluation.compare({"tiny": dict.fromkeys(evaluation.work, result)}, tmp_path)
+    assert [line.split(": ")[1] for line in lines] == ["tiny, a-tuned-b-tuned less a-tuned-b"]
+
+
+def test_a_pooling_of_ones_own_leaves_the_rest_of_a_folder(model: Path, tmp_path: Path) -> None:
+    """Its prompts, its length and its other modules; only the pooling is another."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
+
+    from evals.dense import SingleVector
+
+    torch.manual_seed(3)
+    modules = [Transformer(str(model), max_seq_length=12), Pooling(32, "mean"), Dense(32, 8), Normalize()]
+    whole = SentenceTransformer(modules=modules, prompts={"query": "sea word1 ", "document": "bread "}, device="cpu")
+    whole.save(str(tmp_path / "whole"))
+    modules[1] = Pooling(32, "cls")
+    wanted = SentenceTransformer(modules=modules, device="cpu")
+    encoder = SingleVector(tmp_path / "whole", "cls", None, (None, None), torch.device("cpu"), "fp32")
+    texts = ["steel opera " * 10, "violin"]
+    for is_query, prompt in ((True, "sea word1 "), (False, "bread ")):
+        ours = encoder.embed(texts, is_query, 2)
+        theirs = wanted.encode([prompt + text for text in texts], convert_to_tensor=True)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert encoder.facts() == {"max_length": 12, "dimensions": 8}
+    SentenceTransformer(modules=modules[:1], device="cpu").save(str(tmp_path / "bare"))
+    with pytest.raises(ConfigError, match=r"bare: pooling: its modules.json has 0 poolings: leave it out"):
+        SingleVector(tmp_path / "bare", "cls", None, (None, None), torch.device("cpu"), "fp32")
 
 
 def test_two_models_are_compared_query_by_query(data: Path, model: Path, tmp_path: Path) -> None:
@@ -205,7 +264,11 @@ def test_exact_scores_are_sums_of_largest_products() -> None:
     [
         ([], r"found: give data=FOLDER, a folder in BEIR's layout \(or several\), or mteb=NAME"),
         (["methods=[single]"], r"methods\[0\]\.name"),
-        (["methods=[single_vector,single_vector]"], "single_vector stands there twice: give one of them a label"),
+        (["methods=[single_vector,single_vector]"], "single_vector stands there twice: give one of them another label"),
+        (
+            ["methods=[{name: single_vector, label: a-tuned}, {name: single_vector, label: a, tune: {}}]"],
+            "methods: a-tuned stands there twice: give one of them another label",
+        ),
         (["methods=[{name: multi_vector, pooling: cls}]"], "pooling: says nothing of multi_vector"),
         (
             ["methods=[{name: single_vector, tune: {examples: test}}]"],

@@ -70,6 +70,16 @@ def test_what_is_there_makes_no_commit(hub: Hub) -> None:
     assert hub.commits(REPO, "tokens-1")[0] == "tokens-1, by FlexBERT"
 
 
+def test_a_file_that_is_written_again_is_pushed_again(hub: Hub, tmp_path: Path) -> None:
+    """By one process, as after a rollback: an export of the same name has other weights of the same size."""
+    weights, there = tmp_path / "weights", opened()
+    for number, content in enumerate((b"one" * 999, b"two" * 999, b"six" * 999)):
+        weights.write_bytes(content)
+        card = CARD + str(number).encode()
+        there.push("tokens-1", {**ONE, "README.md": card, "model.safetensors": weights})
+        assert hub.files(REPO, "tokens-1") == {**ONE, "README.md": card, "model.safetensors": content}
+
+
 def test_a_revision_is_whole_from_its_first_moment_on(hub: Hub) -> None:
     """Every call but the last is followed by a look from outside, at a repository whose main has another model."""
     there = opened()

@@ -109,8 +109,11 @@ def test_results_of_evaluations_reach_the_card(finished: Path, tmp_path: Path) -
         "scores": {"sst2": {"accuracy": {"mean": 0.75, "deviation": 0.1}}, "mean": 0.5, "note": "x", "absent": None},
         "complete": True,
         "config": {"name": "glue"},
+        "written": "2026-12-02T08:00:00+00:00",
     }
-    for number, changes in enumerate(({}, {"complete": False}, {"model": {**node["model"], "digest": "0"}})):
+    older = {"scores": {"mean": 0.25}, "written": "2026-12-01T08:00:00+00:00"}  # of the same weights under another name
+    others = ({"complete": False}, {"model": {**node["model"], "digest": "0"}}, older)
+    for number, changes in enumerate(({}, *others)):
         file = tmp_path / "results" / str(number) / "results.json"
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps({**node, **changes}))
