@@ -154,7 +154,7 @@ def tiny_sweep(folder: Path, name: str) -> Path:
     values = {"phases.0.lr": {"low": 1e-4, "high": 1e-1, "log": True}, "model.intermediate_size": [16, 32]}
     node: dict[str, Any] = {"base": str(base), "folder": str(folder / name), "seeds": [0]}
     node["search"] = {"trials": 4, "batch": 2, "values": values}
-    node["executor"] = {"name": "local", "at_once": 2, "cores_per_job": 1}
+    node["executor"] = {"name": "local", "at_once": 2, "cores_per_job": 1, "gpus_per_job": 0}
     file = folder / f"{name}.yaml"
     file.write_text(json.dumps(node))
     return file

@@ -146,7 +146,7 @@ def tiny_sweep(folder: Path, name: str, **changes: Any) -> Path:
         write_data(folder / "data")
     base = write_config(folder / "base", folder / "data", STEPS, "full", "sparse")
     node = {"base": str(base), "folder": str(folder / name), "seeds": [3], "list": ARMS, **changes}
-    node["executor"] = {"name": "local", "at_once": 2, "cores_per_job": 1}
+    node["executor"] = {"name": "local", "at_once": 2, "cores_per_job": 1, "gpus_per_job": 0}
     file = folder / f"{name}.yaml"
     file.write_text(json.dumps(node))
     return file
