@@ -216,7 +216,7 @@ def _fair(file: Path, sweep: SweepFile, base: Path, arm: Variant, baseline: Vari
         return arm
     with named(f"{file}: {arm.name}: equal"):
         changes = adjusted(sweep.equal, arm.config, baseline.config, sweep.tokens_per_second, arm.name, baseline.name)
-    if clash := [path for path in changes if any(_touches(path, own) for own in arm.changes)]:
+    if clash := [path for path in changes if any(lies_in(path, own) for own in arm.changes)]:
         raise ConfigError(
             f"{file}: {arm.name}: equal: {sweep.equal} would change {clash[0]}, which the arm sets itself"
         )
@@ -271,7 +271,7 @@ def _check_differs(file: Path, arm: Variant, baseline: Variant) -> None:
     unsaid = [
         path
         for path, sides in found.items()
-        if not any(_touches(path, own) for own in said)
+        if not any(lies_in(path, own) for own in said)
         and not (ABSENT in sides and swapped and path.startswith(swapped))
     ]
     if unsaid:
@@ -283,7 +283,7 @@ def _check_differs(file: Path, arm: Variant, baseline: Variant) -> None:
         )
 
 
-def _touches(path: str, said: str) -> bool:
+def lies_in(path: str, said: str) -> bool:
     """Whether a path is the said one, or lies in it."""
     plain = re.sub(r"\[([^\]]*)\]", r".\1", said)
     return path == plain or path.startswith(f"{plain}.")

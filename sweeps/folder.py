@@ -19,6 +19,7 @@ from recipe.cost import run_flops
 from recipe.objectives import own_masking
 from recipe.phases import PhasePlan
 from sweeps.arms import Design, Variant, cell_name, difference
+from sweeps.begun import check_begun
 from sweeps.results import Arm, RunResult, SearchResult, Stops, SweepResult
 from sweeps.run_result import read_run
 from sweeps.searching import read_search
@@ -76,6 +77,7 @@ def cell_of(design: Design, arm: Variant, seed: int) -> Cell:
     config, name, folder = design.cell(arm, seed), cell_name(arm.name, seed), design.folder
     with named(f"{design.file}: {arm.name}, seed {seed}"):
         RunFolder(config.folder).check_config(config, phases_too=True)
+        check_begun(config, [*arm.changes, *design.baseline.changes])
     return Cell(arm.name, seed, config, folder / "cells" / f"{name}.yaml", folder / "logs" / f"{name}.log")
 
 
