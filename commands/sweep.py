@@ -22,7 +22,7 @@ from recipe.cost import run_flops
 from recipe.phases import PhasePlan
 from sweeps.arms import Design, Variant, expand
 from sweeps.file import Stop, load_sweep_file
-from sweeps.folder import cells_of, read_sweep, seen_otherwise
+from sweeps.folder import cells_of, check_trials, read_sweep, seen_otherwise
 from sweeps.power import smallest_difference
 from sweeps.results import RunResult, SweepResult
 from sweeps.running import run_sweep
@@ -51,6 +51,8 @@ def _stop(number: int, frame: Any) -> None:
 def _show(design: Design, price_per_hour: float | None, console: Console) -> None:
     """Arms with what they cost, and what the design can show. Raises ConfigError as a start would."""
     cells, seeds = cells_of(design), design.sweep.seeds
+    if design.sweep.search is not None:
+        check_trials(design, design.sweep.search)
     rates = design.sweep.tokens_per_second
     if price_per_hour is not None and len(rates) < len(design.arms):
         raise ConfigError(f"--price-per-hour: needs tokens_per_second of all {len(design.arms)} arms in {design.file}")

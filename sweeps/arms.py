@@ -23,7 +23,7 @@ from recipe.config import RunConfig, load_run_config
 from recipe.phases import PhasePlan
 from sweeps.equal import adjusted
 from sweeps.file import ARM, Random, Range, Search, SweepFile
-from sweeps.searching import TRIAL, first_of, name_of, read_search
+from sweeps.searching import TRIAL, ends_of, name_of, read_search
 from sweeps.stopping import check_rungs
 
 ABSENT = "not there"
@@ -126,22 +126,36 @@ def expand(file: Path, sweep: SweepFile) -> Design:
     return Design(file, sweep, base, made)
 
 
-def arm_of(design: Design, name: str, changes: Mapping[str, Any]) -> Variant:
-    """Another arm beside those of a design, with what `equal` adjusts. Raises ConfigError as `expand` does."""
-    return _checked(design, _variant(design.file, design.sweep, design.base, name, changes))
+def arm_of(design: Design, name: str, changes: Mapping[str, Any], *, may_be_baseline: bool = False) -> Variant:
+    """Another arm beside those of a design, with what `equal` adjusts. Raises ConfigError as `expand` does.
+
+    may_be_baseline: it may train the same, as a trial may.
+    """
+    arm = _variant(design.file, design.sweep, design.base, name, changes)
+    return _checked(design, arm, may_be_baseline=may_be_baseline)
 
 
-def _checked(design: Design, arm: Variant) -> Variant:
+def _checked(design: Design, arm: Variant, *, may_be_baseline: bool = False) -> Variant:
     made = _fair(design.file, design.sweep, design.base, arm, design.baseline)
-    _check_differs(design.file, made, design.baseline)
+    if not may_be_baseline or difference(made.config, design.baseline.config):
+        _check_differs(design.file, made, design.baseline)
     return made
 
 
 def _found(file: Path, search: Search, design: Design, changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Arms that the search has chosen so far. Raises ConfigError for paths that are none, and for a name taken."""
+    """Arms that the search has chosen so far. Raises ConfigError for paths that are none, for those that `equal`
+    adjusts, and for a name taken."""
     if taken := [name for name in changes if re.fullmatch(rf"{TRIAL}\d+", name)]:
         raise ConfigError(f"{taken[0]!r} is the name of a trial: name that arm otherwise")
-    _variant(file, design.sweep, design.base, "a trial", first_of(search))
+    first, last = ends_of(search)
+    _variant(file, design.sweep, design.base, "a trial", first)
+    for point in (first, last) if design.sweep.equal is not None else ():
+        try:
+            arm = _variant(file, design.sweep, design.base, "a trial", point)
+            adjusts = _adjusted(file, design.sweep, arm, design.baseline)
+        except ConfigError:  # these values together are no model, say: a trial of them fails by itself
+            continue
+        _check_clash(file, design.sweep, arm, adjusts)
     trials = read_search(design.folder, search)
     return {name_of(trial.number): dict(trial.changes) for trial in trials if trial.chosen}
 
@@ -214,15 +228,24 @@ def _fair(file: Path, sweep: SweepFile, base: Path, arm: Variant, baseline: Vari
     """With what `equal` adjusts."""
     if sweep.equal is None:
         return arm
+    changes = _adjusted(file, sweep, arm, baseline)
+    _check_clash(file, sweep, arm, changes)
+    overrides = [*arm.overrides, *(override(path, value) for path, value in changes.items())]
     with named(f"{file}: {arm.name}: equal"):
-        changes = adjusted(sweep.equal, arm.config, baseline.config, sweep.tokens_per_second, arm.name, baseline.name)
+        return Variant(arm.name, arm.changes, load_run_config(base, overrides), overrides, changes)
+
+
+def _adjusted(file: Path, sweep: SweepFile, arm: Variant, baseline: Variant) -> dict[str, Any]:
+    assert sweep.equal is not None
+    with named(f"{file}: {arm.name}: equal"):
+        return adjusted(sweep.equal, arm.config, baseline.config, sweep.tokens_per_second, arm.name, baseline.name)
+
+
+def _check_clash(file: Path, sweep: SweepFile, arm: Variant, changes: Mapping[str, Any]) -> None:
     if clash := [path for path in changes if any(lies_in(path, own) for own in arm.changes)]:
         raise ConfigError(
             f"{file}: {arm.name}: equal: {sweep.equal} would change {clash[0]}, which the arm sets itself"
         )
-    overrides = [*arm.overrides, *(override(path, value) for path, value in changes.items())]
-    with named(f"{file}: {arm.name}: equal"):
-        return Variant(arm.name, arm.changes, load_run_config(base, overrides), overrides, changes)
 
 
 def difference(ours: RunConfig, theirs: RunConfig) -> dict[str, tuple[Any, Any]]:

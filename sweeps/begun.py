@@ -57,16 +57,7 @@ def check_begun(config: RunConfig, said: Collection[str]) -> None:
     checkpoints = list_checkpoints(folder.checkpoints)
     if folder.finished() is None and not checkpoints:
         return  # it begins anew
-    recorded = folder.recorded_config()
-    decided = history(recorded).keys() | history(config).keys()
-    changed = {
-        path: sides
-        for path, sides in difference(recorded, config).items()
-        if path not in decided and not (any(lies_in(path, key) for key in _FREE) and not _says(said, path))
-    }
-    before, now = (_held_out_documents(each) for each in (recorded, config))
-    if before != now:
-        changed["evaluations.held_out_documents"] = (before, now)
+    changed = changed_meaning(folder.recorded_config(), config, said)
     paths = [path for path in changed if path.startswith("data.streams.") and path.endswith(".path")]
     if paths and checkpoints and _same_data(config, checkpoints[-1]):
         changed = {path: sides for path, sides in changed.items() if path not in paths}
@@ -76,6 +67,21 @@ def check_begun(config: RunConfig, said: Collection[str]) -> None:
             f"{folder.path / 'config.yaml'}: this run was begun as another arm: {told}: undo that, or give the arm "
             "another name, or the sweep another folder"
         )
+
+
+def changed_meaning(recorded: RunConfig, config: RunConfig, said: Collection[str]) -> dict[str, tuple[Any, Any]]:
+    """By config path what was and what is, of keys that a run by itself may change and a run of a sweep may not. said:
+    as in `check_begun`."""
+    decided = history(recorded).keys() | history(config).keys()
+    changed = {
+        path: sides
+        for path, sides in difference(recorded, config).items()
+        if path not in decided and not (any(lies_in(path, key) for key in _FREE) and not _says(said, path))
+    }
+    before, now = (_held_out_documents(each) for each in (recorded, config))
+    if before != now:
+        changed["evaluations.held_out_documents"] = (before, now)
+    return changed
 
 
 def _says(said: Collection[str], path: str) -> bool:

@@ -166,6 +166,11 @@ class SweepFile(Schema):
             )
         if self.equal == "hours" and not self.tokens_per_second:
             raise ValueError("equal: hours: needs tokens_per_second of each arm, measured")
+        if self.equal == "hours" and self.search is not None:
+            raise ValueError(
+                "equal: hours: tokens_per_second of a trial is not known before it is trained: search at equal tokens "
+                "or flops"
+            )
         return self
 
     @staticmethod
