@@ -163,9 +163,9 @@ def _found(file: Path, search: Search, design: Design, changes: Mapping[str, Any
 def _changes(file: Path, sweep: SweepFile) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     points = [dict(zip(sweep.grid, values, strict=True)) for values in itertools.product(*sweep.grid.values())]
-    drawn = [] if sweep.random is None else _drawn(sweep.random)
+    points_drawn = [] if sweep.random is None else drawn(sweep.random)
     arms = [(_title(point), point) for point in points if point]
-    arms += [*sweep.listed.items(), *((f"random-{number}", point) for number, point in enumerate(drawn))]
+    arms += [*sweep.listed.items(), *((f"random-{number}", point) for number, point in enumerate(points_drawn))]
     for name, change in arms:
         if not re.fullmatch(ARM, name):
             raise ConfigError(f"{file}: grid: {name!r} is no name for an arm: name it under `list`")
@@ -186,8 +186,8 @@ def _title(point: Mapping[str, Any]) -> str:
     )
 
 
-def _drawn(random: Random) -> list[dict[str, Any]]:
-    """Each arm from a generator of its own, so that more of them change none."""
+def drawn(random: Random) -> list[dict[str, Any]]:
+    """Changes of the arms, each arm from a generator of its own, so that more of them change none."""
     points = []
     for number in range(random.arms):
         generator = keyed_generator(random.seed, "random arms", number)
@@ -198,11 +198,14 @@ def _drawn(random: Random) -> list[dict[str, Any]]:
 def _value(values: Range | Sequence[Any], generator: np.random.Generator) -> Any:
     if not isinstance(values, Range):
         return values[int(generator.integers(len(values)))]
+    # Whole numbers are the middles of pieces of the range, so that each has its share.
+    half = 0.5 if values.integer else 0.0
+    low, high = values.low - half, values.high + half
     if values.log:
-        drawn = float(np.exp(generator.uniform(np.log(values.low), np.log(values.high))))
+        number = float(np.exp(generator.uniform(np.log(low), np.log(high))))
     else:
-        drawn = float(generator.uniform(values.low, values.high))
-    return round(drawn) if values.integer else float(f"{drawn:.4g}")
+        number = float(generator.uniform(low, high))
+    return values.value(min(max(number, values.low), values.high))
 
 
 def _variant(file: Path, sweep: SweepFile, base: Path, name: str, changes: Mapping[str, Any]) -> Variant:

@@ -83,7 +83,7 @@ def _distribution(values: Range | Sequence[Any]) -> "BaseDistribution":
 def _value(values: Range | Sequence[Any], param: Any) -> Any:
     if not isinstance(values, Range):
         return values[param]
-    return param if values.integer else float(f"{param:.4g}")
+    return values.value(param)
 
 
 def ends_of(search: Search) -> tuple[dict[str, Any], dict[str, Any]]:

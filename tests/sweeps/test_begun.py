@@ -60,7 +60,7 @@ def begin(design: Design, *, saved: bool = True) -> None:
     ],
 )  # fmt: skip
 def test_what_an_arm_is_may_not_change(data: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    begun = {"branch_from": "runs/stable"} if "branch_from" in changes else {}
+    begun: dict[str, Any] = {"branch_from": "runs/stable"} if "branch_from" in changes else {}
     begin(design(tmp_path, **begun))
     with pytest.raises(ConfigError, match=message) as error:
         cells_of(design(tmp_path, **changes))
