@@ -172,7 +172,9 @@ def read_sweep(folder: Path) -> SweepResult:
     runs = {(arm.name, seed): _run(folder, arm.name, seed) for arm in arms for seed in node["seeds"]}
     stops = None
     if node.get("stop"):
-        judged = [each for each in read_judged(folder) if each.arm in {arm.name for arm in arms}]
+        judged = [
+            each for each in read_judged(folder, baseline=node["baseline"]) if each.arm in {arm.name for arm in arms}
+        ]
         stops = Stops(**node["stop"], judged=judged)
         runs = {cell: _with_stops(run, stops) for cell, run in runs.items()}
     search = SearchResult(**node["search"], trials=read_search(folder)) if node.get("search") else None
