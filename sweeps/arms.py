@@ -92,8 +92,12 @@ def cell_name(arm: str, seed: int) -> str:
 
 def expand(file: Path, sweep: SweepFile) -> Design:
     """Raises ConfigError, naming the arm, for a config that is wrong, one that differs from the baseline in more than
-    it says or in nothing, names that come twice, and rungs at which it cannot be stopped."""
+    it says or in nothing, keys that a sweep sets itself, names that come twice, and rungs at which it cannot be
+    stopped."""
     base = Path(sweep.base) if Path(sweep.base).is_absolute() else file.parent / sweep.base
+    for text in sweep.set:
+        # Not runs: by default the sweep's folder lies there.
+        _check_free(file, sweep, "set", text.partition("=")[0].strip(), ("name", "seed"))
     changes = _changes(file, sweep)
     if sweep.baseline not in changes:
         if sweep.baseline != "baseline":
@@ -210,16 +214,20 @@ def _value(values: Range | Sequence[Any], generator: np.random.Generator) -> Any
 
 def _variant(file: Path, sweep: SweepFile, base: Path, name: str, changes: Mapping[str, Any]) -> Variant:
     for path in changes:
-        if path in _OWN:
-            raise ConfigError(
-                f"{file}: {name}: {path}: a sweep sets this itself" + (": use seeds" if path == "seed" else "")
-            )
-        if sweep.branch_from is not None and path.split(".")[0] == "from":
-            raise ConfigError(f"{file}: {name}: {path}: branch_from says where every arm starts: leave one of both out")
+        _check_free(file, sweep, name, path, _OWN)
     own = [override(path, value) for path, value in changes.items()]
     overrides = [*sweep.set, *_branch(sweep, sweep.seeds[0]), *own]
     with named(f"{file}: {name}"):
         return Variant(name, changes, load_run_config(base, overrides), overrides)
+
+
+def _check_free(file: Path, sweep: SweepFile, place: str, path: str, own: Sequence[str]) -> None:
+    """own: keys that the sweep sets. Raises ConfigError for one of them, and for a start beside branch_from."""
+    if path in own:
+        fix = "use seeds" if path == "seed" else "leave it out"
+        raise ConfigError(f"{file}: {place}: {path}: a sweep sets this itself: {fix}")
+    if sweep.branch_from is not None and path.split(".")[0] == "from":
+        raise ConfigError(f"{file}: {place}: {path}: branch_from says where every arm starts: leave one of both out")
 
 
 def _branch(sweep: SweepFile, seed: int) -> list[str]:

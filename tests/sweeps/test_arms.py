@@ -107,6 +107,12 @@ def test_whole_numbers_are_drawn_evenly_and_nothing_leaves_its_range(tmp_path: P
             r"integer: low 0\.4 is not whole",
         ),
         ({"list": {"a": {"seed": 3}}}, "a: seed: a sweep sets this itself: use seeds"),
+        ({"list": DEEP, "set": ["seed=7"]}, "set: seed: a sweep sets this itself: use seeds"),
+        ({"list": DEEP, "set": ["name=mine"]}, "set: name: a sweep sets this itself: leave it out"),
+        (
+            {"list": DEEP, "set": ["from=runs/other"], "branch_from": "runs/stable-s{seed}"},
+            "set: from: branch_from says where every arm starts",
+        ),
         ({"list": {"a": {"model.num_hidden_layers": 4}}}, "a: trains the same as baseline: leave it out"),
         ({"list": DEEP, "baseline": "dep"}, "baseline: 'dep' is no arm, did you mean 'deep'"),
         ({"list": DEEP, "seeds": [1, 1]}, "seeds: a value stands there twice"),
