@@ -82,7 +82,7 @@ def _train(design: Design, trials: list[Trial], executor: JobExecutor, say: Call
     write_cells(list(cells.values()))
     codes: dict[str, int | None] = {}
     jobs = [job_of(cell, design.sweep.processes) for cell in cells.values() if not cell.is_finished]
-    show = told(jobs, say)
+    show = told(jobs, say, executor.begun)
 
     def changed(job: Job, code: int | None) -> None:
         codes[job.name] = code

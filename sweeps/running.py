@@ -124,4 +124,4 @@ class _Training:
         processes = self.design.sweep.processes
         jobs = [job_of(cell, processes, until.get(cell.arm)) for cell in cells]
         if jobs:
-            self.executor.run(jobs, told(jobs, partial(self.console.print, soft_wrap=True)))
+            self.executor.run(jobs, told(jobs, partial(self.console.print, soft_wrap=True), self.executor.begun))
