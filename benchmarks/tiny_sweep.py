@@ -68,7 +68,7 @@ def write_tiny_sweep(folder: Path, seeds: int = 6, steps: int = 60, at_once: int
             "rounded": {"trainer.microbatch_size": 3},
             "reordered": {"data.block_documents": 11},
         },
-        "executor": {"name": "local", "at_once": at_once, "cores_per_job": 1},
+        "executor": {"name": "local", "at_once": at_once, "cores_per_job": 1, "gpus_per_job": 0},
     }
     file = folder / "sweep.yaml"
     file.write_text(json.dumps(node))

@@ -32,6 +32,10 @@ def predicted_loss(state: State) -> float | None:
     return step_loss(state) or None
 
 
+class DivergedError(RunError):
+    """Losses or gradients stayed not finite: a result of the run's config, where other RunErrors are of its machine."""
+
+
 class Spike(NamedTuple):
     """A loss far above the steps before. step: 1-based, as in metrics.jsonl."""
 
@@ -197,7 +201,7 @@ class StepGuard(Callback):
         self.bad_steps += 1
         self._in_a_row += 1
         if self._in_a_row >= self.max_bad_steps:
-            raise RunError(
+            raise DivergedError(
                 f"step {number}: loss or gradient not finite in {self._in_a_row} steps in a row "
                 f"(trainer.max_bad_steps), none of them applied; {self.culprit(state)}: lower lr, or look at the rows "
                 f"with `inspect RUN --step {number}`"

@@ -111,6 +111,7 @@ def _run_nodes(options: RayOptions, processes: int, command: list[str], folder: 
                 # The first holds the store: by its address alone a machine may not know itself.
                 [*torchrun, f"--rdzv-conf=is_host={number == 0}", *command],
                 str(folder / f"node-{number}.log"),
+                str(Path.cwd()),
             )
             for number in range(options.nodes)
         ]
@@ -134,8 +135,9 @@ def meeting_place() -> str:
         return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
 
-def serve_node(arguments: list[str], log: str) -> int:
-    """Life of a launcher on its node; its exit code. It is asked to stop when Ray's process ends."""
+def serve_node(arguments: list[str], log: str, folder: str) -> int:
+    """Life of a launcher on its node; its exit code. It is asked to stop when Ray's process ends. folder: to run in,
+    which relative paths mean."""
     import ray  # pyright: ignore[reportMissingImports]
 
     address = ray.util.get_node_ip_address()
@@ -144,6 +146,7 @@ def serve_node(arguments: list[str], log: str) -> int:
     with Path(log).open("ab") as output:
         return subprocess.run(
             [sys.executable, "-m", "training.node", f"--local-addr={address}", *arguments],
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

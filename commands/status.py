@@ -151,6 +151,8 @@ def _table(facts: dict[str, Any]) -> Table:
         state += f" (process {facts['process']})"
     elif state == "stopped":
         state += ": the same `train` command goes on from the newest checkpoint"
+    elif state == "diverged":
+        state += ": diverged.json there says why"
     rows = {"run": facts["run"], "state": state}
     rows["phase"] = f"{facts['phase']}, step {facts['step']:,} of {facts['steps']:,}"
     rows["tokens"] = (

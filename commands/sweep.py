@@ -22,13 +22,13 @@ from recipe.cost import run_flops
 from recipe.phases import PhasePlan
 from sweeps.arms import Design, Variant, expand
 from sweeps.file import Stop, load_sweep_file
-from sweeps.folder import cells_of, read_sweep, seen_otherwise
+from sweeps.folder import Cell, cells_of, check_trials, read_sweep, seen_otherwise
 from sweeps.power import smallest_difference
 from sweeps.results import RunResult, SweepResult
 from sweeps.running import run_sweep
 from sweeps.searching import TRIAL, best_of, name_of
 from sweeps.statistics import verdicts
-from sweeps.stopping import places_at
+from sweeps.stopping import places_at, rung_tokens, unranked
 
 _LOOK_SECONDS = 2.0
 
@@ -51,6 +51,8 @@ def _stop(number: int, frame: Any) -> None:
 def _show(design: Design, price_per_hour: float | None, console: Console) -> None:
     """Arms with what they cost, and what the design can show. Raises ConfigError as a start would."""
     cells, seeds = cells_of(design), design.sweep.seeds
+    if design.sweep.search is not None:
+        check_trials(design, design.sweep.search)
     rates = design.sweep.slots_per_second
     if price_per_hour is not None and len(rates) < len(design.arms):
         raise ConfigError(f"--price-per-hour: needs slots_per_second of all {len(design.arms)} arms in {design.file}")
@@ -87,6 +89,8 @@ def _show(design: Design, price_per_hour: float | None, console: Console) -> Non
     console.print(f"{said} -> {design.folder}", soft_wrap=True)
     if (stop := design.sweep.stop) is not None:
         console.print(_rungs(stop, len(design.arms) - 1), soft_wrap=True)
+        for line in _beyond(design, stop, cells):
+            console.print(line, soft_wrap=True)
     if (search := design.sweep.search) is not None:
         console.print(
             f"search: {search.trials} trials before that, {run_flops(design.baseline.config) * search.trials:.3e} FLOPs"
@@ -104,6 +108,19 @@ def _rungs(stop: Stop, arms: int) -> str:
         parts.append(f"at {share:.3g} of the budget {left} of {arms}")
         arms = left
     return f"arms that go on, beside the baseline: {', '.join(parts)}; the FLOPs and hours above are without stopping"
+
+
+def _beyond(design: Design, stop: Stop, cells: Sequence[Cell]) -> list[str]:
+    """Of each rung the arms that it cannot stop."""
+    others = [arm for arm in design.arms if arm is not design.baseline]
+    runs = {arm.name: {cell.seed: cell.config for cell in cells if cell.arm == arm.name} for arm in others}
+    tokens = {arm.name: rung_tokens(stop, arm.config) for arm in others}
+    found = [unranked(runs, {arm: at[place] for arm, at in tokens.items()}) for place in range(len(stop.rungs))]
+    return [
+        f"rung {rung} does not rank or stop {', '.join(arms)}: trained beyond it before it was asked"
+        for rung, arms in enumerate(found, 1)
+        if arms
+    ]
 
 
 def _changes(arm: Variant) -> str:

@@ -344,4 +344,4 @@ def _job(task: Task, group: str, again: Sequence[str], output: Path) -> Job:
 
 
 def _run_jobs(executor: JobExecutor, jobs: Sequence[Job], console: Console) -> None:
-    executor.run(jobs, told(jobs, partial(console.print, soft_wrap=True)))
+    executor.run(jobs, told(jobs, partial(console.print, soft_wrap=True), executor.begun))

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from flexbert_core.schema import Component, Registry
 
@@ -27,12 +27,15 @@ class Job:
     """Beside this process's."""
 
 
-# Job and exit code; None: it has begun.
+# Job and exit code; None: it has begun, or is in a queue.
 Changed = Callable[[Job, int | None], None]
 
 
 class JobExecutor(ABC):
     """Runs commands somewhere. An entry of the slot has a `Config`."""
+
+    begun: ClassVar[str] = "started"
+    """What it means of a job that `changed` is called without an exit code."""
 
     def __init__(self, config: Component) -> None:
         self.config: Any = config
@@ -46,23 +49,29 @@ class JobExecutor(ABC):
         this thread. When this is interrupted, no job goes on. Raises RunError when jobs cannot be started at all."""
 
 
-def run_here(command: list[str], log: str, environment: dict[str, str]) -> int:
-    """Life of a job on its node. The command's exit code."""
+def run_here(command: list[str], log: str, environment: dict[str, str], folder: str) -> int:
+    """Life of a job on its node. The command's exit code. folder: to run in, which relative paths mean."""
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     with Path(log).open("ab") as file:
         return subprocess.run(
-            command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=file, stderr=file, check=False
+            command,
+            cwd=folder,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            check=False,
         ).returncode
 
 
-def told(jobs: Sequence[Job], say: Callable[[str], None]) -> Changed:
-    """For an executor's `changed`: says of each job that it has begun, and how it ended."""
+def told(jobs: Sequence[Job], say: Callable[[str], None], begun: str) -> Changed:
+    """For an executor's `changed`: says of each job that it has begun, and how it ended. begun: the executor's."""
     left = len(jobs)
 
     def changed(job: Job, code: int | None) -> None:
         nonlocal left
         if code is None:
-            say(f"started  {job.name}")
+            say(f"{begun}  {job.name}")
             return
         left -= 1
         said = f"done  {job.name}" if code == 0 else f"warning: {explain(job, code)}"

@@ -27,35 +27,42 @@ class LocalJobs(JobExecutor):
         at_once: int | None = Field(default=None, ge=1)
         """Jobs that run at the same time; default: as many as there are GPUs for, without GPUs one."""
         gpus_per_job: int | None = Field(default=None, ge=0)
-        """GPUs that a job sees; default: 1 where there are some."""
+        """GPUs that a job sees; default: 1 where there are some. 0: none, all run on the CPU."""
         cores_per_job: int | None = Field(default=None, ge=1)
         """Cores that a job is pinned to; default: an equal share of those that this process may use."""
 
     config: Config
 
     def check(self) -> None:
-        """Raises ConfigError when the machine has less than was asked for."""
+        """Raises ConfigError when the machine has less than was asked for, or GPUs for some of the jobs only."""
         gpus, cores = visible_gpus(), len(os.sched_getaffinity(0))
-        wanted = self.config.gpus_per_job or 0
-        if wanted > len(gpus):
-            raise ConfigError(f"executor.gpus_per_job: {wanted}, but this machine shows {len(gpus)} GPUs")
-        at_once = self.config.at_once or 1
-        if wanted * at_once > len(gpus):
+        per_job, at_once = self._dealt(gpus)
+        if per_job > len(gpus):
+            raise ConfigError(f"executor.gpus_per_job: {per_job}, but this machine shows {len(gpus)} GPUs: give fewer")
+        if per_job * at_once > len(gpus):
+            # A job without a GPU would compute with other kernels and another precision than the rest.
             raise ConfigError(
-                f"executor.at_once: {at_once} jobs of {wanted} GPUs, but this machine shows {len(gpus)}: "
-                f"give {len(gpus) // wanted} or less"
+                f"executor.at_once: {at_once} jobs of {per_job} GPUs, but this machine shows {len(gpus)}: "
+                f"give {len(gpus) // per_job} or less, or gpus_per_job: 0 to run all on the CPU"
             )
-        if (self.config.cores_per_job or 1) * at_once > cores:
+        share = self.config.cores_per_job or 1
+        if share > cores:
+            raise ConfigError(f"executor.cores_per_job: {share}, but this process may use {cores}: give fewer")
+        if share * at_once > cores:
             raise ConfigError(
-                f"executor.at_once: {at_once} jobs of {self.config.cores_per_job or 1} cores, but this process may use "
-                f"{cores}"
+                f"executor.at_once: {at_once} jobs of {share} cores, but this process may use {cores}: "
+                f"give {cores // share} or less"
             )
+
+    def _dealt(self, gpus: Sequence[str]) -> tuple[int, int]:
+        """GPUs of a job, and jobs that run at the same time."""
+        per_job = self.config.gpus_per_job if self.config.gpus_per_job is not None else min(1, len(gpus))
+        return per_job, self.config.at_once or (max(1, len(gpus) // per_job) if per_job else 1)
 
     def places(self) -> list[dict[str, Any]]:
         """For each job that runs at the same time, `gpus` that it sees (or none are hidden) and `cores` it runs on."""
         gpus, cores = visible_gpus(), sorted(os.sched_getaffinity(0))
-        per_job = self.config.gpus_per_job if self.config.gpus_per_job is not None else min(1, len(gpus))
-        at_once = self.config.at_once or (len(gpus) // per_job if per_job else 1)
+        per_job, at_once = self._dealt(gpus)
         share = self.config.cores_per_job or max(1, len(cores) // at_once)
         return [
             {

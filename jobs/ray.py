@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -28,6 +29,7 @@ class RayJobs(JobExecutor):
         """Cores that a job has."""
 
     config: Config
+    begun = "queued"  # it has no word of when a task begins
 
     def check(self) -> None:
         """Raises ConfigError without the package."""
@@ -48,7 +50,9 @@ class RayJobs(JobExecutor):
             waiting = {}
             for job in jobs:
                 threads = {"OMP_NUM_THREADS": str(config.cpus_per_job), **job.environment}
-                waiting[task.remote(list(job.command), str(job.log), threads)] = job
+                # Workers have the folder that `ray start` was given in.
+                handle = task.remote(list(job.command), str(job.log.absolute()), threads, str(Path.cwd()))
+                waiting[handle] = job
                 changed(job, None)
             while waiting:
                 done, _ = ray.wait(list(waiting), num_returns=1)

@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -67,9 +68,13 @@ class SlurmJobs(JobExecutor):
             setup=[f"export PYTHONPATH={shlex.quote(str(ROOT))}:$PYTHONPATH", *config.setup],
             additional_parameters=dict(config.sbatch_args),
         )
+        here = str(Path.cwd())
         try:
             with executor.batch():
-                handles = [executor.submit(run_here, list(job.command), str(job.log), job.environment) for job in jobs]
+                handles = [
+                    executor.submit(run_here, list(job.command), str(job.log.absolute()), job.environment, here)
+                    for job in jobs
+                ]
         except FailedJobError as error:
             raise RunError(f"executor: slurm: sbatch refused: {_last_line(str(error))}") from None
         waiting = list(zip(jobs, handles, strict=True))

@@ -23,7 +23,7 @@ from recipe.config import RunConfig, load_run_config
 from recipe.phases import PhasePlan
 from sweeps.equal import adjusted
 from sweeps.file import ARM, Random, Range, Search, SweepFile
-from sweeps.searching import TRIAL, first_of, name_of, read_search
+from sweeps.searching import TRIAL, ends_of, name_of, read_search
 from sweeps.stopping import check_rungs
 
 ABSENT = "not there"
@@ -92,8 +92,12 @@ def cell_name(arm: str, seed: int) -> str:
 
 def expand(file: Path, sweep: SweepFile) -> Design:
     """Raises ConfigError, naming the arm, for a config that is wrong, one that differs from the baseline in more than
-    it says or in nothing, names that come twice, and rungs at which it cannot be stopped."""
+    it says or in nothing, keys that a sweep sets itself, names that come twice, and rungs at which it cannot be
+    stopped."""
     base = Path(sweep.base) if Path(sweep.base).is_absolute() else file.parent / sweep.base
+    for text in sweep.set:
+        # Not runs: by default the sweep's folder lies there.
+        _check_free(file, sweep, "set", text.partition("=")[0].strip(), ("name", "seed"))
     changes = _changes(file, sweep)
     if sweep.baseline not in changes:
         if sweep.baseline != "baseline":
@@ -126,22 +130,36 @@ def expand(file: Path, sweep: SweepFile) -> Design:
     return Design(file, sweep, base, made)
 
 
-def arm_of(design: Design, name: str, changes: Mapping[str, Any]) -> Variant:
-    """Another arm beside those of a design, with what `equal` adjusts. Raises ConfigError as `expand` does."""
-    return _checked(design, _variant(design.file, design.sweep, design.base, name, changes))
+def arm_of(design: Design, name: str, changes: Mapping[str, Any], *, may_be_baseline: bool = False) -> Variant:
+    """Another arm beside those of a design, with what `equal` adjusts. Raises ConfigError as `expand` does.
+
+    may_be_baseline: it may train the same, as a trial may.
+    """
+    arm = _variant(design.file, design.sweep, design.base, name, changes)
+    return _checked(design, arm, may_be_baseline=may_be_baseline)
 
 
-def _checked(design: Design, arm: Variant) -> Variant:
+def _checked(design: Design, arm: Variant, *, may_be_baseline: bool = False) -> Variant:
     made = _fair(design.file, design.sweep, design.base, arm, design.baseline)
-    _check_differs(design.file, made, design.baseline)
+    if not may_be_baseline or difference(made.config, design.baseline.config):
+        _check_differs(design.file, made, design.baseline)
     return made
 
 
 def _found(file: Path, search: Search, design: Design, changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Arms that the search has chosen so far. Raises ConfigError for paths that are none, and for a name taken."""
+    """Arms that the search has chosen so far. Raises ConfigError for paths that are none, for those that `equal`
+    adjusts, and for a name taken."""
     if taken := [name for name in changes if re.fullmatch(rf"{TRIAL}\d+", name)]:
         raise ConfigError(f"{taken[0]!r} is the name of a trial: name that arm otherwise")
-    _variant(file, design.sweep, design.base, "a trial", first_of(search))
+    first, last = ends_of(search)
+    _variant(file, design.sweep, design.base, "a trial", first)
+    for point in (first, last) if design.sweep.equal is not None else ():
+        try:
+            arm = _variant(file, design.sweep, design.base, "a trial", point)
+            adjusts = _adjusted(file, design.sweep, arm, design.baseline)
+        except ConfigError:  # these values together are no model, say: a trial of them fails by itself
+            continue
+        _check_clash(file, design.sweep, arm, adjusts)
     trials = read_search(design.folder, search)
     return {name_of(trial.number): dict(trial.changes) for trial in trials if trial.chosen}
 
@@ -149,9 +167,9 @@ def _found(file: Path, search: Search, design: Design, changes: Mapping[str, Any
 def _changes(file: Path, sweep: SweepFile) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     points = [dict(zip(sweep.grid, values, strict=True)) for values in itertools.product(*sweep.grid.values())]
-    drawn = [] if sweep.random is None else _drawn(sweep.random)
+    points_drawn = [] if sweep.random is None else drawn(sweep.random)
     arms = [(_title(point), point) for point in points if point]
-    arms += [*sweep.listed.items(), *((f"random-{number}", point) for number, point in enumerate(drawn))]
+    arms += [*sweep.listed.items(), *((f"random-{number}", point) for number, point in enumerate(points_drawn))]
     for name, change in arms:
         if not re.fullmatch(ARM, name):
             raise ConfigError(f"{file}: grid: {name!r} is no name for an arm: name it under `list`")
@@ -172,8 +190,8 @@ def _title(point: Mapping[str, Any]) -> str:
     )
 
 
-def _drawn(random: Random) -> list[dict[str, Any]]:
-    """Each arm from a generator of its own, so that more of them change none."""
+def drawn(random: Random) -> list[dict[str, Any]]:
+    """Changes of the arms, each arm from a generator of its own, so that more of them change none."""
     points = []
     for number in range(random.arms):
         generator = keyed_generator(random.seed, "random arms", number)
@@ -184,25 +202,32 @@ def _drawn(random: Random) -> list[dict[str, Any]]:
 def _value(values: Range | Sequence[Any], generator: np.random.Generator) -> Any:
     if not isinstance(values, Range):
         return values[int(generator.integers(len(values)))]
+    # Whole numbers are the middles of pieces of the range, so that each has its share.
+    half = 0.5 if values.integer else 0.0
+    low, high = values.low - half, values.high + half
     if values.log:
-        drawn = float(np.exp(generator.uniform(np.log(values.low), np.log(values.high))))
+        number = float(np.exp(generator.uniform(np.log(low), np.log(high))))
     else:
-        drawn = float(generator.uniform(values.low, values.high))
-    return round(drawn) if values.integer else float(f"{drawn:.4g}")
+        number = float(generator.uniform(low, high))
+    return values.value(min(max(number, values.low), values.high))
 
 
 def _variant(file: Path, sweep: SweepFile, base: Path, name: str, changes: Mapping[str, Any]) -> Variant:
     for path in changes:
-        if path in _OWN:
-            raise ConfigError(
-                f"{file}: {name}: {path}: a sweep sets this itself" + (": use seeds" if path == "seed" else "")
-            )
-        if sweep.branch_from is not None and path.split(".")[0] == "from":
-            raise ConfigError(f"{file}: {name}: {path}: branch_from says where every arm starts: leave one of both out")
+        _check_free(file, sweep, name, path, _OWN)
     own = [override(path, value) for path, value in changes.items()]
     overrides = [*sweep.set, *_branch(sweep, sweep.seeds[0]), *own]
     with named(f"{file}: {name}"):
         return Variant(name, changes, load_run_config(base, overrides), overrides)
+
+
+def _check_free(file: Path, sweep: SweepFile, place: str, path: str, own: Sequence[str]) -> None:
+    """own: keys that the sweep sets. Raises ConfigError for one of them, and for a start beside branch_from."""
+    if path in own:
+        fix = "use seeds" if path == "seed" else "leave it out"
+        raise ConfigError(f"{file}: {place}: {path}: a sweep sets this itself: {fix}")
+    if sweep.branch_from is not None and path.split(".")[0] == "from":
+        raise ConfigError(f"{file}: {place}: {path}: branch_from says where every arm starts: leave one of both out")
 
 
 def _branch(sweep: SweepFile, seed: int) -> list[str]:
@@ -214,15 +239,24 @@ def _fair(file: Path, sweep: SweepFile, base: Path, arm: Variant, baseline: Vari
     """With what `equal` adjusts."""
     if sweep.equal is None:
         return arm
-    with named(f"{file}: {arm.name}: equal"):
-        changes = adjusted(sweep.equal, arm.config, baseline.config, sweep.slots_per_second, arm.name, baseline.name)
-    if clash := [path for path in changes if any(_touches(path, own) for own in arm.changes)]:
-        raise ConfigError(
-            f"{file}: {arm.name}: equal: {sweep.equal} would change {clash[0]}, which the arm sets itself"
-        )
+    changes = _adjusted(file, sweep, arm, baseline)
+    _check_clash(file, sweep, arm, changes)
     overrides = [*arm.overrides, *(override(path, value) for path, value in changes.items())]
     with named(f"{file}: {arm.name}: equal"):
         return Variant(arm.name, arm.changes, load_run_config(base, overrides), overrides, changes)
+
+
+def _adjusted(file: Path, sweep: SweepFile, arm: Variant, baseline: Variant) -> dict[str, Any]:
+    assert sweep.equal is not None
+    with named(f"{file}: {arm.name}: equal"):
+        return adjusted(sweep.equal, arm.config, baseline.config, sweep.slots_per_second, arm.name, baseline.name)
+
+
+def _check_clash(file: Path, sweep: SweepFile, arm: Variant, changes: Mapping[str, Any]) -> None:
+    if clash := [path for path in changes if any(lies_in(path, own) for own in arm.changes)]:
+        raise ConfigError(
+            f"{file}: {arm.name}: equal: {sweep.equal} would change {clash[0]}, which the arm sets itself"
+        )
 
 
 def difference(ours: RunConfig, theirs: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -276,7 +310,7 @@ def _check_differs(file: Path, arm: Variant, baseline: Variant) -> None:
     unsaid = [
         path
         for path, sides in found.items()
-        if not any(_touches(path, own) for own in said)
+        if not any(lies_in(path, own) for own in said)
         and not (ABSENT in sides and swapped and path.startswith(swapped))
     ]
     if unsaid:
@@ -288,7 +322,7 @@ def _check_differs(file: Path, arm: Variant, baseline: Variant) -> None:
         )
 
 
-def _touches(path: str, said: str) -> bool:
+def lies_in(path: str, said: str) -> bool:
     """Whether a path is the said one, or lies in it."""
     plain = re.sub(r"\[([^\]]*)\]", r".\1", said)
     return path == plain or path.startswith(f"{plain}.")

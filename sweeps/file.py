@@ -23,7 +23,7 @@ class Range(Schema):
     low: float = Field(description="the smallest")
     high: float = Field(description="the largest")
     log: bool = Field(default=False, description="evenly in the logarithm")
-    integer: bool = Field(default=False, description="whole numbers")
+    integer: bool = Field(default=False, description="whole numbers, the bounds among them")
 
     @model_validator(mode="after")
     def _check(self) -> "Range":
@@ -31,7 +31,25 @@ class Range(Schema):
             raise ValueError(f"low {self.low:g} is not under high {self.high:g}")
         if self.log and self.low <= 0:
             raise ValueError(f"log: low {self.low:g} is not over 0")
+        if self.integer:
+            for name, bound in (("low", self.low), ("high", self.high)):
+                if not bound.is_integer():
+                    raise ValueError(f"integer: {name} {bound:g} is not whole: give a whole number")
         return self
+
+    def value(self, drawn: float) -> float:
+        """As a config takes it: whole, or of four digits, and never beyond a bound."""
+        if self.integer:
+            return round(drawn)
+        return min(max(float(f"{drawn:.4g}"), self.low), self.high)
+
+
+def _as_range(node: Any) -> Any:
+    """So that what is wrong with a range is said of it alone, and not that it is no list, too."""
+    return Range.model_validate(node) if isinstance(node, dict) else node
+
+
+Values = Annotated[Range | list[Any], BeforeValidator(_as_range)]
 
 
 class Random(Schema):
@@ -39,18 +57,14 @@ class Random(Schema):
 
     arms: int = Field(ge=1, le=1000, description="how many; raised later, the first ones stay what they are")
     seed: int = Field(default=0, ge=0, description="of the draws")
-    values: dict[str, Range | list[Any]] = Field(
-        min_length=1, description="by config path: a range, or a list to choose from"
-    )
+    values: dict[str, Values] = Field(min_length=1, description="by config path: a range, or a list to choose from")
 
 
 class Search(Schema):
     """Arms that Optuna's TPE proposes, one after the other; the best is an arm of the sweep, search-N."""
 
     trials: int = Field(ge=2, le=1000, description="how many; may be raised later")
-    values: dict[str, Range | list[Any]] = Field(
-        min_length=1, description="by config path: a range, or a list to choose from"
-    )
+    values: dict[str, Values] = Field(min_length=1, description="by config path: a range, or a list to choose from")
     batch: int = Field(
         default=1, ge=1, description="trials that are proposed together, so that as many can be trained at a time"
     )
@@ -168,6 +182,11 @@ class SweepFile(Schema):
             )
         if self.equal == "hours" and not self.slots_per_second:
             raise ValueError("equal: hours: needs slots_per_second of each arm: take those of metrics.jsonl")
+        if self.equal == "hours" and self.search is not None:
+            raise ValueError(
+                "equal: hours: slots_per_second of a trial is not known before it is trained: search at equal tokens "
+                "or flops"
+            )
         return self
 
     @staticmethod

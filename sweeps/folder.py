@@ -18,12 +18,14 @@ from recipe.config import RunConfig, read_recorded_config
 from recipe.cost import run_flops
 from recipe.objectives import own_masking
 from recipe.phases import PhasePlan
-from sweeps.arms import Design, Variant, cell_name, difference
+from sweeps.arms import Design, Variant, arm_of, cell_name, difference
+from sweeps.begun import changed_meaning, check_begun
+from sweeps.file import Search
 from sweeps.results import Arm, RunResult, SearchResult, Stops, SweepResult
 from sweeps.run_result import read_run
-from sweeps.searching import read_search
+from sweeps.searching import name_of, read_search
 from sweeps.stopping import read_judged, rung_tokens
-from training.folder import RunFolder
+from training.folder import RunFolder, history
 
 _FILE = "sweep.json"
 # Where two configs may differ and yet see the same batches with the same masks.
@@ -76,7 +78,32 @@ def cell_of(design: Design, arm: Variant, seed: int) -> Cell:
     config, name, folder = design.cell(arm, seed), cell_name(arm.name, seed), design.folder
     with named(f"{design.file}: {arm.name}, seed {seed}"):
         RunFolder(config.folder).check_config(config, phases_too=True)
+        check_begun(config, [*arm.changes, *design.baseline.changes])
     return Cell(arm.name, seed, config, folder / "cells" / f"{name}.yaml", folder / "logs" / f"{name}.log")
+
+
+def check_trials(design: Design, search: Search) -> None:
+    """Raises ConfigError for trials of a search that were trained otherwise than the sweep file now says: by their run
+    folders, or where these are gone by their run files."""
+    for trial in read_search(design.folder, search):
+        name = cell_name(name_of(trial.number), search.train_seed)
+        file = design.folder / "cells" / f"{name}.yaml"
+        if trial.state == "running" or not file.is_file():
+            continue
+        arm = arm_of(design, name_of(trial.number), trial.changes, may_be_baseline=True)
+        cell = cell_of(design, arm, search.train_seed)
+        if cell.config.folder.exists():
+            continue
+        recorded = read_recorded_config(file)
+        before, now = history(recorded), history(cell.config)
+        changed = {key: (before.get(key), now.get(key)) for key in before.keys() | now.keys()}
+        changed = {key: sides for key, sides in sorted(changed.items()) if sides[0] != sides[1]}
+        changed |= changed_meaning(recorded, cell.config, [*arm.changes, *design.baseline.changes])
+        if changed:
+            told = "; ".join(f"{key} was {was!r}, now {is_now!r}" for key, (was, is_now) in changed.items())
+            raise ConfigError(
+                f"{file}: this trial was trained otherwise: {told}: undo that, or give the sweep another folder"
+            )
 
 
 def write_cells(cells: Sequence[Cell]) -> None:
@@ -145,7 +172,9 @@ def read_sweep(folder: Path) -> SweepResult:
     runs = {(arm.name, seed): _run(folder, arm.name, seed) for arm in arms for seed in node["seeds"]}
     stops = None
     if node.get("stop"):
-        judged = [each for each in read_judged(folder) if each.arm in {arm.name for arm in arms}]
+        judged = [
+            each for each in read_judged(folder, baseline=node["baseline"]) if each.arm in {arm.name for arm in arms}
+        ]
         stops = Stops(**node["stop"], judged=judged)
         runs = {cell: _with_stops(run, stops) for cell, run in runs.items()}
     search = SearchResult(**node["search"], trials=read_search(folder)) if node.get("search") else None

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import numpy as np
 
 State = Literal["missing", "waiting", "running", "interrupted", "failed", "paused", "stopped", "finished"]
-"""missing: not begun. paused: at a rung, until other arms have come there. stopped: by a rule of the sweep, so its loss
+"""missing: not begun. interrupted: a signal or a failure ended it, as its log says. failed: it diverged, or its
+checkpoints are gone. paused: at a rung, until other arms have come there. stopped: by a rule of the sweep, so its loss
 is not a final one."""
 
 
@@ -102,7 +103,7 @@ class Trial:
     why: str = ""
     """Of one that failed."""
     died_at: tuple[int, ...] = ()
-    """Tokens of its run's newest checkpoint whenever a signal had ended the run."""
+    """Tokens of its run's newest checkpoint whenever the run had ended otherwise than by diverging or on demand."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ _STATES: Mapping[str, State] = {
     "training": "running",
     "finished": "finished",
     "checkpoints gone": "failed",
+    "diverged": "failed",
     "stopped": "interrupted",
     "not started": "waiting",
 }

@@ -14,7 +14,7 @@ from sweeps.folder import Cell, cells_of, write_sweep
 from sweeps.looking import look
 from sweeps.results import Judged
 from sweeps.searching import check_installed
-from sweeps.stopping import judge, losses_at, passed, read_judged, rung_tokens, write_judged
+from sweeps.stopping import judge, losses_at, passed, read_judged, rung_tokens, unranked, write_judged
 
 
 def run_sweep(design: Design, console: Console) -> bool:
@@ -40,7 +40,9 @@ def run_sweep(design: Design, console: Console) -> bool:
                 return False
             design = expand(design.file, design.sweep)  # with what was found
             cells = cells_of(design)
-        judged = [] if design.sweep.stop is None else read_judged(design.folder, design.sweep.stop)
+        judged = (
+            [] if design.sweep.stop is None else read_judged(design.folder, design.sweep.stop, design.baseline.name)
+        )
         write_sweep(design, cells)
         training = _Training(design, cells, executor, console, judged)
         done = sum(cell.is_finished for cell in cells)
@@ -94,6 +96,13 @@ class _Training:
             arms = dict.fromkeys(cell.arm for cell in self._going)
             runs = {arm: {cell.seed: cell.config for cell in self.cells if cell.arm == arm} for arm in arms}
             losses = {arm: found for arm in arms if (found := losses_at(runs[arm], at[arm])) is not None}
+            if out := [arm for arm in unranked(runs, at) if arm != self.design.baseline.name]:
+                self.console.print(
+                    f"rung {rung}, {share:.3g} of the budget: not ranked, and not stopped there: {', '.join(out)}: "
+                    "trained beyond it before it was asked",
+                    soft_wrap=True,
+                    markup=False,
+                )
             if new := judge(stop, rung, losses, self.design.baseline.name, self.judged):
                 self.judged += new
                 write_judged(self.design.folder, stop, self.judged)
@@ -115,4 +124,4 @@ class _Training:
         processes = self.design.sweep.processes
         jobs = [job_of(cell, processes, until.get(cell.arm)) for cell in cells]
         if jobs:
-            self.executor.run(jobs, told(jobs, partial(self.console.print, soft_wrap=True)))
+            self.executor.run(jobs, told(jobs, partial(self.console.print, soft_wrap=True), self.executor.begun))

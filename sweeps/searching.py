@@ -7,6 +7,8 @@ its loss in the search says little, and the arm is trained again with the sweep'
 SWEEP/search.json holds every trial and is written whole. A trial is drawn from it alone: the sampler's generator is
 keyed by the seed and the trial's number. So a search that was killed proposes what it would have proposed, and trains
 no finished trial again. A batch is proposed before any of it is trained; TPE takes those without a loss for bad ones.
+A failed trial is told to it as worse than the worst, since it leaves out those that Optuna calls failed, and would go
+on searching where runs diverge.
 """
 
 import importlib.util
@@ -53,10 +55,12 @@ def propose(search: Search, trials: Sequence[Trial]) -> Trial:
     number, space = len(trials), {path: _distribution(values) for path, values in search.values.items()}
     sampler = optuna.samplers.TPESampler(seed=torch_seed(search.seed, "search", number) % 2**32, constant_liar=True)
     study = optuna.create_study(sampler=sampler, direction="minimize")
-    states = {"running": "RUNNING", "finished": "COMPLETE", "failed": "FAIL"}
+    # How much worse says nothing: TPE goes by ranks.
+    bad = max((each.loss for each in trials if each.loss is not None), default=0.0) + 1
     for each in trials:
-        state = optuna.trial.TrialState[states[each.state]]
-        made = optuna.trial.create_trial(state=state, params=dict(each.params), distributions=space, value=each.loss)
+        state = optuna.trial.TrialState["RUNNING" if each.state == "running" else "COMPLETE"]
+        value = bad if each.state == "failed" else each.loss
+        made = optuna.trial.create_trial(state=state, params=dict(each.params), distributions=space, value=value)
         study.add_trial(made)
     params = study.ask(space).params
     return Trial(number, params, {path: _value(search.values[path], param) for path, param in params.items()})
@@ -79,15 +83,18 @@ def _distribution(values: Range | Sequence[Any]) -> "BaseDistribution":
 def _value(values: Range | Sequence[Any], param: Any) -> Any:
     if not isinstance(values, Range):
         return values[param]
-    return param if values.integer else float(f"{param:.4g}")
+    return values.value(param)
 
 
-def first_of(search: Search) -> dict[str, Any]:
-    """A point of the space, for a look at its paths."""
-    return {
-        path: _value(values, (round(values.low) if values.integer else values.low) if isinstance(values, Range) else 0)
-        for path, values in search.values.items()
-    }
+def ends_of(search: Search) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two points of the space, for a look at its paths: all values the smallest, or first of a list, and the largest,
+    or last."""
+    first, last = dict[str, Any](), dict[str, Any]()
+    for path, values in search.values.items():
+        bounds = (values.low, values.high) if isinstance(values, Range) else (values[0], values[-1])
+        whole = isinstance(values, Range) and values.integer
+        first[path], last[path] = map(round, bounds) if whole else bounds
+    return first, last
 
 
 def told(trial: Trial, loss: float | None, why: str = "") -> Trial:

@@ -12,7 +12,7 @@ ever came to the rung (as in ASHA, arXiv 1810.05934), over the seeds that all of
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,16 @@ def losses_at(runs: Mapping[int, RunConfig], tokens: int) -> dict[int, float | N
     return {seed: line["validation"]["loss"] for seed, line in lines.items() if line is not None}
 
 
+def unranked(runs: Mapping[str, Mapping[int, RunConfig]], tokens: Mapping[str, int]) -> list[str]:
+    """Arms that have no loss at a rung and will get none: runs of theirs were beyond it before it was asked. runs: by
+    arm and seed. tokens: of the rung, by arm."""
+    return [
+        arm
+        for arm, each in runs.items()
+        if losses_at(each, tokens[arm]) is None and all(passed(config, tokens[arm]) for config in each.values())
+    ]
+
+
 def _line(config: RunConfig, tokens: int) -> Mapping[str, Any] | None:
     lines = read_lines(RunFolder(config.folder).metrics)
     return next((line for line in lines if line["tokens"] == tokens and "validation" in line), None)
@@ -129,8 +139,9 @@ def _mean(values: Sequence[float | None]) -> float:
     return sum(math.inf if value is None else value for value in values) / len(values)
 
 
-def read_judged(folder: Path, stop: Stop | None = None) -> list[Judged]:
-    """What was decided in a sweep's folder. stop: the rule as it is now.
+def read_judged(folder: Path, stop: Stop | None = None, baseline: str | None = None) -> list[Judged]:
+    """What was decided in a sweep's folder. stop: the rule as it is now. baseline: as it is now, which always goes on,
+    also when it was stopped as an arm before.
 
     Raises ConfigError for a damaged file, and when decisions were made by another rule.
     """
@@ -143,6 +154,7 @@ def read_judged(folder: Path, stop: Stop | None = None) -> list[Judged]:
             Judged(**{**each, "losses": {int(seed): v for seed, v in each["losses"].items()}})
             for each in node["judged"]
         ]
+        judged = [replace(each, kept=True) if each.arm == baseline else each for each in judged]
         rule = node["rule"]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise ConfigError(

@@ -38,8 +38,8 @@ _SUMMARY = {"steps", "tokens", "tokens_per_second", "packing_efficiency", "valid
 
 class RunFolder:
     """runs/NAME: config.yaml, environment.json, metrics.jsonl, ledger.jsonl, checkpoints/, first_checkpoint.json,
-    exports/, tensorboard/, summary.json, curves.png, of a branch origin.json, with `distill` teacher.json, and with
-    `publish` publish.json and publish.log."""
+    exports/, tensorboard/, summary.json, curves.png, after a divergence diverged.json, of a branch origin.json, with
+    `distill` teacher.json, and with `publish` publish.json and publish.log."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -51,6 +51,7 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.origin = path / "origin.json"
         self.curves = path / "curves.png"
+        self.divergence = path / "diverged.json"
         self.lock = path / ".lock"
         self._lock: TextIO | None = None
 
@@ -77,6 +78,11 @@ class RunFolder:
         if not self.first_checkpoint.exists():
             write_file(self.first_checkpoint, json.dumps({"checkpoint": path.name}))
 
+    def note_divergence(self, why: str) -> None:
+        """Remember until the run is started again that it has ended so (rank 0). Its exit code tells this from no other
+        failure, and launchers and clusters have codes of their own."""
+        write_file(self.divergence, json.dumps({"why": why}))
+
     def checkpoints_gone(self) -> bool:
         """Whether the run has had checkpoints and none is left."""
         return self.first_checkpoint.exists() and not list_checkpoints(self.checkpoints)
@@ -90,14 +96,16 @@ class RunFolder:
             )
 
     def state(self, trained: bool) -> str:
-        """training, finished, checkpoints gone, stopped (the same command goes on), or not started. trained: whether
-        its metrics have a line of training. Takes no lock."""
+        """training, finished, checkpoints gone, diverged, stopped (the same command goes on), or not started. trained:
+        whether its metrics have a line of training. Takes no lock."""
         if holder(self.lock) is not None:
             return "training"
         if self.finished() is not None:
             return "finished"
         if self.checkpoints_gone():
             return "checkpoints gone"
+        if self.divergence.exists():
+            return "diverged"
         return "stopped" if trained or list_checkpoints(self.checkpoints) else "not started"
 
     def recorded_config(self) -> RunConfig:
@@ -180,6 +188,7 @@ class RunFolder:
         summary = self.finished()
         if summary is not None and summary["steps"] < PhasePlan(config).total_steps:
             self.summary.unlink()
+        self.divergence.unlink(missing_ok=True)
         write_file(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
         write_file(self.path / "environment.json", json.dumps(environment(), indent=1))
 

@@ -9,6 +9,7 @@ from composer.utils import dist
 from rich.console import Console
 
 import ranks
+from callbacks.guards import DivergedError
 from callbacks.watchdog import Watchdog
 from data.feed.workers import worker_death
 from flexbert_core.schema import RunError
@@ -108,6 +109,10 @@ def train_until(config: RunConfig, console: Console, tokens: int | None) -> dict
                 )
             return None
         summary = run.finish()
+    except DivergedError as error:
+        if rank == 0:
+            folder.note_divergence(str(error))
+        raise
     except RuntimeError as error:  # PyTorch raises this in the training process at the moment when a worker dies
         raise worker_death(error) or lost_rank(error) or error from None
     except OSError as error:

@@ -384,7 +384,7 @@ def test_jobs_compute_the_same(exports: tuple[Path, Path], tmp_path: Path) -> No
     file.write_text(
         f"imports: [{ROOT}/tests/helpers/weigher.py]\n"
         f"evaluation: {{name: weigher, count_in: {tmp_path}/made, refuses: two}}\n"
-        "executor: {name: local, at_once: 2, cores_per_job: 1}\n"
+        "executor: {name: local, at_once: 2, cores_per_job: 1, gpus_per_job: 0}\n"
     )
     arguments = [str(file), *map(str, exports), "--output", str(tmp_path / "jobs")]
     done = run(command("eval", *arguments))

@@ -2,14 +2,16 @@
 
 import json
 import os
+import re
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from flexbert_core.schema import ConfigError, RunError
-from jobs.base import Job
+from jobs.base import Job, told
 from jobs.ray import RayJobs
 from jobs.slurm import SlurmJobs
 
@@ -102,3 +104,32 @@ def test_tasks_of_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: p
     assert codes == {"j0": 0, "j1": 1}
     assert (tmp_path / "j1.log").read_text() == "hello m1\n"
     assert "executor: ray: RAY_ADDRESS=127.0.0.1:1 is not used: Ray starts on this machine" in caplog.text
+
+
+CLUSTER = """
+import os, sys, time
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+import ray
+print(ray.init(address="local", include_dashboard=False, num_cpus=2, log_to_driver=False).address_info["address"], flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_relative_paths_mean_the_same_on_a_cluster_of_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which was started in another folder."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+    monkeypatch.chdir(here)
+    with subprocess.Popen(
+        [sys.executable, "-c", CLUSTER], cwd=there, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as head:
+        assert head.stdout is not None
+        address = next(line.strip() for line in head.stdout if re.fullmatch(r"[0-9.]+:[0-9]+", line.strip()))
+        said: list[str] = []
+        job = Job("one", [sys.executable, "-c", "import os; print(os.getcwd())"], Path("logs/one.log"))
+        executor = RayJobs(RayJobs.Config(address=address))
+        executor.run([job], told([job], said.append, executor.begun))
+    assert (here / "logs/one.log").read_text() == f"{here}\n"
+    assert said == ["queued  one", "done  one  (0 jobs left)"]

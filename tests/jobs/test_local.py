@@ -82,8 +82,12 @@ def test_none_outlives_the_command(tmp_path: Path, number: int) -> None:
 
 def test_more_than_there_is_is_refused() -> None:
     cores = len(os.sched_getaffinity(0))
-    with pytest.raises(ConfigError, match=rf"executor\.at_once: 2 jobs of {cores} cores, but .* {cores}$"):
+    with pytest.raises(
+        ConfigError, match=rf"executor\.at_once: 2 jobs of {cores} cores, but .* {cores}: give 1 or less$"
+    ):
         executor(at_once=2, cores_per_job=cores).check()
+    with pytest.raises(ConfigError, match=rf"executor\.cores_per_job: {cores + 1}, but .* {cores}: give fewer$"):
+        executor(cores_per_job=cores + 1).check()
 
 
 def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,3 +96,25 @@ def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [place["gpus"] for place in places] == [["4", "5"], ["6", "7"]]
     with pytest.raises(ConfigError, match=r"executor\.at_once: 3 jobs of 2 GPUs, but this machine shows 4: give 2"):
         executor(gpus_per_job=2, at_once=3).check()
+
+
+def test_either_all_jobs_have_a_gpu_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has none would be trained on another device than those it is compared with."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(
+        ConfigError, match=r"at_once: 2 jobs of 1 GPUs, but .* shows 1: give 1 or less, or gpus_per_job: 0"
+    ):
+        executor(at_once=2, cores_per_job=1).check()
+    on_cpu = executor(at_once=2, cores_per_job=1, gpus_per_job=0)
+    assert [place["gpus"] for place in on_cpu.places()] == [[], []]
+
+
+def test_gpus_for_which_cores_are_too_few_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """at_once, which is not said, is that of the GPUs."""
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(str(number) for number in range(cores + 1)))
+    with pytest.raises(
+        ConfigError, match=rf"at_once: {cores + 1} jobs of 1 cores, but .* {cores}: give {cores} or less"
+    ):
+        executor().check()
+    assert all(place["cores"] for place in executor(at_once=cores).places())

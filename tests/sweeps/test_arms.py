@@ -1,6 +1,7 @@
 """From a sweep file to arms: what they are called, that they say all in which they differ, what makes them equal."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from flexbert_core.schema import ConfigError
 from recipe.config import load_run_config
 from recipe.cost import run_flops
 from recipe.phases import PhasePlan
-from sweeps.arms import Design, expand
-from sweeps.file import load_sweep_file
+from sweeps.arms import Design, drawn, expand
+from sweeps.file import SweepFile, load_sweep_file
 from sweeps.folder import seen_otherwise
 
 ROOT = Path(__file__).parent.parent.parent
@@ -67,6 +68,22 @@ def test_more_random_arms_leave_the_first_ones_as_they_are(tmp_path: Path) -> No
     assert len({arm.config.model.num_hidden_layers for arm in many[1:]}) > 4
 
 
+def test_whole_numbers_are_drawn_evenly_and_nothing_leaves_its_range(tmp_path: Path) -> None:
+    near = {"low": 0.99990, "high": 0.99999}  # of four digits either is 1
+    values = {"model.num_hidden_layers": {"low": 1, "high": 3, "integer": True}, "optimizer.beta2": near}
+    values["model.attention.window_per_side"] = {"low": 1, "high": 8, "integer": True, "log": True}
+    sweep = SweepFile.model_validate({"base": "base.yaml", "random": {"arms": 1000, "values": values}})
+    assert sweep.random is not None
+    points = drawn(sweep.random)
+    layers = Counter(point["model.num_hidden_layers"] for point in points)
+    assert layers.keys() == {1, 2, 3}
+    assert all(250 < count < 420 for count in layers.values())  # 1000 / 3, give or take five deviations
+    assert all(near["low"] <= point["optimizer.beta2"] <= near["high"] for point in points)
+    windows = Counter(point["model.attention.window_per_side"] for point in points)
+    assert windows.keys() == set(range(1, 9))
+    assert windows[1] > windows[2] > windows[4]
+
+
 @pytest.mark.parametrize(
     ("node", "message"),
     [
@@ -76,7 +93,26 @@ def test_more_random_arms_leave_the_first_ones_as_they_are(tmp_path: Path) -> No
             {"list": {"a": {"optimizer.name": "adamw"}}},
             r"a: differs from baseline in more than it says: optimizer\.\w+ is",
         ),
+        (
+            {"random": {"arms": 2, "values": {"model.num_hidden_layers": {"low": 1.4, "high": 3, "integer": True}}}},
+            r"integer: low 1\.4 is not whole: give a whole number",
+        ),
+        (
+            {
+                "search": {
+                    "trials": 2,
+                    "values": {"model.num_hidden_layers": {"low": 0.4, "high": 8, "log": True, "integer": True}},
+                }
+            },
+            r"integer: low 0\.4 is not whole",
+        ),
         ({"list": {"a": {"seed": 3}}}, "a: seed: a sweep sets this itself: use seeds"),
+        ({"list": DEEP, "set": ["seed=7"]}, "set: seed: a sweep sets this itself: use seeds"),
+        ({"list": DEEP, "set": ["name=mine"]}, "set: name: a sweep sets this itself: leave it out"),
+        (
+            {"list": DEEP, "set": ["from=runs/other"], "branch_from": "runs/stable-s{seed}"},
+            "set: from: branch_from says where every arm starts",
+        ),
         ({"list": {"a": {"model.num_hidden_layers": 4}}}, "a: trains the same as baseline: leave it out"),
         ({"list": {"a": {"ema": {"decay": 0.999}}}}, "a: differs from baseline in `ema` alone, which moves no weight"),
         (

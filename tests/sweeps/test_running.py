@@ -45,7 +45,7 @@ def write_sweep(folder: Path, steps: int = STEPS, **changes: Any) -> Path:
         write_data(data)
     base = write_config(folder / "base", data, steps, "full", "sparse")
     node = {"base": str(base), "folder": str(folder / "sweep"), "seeds": [0], "list": ARMS}
-    node["executor"] = {"name": "local", "at_once": 2, "cores_per_job": 1}
+    node["executor"] = {"name": "local", "at_once": 2, "cores_per_job": 1, "gpus_per_job": 0}
     file = folder / "tiny.yaml"
     file.write_text(json.dumps({**node, **changes}))
     return file

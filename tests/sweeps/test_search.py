@@ -16,15 +16,17 @@ import pytest
 
 from benchmarks.synthetic_sweep import write_sweep
 from flexbert_core.schema import ConfigError
-from sweeps.arms import expand
+from sweeps.arms import arm_of, difference, expand
 from sweeps.file import Search, load_sweep_file
-from sweeps.folder import read_sweep
+from sweeps.folder import cell_of, check_trials, read_sweep, write_cells
 from sweeps.report.subject import of_sweep
 from sweeps.report.tables import tables
 from sweeps.results import SearchResult, Trial
 from sweeps.searching import best_of, check_installed, propose, read_search, told, write_search
 from tests.helpers.runs import ROOT, command, environment, run
 from tests.helpers.tiny import write_config, write_data
+from training.checkpoints.files import Snapshot, write_checkpoint
+from training.folder import RunFolder
 
 needs_optuna = pytest.mark.skipif(
     importlib.util.find_spec("optuna") is None, reason="optuna is not installed: requirements-search.txt"
@@ -86,6 +88,65 @@ def test_a_proposal_depends_on_the_losses_before_and_on_nothing_else() -> None:
     assert propose(search(), others).params != propose(search(), trials).params
 
 
+@needs_optuna
+def test_it_leaves_a_region_where_runs_fail() -> None:
+    """The loss falls up to where runs diverge, which is half of the space."""
+    options, trials = Search.model_validate({"trials": 40, "values": {"x": {"low": 0.0, "high": 1.0}}}), list[Trial]()
+    for _ in range(options.trials):
+        trial = propose(options, trials)
+        x = trial.changes["x"]
+        trials.append(told(trial, None if x > 0.5 else 1 - x))
+    assert sum(each.state == "failed" for each in trials[20:]) <= 12
+    assert min(each.loss or 1.0 for each in trials) < 0.55
+
+
+def test_a_trial_may_be_the_baseline(tmp_path: Path) -> None:
+    file = tmp_path / "ablation.yaml"
+    values = {"model.num_hidden_layers": [4, 6]}  # the demo's has 4
+    node = {"base": str(ROOT / "configs/demo.yaml"), "search": {"trials": 2, "values": values}}
+    file.write_text(json.dumps(node))
+    design = expand(file, load_sweep_file(file))
+    arm = arm_of(design, "search-0", {"model.num_hidden_layers": 4}, may_be_baseline=True)
+    assert not difference(arm.config, design.baseline.config)
+    with pytest.raises(ConfigError, match="trains the same as baseline"):
+        arm_of(design, "search-0", {"model.num_hidden_layers": 4})
+
+
+@pytest.mark.parametrize("runs", ["there", "removed"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"set": ["phases.0.tokens=300K"]}, r"phases\.0\.tokens was 900000, now 300000"),
+        ({"equal": "flops"}, r"phases\.0\.tokens was 900000, now "),
+        ({"branch_from": "runs/other"}, r"from\.checkpoint was 'runs/stable', now 'runs/other'"),
+    ],
+)
+def test_a_search_goes_on_as_it_was_begun(tmp_path: Path, runs: str, changes: dict[str, Any], message: str) -> None:
+    """What all trials share decides their losses: others are not mixed with these."""
+    file, values = tmp_path / "ablation.yaml", {"model.num_hidden_layers": [3, 6]}
+    node: dict[str, Any] = {"base": str(ROOT / "configs/demo.yaml"), "folder": str(tmp_path / "sweep"), "seeds": [0]}
+    node |= {"search": {"trials": 4, "values": values}, "branch_from": "runs/stable"}
+    file.write_text(json.dumps(node))
+    design = expand(file, load_sweep_file(file))
+    options = design.sweep.search
+    assert options is not None
+    made = {"model.num_hidden_layers": 6}
+    write_search(design.folder, options, [Trial(0, {"model.num_hidden_layers": 1}, made, "finished", 2.0)])
+    cell = cell_of(design, arm_of(design, "search-0", made), options.train_seed)
+    write_cells([cell])
+    if runs == "there":
+        folder = RunFolder(cell.config.folder)
+        folder.open(cell.config)
+        folder.close()
+        write_checkpoint(folder.checkpoints / "tokens-8192", Snapshot({}, {}, {}), {})
+    check_trials(design, options)
+    file.write_text(json.dumps({**node, **changes}))
+    design = expand(file, load_sweep_file(file))
+    with pytest.raises(ConfigError, match=message) as error:
+        check_trials(design, options)
+    assert "\n" not in str(error.value)
+
+
 def test_what_is_recorded_is_read_and_another_space_is_refused(tmp_path: Path) -> None:
     trials = [told(Trial(0, {"phases.0.lr": 1e-3}, {"phases.0.lr": 1e-3}), 2.0), Trial(1, {"phases.0.lr": 2e-3}, {})]
     trials.append(told(Trial(2, {}, {}), float("nan")))
@@ -109,6 +170,14 @@ def test_what_is_recorded_is_read_and_another_space_is_refused(tmp_path: Path) -
         (
             {"search": {"trials": 5, "values": SPACE}, "list": {"search-1": {"model.num_hidden_layers": 6}}},
             "search: 'search-1' is the name of a trial",
+        ),
+        (
+            {"search": {"trials": 5, "values": {"model.intermediate_size": [128, 512]}}, "equal": "parameters"},
+            r"a trial: equal: parameters would change model\.intermediate_size, which the arm sets itself",
+        ),
+        (
+            {"search": {"trials": 5, "values": SPACE}, "equal": "hours", "slots_per_second": {"baseline": 9.0}},
+            "equal: hours: slots_per_second of a trial is not known before it is trained",
         ),
     ],
 )  # fmt: skip
@@ -154,7 +223,7 @@ def tiny_sweep(folder: Path, name: str) -> Path:
     values = {"phases.0.lr": {"low": 1e-4, "high": 1e-1, "log": True}, "model.intermediate_size": [16, 32]}
     node: dict[str, Any] = {"base": str(base), "folder": str(folder / name), "seeds": [0]}
     node["search"] = {"trials": 4, "batch": 2, "values": values}
-    node["executor"] = {"name": "local", "at_once": 2, "cores_per_job": 1}
+    node["executor"] = {"name": "local", "at_once": 2, "cores_per_job": 1, "gpus_per_job": 0}
     file = folder / f"{name}.yaml"
     file.write_text(json.dumps(node))
     return file
@@ -194,7 +263,7 @@ def test_a_killed_search_goes_on_without_training_a_trial_twice(tmp_path: Path) 
 DEADLY = """
 import os, signal
 from composer.core import Callback
-from flexbert_core.schema import Component
+from flexbert_core.schema import Component, RunError
 from recipe.slots import CALLBACKS
 
 @CALLBACKS.register("deadly")
@@ -204,15 +273,18 @@ class Deadly(Callback):
     def __init__(self, config, **facts):
         pass
     def fit_start(self, state, logger):
-        os.kill(os.getpid(), signal.SIGKILL)
+        {end}
 """
 
 
 @needs_optuna
 @pytest.mark.slow
-def test_a_trial_that_signals_end_three_times_has_failed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("end", "code"), [("os.kill(os.getpid(), signal.SIGKILL)", -9), ("raise RunError('the disk is full')", 1)]
+)
+def test_a_trial_that_ends_three_times_has_failed(tmp_path: Path, end: str, code: int) -> None:
     """As when its values want more memory than there is. After the first two times it may have been anything."""
-    (tmp_path / "deadly.py").write_text(DEADLY)
+    (tmp_path / "deadly.py").write_text(DEADLY.replace("{end}", end))
     write_data(tmp_path / "data")
     imports, callbacks = [str(tmp_path / "deadly.py")], [{"name": "deadly"}]
     base = write_config(tmp_path / "base", tmp_path / "data", 2, "full", imports=imports, callbacks=callbacks)
@@ -226,5 +298,23 @@ def test_a_trial_that_signals_end_three_times_has_failed(tmp_path: Path) -> None
     assert done.returncode == 1, done.stdout + done.stderr
     first, second = read_search(tmp_path / "sweep")
     assert (first.state, first.died_at) == ("failed", (0, 0, 0))
-    assert first.why.startswith("a signal ended it 3 times at 0 tokens (exit code -9): see ")
+    assert first.why.startswith(f"it ended 3 times at 0 tokens (exit code {code}): see ")
     assert (second.state, second.died_at) == ("running", (0,))
+
+
+@needs_optuna
+@pytest.mark.slow
+def test_a_trial_that_diverges_has_failed_at_once(tmp_path: Path) -> None:
+    write_data(tmp_path / "data")
+    base = write_config(
+        tmp_path / "base", tmp_path / "data", 6, "full", trainer={"max_bad_steps": 2, "log_interval": 1}
+    )
+    node: dict[str, Any] = {"base": str(base), "folder": str(tmp_path / "sweep"), "seeds": [0]}
+    node["search"] = {"trials": 2, "batch": 1, "values": {"phases.0.lr": [1e30, 2e30]}}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(node))
+    done = run(command("sweep", str(tmp_path / "sweep.yaml")))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "search: none of 2 trials differs from the baseline and has a loss" in done.stdout
+    for trial in read_search(tmp_path / "sweep"):
+        assert (trial.state, trial.died_at) == ("failed", ())
+        assert trial.why.startswith("it diverged: see ")

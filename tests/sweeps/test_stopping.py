@@ -72,6 +72,8 @@ def test_decisions_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert read_judged(tmp_path, Stop()) == judged
     with pytest.raises(ConfigError, match="arms were judged by .*, which `stop` says no more"):
         read_judged(tmp_path, Stop(survivors=2))
+    assert [each.kept for each in judged if each.arm == "b"] == [False]
+    assert all(each.kept for each in read_judged(tmp_path, Stop(), "b") if each.arm == "b")  # the baseline now
     (tmp_path / "stops.json").write_text("{}")
     with pytest.raises(ConfigError, match="damaged: remove it"):
         read_judged(tmp_path)
@@ -146,10 +148,36 @@ def tiny_sweep(folder: Path, name: str, **changes: Any) -> Path:
         write_data(folder / "data")
     base = write_config(folder / "base", folder / "data", STEPS, "full", "sparse")
     node = {"base": str(base), "folder": str(folder / name), "seeds": [3], "list": ARMS, **changes}
-    node["executor"] = {"name": "local", "at_once": 2, "cores_per_job": 1}
+    node["executor"] = {"name": "local", "at_once": 2, "cores_per_job": 1, "gpus_per_job": 0}
     file = folder / f"{name}.yaml"
     file.write_text(json.dumps(node))
     return file
+
+
+@pytest.mark.slow
+def test_arms_beyond_a_rung_are_named_and_a_stopped_one_goes_on_as_baseline(tmp_path: Path) -> None:
+    """`quick` is trained whole before there is a rung; one of the others is stopped at it, then the baseline."""
+    arms = {name: ARMS[name] for name in ("slow", "quick", "middle")}
+    first = tiny_sweep(tmp_path, "sweep", list={"quick": ARMS["quick"]})
+    design = expand(first, load_sweep_file(first))
+    record(design, cells := cells_of(design))
+    train_alone(next(cell.file for cell in cells if cell.arm == "quick"))
+
+    rule = {"rungs": [0.5], "reduction": 4}
+    file = tiny_sweep(tmp_path, "sweep", list=arms, stop=rule)
+    said = "quick: trained beyond it before it was asked"
+    assert f"rung 1 does not rank or stop {said}" in run(command("sweep", str(file), "--dry-run")).stdout
+    done = run(command("sweep", str(file)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"rung 1, 0.5 of the budget: not ranked, and not stopped there: {said}" in done.stdout
+    (stopped,) = read_sweep(tmp_path / "sweep").stopped
+
+    file = tiny_sweep(tmp_path, "sweep", list=arms, stop=rule, baseline=stopped)
+    done = run(command("sweep", str(file)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = read_sweep(tmp_path / "sweep")
+    assert result.stopped == {}
+    assert {each.state for each in result.runs.values()} == {"finished"}
 
 
 def measured(folder: Path, tokens: int) -> float:

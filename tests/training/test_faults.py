@@ -24,10 +24,12 @@ from callbacks.guards import SpikeDetector, StepGuard
 from callbacks.ledger import nearest_line
 from flexbert_core.schema import RunError
 from recipe.config import load_run_config
+from sweeps.run_result import read_run
 from tests.helpers.runs import final_weights, metrics, prepare_dataset, write_config
 from training import signals
 from training.checkpoints.files import list_checkpoints
 from training.faults import lost_rank
+from training.folder import RunFolder
 from training.trainer import train
 
 ONE_PHASE = ["phases.0.tokens=40K", "phases.1.tokens=2K", "phases.2.tokens=2K"]
@@ -327,6 +329,13 @@ def test_a_run_that_diverges_stops_with_the_module_named(dataset: Path, tmp_path
         run(tmp_path, dataset, "phases.0.lr=1e30", "phases.0.warmup=0", "trainer.max_bad_steps=3")
     assert metrics(tmp_path, "bad_steps") == {1: 0, 2: 1, 3: 2}
     assert [loss is None for loss in metrics(tmp_path).values()] == [False, True, True]
+    folder = RunFolder(tmp_path / "runs/small")
+    assert "3 steps in a row" in json.loads(folder.divergence.read_text())["why"]
+    assert folder.state(trained=True) == "diverged"
+    assert read_run(folder.path).state == "failed"
+    folder.open(folder.recorded_config())  # as the next start does
+    folder.close()
+    assert folder.state(trained=True) == "stopped"
 
 
 def test_checkpoints_for_ever_and_the_best(dataset: Path, tmp_path: Path) -> None:
