@@ -59,6 +59,20 @@ def _signals_of_a_test() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _environment_of_a_test() -> Iterator[None]:
+    """Nor does it leave variables: a later test's commands would run with them."""
+    before = dict(os.environ)
+    yield
+    for name in {name for name, _ in os.environ.items() ^ before.items()}:
+        if name.startswith("PYTEST_"):
+            continue
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
+
+
+@pytest.fixture(autouse=True)
 def _nothing_watches_on() -> Iterator[None]:
     """A watchdog that a run in this process leaves behind would end the process half an hour later, silently."""
     yield

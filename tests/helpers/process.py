@@ -11,6 +11,7 @@ import cpuinfo
 ROOT = Path(__file__).parent.parent.parent
 COUNTING = str(ROOT / "tests" / "helpers" / "counting.py")  # a run file's `imports`: what is compiled, with COUNTS
 
+_BEFORE_TESTS = dict(os.environ)
 _OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "NODE_RANK", "MASTER_")
 
 
@@ -18,9 +19,11 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "main.py"), *arguments]
 
 
-def environment() -> dict[str, str]:
-    """One thread per process, so that sums have one order; no launcher's variables."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(_OF_LAUNCHERS)}
+def environment(*, before_tests: bool = False) -> dict[str, str]:
+    """One thread per process, so that sums have one order; no launcher's variables. before_tests: without what the
+    test of the moment has set."""
+    variables = _BEFORE_TESTS if before_tests else os.environ
+    kept = {key: value for key, value in variables.items() if not key.startswith(_OF_LAUNCHERS)}
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "10000"}
 
 

@@ -33,7 +33,7 @@ class Ranks:
     """Starts ranks."""
 
     def __init__(self) -> None:
-        self._variables = environment()
+        self._variables = environment(before_tests=True)
         self._one_at_a_time = threading.Lock()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.helpers.ranks"],

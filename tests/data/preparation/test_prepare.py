@@ -226,7 +226,7 @@ def test_config_faults(corpus: Path, overrides: list[str], message: str) -> None
         ),
         (["validation_fraction=0.0001"], "streams.a: none of its 250 documents falls into validation: raise"),
         (["validation_fraction=0.99999"], "streams.a: all of its 250 documents fall into validation: lower"),
-        (["streams.a.max_bytes=1"], "streams.a: holds no document: 6 duplicates, 250 over max_bytes"),
+        (["streams.a.max_bytes=1"], "streams.a: holds no document: 3 duplicates, 253 over max_bytes"),
     ],
 )
 def test_faults_found_before_tokenising(corpus: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
