@@ -11,10 +11,10 @@ from recipe.config import RunConfig, expand_preset, load_run_config
 
 
 def test_broken_run_files_are_refused_with_one_line() -> None:
-    result = fuzz(500, seed=3)
+    result = fuzz(250, seed=3)
     assert result.failures == []
-    assert result.cases == 500 == result.refused + result.accepted
-    assert result.accepted > 20  # files that still are right, and whose keys were compared
+    assert result.cases == 250 == result.refused + result.accepted
+    assert result.accepted > 10  # files that still are right, and whose keys were compared
     assert len(result.mutations) > 15
 
 

@@ -38,6 +38,7 @@ def test_a_warmup_rises_and_then_lr_falls(tiny_data: Path, tmp_path: Path) -> No
     assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.0075, 0.005, 0.0025])
 
 
+@pytest.mark.slow
 def test_lanes_and_held_out_rows_are_the_runs(tiny_data: Path, tmp_path: Path) -> None:
     """After rows of twice the length, in batches of more: the branch begins with the loss that the run ended with."""
     longer = {"name": "longer", "tokens": 4 * PER_STEP, "max_seq_len": 2 * ROW, "global_batch_size": 2 * ROWS}
@@ -88,7 +89,8 @@ def test_weights_decay_on_as_they_did(
     assert "in place of" not in caplog.text
 
 
-@pytest.mark.parametrize("objective", [pytest.param("clm", marks=pytest.mark.slow), "diffusion"])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["clm", "diffusion"])
 def test_a_phase_with_targets_of_its_own_decays(tiny_data: Path, tmp_path: Path, objective: str) -> None:
     """Even where an earlier phase reads a masking of the run's own."""
     phases = [FIRST, {"name": "own", "tokens": PER_STEP, "objective": objective}]

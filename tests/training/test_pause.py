@@ -29,6 +29,7 @@ def lines(folder: Path, key: str) -> dict[int, float]:
     return {line["step"]: line[key] for line in read if key in line}
 
 
+@pytest.mark.slow
 def test_a_run_that_pauses_ends_with_the_same_bits(tiny_data: Path, tmp_path: Path) -> None:
     whole = write_config(tmp_path / "whole", tiny_data, STEPS, **RARE)
     assert go(whole, None)

@@ -17,6 +17,7 @@ from training.checkpoints.files import list_checkpoints
 from training.report import closing_table
 
 
+@pytest.mark.slow
 def test_the_card_says_where_the_weights_come_from(tiny_data: Path, tmp_path: Path) -> None:
     first = go(write_config(tmp_path / "first", tiny_data, 2))
     second = go(branch(tmp_path / "second", tiny_data, str(first), 1))

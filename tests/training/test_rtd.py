@@ -241,6 +241,7 @@ def thetas(run: Path, tokens: int) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 def test_an_export_without_a_step_has_the_phase_s_generator(tiny_data: Path, tmp_path: Path) -> None:
     """At step 0 that which the first step begins with; and where a kill came between the last checkpoint and its export,
     that of the last step."""

@@ -123,6 +123,7 @@ def test_what_differs_in_phases_is_what_they_mean(data: Path, tmp_path: Path) ->
             assert {line.split(" was ")[0] for line in folder.check_config(config)} >= differs, number
 
 
+@pytest.mark.slow
 def test_a_phase_added_to_a_finished_run_is_as_if_it_had_always_been_there(data: Path, tmp_path: Path) -> None:
     ema = {"ema": {"decay": 0.6}}
     run = go(config_of(tmp_path / "a", data, TWO[:1], **ema))
@@ -243,6 +244,7 @@ def test_what_cannot_decay_is_refused(data: Path, tmp_path: Path, monkeypatch: p
     assert f"--from: is needed with 2 processes: the newest is --from {8 * PER_STEP}" in told
 
 
+@pytest.mark.slow
 def test_a_moved_run_decays_beside_itself_and_by_the_weights_of_its_tokens(data: Path, tmp_path: Path) -> None:
     """A mixture in tokens makes up the run's budget: of the decay its shares stay."""
     streams = {"full": {"tokens": 6 * PER_STEP}, "sparse": {"tokens": 2 * PER_STEP}}
@@ -291,6 +293,7 @@ def test_phases_tell_what_was_and_what_is_to_come(data: Path, tmp_path: Path) ->
     assert "a phase that has not begun may be changed" in told
 
 
+@pytest.mark.slow
 def test_the_number_of_lanes_is_the_runs(data: Path, tmp_path: Path) -> None:
     """A batch to come that the default would give other lanes keeps those of the run, where it can."""
     config = load_run_config(config_of(tmp_path / "a", data, TWO, data={"lanes": None}))

@@ -359,6 +359,7 @@ def test_a_killed_worker_is_one_plain_error(folder: Path, busy: bool) -> None:
         go_on()
 
 
+@pytest.mark.slow
 def test_who_is_killed_holds_no_lock_of_the_event_that_ends_workers() -> None:
     """A multiprocessing.Event fails this within a few kills."""
     event = Event()

@@ -123,7 +123,7 @@ reading = st.fixed_dictionaries(
     }
 )
 formats = st.tuples(st.sampled_from([300, 1 << 12, 1 << 20]), st.sampled_from([1, 2, 8]))
-few = settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+few = settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 
 
 @few
@@ -148,7 +148,7 @@ def test_every_token_once_a_pass(
 few_long = st.lists(st.one_of(st.integers(1, 300), st.integers(1025, 1600)), min_size=2, max_size=4)
 
 
-@settings(few, max_examples=8)
+@settings(few, max_examples=5)
 @given(
     st.lists(few_long, min_size=2, max_size=2),
     st.sampled_from([[{}, {}, {}], [{"weight": 2}, {"weight": 3}, {}]]),
@@ -301,7 +301,7 @@ def trace(found: Corpus, dataset: MixtureDataset) -> list[list[Any]]:
     ]
 
 
-@settings(few, max_examples=8)
+@settings(few, max_examples=5)
 @given(
     st.lists(lengths, min_size=3, max_size=3),
     shares,

@@ -148,6 +148,7 @@ def test_roberta_with_another_padding_id_is_not_passed_off_as_one() -> None:
         assert exported.model_type == "flexbert"
 
 
+@pytest.mark.slow
 def test_an_export_whose_code_fails_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "code" / "modeling_flexbert.py"
     broken.parent.mkdir()

@@ -109,6 +109,7 @@ def test_a_new_machine_goes_on_to_the_same_bits(machine: Machine, straight: dict
         machine.train("phases.0.lr=0.02")
 
 
+@pytest.mark.slow
 def test_what_is_half_copied_or_damaged_is_skipped_loudly(
     machine: Machine, straight: dict[str, bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -135,6 +136,7 @@ def test_what_is_half_copied_or_damaged_is_skipped_loudly(
         machine.train()
 
 
+@pytest.mark.slow
 def test_another_teacher_is_refused_on_a_new_machine_too(machine: Machine, tiny_data: Path) -> None:
     teacher = machine.folder / "teacher"
     model = load_run_config(write_config(machine.folder, tiny_data, STEPS)).model
@@ -179,6 +181,7 @@ def test_a_disk_behind_the_copies_catches_up(
     assert weights(run) == straight
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_are_replaced_by_their_copies(
     machine: Machine, straight: dict[str, bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -192,6 +195,7 @@ def test_damaged_checkpoints_are_replaced_by_their_copies(
     assert weights(run) == straight
 
 
+@pytest.mark.slow
 def test_a_history_that_was_given_up_does_not_come_back(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
     """Back at step 2 after a loss spike in step 3, and ended before the next copy: those of steps 3 to 6 are void."""
     run = machine.train()
@@ -230,6 +234,7 @@ def test_a_server_that_fails_for_a_while(
     assert machine.copied().keys() == {path.name for path in list_checkpoints(run / "checkpoints")} == kept
 
 
+@pytest.mark.slow
 def test_a_server_that_never_comes_back_ends_the_run_and_harms_nothing(
     proxy: Proxy, bucket: Bucket, tiny_data: Path, tmp_path: Path, straight: dict[str, bytes]
 ) -> None:
