@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from data.store import transfer
-from tests.helpers.process import quicken_runs
+from tests.helpers.process import BEFORE_TESTS, OF_LAUNCHERS, quicken_runs
 from tests.helpers.ranks import Ranks, shared_ranks
 from tests.helpers.registries import registries_as_before
 from tests.helpers.remote import DOCUMENTS
@@ -31,6 +32,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 def pytest_collection_finish() -> None:
+    BEFORE_TESTS.update(os.environ)
     quicken_runs()
 
 
@@ -58,18 +60,31 @@ def _signals_of_a_test() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@pytest.fixture(autouse=True)
-def _environment_of_a_test() -> Iterator[None]:
-    """Nor does it leave variables: a later test's commands would run with them."""
+@contextmanager
+def _environment_as_before() -> Iterator[None]:
+    """A later test's commands would run with the variables that a command leaves. Those of a process group stay with
+    it."""
     before = dict(os.environ)
     yield
     for name in {name for name, _ in os.environ.items() ^ before.items()}:
-        if name.startswith("PYTEST_"):
+        if name.startswith(("PYTEST_", *OF_LAUNCHERS)):
             continue
         if name in before:
             os.environ[name] = before[name]
         else:
             del os.environ[name]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _environment_of_a_file() -> Iterator[None]:
+    with _environment_as_before():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _environment_of_a_test() -> Iterator[None]:
+    with _environment_as_before():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,9 @@ import cpuinfo
 ROOT = Path(__file__).parent.parent.parent
 COUNTING = str(ROOT / "tests" / "helpers" / "counting.py")  # a run file's `imports`: what is compiled, with COUNTS
 
-_BEFORE_TESTS = dict(os.environ)
-_OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "NODE_RANK", "MASTER_")
+OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "NODE_RANK", "MASTER_")
+
+BEFORE_TESTS: dict[str, str] = {}  # variables of the environment, since the tests' modules are imported
 
 
 def command(*arguments: str) -> list[str]:
@@ -22,8 +23,8 @@ def command(*arguments: str) -> list[str]:
 def environment(*, before_tests: bool = False) -> dict[str, str]:
     """One thread per process, so that sums have one order; no launcher's variables. before_tests: without what the
     test of the moment has set."""
-    variables = _BEFORE_TESTS if before_tests else os.environ
-    kept = {key: value for key, value in variables.items() if not key.startswith(_OF_LAUNCHERS)}
+    variables = BEFORE_TESTS if before_tests else os.environ
+    kept = {key: value for key, value in variables.items() if not key.startswith(OF_LAUNCHERS)}
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "10000"}
 
 

@@ -26,7 +26,7 @@ _SECONDS = 300
 # Variables that are read when a command needs them, and those that imports and runs in this process set by themselves.
 # The server has imported all, with any other as it was then.
 _READ_LATE = ("AWS_", "FAKE_", "PYTEST_", "RAY_")
-_SET_BY_US = ("KMP_", "NCCL_ALGO", "OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM", "TORCHINDUCTOR_")
+_SET_BY_US = ("DATATROVE_", "KMP_", "NCCL_ALGO", "OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM", "TORCHINDUCTOR_")
 
 
 class Ranks:
