@@ -18,7 +18,7 @@ from data.feed.lanes import LaneCursor
 from data.feed.loader import Loader, LoaderConfig, LoaderPhase, build_loader, canonical_lanes
 from data.feed.masking import IGNORE
 from data.feed.mixture import DataConfig, StreamConfig
-from data.feed.workers import Event, worker_death
+from data.feed.workers import worker_death
 from data.store.shards import open_stream
 from flexbert_core.schema import ConfigError, RunError
 from tests.helpers.synthetic import SPECIAL, documents, write_stream, write_tokenizer
@@ -357,30 +357,6 @@ def test_a_killed_worker_is_one_plain_error(folder: Path, busy: bool) -> None:
 
     with pytest.raises(RunError, match=rf"DataLoader worker \(pid.* {workers[1]}\).*(killed by|exited unexp)"):
         go_on()
-
-
-@pytest.mark.slow
-def test_who_is_killed_holds_no_lock_of_the_event_that_ends_workers() -> None:
-    """A multiprocessing.Event fails this within a few kills."""
-    event = Event()
-    for _ in range(50):
-        pid = os.fork()
-        if pid == 0:
-            while not event.is_set():
-                pass
-            os._exit(0)
-        time.sleep(0.002)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        signal.alarm(20)
-        assert not event.is_set()
-        signal.alarm(0)
-    pid = os.fork()
-    if pid == 0:
-        event.set()
-        os._exit(0)
-    os.waitpid(pid, 0)
-    assert event.is_set()
 
 
 def test_a_bug_in_a_worker_ends_the_run_with_that_exception(folder: Path) -> None:
