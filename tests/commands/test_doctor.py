@@ -156,7 +156,7 @@ def test_remote_streams_are_reached_or_not(config: Path, tmp_path: Path) -> None
 
     shutil.copytree(tmp_path / "near", tmp_path / "served" / "far")
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path / "served")))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         url = f"http://127.0.0.1:{server.server_port}/far"
         fine, rows, text = checks(config, f"data.streams.far.path={url}")

@@ -67,6 +67,8 @@ def run_moto() -> Iterator[str]:
 class _Files(http.server.SimpleHTTPRequestHandler):
     """Also as a proxy: then a request names a host, which is not looked at."""
 
+    disable_nagle_algorithm = True
+
     def translate_path(self, path: str) -> str:
         return super().translate_path(urlsplit(path).path)
 
@@ -78,7 +80,7 @@ class _Files(http.server.SimpleHTTPRequestHandler):
 def run_web(folder: Path) -> Iterator[str]:
     """A plain web server of a folder's files, without ranges; gives its URL."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Files, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:

@@ -151,7 +151,7 @@ def test_http_and_memory(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl()))
     (tmp_path / "b.jsonl").write_bytes(jsonl())
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=tmp_path)) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         try:
             base = f"http://127.0.0.1:{server.server_address[1]}"
