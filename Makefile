@@ -39,7 +39,7 @@ ablation: setup ## prepare the demo's text, train four activations with three se
 # Two processes, since most tests wait for one thread; OpenMP's idle threads must then not spin on the other's core.
 PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile --durations=15
 
-test: setup-dev ## the quick tests, ten to fifteen minutes on two cores after the install (PYTEST_ARGS="tests/data -k masking" for some)
+test: setup-dev ## the quick tests, 8 minutes on two cores after the install (PYTEST_ARGS="tests/data -k masking" for some)
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-slow: setup-dev ## the slow tests: kills, launchers, compilers, more sizes of what `make test` proves

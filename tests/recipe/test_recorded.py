@@ -115,6 +115,7 @@ def test_an_old_record_of_a_branch_loads(tiny_data: Path, tmp_path: Path) -> Non
         assert go(file) == weights
 
 
+@pytest.mark.slow
 def test_an_old_record_with_an_objective_of_no_phase_loads(tiny_data: Path, tmp_path: Path) -> None:
     """The run's, where the first phase has its own. The file that says so is refused now."""
     straight = write_config(tmp_path / "straight", tiny_data, STEPS, phases=phases(objective="mlm"))

@@ -109,6 +109,7 @@ def test_arms_are_hidden_and_shown(watched: Watched) -> None:
     assert "good" in watched.lines("Held-out loss less the baseline's, same seed")
 
 
+@pytest.mark.slow
 def test_axes_and_smoothing(watched: Watched) -> None:
     plot = "document.querySelectorAll('.plot')[0]"
     watched.tab.locator("#axis").select_option("hours")
@@ -170,6 +171,7 @@ def test_csv_files(watched: Watched) -> None:
     assert figure.locator("tbody tr").count() == len(body)
 
 
+@pytest.mark.slow
 def test_csv_files_of_tables_hold_numbers_and_nothing_for_what_is_not_known(browser: Any, tmp_path: Path) -> None:
     """Whatever people see of them: intervals, dashes, minus signs, words behind numbers."""
     sweep = write_sweep(tmp_path, {"base": 0.0, "good": -0.03, "gone": 0.0}, range(3), 60, unfinished=[("gone", 1)])
@@ -213,6 +215,7 @@ def test_print(watched: Watched) -> None:
     assert watched.tab.evaluate("document.documentElement.dataset.theme") == "dark"
 
 
+@pytest.mark.slow
 def test_seeds_that_never_cost_alike_have_no_mean(browser: Any, tmp_path: Path) -> None:
     """One seed of `slow` begins after the baseline's end in hours, and so does every one of `late`. `other` was
     measured on other text."""
@@ -245,6 +248,7 @@ def test_seeds_that_never_cost_alike_have_no_mean(browser: Any, tmp_path: Path) 
     assert found.wrong == []
 
 
+@pytest.mark.slow
 def test_a_watched_page_keeps_arms_hidden_by_name_and_for_itself(browser: Any, tmp_path: Path) -> None:
     """The page that comes next has another arm in front, and in the same tab there is a page of another sweep."""
     for name, effects in (("one", {"base": 0.0, "good": -0.03, "bad": 0.03}), ("two", {"x": 0.0, "y": 0.0, "z": 0.0})):
@@ -265,6 +269,7 @@ def test_a_watched_page_keeps_arms_hidden_by_name_and_for_itself(browser: Any, t
     found.tab.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lines", "axis"), [((40, 40), "FLOPs"), ((40, 20), "tokens (slots)")])
 def test_loss_is_drawn_against_flops_where_tokens_are_the_same(
     browser: Any, tmp_path: Path, lines: tuple[int, int], axis: str
@@ -283,6 +288,7 @@ def test_loss_is_drawn_against_flops_where_tokens_are_the_same(
     assert found.wrong == []
 
 
+@pytest.mark.slow
 def test_of_many_arms_the_baseline_and_the_seven_best_are_drawn(browser: Any, tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path, {"base": -0.5, **{f"a{place}": 0.1 * place for place in range(13)}}, range(2), 20)
     (tmp_path / "r.html").write_text(page(of_sweep(sweep)))

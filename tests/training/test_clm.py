@@ -84,7 +84,8 @@ def test_the_loss_is_that_of_each_document_alone(tiny_data: Path, tmp_path: Path
         torch.testing.assert_close(found[name], parameter.grad, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("event", [pytest.param("after_backward", marks=pytest.mark.slow), "batch_end"])
+@pytest.mark.slow
+@pytest.mark.parametrize("event", ["after_backward", "batch_end"])
 def test_killed_in_each_phase_and_on_the_border(
     ranks: Ranks, tiny_data: Path, straight: Path, tmp_path: Path, event: str
 ) -> None:

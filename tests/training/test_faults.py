@@ -338,6 +338,7 @@ def test_a_run_that_diverges_stops_with_the_module_named(dataset: Path, tmp_path
     assert folder.state(trained=True) == "stopped"
 
 
+@pytest.mark.slow
 def test_checkpoints_for_ever_and_the_best(dataset: Path, tmp_path: Path) -> None:
     run(tmp_path, dataset, "checkpoint.interval=1K", "checkpoint.keep=1", "checkpoint.keep_every=10K", "checkpoint.keep_best=1", "evaluation.interval=5K")  # fmt: skip
     ends = {40 * 1024, 41 * 1024 + 1024, 44 * 1024 + 0}

@@ -74,6 +74,7 @@ class Scarce(MaskedTokens):
 """
 
 
+@pytest.mark.slow
 def test_auto_survives_a_rank_out_of_memory(ranks: Ranks, tiny_data: Path, tmp_path: Path) -> None:
     """In the backward of one rank of two, where DDP's reducer would stay open: both take what fits on it, and the run
     is that of plain microbatches."""

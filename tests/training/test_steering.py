@@ -162,6 +162,7 @@ def test_left_out_steps_change_nothing_and_the_rest_goes_on(data: Path, tmp_path
     assert {step for step, loss in losses.items() if loss is None or loss != loss} == {2, 3, 6}
 
 
+@pytest.mark.slow
 def test_steps_to_come_are_left_out_of_a_stopped_run(data: Path, tmp_path: Path) -> None:
     run = go(config_of(tmp_path / "a", data, TWO))
     stopped_after(run, 4)

@@ -74,7 +74,7 @@ def test_old_tokens_keep_their_logits_and_new_ones_are_the_means_of_their_pieces
     assert record["vocabulary"] == {"new": 50, "init": "mean-of-pieces", "copied": old, "first": list(TERMS[:3])}
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_a_new_token_on_a_spare_row_is_new(tmp_path: Path, tied: bool) -> None:
     """An export of ours has rows beyond its tokens, up to a multiple of 64; terms take them. A decoder of its own has

@@ -86,6 +86,7 @@ def test_every_filter_has_a_case() -> None:
     assert {node["name"] for node, _ in FILTER_CASES} | {"minhash"} == set(FILTERS.entries)
 
 
+@pytest.mark.slow
 def test_parquet_columns_and_filter_from_outside_in_worker_processes(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

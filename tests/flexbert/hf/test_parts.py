@@ -351,6 +351,7 @@ def test_losses_and_starting_weights_need_not_travel() -> None:
     assert parts.parts_of(config).files == {}
 
 
+@pytest.mark.slow
 def test_what_a_part_keeps_beside_its_weights_is_there_again(tmp_path: Path) -> None:
     """Buffers that are not saved, and plain tensors: from_hf and the mean of checkpoints allocate no weights first."""
     model = build(part(tmp_path, "keeps_tables"), seed=1).eval()

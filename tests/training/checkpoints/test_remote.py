@@ -160,6 +160,7 @@ def back_to(run: Path, step: int) -> None:
             shutil.rmtree(path)
 
 
+@pytest.mark.slow
 def test_a_disk_behind_the_copies_catches_up(
     machine: Machine, straight: dict[str, bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
