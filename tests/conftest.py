@@ -62,12 +62,12 @@ def _signals_of_a_test() -> Iterator[None]:
 
 @contextmanager
 def _environment_as_before() -> Iterator[None]:
-    """A later test's commands would run with the variables that a command leaves. Those of a process group stay with
-    it."""
+    """A later test's commands would run with the variables that a command leaves. Those of a process group and of
+    Ray stay as long as what they tell of."""
     before = dict(os.environ)
     yield
     for name in {name for name, _ in os.environ.items() ^ before.items()}:
-        if name.startswith(("PYTEST_", *OF_LAUNCHERS)):
+        if name.startswith(("PYTEST_", "RAY_", *OF_LAUNCHERS)):
             continue
         if name in before:
             os.environ[name] = before[name]
