@@ -13,5 +13,6 @@ _PR_SET_PDEATHSIG = 1
 
 if sys.platform.startswith("linux"):
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-if os.getppid() != int(os.environ["FLEXBERT_PREPARE_PID"]):  # it ended before that
-    os._exit(1)
+# Where this process is started a second time, since it was killed, nobody says whose it is.
+if "FLEXBERT_PREPARE_PID" in os.environ and os.getppid() != int(os.environ["FLEXBERT_PREPARE_PID"]):
+    os._exit(1)  # the parent ended before that

@@ -138,7 +138,8 @@ def test_killed_again_and_again(corpus: Path, uninterrupted: dict[str, bytes], t
 
 PARENT = """
 import os, subprocess, sys, time
-os.environ["FLEXBERT_PREPARE_PID"] = sys.argv[1] or str(os.getpid())
+if sys.argv[1] != "not said":
+    os.environ["FLEXBERT_PREPARE_PID"] = sys.argv[1] or str(os.getpid())
 code = "import data.preparation.preload, time; print('tied', flush=True); time.sleep(600)"
 child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=sys.stdout)
 print(child.stdout.readline() or child.wait(), flush=True)
@@ -146,7 +147,11 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize(("claimed", "said"), [("", "b'tied\\n'"), ("1", "1")], ids=["parent alive", "ended before"])
+@pytest.mark.parametrize(
+    ("claimed", "said"),
+    [("", "b'tied\\n'"), ("1", "1"), ("not said", "b'tied\\n'")],
+    ids=["parent alive", "ended before", "started again"],
+)
 def test_the_parent_of_workers_ends_with_its_own(claimed: str, said: str) -> None:
     """Whatever it imports: here it would sleep for ten minutes, with the pipe that is read to its end open."""
     process = subprocess.Popen([sys.executable, "-c", PARENT, claimed], stdout=subprocess.PIPE, text=True)
