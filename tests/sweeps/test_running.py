@@ -59,7 +59,7 @@ def test_killed_again_and_again_it_trains_no_step_twice_beyond_its_last_checkpoi
     """At a random moment after a run has saved a further step; every other time its runs are killed, too, which then save
     nothing. Each run says in its log where it goes on: at the newest checkpoint that the kill has left. In the end runs
     are, to the bit, what they are by themselves."""
-    steps = 200
+    steps = 120
     file = write_sweep(tmp_path, steps)
     folder, names = tmp_path / "sweep", ("baseline-s0", "wide-s0")
     rng = np.random.default_rng(3)
@@ -76,7 +76,7 @@ def test_killed_again_and_again_it_trains_no_step_twice_beyond_its_last_checkpoi
         process = subprocess.Popen(
             command("sweep", str(file)), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
         )
-        if kills < 3:
+        if kills < 2:
             end = time.monotonic() + 200
             while process.poll() is None and all(newest(folder / "runs" / name) == saved[name] for name in names):
                 assert time.monotonic() < end
@@ -97,7 +97,7 @@ def test_killed_again_and_again_it_trains_no_step_twice_beyond_its_last_checkpoi
             assert process.returncode == 0
             break
         kills += 1
-    assert kills >= 2  # a quick machine may be done before the third
+    assert kills >= 1  # a quick machine may be done before the second
     assert resumed >= kills
     result = read_sweep(folder)
     assert {cell: each.state for cell, each in result.runs.items()} == {

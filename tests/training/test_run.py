@@ -20,6 +20,7 @@ from data.feed.loader import build_loader
 from flexbert import from_hf
 from recipe.config import load_run_config
 from recipe.phases import PhasePlan
+from tests.helpers.ranks import Ranks
 from tests.helpers.runs import (
     STEPS,
     command,
@@ -196,11 +197,8 @@ def test_kill_9_at_random_moments_changes_nothing(straight: Path, dataset: Path,
         assert ours[key] == theirs[key]
 
 
-def test_two_processes_train_the_same(straight: Path, dataset: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "two", dataset)
-    launcher = str(Path(command()[0]).parent / "composer")
-    done = run([launcher, "-n", "2", *command("train", str(config))[1:]])
-    assert done.returncode == 0, done.stderr + done.stdout
+def test_two_processes_train_the_same(ranks: Ranks, straight: Path, dataset: Path, tmp_path: Path) -> None:
+    ranks.train(2, str(write_config(tmp_path / "two", dataset)))
     ours, theirs = metrics(tmp_path / "two"), metrics(straight)
     assert sorted(ours) == list(range(1, STEPS + 1))
     assert [ours[step] for step in ours] == pytest.approx([theirs[step] for step in ours], rel=2e-4)
@@ -213,9 +211,9 @@ def test_two_processes_train_the_same(straight: Path, dataset: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_how_a_step_is_computed_changes_only_rounding(dataset: Path, tmp_path: Path) -> None:
-    """Microbatches of any size, blocks computed again in backward, compiled blocks over batches of one size."""
+    """Microbatches of any size, blocks computed again in backward. Compiled blocks: tests/training/test_compiled.py."""
     losses = []
-    for number, ways in enumerate(("=8", "=3 activation_checkpointing=2", "=1", "=8 compile=true")):
+    for number, ways in enumerate(("=8", "=3 activation_checkpointing=2", "=1")):
         settings = [f"trainer.{way}" for way in f"microbatch_size{ways}".split()]
         config = write_config(tmp_path / str(number), dataset)
         settings += ["phases.0.tokens=8K", "phases.0.warmup=1K", "phases.1.tokens=8K", "phases.2.tokens=8K"]
