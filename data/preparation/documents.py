@@ -87,12 +87,15 @@ class Meter:
 class TaskDocuments:
     """The documents of a task's units, in order: text, place and columns of each.
 
-    skipped: {reason: [how many, the first of them]} of what was none, as far as has been read.
+    The columns are those that the stream's filters want. They are read in every pass, for on_error: skip leaves out a
+    row that lacks one: passes without them would see it.
+
+    skipped: as in NNNNN.skipped.json, of what was none, as far as has been read.
     """
 
-    def __init__(self, task: Mapping[str, Any], columns: bool = False, meter: Meter | None = None) -> None:
+    def __init__(self, task: Mapping[str, Any], meter: Meter | None = None) -> None:
         self.task, self.meter = task, meter
-        self.columns: list[str] = task["columns"] if columns else []
+        self.columns: list[str] = task["columns"]
         self.source = SOURCES.build(SOURCES.parse(task["source"]))
         self.skipped: dict[str, list[Any]] = {}
 
@@ -149,7 +152,7 @@ class ReadUnits(PipelineStep):
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         meter = Meter(self.work, rank) if self.meter else None
-        yield from TaskDocuments(load_task(self.work, self.first + rank), meter=meter)
+        yield from TaskDocuments(load_task(self.work, self.first + rank), meter)
 
 
 class Scan(PipelineStep):
@@ -166,7 +169,7 @@ class Scan(PipelineStep):
         task = load_task(self.work, rank)
         filters = [(number, each) for number, each in enumerate(self.filters[task["stream"]], 1) if each is not None]
         digests, sizes, filtered = bytearray(), [], bytearray()
-        documents = TaskDocuments(task, columns=True, meter=Meter(self.work, rank))
+        documents = TaskDocuments(task, Meter(self.work, rank))
         for document in documents:
             content = document.text.encode("utf-8")
             digests += digest(content)
