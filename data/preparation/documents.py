@@ -5,6 +5,7 @@ A task is a run of units of one stream, listed in WORK/tasks/NNNNN.json. Scannin
     NNNNN.npz          digests (documents, 2) uint64, sizes (documents,) int64 in UTF-8 bytes,
                        filtered (documents,) uint8: 0, n + 1 for rejected by the n-th filter, or ODD
     NNNNN.skipped.json {reason: [how many, the first of them]}: what on_error: skip, or a rule of the source, leaves out
+                       (the first is a message, or what a LineError makes its message of)
     NNNNN.sorted.npy   digests of the documents that are neither empty nor filtered, (2, those) uint64, ascending
     NNNNN.order.npy    their positions in the task, (those,) uint32; equal digests in document order
 """
@@ -23,7 +24,7 @@ from datatrove.pipeline.base import PipelineStep
 from numpy.typing import NDArray
 
 from data.preparation.filters import DocumentFilter
-from data.preparation.sources import SOURCES, DamagedError, Fault, Unit
+from data.preparation.sources import SOURCES, DamagedError, Fault, LineError, Unit
 from data.preparation.sources.text import mend_surrogates, shown
 from flexbert_core.durable import write_file
 from flexbert_core.schema import RunError
@@ -122,7 +123,9 @@ class TaskDocuments:
         if fault.error is not None and self.task["on_error"] == "fail":
             raise fault.error()
         if fault.reason not in self.skipped:
-            self.skipped[fault.reason] = [0, str(fault.error()) if fault.error is not None else ""]
+            error = None if fault.error is None else fault.error()
+            first = list(error.args) if isinstance(error, LineError) else str(error or "")
+            self.skipped[fault.reason] = [0, first]
         self.skipped[fault.reason][0] += 1
 
     def _rows(self, unit: Unit) -> Iterator[tuple[str, dict[str, Any]] | Fault]:
