@@ -51,7 +51,7 @@ class TrainedTokenizer:
         vocab_size: Annotated[int, Field(ge=320, multiple_of=VOCAB_MULTIPLE)] = 8192
         """Special tokens included; less comes out when the text does not hold enough pairs."""
         sample_bytes: Count = 20_000_000
-        """UTF-8 bytes of text to train on."""
+        """UTF-8 bytes of text to train on, from beginnings of many pieces of every stream, by its share."""
 
     def __init__(self, config: Config) -> None:
         self.config = config

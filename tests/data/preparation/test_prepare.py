@@ -212,6 +212,18 @@ def test_a_document_that_no_shard_can_hold(corpus: Path, tmp_path: Path, monkeyp
         run(config_file(corpus), f"output={tmp_path / 'out'}")
 
 
+def test_the_tokenizer_is_trained_on_all_places_of_a_stream(tmp_path: Path) -> None:
+    """16 files, each one document of its own letters, and a sample as large as one of them."""
+    words = [chr(97 + number) * 3 + chr(97 + number + 1) * 3 for number in range(16)]
+    for number, word in enumerate(words):
+        (tmp_path / f"{number:02d}.txt").write_text(f"{word} " * 10_000)
+    source = {"name": "txt", "paths": [str(tmp_path / "*.txt")]}
+    tokenizer = {"name": "train", "vocab_size": 384, "sample_bytes": 70_000}
+    output = run(config_file(tmp_path, streams={"a": {"source": source}}, validation_fraction=0, tokenizer=tokenizer))
+    loaded = corpus_tokenizer(output / "tokenizer")
+    assert {word for word in words if len(loaded.encode(f" {word}", add_special_tokens=False).ids) == 1} == set(words)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
