@@ -238,10 +238,11 @@ def corpus_tokenizer(folder: Path) -> Any:
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    if isinstance(tokenizer.model, models.BPE) and tokenizer.model.unk_token is None:
-        # It would leave out what it does not know, without a word; with a name that it does not have it raises.
-        tokenizer.model.unk_token = "\0no unknown token"
+    if isinstance(tokenizer.model, models.BPE):
         tokenizer.model.dropout = None  # it draws at random; shards follow from their texts
+        if tokenizer.model.unk_token is None:
+            # It would leave out what it does not know, without a word; with a name that it does not have it raises.
+            tokenizer.model.unk_token = "\0no unknown token"
     return tokenizer
 
 
