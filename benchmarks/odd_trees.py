@@ -267,9 +267,9 @@ def _txt(rng: random.Random, tree: Tree, good: bool) -> tuple[bytes, Content]:
     kind = rng.random()
     text = "\n".join(rng.choice(("", "  ", " ".join(_text(rng).split()))) for _ in range(rng.randrange(9))).strip(" \n")
     if kind < 0.1:
-        return text.encode() + b"caf\xe9", Content(None if tree.document == "line" else [], 1)
+        return text.encode() + b"caf\xe9", Content([] if tree.document == "file" else None, 1)
     if kind < 0.2:
-        return text.encode() + b"\0", Content(None if tree.document == "line" else [], 1)
+        return text.encode() + b"\0", Content([] if tree.document == "file" else None, 1)
     if kind < 0.3:
         return text.encode() + b"\xed\xa0\xbd", Content(_split(text + "\ufffd", tree.document))
     if kind < 0.4:

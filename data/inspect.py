@@ -24,6 +24,7 @@ from flexbert_core.schema import ConfigError, RunError, plain_console
 
 _BAR_COLUMNS = 40
 _SHOWN_TOKENS = 200
+_READ_BYTES = 2**20
 _COUNTS = "token_counts.npy"
 _BESIDE = (CHUNKS, _COUNTS, "index.json")  # files of a finished split, beside its manifest and its shards
 _UNFINISHED = "{}: not finished: run `python main.py prepare CONFIG` again to complete it"
@@ -141,7 +142,10 @@ def _damaged(stream: Stream) -> list[str]:
     for shard in stream.manifest.shards:
         try:
             with os.fdopen(stream.files.open(shard), "rb") as file:
-                whole = xxhash.xxh3_64_hexdigest(file.read()) == shard.xxh3_64
+                digest = xxhash.xxh3_64()
+                while block := file.read(_READ_BYTES):
+                    digest.update(block)
+            whole = digest.hexdigest() == shard.xxh3_64
         except RunError:
             whole = False
         if not whole:
@@ -164,8 +168,7 @@ def _show(stream: Stream, samples: int, console: Console) -> None:
         return
     tokenizer = corpus_tokenizer(folder)
     edges = np.cumsum([0] + [shard.documents for shard in manifest.shards])
-    chosen = keyed_generator(0, "inspect").permutation(manifest.documents)[:samples]
-    for number in sorted(chosen.tolist()):
+    for number in shown_documents(manifest.documents, samples):
         shard = int(np.searchsorted(edges, number, side="right")) - 1
         tokens = stream.document(shard, number - int(edges[shard]))
         text = tokenizer.decode(tokens[:_SHOWN_TOKENS].tolist(), skip_special_tokens=False)
@@ -173,6 +176,11 @@ def _show(stream: Stream, samples: int, console: Console) -> None:
         console.print(
             Panel(Text(text + more), title=f"document {number:,}: {len(tokens):,} tokens", title_align="left")
         )
+
+
+def shown_documents(documents: int, samples: int) -> list[int]:
+    """Numbers of some of a split's documents, ascending and always the same ones; in memory for those alone."""
+    return sorted(keyed_generator(0, "inspect").choice(documents, min(samples, documents), replace=False).tolist())
 
 
 def _facts(stream: Stream, tokenizer: str) -> list[str]:

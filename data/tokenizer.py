@@ -51,7 +51,7 @@ class TrainedTokenizer:
         vocab_size: Annotated[int, Field(ge=320, multiple_of=VOCAB_MULTIPLE)] = 8192
         """Special tokens included; less comes out when the text does not hold enough pairs."""
         sample_bytes: Count = 20_000_000
-        """UTF-8 bytes of text to train on."""
+        """UTF-8 bytes of text to train on, from beginnings of many pieces of every stream, by its share."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -238,10 +238,11 @@ def corpus_tokenizer(folder: Path) -> Any:
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    if isinstance(tokenizer.model, models.BPE) and tokenizer.model.unk_token is None:
-        # It would leave out what it does not know, without a word; with a name that it does not have it raises.
-        tokenizer.model.unk_token = "\0no unknown token"
+    if isinstance(tokenizer.model, models.BPE):
         tokenizer.model.dropout = None  # it draws at random; shards follow from their texts
+        if tokenizer.model.unk_token is None:
+            # It would leave out what it does not know, without a word; with a name that it does not have it raises.
+            tokenizer.model.unk_token = "\0no unknown token"
     return tokenizer
 
 

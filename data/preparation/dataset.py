@@ -8,6 +8,7 @@ workers, nor a kill shows in the result. OUTPUT/.work holds what a resumed run n
 """
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,7 @@ from data.preparation.output import (
 )
 from data.preparation.sources import Listing, Unit
 from data.preparation.sources.text import shown
-from data.preparation.writing import WriteShards
+from data.preparation.writing import BATCH_CHARACTERS, WriteShards, cut_text
 from data.tokenizer import TOKENIZERS, save_tokenizer
 from flexbert_core.durable import write_file
 from flexbert_core.schema import ConfigError, RunError, plain_console
@@ -51,6 +52,8 @@ __all__ = ["PrepareConfig", "load_prepare_config", "prepare"]
 # A task is about this much of its source: enough tasks for many workers, and little lost when one is killed. Each task
 # costs some ten small files, so a stream of 10 TB gets tasks of 2.5 GB, a quarter of an hour each, and not 40,000.
 _TASK_BYTES, _TASKS_PER_STREAM, _MOST_TASKS_PER_STREAM = 4 * 2**20, 64, 4096
+# Tasks of a stream that a tokenizer is trained on; each costs some hundredths of a second.
+_SAMPLED_TASKS = 256
 
 
 def prepare(config: PrepareConfig, workers: int | None = None) -> None:
@@ -234,17 +237,30 @@ def _make_tokenizer(config: PrepareConfig, output: Path, plans: Sequence[TaskPla
 
 
 def _sample(config: PrepareConfig, work: Path, plans: Sequence[TaskPlan]) -> Iterator[str]:
-    """Training documents for the tokenizer, from every stream by its share: tasks in keyed order, up to the budget."""
+    """Training text for the tokenizer, from every stream by its share.
+
+    Of a stream it is the beginnings of many of its tasks, in keyed order, of each by its share. So it comes from all
+    over the stream, whose places may differ (languages, sites, years), and little of the stream is read for it. The
+    document that reaches a task's share is cut there: one may be as large as all tasks.
+    """
     total = sum(plan.kept_bytes for plan in plans)
     for number, name in enumerate(config.streams):
         ranks = [rank for rank, plan in enumerate(plans) if plan.stream == name]
         budget = config.tokenizer.sample_bytes * sum(plans[rank].kept_bytes for rank in ranks) / max(total, 1)
-        for rank in keyed_generator(config.seed, "tokenizer", number).permutation(ranks).tolist():
+        order = keyed_generator(config.seed, "tokenizer", number).permutation(ranks).tolist()
+        there = np.cumsum([plans[rank].kept_bytes for rank in order])
+        # More tasks where these hold less than twice the budget: their validation documents are not taken.
+        count = max(_SAMPLED_TASKS, int(np.searchsorted(there, 2 * budget)) + 1)
+        order, there = order[:count], there[:count]
+        taken = 0
+        for rank, until in zip(order, (budget * there / max(there[-1], 1)).tolist(), strict=True):
             for document in Select(work).run(TaskDocuments(load_task(work, rank)), rank):
-                if budget <= 0:
+                if taken >= until:
                     break
                 if document.metadata["split"] == 0:
-                    budget -= document.metadata["bytes"]
-                    yield document.text
-            if budget <= 0:
-                break
+                    most = math.ceil(until - taken)
+                    text = document.text
+                    if document.metadata["bytes"] > most:
+                        text = text[:most].encode()[:most].decode("utf-8", "ignore")
+                    taken += min(document.metadata["bytes"], most)
+                    yield from cut_text(text, BATCH_CHARACTERS)

@@ -5,6 +5,7 @@ A task is a run of units of one stream, listed in WORK/tasks/NNNNN.json. Scannin
     NNNNN.npz          digests (documents, 2) uint64, sizes (documents,) int64 in UTF-8 bytes,
                        filtered (documents,) uint8: 0, n + 1 for rejected by the n-th filter, or ODD
     NNNNN.skipped.json {reason: [how many, the first of them]}: what on_error: skip, or a rule of the source, leaves out
+                       (the first is a message, or what a LineError makes its message of)
     NNNNN.sorted.npy   digests of the documents that are neither empty nor filtered, (2, those) uint64, ascending
     NNNNN.order.npy    their positions in the task, (those,) uint32; equal digests in document order
 """
@@ -23,7 +24,7 @@ from datatrove.pipeline.base import PipelineStep
 from numpy.typing import NDArray
 
 from data.preparation.filters import DocumentFilter
-from data.preparation.sources import SOURCES, DamagedError, Fault, Unit
+from data.preparation.sources import SOURCES, DamagedError, Fault, LineError, Unit
 from data.preparation.sources.text import mend_surrogates, shown
 from flexbert_core.durable import write_file
 from flexbert_core.schema import RunError
@@ -87,12 +88,15 @@ class Meter:
 class TaskDocuments:
     """The documents of a task's units, in order: text, place and columns of each.
 
-    skipped: {reason: [how many, the first of them]} of what was none, as far as has been read.
+    The columns are those that the stream's filters want. They are read in every pass, for on_error: skip leaves out a
+    row that lacks one: passes without them would see it.
+
+    skipped: as in NNNNN.skipped.json, of what was none, as far as has been read.
     """
 
-    def __init__(self, task: Mapping[str, Any], columns: bool = False, meter: Meter | None = None) -> None:
+    def __init__(self, task: Mapping[str, Any], meter: Meter | None = None) -> None:
         self.task, self.meter = task, meter
-        self.columns: list[str] = task["columns"] if columns else []
+        self.columns: list[str] = task["columns"]
         self.source = SOURCES.build(SOURCES.parse(task["source"]))
         self.skipped: dict[str, list[Any]] = {}
 
@@ -119,7 +123,9 @@ class TaskDocuments:
         if fault.error is not None and self.task["on_error"] == "fail":
             raise fault.error()
         if fault.reason not in self.skipped:
-            self.skipped[fault.reason] = [0, str(fault.error()) if fault.error is not None else ""]
+            error = None if fault.error is None else fault.error()
+            first = list(error.args) if isinstance(error, LineError) else str(error or "")
+            self.skipped[fault.reason] = [0, first]
         self.skipped[fault.reason][0] += 1
 
     def _rows(self, unit: Unit) -> Iterator[tuple[str, dict[str, Any]] | Fault]:
@@ -149,7 +155,7 @@ class ReadUnits(PipelineStep):
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         meter = Meter(self.work, rank) if self.meter else None
-        yield from TaskDocuments(load_task(self.work, self.first + rank), meter=meter)
+        yield from TaskDocuments(load_task(self.work, self.first + rank), meter)
 
 
 class Scan(PipelineStep):
@@ -166,7 +172,7 @@ class Scan(PipelineStep):
         task = load_task(self.work, rank)
         filters = [(number, each) for number, each in enumerate(self.filters[task["stream"]], 1) if each is not None]
         digests, sizes, filtered = bytearray(), [], bytearray()
-        documents = TaskDocuments(task, columns=True, meter=Meter(self.work, rank))
+        documents = TaskDocuments(task, Meter(self.work, rank))
         for document in documents:
             content = document.text.encode("utf-8")
             digests += digest(content)

@@ -13,6 +13,7 @@ from data.preparation.choice import TaskPlan, filter_labels
 from data.preparation.config import PrepareConfig
 from data.preparation.documents import ODD, SPLITS, load_arrays, numbered
 from data.preparation.output import WORK
+from data.preparation.sources import LineError
 from data.preparation.sources.text import shown
 from data.preparation.writing import token_dtype
 from data.store.manifest import CHUNKS, MANIFEST, StreamManifest, pack_chunks
@@ -44,7 +45,9 @@ class Reading:
             "files": made_from["skipped"],
             "documents": {reason: sum(each.get(reason, [0])[0] for each in found) for reason in reasons},
         }
-        self._first = {reason: next(each[reason][1] for each in found if reason in each) for reason in reasons}
+        self._first: dict[str, Any] = {
+            reason: next(each[reason][1] for each in found if reason in each) for reason in reasons
+        }
 
     def __str__(self) -> str:
         files = sorted(self.skipped["files"].items(), key=lambda item: -item[1])
@@ -52,7 +55,9 @@ class Reading:
         if files[_SHOWN_REASONS:]:
             parts.append(f"{sum(count for _, count in files[_SHOWN_REASONS:]):,} for other reasons")
         for reason, count in self.skipped["documents"].items():
-            first = f" (the first: {shown(self._first[reason])})" if self._first[reason] else ""
+            first = self._first[reason]
+            first = str(LineError(*first)) if isinstance(first, list) else first
+            first = f" (the first: {shown(first)})" if first else ""
             parts.append(f"{count:,} {reason}{first}")
         read = f"read {self.read['documents']:,} documents from {self.read['files']:,} files"
         return f"{read}; skipped: {', '.join(parts) or 'nothing'}"

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,11 @@ from flexbert_core.durable import sync_folder, write_file
 from flexbert_core.schema import RunError
 
 # Text given to the tokenizer at once. Its result takes some 100 times as much memory: larger batches leave the caches
-# and are slower; a document that is much longer is cut.
-_BATCH_CHARACTERS = 2**18
+# and are slower; a document that is much longer is cut, and its pieces are tokenised one after the other.
+BATCH_CHARACTERS = 2**18
 CUT_CHARACTERS = 2**22
+# The offsets in a shard are of 32 bits. What is left is more than a shard holds beside its tokens.
+MAX_DOCUMENT_BYTES = 2**32 - 2**16
 # Counting costs a pass over the vocabulary, which for one short document would be more than its tokenising.
 _COUNTED_DOCUMENTS = 256
 
@@ -60,18 +61,28 @@ class WriteShards(PipelineStep):
         ]
         progress = Meter(self.work, rank)
         done = 0
+
+        def tokens_of(document: Document, encoding: Any) -> NDArray[np.unsignedinteger]:
+            tokens = np.array(encoding.ids, np.int64)
+            if facts.unk_token_id is None and np.isin(tokens, facts.special_ids).any():
+                raise _fault(document, "holds a special token as text, and the tokenizer has no unknown token for it")
+            return final_ids[tokens]
+
         for batch in _batches(data):
-            pieces = [cut_text(document.text) for document in batch]
-            encodings = iter(_encode(tokenizer, batch, pieces))
-            for document, cut in zip(batch, pieces, strict=True):
-                ids = next(encodings).ids if len(cut) == 1 else [token for _ in cut for token in next(encodings).ids]
-                size, tokens = document.metadata["bytes"], np.array(ids, np.int64)
-                if facts.unk_token_id is None and np.isin(tokens, facts.special_ids).any():
-                    raise _fault(
-                        document, "holds a special token as text, and the tokenizer has no unknown token for it"
-                    )
-                parts[document.metadata["split"]].add(final_ids[tokens], size)
-                done += size
+            texts = [document.text for document in batch]
+            if len(texts[0]) > CUT_CHARACTERS:  # it is alone in its batch
+                pieces = cut_text(texts[0])
+                found = [
+                    np.concatenate([tokens_of(batch[0], _encode(tokenizer, batch, [piece])[0]) for piece in pieces])
+                ]
+            else:
+                encodings = _encode(tokenizer, batch, texts)
+                found = [tokens_of(*each) for each in zip(batch, encodings, strict=True)]
+            for document, tokens in zip(batch, found, strict=True):
+                if tokens.nbytes > MAX_DOCUMENT_BYTES:
+                    raise _fault(document, f"gives {len(tokens):,} tokens, more than a shard can hold: divide it")
+                parts[document.metadata["split"]].add(tokens, document.metadata["bytes"])
+                done += document.metadata["bytes"]
             progress.set(done)
         for part in parts:
             part.finish()
@@ -83,21 +94,21 @@ class WriteShards(PipelineStep):
         yield from ()
 
 
-def _encode(tokenizer: Any, batch: list[Document], pieces: list[list[str]]) -> list[Any]:
-    """Encodings of all pieces of a batch. Raises RunError naming the document of which the tokenizer makes nothing."""
+def _encode(tokenizer: Any, batch: list[Document], texts: list[str]) -> list[Any]:
+    """Encodings of texts, one of each document. Raises RunError naming the document of which the tokenizer makes
+    nothing."""
     try:
-        return tokenizer.encode_batch_fast(list(chain.from_iterable(pieces)), add_special_tokens=False)
+        return tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     except BaseException as error:
         if not _is_of_tokenizers(error):
             raise
-    for document, cut in zip(batch, pieces, strict=True):
-        for piece in cut:
-            try:
-                tokenizer.encode(piece, add_special_tokens=False)
-            except BaseException as error:
-                if not _is_of_tokenizers(error):
-                    raise
-                raise _fault(document, cannot_encode(tokenizer, piece, error)) from None
+    for document, text in zip(batch, texts, strict=True):
+        try:
+            tokenizer.encode(text, add_special_tokens=False)
+        except BaseException as error:
+            if not _is_of_tokenizers(error):
+                raise
+            raise _fault(document, cannot_encode(tokenizer, text, error)) from None
     raise RunError(f"{batch[0].metadata['place']}: the tokenizer fails on these documents together, not on each alone")
 
 
@@ -209,27 +220,31 @@ def token_dtype(vocab_size: int) -> str:
 
 
 def _batches(documents: Any) -> Iterator[list[Document]]:
+    """Documents that are tokenised at once; one that is to be cut is alone."""
     batch, characters = [], 0
     for document in documents:
+        if batch and len(document.text) > CUT_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
         batch.append(document)
         characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS:
+        if characters >= BATCH_CHARACTERS or len(document.text) > CUT_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
 
 
-def cut_text(text: str) -> list[str]:
-    """A text as pieces that the tokenizer can take at once: whole, unless it is very long; then cut at line ends."""
-    pieces = []
+def cut_text(text: str, most: int | None = None) -> Iterator[str]:
+    """A text as pieces of at most so many characters (default: CUT_CHARACTERS): whole, or cut at line ends."""
+    most = CUT_CHARACTERS if most is None else most
     start = 0
-    while len(text) - start > CUT_CHARACTERS:
-        stop = text.rfind("\n", start, start + CUT_CHARACTERS) + 1
+    while len(text) - start > most:
+        stop = text.rfind("\n", start, start + most) + 1
         # A line end inside a run of blank characters would change how the run is tokenised.
         while stop > start and stop < len(text) and text[stop].isspace():
             stop = text.rfind("\n", start, stop - 1) + 1
-        stop = stop if stop > start else start + CUT_CHARACTERS
-        pieces.append(text[start:stop])
+        stop = stop if stop > start else start + most
+        yield text[start:stop]
         start = stop
-    return [*pieces, text[start:]]
+    yield text[start:]

@@ -1,11 +1,13 @@
 """What inspect prints is what is there; what is no dataset is said in one line."""
 
+import os
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from data.inspect import inspect
+from data.inspect import inspect, shown_documents
 from data.store.shards import open_stream
 from flexbert_core.schema import ConfigError
 from tests.helpers.preparing import config_file, documents, run, shown, write_jsonl
@@ -64,6 +66,25 @@ def test_damage_is_found(dataset: Path) -> None:
     content[-1] ^= 1
     file.write_bytes(content)
     assert f"damaged: {stream.manifest.shards[0].file}" in shown(dataset, samples=0)
+
+
+def test_shards_are_checked_in_little_memory(dataset: Path) -> None:
+    stream = open_stream(dataset / "a" / "train")
+    file = Path(stream.path) / stream.manifest.shards[0].file
+    os.truncate(file, 2**26)
+    tracemalloc.start()
+    try:
+        assert f"damaged: {file.relative_to(stream.path)}" in shown(dataset / "a" / "train", samples=0)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+def test_documents_are_drawn_without_a_list_of_all() -> None:
+    chosen = shown_documents(10**12, 3)
+    assert chosen == shown_documents(10**12, 3) == sorted(set(chosen))
+    assert chosen[-1] > 10**9
+    assert shown_documents(2, 3) == [0, 1]
 
 
 @pytest.mark.parametrize("name", ["chunks.npy", "token_counts.npy", "index.json"])

@@ -132,6 +132,16 @@ def test_saved_folder_loads_back_to_the_same_ids(trained: Path, tmp_path: Path) 
     assert AutoTokenizer.from_pretrained(str(again))(text) == AutoTokenizer.from_pretrained(str(trained))(text)
 
 
+@pytest.mark.parametrize("unknown", [None, "[UNK]"])
+def test_dropout_does_not_reach_the_training_data(tmp_path: Path, unknown: str | None) -> None:
+    vocab = {"[UNK]": 0, "a": 1, "b": 2, "ab": 3, "abab": 4}
+    model = models.BPE(vocab, [("a", "b"), ("ab", "ab")], dropout=0.9, unk_token=unknown)
+    Tokenizer(model).save(str(tmp_path / "in.json"))
+    folder = make(tmp_path / "out", {"name": "load", "path": str(tmp_path / "in.json")})
+    assert json.loads((folder / "tokenizer.json").read_text())["model"]["dropout"] == 0.9
+    assert corpus_tokenizer(folder).encode("abab" * 50, add_special_tokens=False).ids == [4] * 50
+
+
 def test_load_errors(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{}")
     for path, message in [

@@ -11,7 +11,8 @@ import lzma
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import zstandard
@@ -26,6 +27,10 @@ SOURCES = Registry("source", has_imports=False)
 
 # Uncompressed files of lines are cut into units of this size, so that one large file keeps all workers busy.
 RANGE_BYTES = 16 * 2**20
+
+_COUNTED_BYTES = 2**20
+# Counting the lines before this place of a URL would be a long download for one message.
+_REMOTE_BYTES = 2**30
 
 
 class Unit(NamedTuple):
@@ -57,6 +62,31 @@ class DamagedError(RunError):
     def __init__(self, message: str, reason: str = "damaged file") -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class LineError(RunError):
+    """What is wrong with a line of a file, named by its number.
+
+    The number costs reading the file up to there, so it is found when the message is asked for. Until then the error
+    is its `args`, which JSON can hold.
+    """
+
+    def __init__(self, path: str, start: int, index: int, message: str) -> None:
+        """Of the line that read_lines gives as number `index` of a unit of this path and start."""
+        super().__init__(path, start, index, message)
+        self.path, self.start, self.index, self.message = path, start, index, message
+
+    def __str__(self) -> str:
+        return self._said
+
+    @cached_property
+    def _said(self) -> str:
+        place = f"{shown(self.path)}: line {self.index + 1} from byte {self.start:,} on"
+        if self.start < _REMOTE_BYTES or not is_remote(self.path):
+            # The file may be gone by now, and a URL's client may raise anything.
+            with suppress(Exception):
+                place = f"{shown(self.path)}:{_lines_before(self.path, self.start) + self.index + 1}"
+        return f"{place}: {self.message}"
 
 
 class Source(Protocol):
@@ -153,14 +183,18 @@ def read_lines(unit: Unit) -> Iterator[bytes]:
             yield file.readline()
 
 
-def line_number(unit: Unit, index: int) -> int:
-    """Position in its file, from 1, of the line that read_lines(unit) gave as number `index`."""
-    if unit.start == 0:
-        return index + 1
-    with open_bytes(unit.path) as file:
-        first = _seek_line(file, unit.start)
+def _lines_before(path: str, start: int) -> int:
+    """How many lines of a file stand before the first that begins at or after byte `start`."""
+    if start == 0:
+        return 0
+    lines = 0
+    with open_bytes(path) as file:
+        left = _seek_line(file, start)
         file.seek(0)
-        return file.read(first).count(b"\n") + index + 1
+        while block := file.read(min(left, _COUNTED_BYTES)):
+            lines += block.count(b"\n")
+            left -= len(block)
+    return lines
 
 
 def _seek_line(file: Any, start: int) -> int:

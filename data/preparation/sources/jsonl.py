@@ -8,7 +8,7 @@ from typing import Any, Literal
 import orjson
 from pydantic import Field
 
-from data.preparation.sources.base import SOURCES, Listing, Unit, line_number, line_units, listing, read_lines, texts
+from data.preparation.sources.base import SOURCES, LineError, Listing, Unit, line_units, listing, read_lines, texts
 from data.preparation.sources.files import Fault, find_files
 from data.preparation.sources.text import kind_of, not_utf8, shown, to_text
 from flexbert_core.misspelt import did_you_mean
@@ -92,7 +92,7 @@ def _lenient(line: bytes, error: Callable[[str], Exception], message: str) -> An
 
 
 def _error(unit: Unit, index: int, message: str) -> RunError:
-    return RunError(f"{shown(unit.path)}:{line_number(unit, index)}: {shown(message)}")
+    return LineError(unit.path, unit.start, index, shown(message))
 
 
 def _fault(row: object, column: str, names: Sequence[str]) -> tuple[str, str]:

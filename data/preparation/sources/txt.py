@@ -1,6 +1,5 @@
 """Plain text files."""
 
-import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal
@@ -9,10 +8,10 @@ from pydantic import Field
 
 from data.preparation.sources.base import (
     SOURCES,
+    LineError,
     Listing,
     Unit,
     file_unit,
-    line_number,
     line_units,
     listing,
     read_bytes,
@@ -21,8 +20,6 @@ from data.preparation.sources.base import (
 from data.preparation.sources.files import Fault, find_files
 from data.preparation.sources.text import not_utf8, shown, to_text
 from flexbert_core.schema import Component, RunError, UserPath
-
-_BLANK_LINES = re.compile(r"\r?\n[ \t]*(?:\r?\n[ \t]*)+")
 
 
 @SOURCES.register("txt")
@@ -44,32 +41,46 @@ class Txt:
         return listing(found, line_units if by_line else lambda file: [file_unit(file)])
 
     def read(self, unit: Unit) -> Iterator[str | Fault]:
-        if self.config.document == "line":
-            for index, line in enumerate(read_lines(unit)):
-                text = decode(line, partial(_line, unit, index))
-                yield text if isinstance(text, Fault) else text.rstrip("\r\n")
+        if self.config.document == "file":
+            yield decode(read_bytes(unit.path), partial(_error, unit))
             return
-        text = decode(read_bytes(unit.path), lambda: unit.path)
-        if self.config.document == "paragraph" and not isinstance(text, Fault):
-            yield from filter(None, _BLANK_LINES.split(text.strip("\r\n")))
-        else:
-            yield text
+        by_line = self.config.document == "line"
+        for index, content in enumerate(read_lines(unit)) if by_line else _paragraphs(unit):
+            text = decode(content, partial(_line_error, unit, index))
+            text = text if isinstance(text, Fault) else text.rstrip("\r\n")
+            if text or by_line:  # a paragraph may be a byte-order mark alone
+                yield text
 
 
-def decode(content: bytes, place: Callable[[], str]) -> str | Fault:
-    """UTF-8 to text. A NUL byte is a fault: what holds one is UTF-16, or no text at all. place: for its message."""
+def _paragraphs(unit: Unit) -> Iterator[tuple[int, bytes]]:
+    """What stands between blank lines, and the number of its first line in the unit: one at a time, for a file may be
+    larger than memory."""
+    first, lines = 0, list[bytes]()
+    for index, line in enumerate(read_lines(unit)):
+        if line.strip(b" \t\r\n"):
+            first = first if lines else index
+            lines.append(line)
+        elif lines:
+            yield first, b"".join(lines)
+            lines = []
+    if lines:
+        yield first, b"".join(lines)
+
+
+def decode(content: bytes, error: Callable[[str], RunError]) -> str | Fault:
+    """UTF-8 to text. A NUL byte is a fault: what holds one is UTF-16, or no text at all. error: of a message."""
     try:
         text = to_text(content)
-    except UnicodeDecodeError as error:
-        return Fault("not UTF-8", partial(_error, place, not_utf8(content, error)))
+    except UnicodeDecodeError as fault:
+        return Fault("not UTF-8", partial(error, not_utf8(content, fault)))
     if "\0" in text:
-        return Fault("NUL bytes", partial(_error, place, "holds NUL bytes: UTF-16, or no text: convert it first"))
+        return Fault("NUL bytes", partial(error, "holds NUL bytes: UTF-16, or no text: convert it first"))
     return text
 
 
-def _error(place: Callable[[], str], message: str) -> RunError:
-    return RunError(f"{shown(place())}: {message}")
+def _error(unit: Unit, message: str) -> RunError:
+    return RunError(f"{shown(unit.path)}: {message}")
 
 
-def _line(unit: Unit, index: int) -> str:
-    return f"{unit.path}:{line_number(unit, index)}"
+def _line_error(unit: Unit, index: int, message: str) -> RunError:
+    return LineError(unit.path, unit.start, index, message)

@@ -177,11 +177,51 @@ def test_cut_pieces_are_tokenised_as_the_whole(prepared: Path, monkeypatch: pyte
     whole = tokenizer.encode(text, add_special_tokens=False).ids
     for characters in range(2000, 2040):
         monkeypatch.setattr("data.preparation.writing.CUT_CHARACTERS", characters)
-        pieces = cut_text(text)
+        pieces = list(cut_text(text))
         assert len(pieces) > 5
         assert "".join(pieces) == text
         assert [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False).ids] == whole
     assert "".join(cut_text("x" * 10_000)) == "x" * 10_000
+
+
+def most_memory() -> int:
+    """The most memory that this process has held since it was asked to forget, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+def test_memory_of_a_long_document(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizer's result takes some 100 times a text's size: only one piece's is there at a time."""
+    monkeypatch.setattr("data.preparation.writing.CUT_CHARACTERS", 2**16)
+    text = "\n".join(documents(3000))
+    write_jsonl(tmp_path / "a" / "1.jsonl", ["short", text, "short again"])
+    write_jsonl(tmp_path / "b" / "1.jsonl", ["b"])
+    path = config_file(tmp_path, validation_fraction=0, tokenizer={"name": "load", "path": str(prepared / "tokenizer")})
+    Path("/proc/self/clear_refs").write_text("5")
+    before = most_memory()
+    output = run(path)
+    assert most_memory() - before < 20 * len(text)
+    assert read_texts(output / "a" / "train") == ["short", text, "short again"]
+
+
+def test_a_document_that_no_shard_can_hold(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.preparation.writing.MAX_DOCUMENT_BYTES", 100)
+    with pytest.raises(
+        RunError, match=r"1\.jsonl: document that begins '0 .*': gives \d+ tokens, more than a shard can"
+    ):
+        run(config_file(corpus), f"output={tmp_path / 'out'}")
+
+
+def test_the_tokenizer_is_trained_on_all_places_of_a_stream(tmp_path: Path) -> None:
+    """16 files, each one document of its own letters, and a sample as large as one of them."""
+    words = [chr(97 + number) * 3 + chr(97 + number + 1) * 3 for number in range(16)]
+    for number, word in enumerate(words):
+        (tmp_path / f"{number:02d}.txt").write_text(f"{word} " * 10_000)
+    source = {"name": "txt", "paths": [str(tmp_path / "*.txt")]}
+    tokenizer = {"name": "train", "vocab_size": 384, "sample_bytes": 70_000}
+    output = run(config_file(tmp_path, streams={"a": {"source": source}}, validation_fraction=0, tokenizer=tokenizer))
+    loaded = corpus_tokenizer(output / "tokenizer")
+    assert {word for word in words if len(loaded.encode(f" {word}", add_special_tokens=False).ids) == 1} == set(words)
 
 
 @pytest.mark.parametrize(

@@ -276,6 +276,42 @@ def test_column_that_is_missing_or_wrong_in_a_later_row(tmp_path: Path) -> None:
         run(path)
 
 
+def not_utf8(values: list[bytes]) -> Any:
+    import pyarrow as pa
+
+    array = pa.array(values, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(array), array.buffers())
+
+
+@pytest.mark.parametrize("name", ["jsonl", "parquet", "parquet without the column", "datasets"])
+def test_rows_that_are_skipped_for_a_column_stay_skipped_in_later_passes(tmp_path: Path, name: str) -> None:
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    good, bad = rows(20), {"text": "no language"}
+    table = pa.table({"text": [bad["text"], good[0]["text"]], "lang": not_utf8([b"caf\xe9", b"en"])})
+    paths = [str(tmp_path / "a")]
+    source: dict[str, Any] = {"name": name.split()[0], "paths": paths}
+    reason, wanted = "no column 'lang'", [row["text"] for row in good if row["lang"] == "en"]
+    write_rows(tmp_path / "a" / "1.jsonl", [*good[:7], bad, *good[7:], bad])
+    if name == "parquet without the column":
+        pq.write_table(pa.Table.from_pylist(good), tmp_path / "a" / "1.parquet")
+        pq.write_table(pa.Table.from_pylist([bad]), tmp_path / "a" / "2.parquet")
+    elif name != "jsonl":
+        reason, wanted = "not UTF-8", wanted[:1]
+        pq.write_table(table, tmp_path / "a" / "1.parquet")
+        datasets.Dataset(table).save_to_disk(str(tmp_path / "hf"))
+    if name == "datasets":
+        source = {"name": name, "path": str(tmp_path / "hf")}
+    filters = [{"name": "language", "keep": ["en"], "column": "lang"}, "minhash"]
+    node = {"source": source, "on_error": "skip", "filters": filters}
+    output = run(config_file(tmp_path, streams={"a": node}, validation_fraction=0))
+    assert read_texts(output / "a" / "train") == wanted
+    skipped = open_stream(output / "a" / "train").manifest.skipped["documents"]
+    assert skipped == {reason: 2 if name == "jsonl" else 1}
+
+
 def test_every_config_of_the_repository_loads() -> None:
     for path in sorted(Path("configs/data").glob("*.yaml")):
         config = load_prepare_config(path)

@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from benchmarks.fuzz_prepare import fuzz
 from data.inspect import inspect
+from data.preparation.documents import TaskDocuments
+from data.preparation.sources import SOURCES, LineError
 from data.store.manifest import MANIFEST
 from data.store.shards import open_stream
 from flexbert_core.schema import ConfigError
@@ -96,13 +98,34 @@ def test_odd_rows_end_prepare_or_are_counted(tmp_path: Path, line: bytes, capsys
     assert f"skipped: 2 {reason} (the first: {said})" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("document", ["file", "line"])
+def test_the_first_skipped_line_is_counted_at_the_end_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its number costs reading the file up to there, which each task did for its own first."""
+    monkeypatch.setattr("data.preparation.sources.base.RANGE_BYTES", 1000)
+    write_lines(tmp_path / "x.jsonl", b"{", b'{"text": "after"}', b"{")
+    train = prepare_one(tmp_path, jsonl_source(tmp_path / "x.jsonl"), on_error="skip")
+    assert f"skipped: 2 not valid JSON (the first: {tmp_path}/x.jsonl:21: not valid" in capsys.readouterr().err
+    assert read_texts(train) == [*GOOD, "after"]
+    source = SOURCES.build(SOURCES.parse(jsonl_source(tmp_path / "x.jsonl")))
+    units = source.find().units
+    assert len(units) > 5
+    task = {"source": jsonl_source(tmp_path / "x.jsonl"), "on_error": "skip", "columns": [], "units": units}
+    found = TaskDocuments(task)
+    assert len(list(found)) == 21
+    count, (path, start, index, message) = found.skipped["not valid JSON"]
+    assert (count, path, message[:14]) == (2, f"{tmp_path}/x.jsonl", "not valid JSON")
+    assert start > 10_000
+    assert str(LineError(path, start, index, message)).startswith(f"{tmp_path}/x.jsonl:21: not valid JSON")
+
+
+@pytest.mark.parametrize("document", ["file", "paragraph", "line"])
 @pytest.mark.parametrize(("content", "reason"), [(b"caf\xe9\n", "not UTF-8"), (b"a\0b\0\n", "NUL bytes")])
 def test_odd_texts(tmp_path: Path, document: str, content: bytes, reason: str) -> None:
     (tmp_path / "good.txt").write_text("\n".join(GOOD[:1]))
     (tmp_path / "odd.txt").write_bytes(content)
     source = {"name": "txt", "paths": [f"{tmp_path}/*.txt"], "document": document}
-    assert f"{tmp_path}/odd.txt{':1' if document == 'line' else ''}: " in error_of(tmp_path, source)
+    assert f"{tmp_path}/odd.txt{'' if document == 'file' else ':1'}: " in error_of(tmp_path, source)
     shutil.rmtree(tmp_path / "out")
     assert manifest_of(prepare_one(tmp_path, source, on_error="skip")).skipped["documents"] == {reason: 1}
 

@@ -1,11 +1,12 @@
 """Every source reads real tiny files; its units cover them once and in order; its errors name file and place."""
 
 import gzip
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from data.preparation.sources import SOURCES
+from data.preparation.sources import SOURCES, LineError
 from data.preparation.sources import base as sources_base
 from data.preparation.sources.builtin import is_readable
 from flexbert_core.schema import ConfigError, RunError
@@ -18,6 +19,25 @@ def test_jsonl_plain_and_compressed(tmp_path: Path, suffix: str) -> None:
         COMPRESS[suffix](b"\xef\xbb\xbf" + jsonl().replace(b"\n", b"\r\n\r\n", 3))
     )
     assert read_all({"name": "jsonl", "paths": [str(tmp_path)]}) == TEXTS
+
+
+def test_the_number_of_a_late_line_takes_little_memory(tmp_path: Path) -> None:
+    line = b"x" * 99 + b"\n"
+    (tmp_path / "a.txt").write_bytes(line * 300_000)
+    tracemalloc.start()
+    try:
+        said = str(LineError(str(tmp_path / "a.txt"), 29_000_001, 5, "is odd"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert said == f"{tmp_path}/a.txt:290007: is odd"
+    assert peak < 4 * 2**20
+
+
+def test_a_line_of_a_file_that_is_gone_is_named_by_its_byte(tmp_path: Path) -> None:
+    assert (
+        str(LineError(f"{tmp_path}/a.txt", 5000, 5, "is odd")) == f"{tmp_path}/a.txt: line 6 from byte 5,000 on: is odd"
+    )
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
@@ -73,10 +93,21 @@ def test_txt_documents(tmp_path: Path) -> None:
     assert read_all({**node, "document": "line"}) == ["first", "second \u00e9", "line", "", " ", "next"]
 
 
+def test_paragraphs_keep_their_indentation(tmp_path: Path) -> None:
+    code = b"\xef\xbb\xbf\n \t\n\n  def f():\n    a = 1\n\n    b = 2  \n\t\r\n\r\n\tc\n \n"
+    (tmp_path / "a.txt").write_bytes(code)
+    node = {"name": "txt", "paths": [str(tmp_path)], "document": "paragraph"}
+    assert read_all(node) == ["  def f():\n    a = 1", "    b = 2  ", "\tc"]
+
+
 def test_txt_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 latin")
+    node = {"name": "txt", "paths": [str(tmp_path / "*.txt")]}
     with pytest.raises(RunError, match=r"a\.txt: not UTF-8 text \(.* at byte 3\)"):
-        read_all({"name": "txt", "paths": [str(tmp_path / "*.txt")]})
+        read_all(node)
+    (tmp_path / "a.txt").write_bytes(b"first\n\n\nsecond\ncaf\xe9 latin\n\nthird")
+    with pytest.raises(RunError, match=r"a\.txt:4: not UTF-8 text \(.* at byte 10\)"):
+        read_all({**node, "document": "paragraph"})
 
 
 @pytest.mark.parametrize("name", ["txt", "jsonl", "parquet", "code"])
