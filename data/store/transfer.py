@@ -102,7 +102,8 @@ def open_store(url: str, patience: Patience) -> Store:
 class _S3Store:
     def __init__(self, url: str, patience: Patience) -> None:
         self.url, self.patience = url, patience
-        self.bucket, _, self.prefix = url.removeprefix("s3://").partition("/")
+        self.bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        self.prefix = prefix.rstrip("/")
         with self._plain_errors(""):
             endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
             self.client, self.anonymous, self.endpoint = _s3_client(os.getpid(), endpoint, patience.timeout)
@@ -110,7 +111,7 @@ class _S3Store:
     def blocks(self, name: str) -> Iterator[memoryview]:
         block = memoryview(bytearray(READ_BYTES))
         with self._plain_errors(name):
-            body = self.client.get_object(Bucket=self.bucket, Key=f"{self.prefix}/{name}")["Body"]
+            body = self.client.get_object(Bucket=self.bucket, Key=self._key(name))["Body"]
             with contextlib.closing(body):
                 while count := body.readinto(block):
                     yield block[:count]
@@ -121,21 +122,25 @@ class _S3Store:
         while token is not None:
             page = with_retries(partial(self._page, token), self.patience)
             for entry in page.get("Contents", []):
-                found[entry["Key"][len(self.prefix) + 1 :]] = int(entry["Size"])
+                found[entry["Key"].removeprefix(self._key(""))] = int(entry["Size"])
             token = {"ContinuationToken": page["NextContinuationToken"]} if page["IsTruncated"] else None
         return found
 
     def write(self, name: str, content: BinaryIO) -> None:
         with self._plain_errors(name):  # in parts, several at a time, when it is large
-            self.client.upload_fileobj(content, self.bucket, f"{self.prefix}/{name}")
+            self.client.upload_fileobj(content, self.bucket, self._key(name))
 
     def remove(self, name: str) -> None:
         with self._plain_errors(name):
-            self.client.delete_object(Bucket=self.bucket, Key=f"{self.prefix}/{name}")
+            self.client.delete_object(Bucket=self.bucket, Key=self._key(name))
 
     def _page(self, token: dict[str, str]) -> Any:
         with self._plain_errors(""):
-            return self.client.list_objects_v2(Bucket=self.bucket, Prefix=f"{self.prefix}/", **token)
+            return self.client.list_objects_v2(Bucket=self.bucket, Prefix=self._key(""), **token)
+
+    def _key(self, name: str) -> str:
+        """At the root of a bucket nothing stands before the name."""
+        return f"{self.prefix}/{name}" if self.prefix else name
 
     @contextlib.contextmanager
     def _plain_errors(self, name: str) -> Iterator[None]:
