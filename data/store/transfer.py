@@ -28,7 +28,7 @@ _QUIET = 3  # attempts that fail without a word in the log
 FIRST_DELAY, _LONGEST_DELAY = 0.25, 30.0  # seconds
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "S3_ENDPOINT_URL")
 # Packages of the protocols that people use most. None is in our requirements.
-_PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "oci": "ocifs"}
+PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "oci": "ocifs"}
 _WEB_THREADS = 16
 _MISSING = object()
 _PASSING_STATUS = (408, 429, 500, 502, 503, 504)
@@ -53,6 +53,18 @@ class Patience(NamedTuple):
 def is_url(path: object) -> bool:
     """Whether a path is a URL such as s3://bucket/key."""
     return "://" in str(path)
+
+
+def s3_endpoint() -> str | None:
+    """The server that stands for S3; None: Amazon's."""
+    return next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
+
+
+def s3_session() -> Any:
+    """boto3's, which knows credentials and region. Raises BotoCoreError for a wrong profile."""
+    import boto3
+
+    return boto3.Session(region_name=os.environ.get("AWS_REGION") or None)  # boto3 itself knows AWS_DEFAULT_REGION only
 
 
 def with_retries(attempt: Callable[[], T], patience: Patience) -> T:
@@ -105,8 +117,7 @@ class _S3Store:
         self.bucket, _, prefix = url.removeprefix("s3://").partition("/")
         self.prefix = prefix.rstrip("/")
         with self._plain_errors(""):
-            endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
-            self.client, self.anonymous, self.endpoint = _s3_client(os.getpid(), endpoint, patience.timeout)
+            self.client, self.anonymous, self.endpoint = _s3_client(os.getpid(), s3_endpoint(), patience.timeout)
 
     def blocks(self, name: str) -> Iterator[memoryview]:
         block = memoryview(bytearray(READ_BYTES))
@@ -192,11 +203,10 @@ def _s3_client(process: int, endpoint: str | None, timeout: float) -> tuple[Any,
     """Client of this process (sockets do not survive a fork), whether it is anonymous, its endpoint."""
     with _clients_lock:
         if (process, endpoint, timeout) not in _clients:
-            import boto3
             from botocore import UNSIGNED
             from botocore.config import Config
 
-            session = boto3.Session()
+            session = s3_session()
             anonymous = session.get_credentials() is None  # then it may be a public bucket
             options = Config(
                 connect_timeout=timeout,
@@ -226,7 +236,7 @@ class _FsspecStore:
         try:
             self.system, self.path = url_to_fs(url, **options)
         except (ImportError, ValueError) as error:
-            package = _PACKAGES.get(protocol)
+            package = PACKAGES.get(protocol)
             fix = f"pip install {package}" if package else _first_line(error)
             raise TransferError("denied", f"{url}: {protocol}:// cannot be read here: {fix}") from None
 
