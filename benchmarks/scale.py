@@ -26,8 +26,9 @@ from data.feed.lanes import LaneCursor
 from data.feed.loader import LoaderConfig, LoaderPhase, MixtureDataset
 from data.feed.mixture import DataConfig, StreamConfig
 from data.feed.order import Place
+from data.store.local import LocalFiles
 from data.store.manifest import CHUNKS, MANIFEST, ShardInfo, pack_chunks
-from data.store.shards import LocalFiles, Stream
+from data.store.shards import Stream
 
 SHARDS, DOCUMENTS = 62_000, 32_258  # documents per shard
 CHUNK = 2048

@@ -224,7 +224,10 @@ def _print_mixture(config: RunConfig, plan: PhasePlan, loader: LoaderConfig, con
 
 
 def _is_there(path: str) -> bool:
-    return is_url(path) or Path(path).is_dir()
+    try:
+        return is_url(path) or Path(path).is_dir()
+    except OSError:  # it may be there; whoever opens it says what is wrong
+        return True
 
 
 def _describe_cache(config: RunConfig, remote: list[Stream], lanes: int) -> str:

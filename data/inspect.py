@@ -15,6 +15,7 @@ from rich.text import Text
 
 from data.keyed import keyed_generator
 from data.store.cache import CacheConfig
+from data.store.local import refused
 from data.store.manifest import CHUNKS, MANIFEST
 from data.store.shards import Stream, open_stream
 from data.store.transfer import is_url
@@ -48,9 +49,14 @@ def inspect(path: str | Path, samples: int = 3, console: Console | None = None) 
 
 def _find_streams(path: Path) -> list[Path]:
     """Folders with a manifest at most two levels down. Raises ConfigError when there is none, or one is unfinished."""
-    if not path.is_dir():
-        raise ConfigError(f"{path}: no such folder: give a dataset that `python main.py prepare` made")
     levels = ("", "*/", "*/*/")
+    try:
+        if not path.is_dir():
+            raise ConfigError(f"{path}: no such folder: give a dataset that `python main.py prepare` made")
+        for folder in (path, *(folder for level in levels[1:] for folder in path.glob(level))):
+            os.scandir(folder).close()  # glob passes over what it may not read
+    except OSError as error:
+        raise refused(Path(error.filename or path), error, "it is there no more: start again") from None
     found = sorted(file.parent for level in levels for file in path.glob(f"{level}{MANIFEST}"))
     if not found:
         kind = what_it_is(path)
@@ -129,7 +135,7 @@ def _damaged_beside(stream: Stream) -> list[str]:
                 good = counts.shape == (manifest.vocab_size,) and int(counts.sum()) == manifest.tokens
             else:
                 good = len(json.loads(content)["shards"]) == len(manifest.shards)
-        except (ConfigError, ValueError, EOFError, KeyError, TypeError, OSError):
+        except (ConfigError, RunError, ValueError, EOFError, KeyError, TypeError, OSError):
             good = False
         if not good:
             damaged.append(name)

@@ -5,6 +5,7 @@ evaluations: [{name: mean_similarity, rows: 64}]
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from pydantic import Field
 
 import ranks
-from data.feed.held_out import validation_batches
+from data.feed.held_out import HeldOutRows
 from data.feed.loader import open_streams, tokenizer_folder
 from data.store.shards import Stream
 from flexbert import FlexBertForMaskedLM
@@ -33,25 +34,19 @@ class MeanSimilarity:
     def __init__(
         self, config: Config, *, run: RunConfig, plan: PhasePlan, streams: Sequence[Stream], folder: Path
     ) -> None:
-        self.run_config, self.rows, self.length = run, config.rows, plan.phases[0].max_seq_len
-        self.streams = dict(zip(run.data.streams, open_streams(run.data, "validation"), strict=True))
+        self.run_config, length = run, plan.phases[0].max_seq_len
+        self.rows = {
+            name: HeldOutRows(stream, length, config.rows, run.seed)
+            for name, stream in zip(run.data.streams, open_streams(run.data, "validation"), strict=True)
+        }
 
     def run(self, model: FlexBertForMaskedLM, step: int) -> Mapping[str, Any]:
-        return {name: self._similarity(model, stream) for name, stream in self.streams.items()}
+        return {name: self._similarity(model, rows) for name, rows in self.rows.items()}
 
-    def _similarity(self, model: FlexBertForMaskedLM, stream: Stream) -> float | None:
+    def _similarity(self, model: FlexBertForMaskedLM, rows: HeldOutRows) -> float | None:
         config = self.run_config
-        batches = validation_batches(
-            stream,
-            self.length,
-            1,
-            self.rows,
-            config.seed,
-            config.evaluation.masking,
-            lambda: tokenizer_folder(config.data),
-            ranks.rank(),
-            ranks.world_size(),
-        )
+        tokenizer = partial(tokenizer_folder, config.data)
+        batches = rows.batches(1, config.evaluation.masking, tokenizer, ranks.rank(), ranks.world_size())
         sums = torch.zeros(model.config.hidden_size + 1, dtype=torch.float64)  # of unit vectors, and how many there are
         for batch in batches:
             device = next(model.parameters()).device

@@ -20,6 +20,7 @@ from tests.helpers.remote import DOCUMENTS
 from tests.helpers.servers import Bucket, Proxy, run_moto, run_web, s3_environment
 from tests.helpers.synthetic import write_stream
 from tests.helpers.tiny import write_data
+from tests.helpers.users import folder_of_all
 
 # The same examples at every run: a run of the tests says something about the code, not about the day's luck.
 # HYPOTHESIS_PROFILE=explore looks for new ones.
@@ -92,6 +93,13 @@ def _nothing_watches_on() -> Iterator[None]:
     """A watchdog that a run in this process leaves behind would end the process half an hour later, silently."""
     yield
     assert "watchdog" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may work in."""
+    with folder_of_all() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")

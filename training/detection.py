@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 
 import ranks
 from data.feed.batches import Batch
-from data.feed.held_out import check_masking, validation_batches
+from data.feed.held_out import HeldOutRows, check_masking
 from data.feed.loader import open_streams, tokenizer_folder
 from data.feed.masking import DEFAULT, MASKINGS, MaskingConfig, has_one_rate, is_causal
 from data.keyed import torch_seed
@@ -56,11 +56,12 @@ class Detection:
         if not any(isinstance(phase.objective, ReplacedTokens.Config) for phase in plan.phases):
             raise ValueError("detection: no phase has objective rtd, so nothing is detected: leave it out")
         self.config, self.plan = config, plan
-        self.max_seq_len = config.max_seq_len or plan.phases[0].max_seq_len
+        max_seq_len = config.max_seq_len or plan.phases[0].max_seq_len
         self.seed = torch_seed(run.seed, "validation")
         self.tokenizer = partial(tokenizer_folder, run.data)
         self.streams = open_streams(run.data, "validation")
         check_masking(self.streams, config.masking, self.tokenizer, f"evaluations: {config.name}")
+        self.rows = [HeldOutRows(stream, max_seq_len, config.max_rows, self.seed) for stream in self.streams]
 
     @torch.no_grad()
     def run(self, model: FlexBertForMaskedLM, step: int) -> Mapping[str, Any]:
@@ -69,17 +70,9 @@ class Detection:
         if not isinstance(self.plan.at(max(step - 1, 0)).objective, ReplacedTokens.Config):
             return {}
         sums = torch.zeros(8, dtype=torch.float64)
-        for number, stream in enumerate(self.streams):
-            batches = validation_batches(
-                stream,
-                self.max_seq_len,
-                self.config.batch_size,
-                self.config.max_rows,
-                self.seed,
-                self.config.masking,
-                self.tokenizer,
-                ranks.rank(),
-                ranks.world_size(),
+        for number, rows in enumerate(self.rows):
+            batches = rows.batches(
+                self.config.batch_size, self.config.masking, self.tokenizer, ranks.rank(), ranks.world_size()
             )
             for turn, batch in enumerate(batches):
                 # The place of the batch's first row in the stream: what is drawn does not depend on the ranks.

@@ -103,8 +103,8 @@ class HeldOutDocuments:
 
     def documents_of(self, stream: Stream) -> list[Callable[[], Batch]]:
         """For each document what makes its batch: its pieces, with masks keyed by its number."""
-        documents = all_documents(stream)
-        count = min(self.config.documents, len(documents.length))
+        documents = all_documents(stream, self.config.documents)
+        count = len(documents.length)
         stops = np.minimum(documents.length[:count], self.config.tokens)
         pieces = cut(Spans(np.arange(count), np.zeros(count, np.int64), stops), self.max_seq_len)
         pieces = pieces.take(np.lexsort((pieces.start, pieces.document)))

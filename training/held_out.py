@@ -12,7 +12,7 @@ import torch
 
 import ranks
 from data.feed.batches import Batch
-from data.feed.held_out import check_masking, validation_batches
+from data.feed.held_out import HeldOutRows, check_masking
 from data.feed.loader import open_streams, tokenizer_folder
 from data.feed.masking import IGNORE, is_causal
 from data.feed.mixture import stream_weights
@@ -53,11 +53,13 @@ class HeldOut:
             require_causal(run.model)
         self.config = config
         self.place = f"evaluations: {config.name}" if isinstance(config, Component) else "evaluation"
-        self.max_seq_len = config.max_seq_len or plan.phases[0].max_seq_len
-        self.seed = torch_seed(run.seed, "validation")
+        max_seq_len, seed = config.max_seq_len or plan.phases[0].max_seq_len, torch_seed(run.seed, "validation")
         self.tokenizer = partial(tokenizer_folder, data)
         self.streams = dict(zip(data.streams, open_streams(data, "validation"), strict=True))
         check_masking(list(self.streams.values()), config.masking, self.tokenizer, self.place)
+        self.rows = {
+            name: HeldOutRows(stream, max_seq_len, config.max_rows, seed) for name, stream in self.streams.items()
+        }
         self.fingerprints = {name: stream.fingerprint for name, stream in self.streams.items()}
         counts = [np.load(BytesIO(stream.files.read("token_counts.npy"))).astype(float) for stream in train_streams]
         tokens = {name: stream.manifest.tokens for name, stream in zip(self.streams, train_streams, strict=True)}
@@ -71,17 +73,7 @@ class HeldOut:
             raise ConfigError(f"{self.place}: no token of the held-out text would be masked: {_FIX}")
 
     def _batches(self, name: str, rank: int, world_size: int) -> Iterator[Batch]:
-        return validation_batches(
-            self.streams[name],
-            self.max_seq_len,
-            self.config.batch_size,
-            self.config.max_rows,
-            self.seed,
-            self.config.masking,
-            self.tokenizer,
-            rank,
-            world_size,
-        )
+        return self.rows[name].batches(self.config.batch_size, self.config.masking, self.tokenizer, rank, world_size)
 
     @torch.no_grad()
     def run(self, model: FlexBertForMaskedLM, step: int) -> dict[str, Any]:

@@ -158,6 +158,7 @@ class Lane:
         self.lines, self.seed, self.lane, self.packing = lines, seed, lane, packing
         self.cursor = cursor or LaneCursor()
         self._planned: _Planned | None = None
+        self._rested: tuple[LaneCursor, tuple[DocumentList, Spans]] | None = None  # the last rest that was put back
 
     def take(self, rows: int, max_seq_len: int, mixture: Mixture) -> list[Rows]:
         """The next `rows` rows of max_seq_len slots; moves the cursor behind them."""
@@ -271,14 +272,20 @@ class Lane:
         return _Block(documents.take(shuffle), whole, tuple(after), tuple(used), left)
 
     def _put_back(self, behind: LaneCursor | None) -> tuple[DocumentList, Spans]:
+        """The documents and spans of a block's rest. What a stream that left the mixture had in it stays behind every
+        later block, so it is planned once and kept."""
         if behind is None:
             nothing = np.zeros(0, np.int64)
             return DocumentList.join([]), Spans(nothing, nothing, nothing)
-        block = self._block(behind)
-        rest, (left, left_spans) = self._rest(block, behind), block.left
-        more = Spans(left_spans.document + len(block.documents.length), left_spans.start, left_spans.stop)
-        spans = Spans(*(np.concatenate([getattr(part, key) for part in (rest, more)]) for key in _SPAN))
-        return DocumentList.join([block.documents, left]), spans
+        if self._rested is None or self._rested[0] != behind:
+            block = self._block(behind)
+            rest, (left, left_spans) = self._rest(block, behind), block.left
+            more = Spans(left_spans.document + len(block.documents.length), left_spans.start, left_spans.stop)
+            spans = Spans(*(np.concatenate([getattr(part, key) for part in (rest, more)]) for key in _SPAN))
+            kept, places = np.unique(spans.document, return_inverse=True)
+            documents = DocumentList.join([block.documents, left]).take(kept)
+            self._rested = behind, (documents, Spans(places, spans.start, spans.stop))
+        return self._rested[1]
 
 
 _SPAN = ("document", "start", "stop")

@@ -20,9 +20,6 @@ from flexbert_core.schema import ConfigError
 
 _CUT_OVER = 1024  # tokens
 _CACHED_PASSES = 3  # lanes stand in the same pass or in neighbouring ones
-_BARREN_PASSES = (
-    64  # per lane: an empty share of a pass is chance while there are fewer documents than this times lanes
-)
 
 
 class Place(NamedTuple):

@@ -16,10 +16,10 @@ from pydantic import ValidationError
 
 from data.preparation.config import CONFIG_FILE, PrepareConfig
 from data.preparation.sources import SOURCES, Listing
-from data.preparation.sources.files import is_remote
 from data.preparation.sources.local import sample
 from data.preparation.sources.text import shown
 from data.store.manifest import MANIFEST
+from data.store.transfer import is_url
 from flexbert_core.durable import lock, write_file
 from flexbert_core.schema import ConfigError, RunError
 
@@ -184,7 +184,7 @@ def check_sources(config: PrepareConfig, output: Path) -> str:
         try:
             now = {path: (size, mark) for path, size, mark in SOURCES.build(config.streams[name].source).find().files}
         except (ConfigError, RunError) as error:
-            (unknown if any(map(is_remote, files)) else lines).append(f"streams.{name}.source: {error}")
+            (unknown if any(map(is_url, files)) else lines).append(f"streams.{name}.source: {error}")
             continue
         if files != now:
             lines.append(f"streams.{name}.source: {_changes(files, now)}")

@@ -5,8 +5,9 @@ survives kill -9 without repair:
 
 - SHARD.partial: being downloaded by whoever holds its lock, and as long as it will be, so that its room is taken.
   Without a lock it is left over from a dead process, and the next one to need room removes it.
-- SHARD: whole. Its time of modification is that of its last opening: the least recently opened go first. A shared lock
-  says that a process holds it open; such shards go last, and whoever reads one goes on reading (POSIX).
+- SHARD: whole. Its time of modification is that of its last opening, or of a look at it in use later: the least
+  recently used go first. A shared lock says that a process holds it open; such shards go last. Whoever is reading one
+  goes on (POSIX), and closes it within a second: so long it takes room that is not counted.
 - lock: held by the one process that counts and makes room.
 
 The locks are flock's: they belong to an open file and end with it, however its process dies.

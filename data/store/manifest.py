@@ -111,8 +111,10 @@ class StreamFiles(Protocol):
 
     fix: str
     """What to do about a damaged shard."""
+    pool: str
+    """The cache's folder, of files that come through one; else nothing."""
     max_open_bytes: float
-    """Of shards that a stream may hold open."""
+    """Of shards of this pool that a process may hold open, over all its streams."""
 
     def read(self, name: str) -> bytes:
         """A small file. Raises ConfigError when it is not there."""

@@ -65,6 +65,22 @@ class Prefetcher:
             raise job.error
         return job.handle
 
+    def close_unlinked(self) -> None:
+        """Give up what was fetched, waits to be taken, and was evicted meanwhile: it takes room while it is open."""
+        with self._changed:
+            for job in list(self._held.values()):
+                if job.handle is not None and job.done and not job.awaited and os.fstat(job.handle).st_nlink == 0:
+                    del self._held[job.name]
+                    os.close(job.handle)
+            self._changed.notify_all()
+
+    def close_inherited(self) -> None:
+        """In a fork: close its copies of what was fetched. It is not used there any more."""
+        for job in self._held.values():
+            if job.handle is not None and job.done:
+                os.close(job.handle)
+        self._held.clear()
+
     def _work(self) -> None:
         while True:
             with self._changed:

@@ -1,6 +1,8 @@
 """A stream behind a URL: its shards come through the cache, checked by hash while they are downloaded."""
 
 import os
+import threading
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,6 +12,7 @@ import xxhash
 
 from data.store.cache import CacheConfig, CachedShard, ShardCache
 from data.store.manifest import ShardInfo
+from data.store.open_shards import OPEN_SHARDS
 from data.store.prefetch import Job, Prefetcher
 from data.store.transfer import Patience, Store, TransferError, open_store, with_retries
 from flexbert_core.schema import ConfigError, RunError
@@ -17,6 +20,7 @@ from flexbert_core.schema import ConfigError, RunError
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _AHEAD = 4  # a process fetches at most 1/4 of the cache's limit ahead of use
 _OPEN = 2  # and holds at most 1/2 open
+_LOOK_SECONDS = 0.5  # between looks for shards that others have evicted
 _TOO_LONG = 2  # times the expected size: what is even longer is not read to its end to name its hash
 
 
@@ -29,7 +33,7 @@ class RemoteFiles:
         self.url, self.config = url.rstrip("/"), config
         self.patience = Patience(config.download_retries, config.download_timeout)
         self.cache = ShardCache(config.cache_folder, config.cache_limit)
-        self.max_open_bytes: float = config.cache_limit // _OPEN
+        self.pool, self.max_open_bytes = str(config.cache_folder), float(config.cache_limit // _OPEN)
         self._store: tuple[int, Store] | None = None
 
     def __reduce__(self) -> Any:
@@ -104,6 +108,9 @@ class RemoteFiles:
 
     def _prefetcher(self) -> Prefetcher:
         """One for all streams of this process that share a cache."""
+        if os.getpid() not in _watched:
+            _watched.add(os.getpid())
+            threading.Thread(target=_close_evicted, name="evicted-shards", daemon=True).start()
         key = (os.getpid(), self.config.cache, self.config.cache_limit)
         return _prefetchers.setdefault(key, Prefetcher(self.config.cache_limit // _AHEAD))
 
@@ -171,6 +178,28 @@ def fetch_tokenizer(url: str, config: CacheConfig) -> Path:
 
 _tokenizers: dict[tuple[str, Path], Path] = {}
 _prefetchers: dict[tuple[int, str, int], Prefetcher] = {}
+_watched: set[int] = set()  # processes that close what was evicted
+
+
+def _close_evicted() -> None:
+    """What is evicted while it is open takes room until it is closed, and a process may have nothing to open for long
+    (a loader worker whose batches wait, held-out streams between evaluations)."""
+    while True:
+        time.sleep(_LOOK_SECONDS)
+        OPEN_SHARDS.close_unlinked()
+        for prefetcher in list(_prefetchers.values()):
+            prefetcher.close_unlinked()
+
+
+def _forget_inherited() -> None:
+    """In a fork, which has its own prefetchers."""
+    for prefetcher in _prefetchers.values():
+        prefetcher.close_inherited()
+    _prefetchers.clear()
+    _watched.clear()
+
+
+os.register_at_fork(after_in_child=_forget_inherited)
 
 
 def _named(info: ShardInfo) -> CachedShard:

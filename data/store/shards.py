@@ -8,12 +8,9 @@ Offsets are checked by hash when a shard is first opened, tokens chunk by
 chunk when first used: what is read twice is hashed once, and what is never read is never hashed.
 """
 
-import math
 import os
 import threading
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from io import BytesIO
@@ -26,60 +23,11 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from data.store.cache import CacheConfig
+from data.store.local import STAT_THREADS, LocalFiles, what_failed
 from data.store.manifest import CHUNKS, MANIFEST, ShardInfo, StreamFiles, StreamManifest, lengths_from_offsets
+from data.store.open_shards import OPEN_SHARDS, OpenShard
 from data.store.transfer import is_url
 from flexbert_core.schema import ConfigError, RunError
-
-_MAX_OPEN_SHARDS = 256
-_STAT_THREADS = 16
-
-
-class LocalFiles:
-    """A stream in a local folder."""
-
-    fix = "restore it, or delete the stream's folder and run prepare again"
-    max_open_bytes = math.inf
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def read(self, name: str) -> bytes:
-        file = self.path / name
-        if not self.path.is_dir():
-            raise ConfigError(
-                f"{self.path}: no such stream folder: run `python main.py prepare` first, or correct the path"
-            )
-        if not file.exists():
-            raise ConfigError(
-                f"{self.path}: not a finished stream (no {name}): run `python main.py prepare` to complete it"
-            )
-        return file.read_bytes()
-
-    def open(self, info: ShardInfo) -> int:
-        try:
-            return os.open(self.path / info.file, os.O_RDONLY)
-        except OSError as error:
-            raise RunError(f"{self.path / info.file}: {error.strerror}: {self.fix}") from None
-
-    def head(self, info: ShardInfo, size: int) -> bytes:
-        with os.fdopen(self.open(info), "rb") as file:
-            return file.read(size)
-
-    def check(self, infos: Sequence[ShardInfo]) -> None:
-        def size(info: ShardInfo) -> int | None:
-            try:
-                return (self.path / info.file).stat().st_size
-            except OSError:
-                return None
-
-        with ThreadPoolExecutor(_STAT_THREADS) as pool:  # a network file system takes a millisecond for each
-            for info, found in zip(infos, pool.map(size, infos, chunksize=64), strict=True):
-                if found != info.bytes:
-                    state = "is missing" if found is None else f"is {found} bytes long, expected {info.bytes} bytes"
-                    raise RunError(f"{self.path / info.file}: {state}: {self.fix}")
-
-    def prefetch(self, infos: Sequence[ShardInfo]) -> None:
-        pass
 
 
 class Documents(NamedTuple):
@@ -87,11 +35,6 @@ class Documents(NamedTuple):
 
     length: NDArray[np.int64]
     end: NDArray[np.int64]
-
-
-class _OpenShard(NamedTuple):
-    handle: int
-    offsets: NDArray[np.uint32]
 
 
 class Stream:
@@ -109,11 +52,9 @@ class Stream:
         documents = np.array([shard.documents for shard in self.manifest.shards], np.int64)
         self.first_chunk = np.concatenate([[0], np.cumsum(-(-documents // self.manifest.chunk_documents))])
         """(shards + 1,) int64: number of the first chunk of each shard."""
-        self.opened: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._open_bytes = 0
+        self.opened: dict[int, OpenShard] = {}
         self._checked: set[int] = set()
         self._lock, self._owner = threading.Lock(), os.getpid()
-        weakref.finalize(self, _close_all, self.opened)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "files": self.files}
@@ -152,8 +93,7 @@ class Stream:
 
     def documents(self, shard: int, first: int, count: int) -> Documents:
         """Lengths and places of documents first to first + count of a shard; reads offsets only, never tokens."""
-        offsets = self._shard(shard).offsets[first : first + count + 1]
-        return Documents(lengths_from_offsets(offsets, self.dtype.itemsize), offsets[1:].astype(np.int64))
+        return self._documents(self._shard(shard).offsets[first : first + count + 1])
 
     def lengths(self, shard: int) -> NDArray[np.int64]:
         """Token counts of the shard's documents, (documents,)."""
@@ -164,16 +104,26 @@ class Stream:
         shard and no more of it: 4 bytes for a document. Raises RunError for a damaged one."""
 
         def of(shard: int) -> int:
-            info = self.manifest.shards[shard]
-            try:
-                head = self.files.head(info, 4 * (info.documents + 2))
-            except RunError as error:
-                raise self._fault(error) from None
-            lengths = lengths_from_offsets(self._offsets(shard, head), self.dtype.itemsize)
-            return int(counted(lengths).sum())
+            return int(counted(self._head(shard).length).sum())
 
-        with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        with ThreadPoolExecutor(STAT_THREADS) as pool:
             return sum(pool.map(of, range(len(self.manifest.shards))))
+
+    def heads(self, shards: Iterable[int]) -> list[Documents]:
+        """All documents of each of these shards. Reads what `count` reads."""
+        with ThreadPoolExecutor(STAT_THREADS) as pool:
+            return list(pool.map(self._head, shards))
+
+    def _head(self, shard: int) -> Documents:
+        info = self.manifest.shards[shard]
+        try:
+            head = self.files.head(info, 4 * (info.documents + 2))
+        except RunError as error:
+            raise self._fault(error) from None
+        return self._documents(self._offsets(shard, head))
+
+    def _documents(self, offsets: NDArray[np.uint32]) -> Documents:
+        return Documents(lengths_from_offsets(offsets, self.dtype.itemsize), offsets[1:].astype(np.int64))
 
     def document(self, shard: int, index: int, start: int = 0, stop: int | None = None) -> NDArray[np.unsignedinteger]:
         """Token ids [start, stop) of one document, a fresh array of the stream's dtype."""
@@ -192,46 +142,53 @@ class Stream:
         chunk = int(self.first_chunk[shard]) + index // self.manifest.chunk_documents
         if chunk not in self._checked:
             self._check_chunk(shard, chunk, opened)
-        if os.preadv(opened.handle, [out], first_byte) != len(out):
+        try:
+            count = os.preadv(opened.handle, [out], first_byte)
+        except OSError as error:
+            raise self._refused(shard, error) from None
+        if count != len(out):
             raise self._fault(RunError(f"{self._file(shard)}: ended early at document {index}: {self.files.fix}"))
 
-    def _check_chunk(self, shard: int, chunk: int, opened: _OpenShard) -> None:
+    def _check_chunk(self, shard: int, chunk: int, opened: OpenShard) -> None:
         size = self.manifest.chunk_documents
         first = (chunk - int(self.first_chunk[shard])) * size
         stop = min(first + size, self.manifest.shards[shard].documents)
         begin, end = int(opened.offsets[first]), int(opened.offsets[stop])
-        found = xxhash.xxh3_64_intdigest(os.pread(opened.handle, end - begin, begin))
+        try:
+            found = xxhash.xxh3_64_intdigest(os.pread(opened.handle, end - begin, begin))
+        except OSError as error:
+            raise self._refused(shard, error) from None
         expected = int(self.chunks[chunk, 1])
         if found != expected:
             raise self._damaged(shard, f"documents {first} to {stop - 1}", f"{expected:016x}", f"{found:016x}")
         self._checked.add(chunk)
 
-    def _shard(self, shard: int) -> _OpenShard:
-        """Descriptor and offsets of a shard; opening it checks its size and the hash of its offsets."""
-        if self._owner != os.getpid():  # a fork: descriptors are the child's own, but the lock may be held for ever
+    def _shard(self, shard: int) -> OpenShard:
+        """The shard, open; opening it checks its size and the hash of its offsets. Keep it as long as it is read."""
+        opened = self.opened.get(shard)
+        if opened is not None:
+            OPEN_SHARDS.touch(opened)
+            return opened
+        if self._owner != os.getpid():  # a fork: the lock may be held for ever
             self._lock, self._owner = threading.Lock(), os.getpid()
         with self._lock:
-            if shard in self.opened:
-                self.opened.move_to_end(shard)
-                return self.opened[shard]
-            info = self.manifest.shards[shard]
-            try:
-                handle = self.files.open(info)
-            except RunError as error:
-                raise self._fault(error) from None
-            try:
-                self.opened[shard] = _OpenShard(handle, self._read_offsets(shard, info, handle))
-            except BaseException:
-                os.close(handle)
-                raise
-            self._open_bytes += info.bytes
-            while len(self.opened) > _MAX_OPEN_SHARDS or (
-                len(self.opened) > 1 and self._open_bytes > self.files.max_open_bytes
-            ):
-                oldest, opened = self.opened.popitem(last=False)
-                os.close(opened.handle)
-                self._open_bytes -= self.manifest.shards[oldest].bytes
-            return self.opened[shard]
+            opened = self.opened.get(shard)  # another thread may have been faster
+            return self._open(shard) if opened is None else opened
+
+    def _open(self, shard: int) -> OpenShard:
+        info, files = self.manifest.shards[shard], self.files
+        OPEN_SHARDS.make_room(files.pool, info.bytes, files.max_open_bytes)
+        try:
+            handle = files.open(info)
+        except RunError as error:
+            raise self._fault(error) from None
+        try:
+            opened = OpenShard(handle, self._read_offsets(shard, info, handle))
+        except BaseException as error:
+            os.close(handle)
+            raise (self._refused(shard, error) if isinstance(error, OSError) else error) from None
+        OPEN_SHARDS.add(opened, self, shard, files.pool, info.bytes)
+        return opened
 
     def _read_offsets(self, shard: int, info: ShardInfo, handle: int) -> NDArray[np.uint32]:
         size = os.fstat(handle).st_size
@@ -257,6 +214,9 @@ class Stream:
             )
         )
 
+    def _refused(self, shard: int, error: OSError) -> RunError:
+        return self._fault(RunError(f"{self._file(shard)}: {what_failed(error, self.files.fix)}"))
+
     def _fault(self, error: RunError) -> RunError:
         return RunError(f"stream {self.manifest.name!r}: shard {error}")
 
@@ -267,11 +227,6 @@ class Stream:
             first = error.errors()[0]
             where = ".".join(str(key) for key in first["loc"]) or "content"
             raise ConfigError(f"{self.path}/{MANIFEST}: {where}: {first['msg']}: prepare the stream again") from None
-
-
-def _close_all(shards: OrderedDict[int, _OpenShard]) -> None:
-    for shard in shards.values():
-        os.close(shard.handle)
 
 
 def open_stream(path: str | Path, cache: CacheConfig | None = None) -> Stream:

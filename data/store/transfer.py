@@ -28,7 +28,7 @@ _QUIET = 3  # attempts that fail without a word in the log
 FIRST_DELAY, _LONGEST_DELAY = 0.25, 30.0  # seconds
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "S3_ENDPOINT_URL")
 # Packages of the protocols that people use most. None is in our requirements.
-_PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "oci": "ocifs"}
+PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "oci": "ocifs"}
 _WEB_THREADS = 16
 _MISSING = object()
 _PASSING_STATUS = (408, 429, 500, 502, 503, 504)
@@ -53,6 +53,18 @@ class Patience(NamedTuple):
 def is_url(path: object) -> bool:
     """Whether a path is a URL such as s3://bucket/key."""
     return "://" in str(path)
+
+
+def s3_endpoint() -> str | None:
+    """The server that stands for S3; None: Amazon's."""
+    return next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
+
+
+def s3_session() -> Any:
+    """boto3's, which knows credentials and region. Raises BotoCoreError for a wrong profile."""
+    import boto3
+
+    return boto3.Session(region_name=os.environ.get("AWS_REGION") or None)  # boto3 itself knows AWS_DEFAULT_REGION only
 
 
 def with_retries(attempt: Callable[[], T], patience: Patience) -> T:
@@ -102,15 +114,15 @@ def open_store(url: str, patience: Patience) -> Store:
 class _S3Store:
     def __init__(self, url: str, patience: Patience) -> None:
         self.url, self.patience = url, patience
-        self.bucket, _, self.prefix = url.removeprefix("s3://").partition("/")
+        self.bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        self.prefix = prefix.rstrip("/")
         with self._plain_errors(""):
-            endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
-            self.client, self.anonymous, self.endpoint = _s3_client(os.getpid(), endpoint, patience.timeout)
+            self.client, self.anonymous, self.endpoint = _s3_client(os.getpid(), s3_endpoint(), patience.timeout)
 
     def blocks(self, name: str) -> Iterator[memoryview]:
         block = memoryview(bytearray(READ_BYTES))
         with self._plain_errors(name):
-            body = self.client.get_object(Bucket=self.bucket, Key=f"{self.prefix}/{name}")["Body"]
+            body = self.client.get_object(Bucket=self.bucket, Key=self._key(name))["Body"]
             with contextlib.closing(body):
                 while count := body.readinto(block):
                     yield block[:count]
@@ -121,21 +133,25 @@ class _S3Store:
         while token is not None:
             page = with_retries(partial(self._page, token), self.patience)
             for entry in page.get("Contents", []):
-                found[entry["Key"][len(self.prefix) + 1 :]] = int(entry["Size"])
+                found[entry["Key"].removeprefix(self._key(""))] = int(entry["Size"])
             token = {"ContinuationToken": page["NextContinuationToken"]} if page["IsTruncated"] else None
         return found
 
     def write(self, name: str, content: BinaryIO) -> None:
         with self._plain_errors(name):  # in parts, several at a time, when it is large
-            self.client.upload_fileobj(content, self.bucket, f"{self.prefix}/{name}")
+            self.client.upload_fileobj(content, self.bucket, self._key(name))
 
     def remove(self, name: str) -> None:
         with self._plain_errors(name):
-            self.client.delete_object(Bucket=self.bucket, Key=f"{self.prefix}/{name}")
+            self.client.delete_object(Bucket=self.bucket, Key=self._key(name))
 
     def _page(self, token: dict[str, str]) -> Any:
         with self._plain_errors(""):
-            return self.client.list_objects_v2(Bucket=self.bucket, Prefix=f"{self.prefix}/", **token)
+            return self.client.list_objects_v2(Bucket=self.bucket, Prefix=self._key(""), **token)
+
+    def _key(self, name: str) -> str:
+        """At the root of a bucket nothing stands before the name."""
+        return f"{self.prefix}/{name}" if self.prefix else name
 
     @contextlib.contextmanager
     def _plain_errors(self, name: str) -> Iterator[None]:
@@ -187,11 +203,10 @@ def _s3_client(process: int, endpoint: str | None, timeout: float) -> tuple[Any,
     """Client of this process (sockets do not survive a fork), whether it is anonymous, its endpoint."""
     with _clients_lock:
         if (process, endpoint, timeout) not in _clients:
-            import boto3
             from botocore import UNSIGNED
             from botocore.config import Config
 
-            session = boto3.Session()
+            session = s3_session()
             anonymous = session.get_credentials() is None  # then it may be a public bucket
             options = Config(
                 connect_timeout=timeout,
@@ -221,7 +236,7 @@ class _FsspecStore:
         try:
             self.system, self.path = url_to_fs(url, **options)
         except (ImportError, ValueError) as error:
-            package = _PACKAGES.get(protocol)
+            package = PACKAGES.get(protocol)
             fix = f"pip install {package}" if package else _first_line(error)
             raise TransferError("denied", f"{url}: {protocol}:// cannot be read here: {fix}") from None
 

@@ -3,10 +3,13 @@
 import io
 from pathlib import Path
 
+import pytest
+
 from commands.dry_run import dry_run
-from flexbert_core.schema import plain_console
+from flexbert_core.schema import ConfigError, plain_console
 from recipe.config import load_run_config
 from tests.helpers.tiny import write_config
+from tests.helpers.users import as_nobody
 from training.effects import ranks
 
 
@@ -20,3 +23,17 @@ def test_small_numbers_are_told_in_small_units(tmp_path: Path, tiny_data: Path) 
     assert "MB each" in out.getvalue()
     assert "MB in all" in out.getvalue()
     assert "0.00 " not in out.getvalue()
+
+
+def test_a_dataset_of_another_user_is_one_line(open_folder: Path, tiny_data: Path) -> None:
+    config = load_run_config(write_config(open_folder, tiny_data, 2))
+    dry_run(config, plain_console(file=io.StringIO()), ranks(), None, None, None)  # imports what it needs
+    tiny_data.chmod(0)
+    try:
+        with (
+            as_nobody(),
+            pytest.raises(ConfigError, match=r"^data.streams.full.path: [^\n]*stream.json: Permission den"),
+        ):
+            dry_run(config, plain_console(file=io.StringIO()), ranks(), None, None, None)
+    finally:
+        tiny_data.chmod(0o755)

@@ -11,6 +11,7 @@ from data.inspect import inspect, shown_documents
 from data.store.shards import open_stream
 from flexbert_core.schema import ConfigError
 from tests.helpers.preparing import config_file, documents, run, shown, write_jsonl
+from tests.helpers.users import as_nobody
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,14 @@ def test_a_split_without_its_manifest_is_unfinished(dataset: Path, below: str) -
     (dataset / "b" / "train" / "stream.json").unlink()
     with pytest.raises(ConfigError, match=r"b/train: not finished|b/train: holds no stream.json"):
         shown(dataset / below)
+
+
+@pytest.mark.parametrize("locked", ["", "b", "b/train", "b/train/stream.json"])
+def test_what_this_user_may_not_read(prepared: Path, open_folder: Path, locked: str) -> None:
+    dataset = shutil.copytree(prepared, open_folder / "dataset")
+    (dataset / locked).chmod(0)
+    with as_nobody(), pytest.raises(ConfigError, match=rf"{locked}: Permission denied: give this user the right"):
+        inspect(dataset)
 
 
 def test_what_is_no_dataset(prepared: Path, dataset: Path, tmp_path: Path) -> None:

@@ -186,13 +186,13 @@ def test_held_out_text_is_told_causally(ranks: Ranks, tiny_data: Path, straight:
     model.load_state_dict(
         load_file(tmp_path / "run" / "checkpoints" / f"tokens-{TOKENS}" / "model.safetensors"), strict=False
     )
-    from data.feed.held_out import validation_batches
+    from data.feed.held_out import HeldOutRows
     from data.store.shards import open_stream
 
     total, count = 0.0, 0
     for name in ("full", "sparse"):
         stream = open_stream(f"{config.data.streams[name].path}/validation")
-        for batch in validation_batches(stream, ROW, 1, None, 9, config.evaluation.masking, Path, 0, 1):
+        for batch in HeldOutRows(stream, ROW, None, 9).batches(1, config.evaluation.masking, Path, 0, 1):
             loss = OBJECTIVES.build(OBJECTIVES.parse("clm"), plan=None).loss(model.eval(), batch)
             total, count = total + loss.sum.item(), count + loss.count
     assert line["validation"]["masked_tokens"] == count

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import main
 from commands.sizes import already_there, disk_need
-from data.feed.held_out import validation_batches
+from data.feed.held_out import HeldOutRows
 from data.feed.loader import build_loader
 from data.keyed import torch_seed
 from data.store.shards import open_stream
@@ -67,7 +67,7 @@ def test_detection_of_held_out_text_is_measured(ranks: Ranks, tiny_data: Path, t
     tokens = masked_tokens = 0
     for number, name in enumerate(("full", "sparse")):
         stream = open_stream(f"{config.data.streams[name].path}/validation")
-        for row, batch in enumerate(validation_batches(stream, ROW, 1, None, seed, entry.masking, Path, 0, 1)):
+        for row, batch in enumerate(HeldOutRows(stream, ROW, None, seed).batches(1, entry.masking, Path, 0, 1)):
             ids, labels = batch["input_ids"], batch["labels"]
             masked, original = labels >= 0, torch.where(labels >= 0, labels, ids)
             chance = TokenKeys(torch_seed(seed, "replaced tokens", number), row, batch["row_bounds"], len(ids)).uniform(SITE)  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import main
-from data.feed.held_out import validation_batches
+from data.feed.held_out import HeldOutRows
 from data.feed.loader import build_loader
 from data.keyed import torch_seed
 from data.store.shards import open_stream
@@ -178,7 +178,7 @@ def test_the_held_out_bound_is_the_weighed_sum(straight: Path) -> None:
         stream = open_stream(f"{config.data.streams[name].path}/validation")
         seed = torch_seed(config.seed, "validation")
         (entry,) = config.evaluations
-        for batch in validation_batches(stream, ROW, 16, None, seed, entry.masking, Path, 0, 1):
+        for batch in HeldOutRows(stream, ROW, None, seed).batches(16, entry.masking, Path, 0, 1):
             total, count = reference(model.eval(), batch)
             weighed, tokens = weighed + total.item(), tokens + count
             found = model(batch["input_ids"], batch["cu_seqlens"], batch["max_seqlen"]).logits

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from commands.status import read_status
-from data.feed.held_out import validation_batches
+from data.feed.held_out import HeldOutRows
 from data.feed.loader import build_loader
 from data.feed.masking import MASKINGS, Vocabulary
 from data.feed.philox import RowNames
@@ -124,7 +124,7 @@ def test_evaluations_are_in_the_metrics_and_right(straight: Path) -> None:
         model = saved_model(straight, step)
         for name in ("full", "sparse"):
             stream = open_stream(f"{config.data.streams[name].path}/validation")
-            batches = validation_batches(stream, ROW, 1, 3, config.seed, config.evaluation.masking, Path, 0, 1)
+            batches = HeldOutRows(stream, ROW, 3, config.seed).batches(1, config.evaluation.masking, Path, 0, 1)
             means = []
             for batch in batches:
                 states = model.encoder(batch["input_ids"], batch["cu_seqlens"], batch["max_seqlen"])

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple, Protocol
 
 import zstandard
 
-from data.preparation.sources.files import Fault, File, Found, is_remote, open_raw, reason
+from data.preparation.sources.files import Fault, File, Found, open_raw, reason
 from data.preparation.sources.kinds import compression_of
 from data.preparation.sources.local import wrong_content
 from data.preparation.sources.text import shown
+from data.store.transfer import is_url
 from flexbert_core.schema import Registry, RunError
 
 SOURCES = Registry("source", has_imports=False)
@@ -149,7 +150,7 @@ def open_bytes(path: str) -> Iterator[Any]:
     """The decompressed content of a plain, .gz, .bz2, .xz or .zst file. Raises DamagedError when it is none of that."""
     suffix = compression_of(path)
     with open_raw(path) as raw:
-        if is_remote(path):  # of local files this was seen when they were found
+        if is_url(path):  # of local files this was seen when they were found
             wrong = wrong_content(path, raw.read(16))
             if wrong is not None:
                 raise DamagedError(f"{shown(path)}: {wrong}", "content is not of its suffix")
@@ -220,12 +221,12 @@ class readable:
         arrow = type(error).__module__.startswith("pyarrow")
         packing = isinstance(error, EOFError | lzma.LZMAError | zlib.error | zstandard.ZstdError | gzip.BadGzipFile)
         # bz2 and pyarrow raise OSErrors that the system does not know.
-        foreign = isinstance(error, OSError) and error.errno is None and not is_remote(self.path)
+        foreign = isinstance(error, OSError) and error.errno is None and not is_url(self.path)
         message = f"{shown(self.path)}: {self.place}cannot be read: {reason(self.path, error)}"
         if packing or arrow or foreign:
             raise DamagedError(message) from None
         # A URL's client may raise anything.
-        if isinstance(error, OSError) or (is_remote(self.path) and isinstance(error, Exception)):
+        if isinstance(error, OSError) or (is_url(self.path) and isinstance(error, Exception)):
             raise RunError(message) from None
 
 

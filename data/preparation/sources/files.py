@@ -16,12 +16,10 @@ from typing import Any, NamedTuple
 from data.preparation.sources.kinds import COMPRESSED, Kinds, suffix_of
 from data.preparation.sources.local import LocalFinder, sample, wrong_content
 from data.preparation.sources.text import shown
+from data.store.transfer import PACKAGES, is_url, s3_endpoint, s3_session
 from flexbert_core.schema import ConfigError
 
 _BUFFER_BYTES = 4 * 2**20
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "S3_ENDPOINT_URL")
-# Packages of the protocols that people use most. None is in our requirements.
-_PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "oci": "ocifs"}
 _MARKS = ("ETag", "etag", "md5Hash", "Content-MD5", "checksum", "mtime", "Last-Modified", "last_modified")
 _NO_CREDENTIALS = "no AWS credentials are set (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
 
@@ -55,11 +53,6 @@ class Found(NamedTuple):
     """Of files that are among `files` no more."""
 
 
-def is_remote(path: str) -> bool:
-    """Whether a path is a URL such as s3://bucket/key."""
-    return "://" in path
-
-
 def find_files(
     patterns: Sequence[str],
     suffixes: Sequence[str],
@@ -85,7 +78,7 @@ def find_files(
     kinds = Kinds(groups, compressed, ignore_dirs)
     local, files, left_out = LocalFinder(kinds), dict[str, tuple[int, str]](), Counter[str]()
     for pattern in patterns:
-        if is_remote(pattern):
+        if is_url(pattern):
             found, others = _find_remote(pattern, kinds)
             files.update(found)
             there, left_out = bool(found), left_out + others
@@ -122,15 +115,15 @@ def _nothing(pattern: str, kinds: Kinds, others: Counter[str]) -> str:
     if others:
         there = ", ".join(f"{count:,} {reason}" for reason, count in others.most_common(5))
         return f"{pattern!r} holds no {kinds}, but {there}"
-    if not is_remote(pattern) and Path(pattern).is_dir() and not any(Path(pattern).iterdir()):
+    if not is_url(pattern) and Path(pattern).is_dir() and not any(Path(pattern).iterdir()):
         return f"{pattern!r} is empty"
-    where = "" if is_remote(pattern) else f" (looked from {Path.cwd()})"
+    where = "" if is_url(pattern) else f" (looked from {Path.cwd()})"
     return f"nothing matches {pattern!r}{where}"
 
 
 def open_raw(path: str) -> Any:
     """The bytes of a file as it lies there, seekable. Raises OSError and, for a URL, what its client raises."""
-    if not is_remote(path):
+    if not is_url(path):
         return open(path, "rb", buffering=2**20)  # noqa: PTH123 (the path is a string)
     system, place = _filesystem(path)
     if path.startswith("s3://"):
@@ -146,10 +139,10 @@ def reason(path: str, error: BaseException) -> str:
     if code is not None and code[1] == "NO_SUCH_BUCKET":
         return f"there is no bucket {path.split('/')[2]!r}"
     if code is not None and code[1] == "ACCESS_DENIED":
-        return "access denied" + ("" if _credentials() else f": {_NO_CREDENTIALS}")
+        return "access denied" + ("" if _account()[0] else f": {_NO_CREDENTIALS}")
     if isinstance(error, FileNotFoundError):
         return "no such file"
-    if isinstance(error, OSError) and error.strerror and not is_remote(path):
+    if isinstance(error, OSError) and error.strerror and not is_url(path):
         return error.strerror
     return text.splitlines()[0]
 
@@ -189,8 +182,7 @@ def _find_remote(pattern: str, kinds: Kinds) -> tuple[dict[str, tuple[int, str]]
     if any(facts["size"] is None for facts in found.values()):
         raise ConfigError(f"paths: {pattern}: the server does not say how large the file is: download it first")
     return {
-        name if is_remote(name) else f"{protocol}://{name}": (facts["size"], _mark(facts))
-        for name, facts in found.items()
+        name if is_url(name) else f"{protocol}://{name}": (facts["size"], _mark(facts)) for name, facts in found.items()
     }, left_out
 
 
@@ -236,7 +228,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     try:
         return url_to_fs(url)
     except ImportError as error:
-        package = _PACKAGES.get(protocol)
+        package = PACKAGES.get(protocol)
         fix = f"pip install {package}" if package else str(error).splitlines()[0]
         raise ConfigError(f"paths: {url}: a package for {protocol}:// is not installed: {fix}") from None
     except ValueError as error:
@@ -250,16 +242,15 @@ def s3_filesystem(bucket: str, process: int) -> Any:
     from pyarrow.fs import S3FileSystem, resolve_s3_region
 
     options: dict[str, Any] = {}
-    endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
+    (credentials, region), endpoint = _account(), s3_endpoint()
     if endpoint:
         options["endpoint_override"] = endpoint
-        options["region"] = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        options["region"] = region or "us-east-1"
     else:
         try:
             options["region"] = resolve_s3_region(bucket)
         except OSError as error:
             raise ConfigError(f"paths: s3://{bucket}: {reason(f's3://{bucket}/', error)}") from None
-    credentials = _credentials()
     if credentials is None:
         options["anonymous"] = True  # a public bucket
     elif credentials.method not in ("iam-role", "container-role"):  # those pyarrow finds, and renews
@@ -268,12 +259,13 @@ def s3_filesystem(bucket: str, process: int) -> Any:
     return ArrowFSWrapper(S3FileSystem(**options))
 
 
-def _credentials() -> Any:
-    """What boto3's chain finds (environment, profiles, roles), or None. Raises ConfigError for a wrong profile."""
-    import boto3
+def _account() -> tuple[Any, str | None]:
+    """The credentials (environment, profiles, roles) and the region that boto3 finds, or None. Raises ConfigError for a
+    wrong profile."""
     from botocore.exceptions import BotoCoreError
 
     try:
-        return boto3.Session().get_credentials()
+        session = s3_session()
+        return session.get_credentials(), session.region_name
     except BotoCoreError as error:
         raise ConfigError(f"paths: AWS credentials: {error}") from None

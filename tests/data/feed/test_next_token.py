@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.feed.held_out import validation_batches
+from data.feed.held_out import HeldOutRows
 from data.feed.masking import MASKINGS, Vocabulary
 from data.feed.philox import RowNames
 from data.store.shards import open_stream
@@ -20,7 +20,7 @@ def test_targets_of_a_batch(tmp_path: Path) -> None:
     stream = open_stream(str(tmp_path / "prose" / "validation"))
     config: Any = MASKINGS.parse("next")
     found = set[tuple[int, ...]]()
-    for batch in validation_batches(stream, 64, 4, None, 5, config, Path, 0, 1):
+    for batch in HeldOutRows(stream, 64, None, 5).batches(4, config, Path, 0, 1):
         ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
         for begin, end in pairwise(batch["cu_seqlens"].tolist()):
             assert labels[begin : end - 1] == ids[begin + 1 : end]

@@ -5,9 +5,6 @@ import gzip
 import json
 import lzma
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +20,7 @@ from tests.helpers.preparing import (
     read_texts,
     write_jsonl,
 )
-
-NOBODY = 65534
-
-
-@contextmanager
-def as_nobody() -> Iterator[None]:
-    """Root may read everything: there, the block runs as another user."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-@pytest.fixture
-def open_folder() -> Iterator[Path]:
-    """A folder that every user may work in."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o777)
-        yield Path(folder)
-        for path in Path(folder).rglob("*"):
-            if not path.is_symlink():
-                path.chmod(0o755)
+from tests.helpers.users import as_nobody
 
 
 def test_links_are_followed_and_each_file_is_read_once(tmp_path: Path) -> None:

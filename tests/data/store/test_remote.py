@@ -3,6 +3,7 @@
 The servers, the sockets and the processes are real.
 """
 
+import io
 import json
 import os
 import pickle
@@ -13,7 +14,9 @@ import pytest
 import xxhash
 
 from data.store.cache import CacheConfig
+from data.store.remote import list_files
 from data.store.shards import open_stream
+from data.store.transfer import Patience, open_store
 from flexbert_core.schema import ConfigError, RunError
 from tests.helpers.remote import DOCUMENTS, assert_whole, flip, in_fresh_process, key, read_all, settings, shards_in
 from tests.helpers.servers import BUCKET, PAGE, Bucket, Proxy
@@ -208,6 +211,22 @@ stream.document(0, 0)
 assert not {{"boto3", "fsspec", "aiohttp"}} & set(sys.modules), sorted(sys.modules)
 """
     in_fresh_process(code)
+
+
+def test_a_stream_at_the_root_of_a_bucket(s3: str, local: Path, bucket: Bucket, tmp_path: Path) -> None:
+    bucket.client.create_bucket(Bucket="whole")
+    for file in local.iterdir():
+        bucket.client.put_object(Bucket="whole", Key=file.name, Body=file.read_bytes())
+    for url in ("s3://whole", "s3://whole/"):
+        stream = open_stream(url, settings(tmp_path))
+        stream.check_files()
+        assert_whole(stream)
+        assert list_files(url, settings(tmp_path)) == sorted(file.name for file in local.iterdir())
+    store = open_store("s3://whole", Patience(0, 5.0))
+    store.write("a/b", io.BytesIO(b"12"))
+    assert store.sizes([])["a/b"] == 2
+    store.remove("a/b")
+    assert "a/b" not in store.sizes([])
 
 
 def test_sizes_in_configs() -> None:

@@ -3,6 +3,7 @@
 The servers, the sockets and the processes are real.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -72,6 +73,65 @@ def test_nothing_is_held_beyond_the_limit(s3: str, url: str, tmp_path: Path) -> 
         stop.set()
         watcher.join()
     assert limit // 2 < max(sizes) <= limit
+
+
+def room_taken(folder: Path, processes: list[int]) -> int:
+    """Bytes on disk of a cache's shards, those too that are evicted and that one of the processes has still open."""
+    shards = [*(folder / "cache").glob("*-*")]
+    for process in processes:
+        for handle in Path(f"/proc/{process}/fd").iterdir():
+            try:
+                if Path(handle.readlink()).is_relative_to(folder / "cache") and "-" in handle.readlink().name:
+                    shards.append(handle)
+            except FileNotFoundError:
+                continue
+    return sum({facts.st_ino: facts.st_size for facts in (shard.stat() for shard in shards)}.values())
+
+
+def test_streams_of_a_process_share_what_it_holds_open(s3: str, url: str, tmp_path: Path) -> None:
+    limit = 8 * max(shard.bytes for shard in open_stream(url, settings(tmp_path)).manifest.shards)
+    streams = [open_stream(url, settings(tmp_path, limit=limit)) for _ in range(3)]
+    for stream in streams:
+        for shard in range(6):
+            stream.lengths(shard)
+    held = sum(stream.manifest.shards[shard].bytes for stream in streams for shard in stream.opened)
+    assert limit // 4 < held <= limit // 2
+
+
+def test_processes_with_nothing_to_do_give_back_what_was_evicted(s3: str, url: str, tmp_path: Path) -> None:
+    """Two processes hold all of the cache and wait; what a third takes of it is free within a second."""
+    infos = open_stream(url, settings(tmp_path)).manifest.shards
+    limit = 4 * max(info.bytes for info in infos)
+    stream = open_stream(url, settings(tmp_path, limit=limit))
+    opened, stop = os.pipe(), os.pipe()
+    children = []
+    for first in (0, 2):
+        child = os.fork()
+        if child == 0:
+            try:
+                stream.lengths(first)
+                stream.lengths(first + 1)
+            except BaseException:
+                os.write(opened[1], b"0")
+                os._exit(1)
+            os.write(opened[1], b"1")
+            os.read(stop[0], 1)
+            os._exit(0)
+        children.append(child)
+        assert os.read(opened[0], 1) == b"1"
+    try:
+        assert room_taken(tmp_path, children) == sum(info.bytes for info in infos[:4])
+        for shard in range(4, 8):
+            stream.lengths(shard)
+        names = {f"{info.xxh3_64}-{info.bytes}" for info in infos[:2]}
+        assert not names & {*shards_in(tmp_path)}, "the shards of the first process had to go"
+        until(lambda: room_taken(tmp_path, [os.getpid(), *children]) <= limit)
+    finally:
+        os.write(stop[1], b"11")
+        for child in children:
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        for end in (*opened, *stop):
+            os.close(end)
 
 
 def test_prefetch_is_bounded_and_ahead(proxy: Proxy, url: str, tmp_path: Path) -> None:
