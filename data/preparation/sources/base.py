@@ -83,7 +83,7 @@ class LineError(RunError):
     @cached_property
     def _said(self) -> str:
         place = f"{shown(self.path)}: line {self.index + 1} from byte {self.start:,} on"
-        if self.start < _REMOTE_BYTES or not is_remote(self.path):
+        if self.start < _REMOTE_BYTES or not is_url(self.path):
             # The file may be gone by now, and a URL's client may raise anything.
             with suppress(Exception):
                 place = f"{shown(self.path)}:{_lines_before(self.path, self.start) + self.index + 1}"
