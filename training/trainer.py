@@ -83,13 +83,15 @@ def train_until(config: RunConfig, console: Console, tokens: int | None) -> dict
         folder.check_checkpoints()
         run = Run(config, console, watchdog, tokens)
         run.open()
+        # On every rank, and before the first step: to choose a kernel of attention may mean to try one.
+        kernels = describe(config, deterministic, run.bf16) if torch.cuda.is_available() else ""
         step = run.resume()
         if rank == 0:
             for change in changes:
                 console.print(f"{folder.path}: to come: {change}", soft_wrap=True)
             begun = f"starting from {run.origin['from']}" if run.origin else "starting"
-            if torch.cuda.is_available():
-                console.print(describe(config, deterministic, run.bf16), soft_wrap=True)
+            if kernels:
+                console.print(kernels, soft_wrap=True)
             where = f"resuming after step {step}" if step else begun
             console.print(
                 f"{folder.path}: {where}, {run.plan.total_steps} steps, {report.describe_model(config)}",
