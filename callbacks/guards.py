@@ -102,14 +102,15 @@ class StepGuard(Callback):
         culprit: Callable[[State], str],
         detector: SpikeDetector | None,
         left_out: Sequence[range] = (),
+        works_on_shards: bool = True,
     ) -> None:
         """phase_of: name by step (0-based). culprit: names the first bad module; a collective. left_out: steps, from 1
-        on, that the run file skips."""
+        on, that the run file skips. works_on_shards: whether the optimizer does."""
         self.max_bad_steps, self.phase_of, self.culprit, self.detector = max_bad_steps, phase_of, culprit, detector
         self.bad_steps = 0
         self.predicted_steps = 0  # applied ones whose batch had a token to predict
         self._has_warned = False
-        self.left_out = left_out
+        self.left_out, self.works_on_shards = left_out, works_on_shards
         self.skipped: list[range] = []  # 1-based steps, by rollbacks
         self.spike: Spike | None = None  # of the step just finished
         self._in_a_row = 0
@@ -192,9 +193,10 @@ class StepGuard(Callback):
         except torch.OutOfMemoryError as error:
             # Half of the weights may be updated: a repeated batch would update them twice. And what is in memory now
             # does not depend on the microbatch.
+            other = "shard it with trainer.parallelism=fsdp2" if self.works_on_shards else "take another optimizer"
             raise RunError(
-                f"step {number}: no memory for the optimizer's update, whatever trainer.microbatch_size is: shard it "
-                "with trainer.parallelism=fsdp2, or take a smaller model"
+                f"step {number}: no memory for the optimizer's update, whatever trainer.microbatch_size is: {other}, "
+                "or take a smaller model"
             ) from error
 
     def _count_bad(self, number: int, state: State) -> None:

@@ -55,6 +55,7 @@ from training.parallelism import PARALLELISMS, Parallelism
 from training.parts import Parts, pack, timestamp_of
 from training.publisher import Publisher
 from training.same_data import check_same_data
+from training.states import state_bytes
 from training.vocabulary import check_vocabulary
 
 log = logging.getLogger(__name__)
@@ -124,6 +125,11 @@ class Run:
         assert self._trainer is not None
         return self._trainer
 
+    @property
+    def steps_done(self) -> int:
+        """Of the run, as far as this process knows."""
+        return 0 if self._trainer is None else self._trainer.state.timestamp.batch.value
+
     def open(self) -> None:
         """Take the run folder and build Composer's trainer: nothing was written before this. A collective."""
         if self.rank == 0:
@@ -139,7 +145,8 @@ class Run:
     def _fit_microbatches(self) -> None:
         """Find the rows of `auto`. A collective."""
         probe = PretrainingModel(self.model, self.objectives.each, self.parallelism, self.autocast, lambda: 0)
-        self.microbatches.found = fitting_rows(self.plan, probe, self.world_size)
+        states = state_bytes(self.config, self.model)
+        self.microbatches.found = fitting_rows(self.plan, probe, self.world_size, states)
         for length, rows in self.microbatches.found.items():
             self._say(f"trainer.microbatch_size: auto: up to {rows} rows of {length} at a time on each rank")
 

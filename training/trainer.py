@@ -25,6 +25,7 @@ from training.faults import COLLECTIVE_MARGIN, lost_rank
 from training.finished import export_gone, settle_finished
 from training.flight_recorder import record
 from training.folder import RunFolder
+from training.memory import out_of_memory
 from training.run import Run
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,9 @@ def train_until(config: RunConfig, console: Console, tokens: int | None) -> dict
             folder.note_divergence(str(error))
         raise
     except RuntimeError as error:  # PyTorch raises this in the training process at the moment when a worker dies
-        raise worker_death(error) or lost_rank(error) or error from None
+        cut = () if run is None else (run.steps_done, run.microbatches)
+        full = out_of_memory(error, config, ranks.world_size(), *cut)
+        raise worker_death(error) or lost_rank(error) or full or error from None
     except OSError as error:
         if blamed(error) is not None:
             raise

@@ -189,11 +189,13 @@ class NoRoom(torch.optim.SGD):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def test_an_update_without_memory_ends_the_run() -> None:
+@pytest.mark.parametrize(("on_shards", "fix"), [(True, "trainer.parallelism=fsdp2"), (False, "another optimizer")])
+def test_an_update_without_memory_ends_the_run(on_shards: bool, fix: str) -> None:
     """It may be half done, so the batch is not repeated."""
-    device = Device("none", 1)
-    with pytest.raises(RunError, match=r"step 1: no memory for the optimizer's update, .* trainer.parallelism=fsdp2"):
-        fit([toy_batch(0)], guard_of(), device, optimizer=NoRoom)
+    device, guard = Device("none", 1), guard_of()
+    guard.works_on_shards = on_shards
+    with pytest.raises(RunError, match=rf"step 1: no memory for the optimizer's update, .* {fix}, or take a smaller"):
+        fit([toy_batch(0)], guard, device, optimizer=NoRoom)
     assert device.passes == 2
 
 
