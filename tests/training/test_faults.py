@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,11 +19,14 @@ from composer.trainer import Trainer
 from rich.console import Console
 from torch import Tensor, nn
 
+from callbacks.clock import Clock
 from callbacks.culprit import name_culprit
+from callbacks.gradients import Gradients
 from callbacks.guards import SpikeDetector, StepGuard
-from callbacks.ledger import nearest_line
+from callbacks.ledger import Ledger, nearest_line
 from flexbert_core.schema import RunError
 from recipe.config import load_run_config
+from recipe.phases import PhasePlan
 from sweeps.run_result import read_run
 from tests.helpers.runs import final_weights, metrics, prepare_dataset, write_config
 from training import signals
@@ -125,6 +128,28 @@ def test_a_bad_step_changes_nothing(kind: str) -> None:
     for ours, theirs in zip(found.parameters(), expected.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert guard.bad_steps == 3
+
+
+class Large(Callback):
+    """In one step gradients are finite, and their norm is none of float32's."""
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch == 2:
+            for parameter in state.model.parameters():
+                assert parameter.grad is not None
+                parameter.grad.fill_(3e38)
+
+
+@pytest.mark.parametrize("limit", [None, 1e6])
+def test_a_norm_beyond_float32_changes_nothing(tmp_path: Path, limit: float | None) -> None:
+    """With clipping, too, which over an infinite norm would make a step of zeros of it: weights decay in that."""
+    clock = Clock(1000, Ledger(tmp_path / "ledger.jsonl", []), cast(PhasePlan, None))  # no line is due
+    batches, guard = [toy_batch(number) for number in range(5)], guard_of()
+    found = fit(batches, guard, Large(), Gradients(clock, limit))
+    expected, _ = plain_loop([batches[number] for number in (0, 1, 3, 4)])
+    for ours, theirs in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert guard.bad_steps == 1
 
 
 class Device(Callback):
