@@ -114,6 +114,8 @@ class StepGuard(Callback):
         self.skipped: list[range] = []  # 1-based steps, by rollbacks
         self.spike: Spike | None = None  # of the step just finished
         self._in_a_row = 0
+        self.computed = True
+        """Whether the step just finished ran forward and backward; those that are left out do not."""
         self._applied = True
         self._loss: float | None = None  # of the step under way, once it is done with
         self._batch: Any = None
@@ -135,10 +137,10 @@ class StepGuard(Callback):
                 return self._loss
             number = state.timestamp.batch.value + 1
             if any(number in steps for steps in (*self.skipped, *self.left_out)):
-                self._applied, self._loss = False, 0.0
+                self.computed, self._applied, self._loss = False, False, 0.0
                 return 0.0
             state.batch = self._batch  # out of memory, Composer leaves a microbatch there
-            loss = closure()
+            loss, self.computed = closure(), True
             self._applied = not ranks.on_any_rank(_not_finite(loss, optimizer))
             if self._applied:
                 self._in_a_row = 0

@@ -302,7 +302,9 @@ class Run:
                 raise SystemExit(signals.EXIT_PREEMPTED)
             if not self.faults.rolled_back:
                 return
+            seconds = self.seconds_before
             step = self.resume()
+            self.seconds_before = seconds  # this process goes on: what it gave up was computed, and is paid for
             self.exporter.forget_after(step)
 
     def _evaluation_due(self, step: int) -> bool:
