@@ -14,7 +14,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def out_of_memory(
-    error: RuntimeError, config: RunConfig, world_size: int, done: int = 0, microbatches: Microbatches | None = None
+    error: RuntimeError, config: RunConfig, world_size: int, done: int, microbatches: Microbatches | None
 ) -> RunError | None:
     """What to say when a run's model, steps or evaluations have no room. done: steps. microbatches: as the run cuts
     them; None: it did not come to that."""

@@ -117,8 +117,8 @@ def train_until(config: RunConfig, console: Console, tokens: int | None) -> dict
             folder.note_divergence(str(error))
         raise
     except RuntimeError as error:  # PyTorch raises this in the training process at the moment when a worker dies
-        cut = () if run is None else (run.steps_done, run.microbatches)
-        full = out_of_memory(error, config, ranks.world_size(), *cut)
+        done, microbatches = (0, None) if run is None else (run.steps_done, run.microbatches)
+        full = out_of_memory(error, config, ranks.world_size(), done, microbatches)
         raise worker_death(error) or lost_rank(error) or full or error from None
     except OSError as error:
         if blamed(error) is not None:

@@ -36,7 +36,7 @@ class Soap(MatricesWithAdamW):
             rows = group["parts"] or [len(matrix)]
             tensors = [tensor.split(rows) for tensor in (matrix.grad, state["exp_avg"], state["exp_avg_sq"])]
             directions = [
-                self._direction(group, state, number, *part, self.names[matrix])
+                self._direction(group, state, number, *part, name=self.names[matrix])
                 for number, part in enumerate(zip(*tensors, strict=True))
             ]
             if int(state["step"]) > 1:
@@ -51,6 +51,7 @@ class Soap(MatricesWithAdamW):
         gradient: Tensor,
         mean: Tensor,
         squares: Tensor,
+        *,
         name: str,
     ) -> Tensor:
         """Of one part (rows, columns), whose means are moved on. name: of the matrix, for an error."""
@@ -82,7 +83,7 @@ def _eigenvectors(product: Tensor, name: str) -> Tensor:
         jitter = 1e-30 * torch.eye(len(product), dtype=dtype, device=product.device)
         try:
             return torch.linalg.eigh(product.to(dtype) + jitter)[1].to(product.dtype)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
             continue
     raise RunError(
         f"optimizer: soap finds no eigenvectors of the first gradient of {name}, nor in float64: set "
