@@ -48,6 +48,7 @@ class Clock(Callback):
         self._mark = self._asked = time.monotonic()
 
     def fit_start(self, state: State, logger: Logger) -> None:
+        self._seconds = self._wait = 0.0  # after a rollback: of steps that were given up
         self._real_tokens = sum(self.ledger.real_tokens().values())
         self._tokens = self.plan.tokens_before(state.timestamp.batch.value)
         self.restart()

@@ -24,6 +24,8 @@ class Gradients(Gauge):
     | grad_norm | 2-norm of the gradient of the line's step, before clipping; null: not finite | AFTER_TRAIN_BATCH |
     | update_ratio | 2-norm of that step's change of all matrices over the 2-norm of the matrices | BATCH_END |
 
+    A step whose norm is not finite, though its gradients are, is left out with clipping as without.
+
     The ratio looks at up to 16,384 weights of each matrix, evenly spaced: there is no copy of the model. Weight decay
     is part of the change; a step that is not applied changes nothing.
     """
@@ -41,10 +43,13 @@ class Gradients(Gauge):
             return
         parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if self.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+            # Over an infinite norm finite gradients would become 0: as NaN they are seen by the guard, which leaves the
+            # step out, as it does without clipping.
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm + 0 * norm)
         if due:
-            self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            self._norm = norm
             samples = [_sample(parameter.detach()) for parameter in parameters if parameter.ndim > 1]
             self._views = [sample for sample, _ in samples]
             self._before = torch.cat([self._norm.new_zeros(0), *self._views]).double()

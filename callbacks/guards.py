@@ -102,17 +102,20 @@ class StepGuard(Callback):
         culprit: Callable[[State], str],
         detector: SpikeDetector | None,
         left_out: Sequence[range] = (),
+        works_on_shards: bool = True,
     ) -> None:
         """phase_of: name by step (0-based). culprit: names the first bad module; a collective. left_out: steps, from 1
-        on, that the run file skips."""
+        on, that the run file skips. works_on_shards: whether the optimizer does."""
         self.max_bad_steps, self.phase_of, self.culprit, self.detector = max_bad_steps, phase_of, culprit, detector
         self.bad_steps = 0
         self.predicted_steps = 0  # applied ones whose batch had a token to predict
         self._has_warned = False
-        self.left_out = left_out
+        self.left_out, self.works_on_shards = left_out, works_on_shards
         self.skipped: list[range] = []  # 1-based steps, by rollbacks
         self.spike: Spike | None = None  # of the step just finished
         self._in_a_row = 0
+        self.computed = True
+        """Whether the step just finished ran forward and backward; those that are left out do not."""
         self._applied = True
         self._loss: float | None = None  # of the step under way, once it is done with
         self._batch: Any = None
@@ -134,10 +137,10 @@ class StepGuard(Callback):
                 return self._loss
             number = state.timestamp.batch.value + 1
             if any(number in steps for steps in (*self.skipped, *self.left_out)):
-                self._applied, self._loss = False, 0.0
+                self.computed, self._applied, self._loss = False, False, 0.0
                 return 0.0
             state.batch = self._batch  # out of memory, Composer leaves a microbatch there
-            loss = closure()
+            loss, self.computed = closure(), True
             self._applied = not ranks.on_any_rank(_not_finite(loss, optimizer))
             if self._applied:
                 self._in_a_row = 0
@@ -192,9 +195,10 @@ class StepGuard(Callback):
         except torch.OutOfMemoryError as error:
             # Half of the weights may be updated: a repeated batch would update them twice. And what is in memory now
             # does not depend on the microbatch.
+            other = "shard it with trainer.parallelism=fsdp2" if self.works_on_shards else "take another optimizer"
             raise RunError(
-                f"step {number}: no memory for the optimizer's update, whatever trainer.microbatch_size is: shard it "
-                "with trainer.parallelism=fsdp2, or take a smaller model"
+                f"step {number}: no memory for the optimizer's update, whatever trainer.microbatch_size is: {other}, "
+                "or take a smaller model"
             ) from error
 
     def _count_bad(self, number: int, state: State) -> None:
@@ -209,7 +213,8 @@ class StepGuard(Callback):
 
 
 def _not_finite(loss: float, optimizer: torch.optim.Optimizer) -> bool | Tensor:
-    """On this rank. A norm that overflows float32 (1e38) counts as infinite."""
+    """On this rank. A norm that overflows float32 counts as infinite: on CUDA, which adds up squares in float32, one
+    over 1.8e19. With clipping gradients are NaN by then (callbacks/gradients.py)."""
     gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
     local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None]
     if not math.isfinite(loss) or not local:

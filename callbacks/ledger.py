@@ -10,7 +10,7 @@ from composer.loggers import Logger
 
 import ranks
 from callbacks.guards import step_loss
-from callbacks.step_log import append_line, step_of, trim_lines
+from callbacks.step_log import StepLines, append_line, step_of
 from data.feed.batches import SEEN
 from flexbert_core.durable import sync
 
@@ -28,6 +28,7 @@ class Ledger(Callback):
 
     def __init__(self, file: Path, stream_names: list[str]) -> None:
         self.file, self.stream_names = file, stream_names
+        self._lines = StepLines(file)
         shape = (len(stream_names), len(SEEN))
         self._reduced = torch.zeros(shape, dtype=torch.int64)  # over ranks, up to the last reduction
         self._local = torch.zeros(shape, dtype=torch.int64)  # this rank's since then
@@ -55,13 +56,18 @@ class Ledger(Callback):
         self._reduced = torch.tensor([[state[name][key] for key in SEEN] for name in self.stream_names])
 
     def write(self, step: int, tokens: int, lanes: list[Any], fingerprints: dict[str, str]) -> None:
-        """Add the line of a checkpoint. A collective."""
+        """Add the line of a checkpoint, when there is room for it: without it a replay begins at the line before. A
+        collective."""
         line = {"step": step, "tokens": tokens, "streams": self.totals(), "data": fingerprints, "lanes": lanes}
         if ranks.rank() == 0:
-            append_line(self.file, line)
+            self._lines.append(line)
+
+    def close(self, state: State, logger: Logger) -> None:
+        self._lines.close()
 
     def write_skip(self, step: int, skip: range, spike: dict[str, Any]) -> None:
-        """Add the line of a rollback to `step`, synced: what follows depends on it (rank 0)."""
+        """Add the line of a rollback to `step`, synced: what follows depends on it (rank 0). Raises OSError."""
+        self._lines.write()
         append_line(self.file, {"step": step, "skip": first_and_last(skip), "spike": spike})
         sync(self.file)
 
@@ -73,7 +79,7 @@ class Ledger(Callback):
 
     def trim(self, step: int) -> None:
         """Drop the lines of steps that a restart will repeat (rank 0)."""
-        trim_lines(self.file, step, keep=_is_skip)
+        self._lines.trim(step, keep=_is_skip)
 
 
 def knows_rollbacks(state: dict[str, Any], skipped: list[range]) -> bool:

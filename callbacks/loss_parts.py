@@ -12,6 +12,8 @@ import ranks
 from callbacks.clock import Clock, Window
 from callbacks.gauge import Gauge
 
+_Sums = tuple[Tensor, list[float]]  # of each part: the sum of its loss (float64), and what it is a mean over
+
 
 class LossParts(Gauge):
     """Sums what an objective tells of its loss (training.objectives.Loss.parts): no host sync but when a line is due.
@@ -28,8 +30,9 @@ class LossParts(Gauge):
         super().__init__(clock)
         self.names = names
         self._reduced = torch.zeros(2, len(names), dtype=torch.float64)  # sums and counts, over ranks
-        self._local: Tensor | None = None  # this rank's since the last reduction
-        self._step: Tensor | None = None  # this rank's of the step under way
+        # Sums on the device, counts on the host: to bring one there the host would wait for all that is queued.
+        self._local: _Sums | None = None  # this rank's since the last reduction
+        self._step: _Sums | None = None  # this rank's of the step under way
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         self._step = None  # Composer begins a step anew when it was out of memory
@@ -44,12 +47,11 @@ class LossParts(Gauge):
             for name in self.names
         ]
         counts = [float(parts[name][1]) if name in parts else 0.0 for name in self.names]
-        found = torch.stack([torch.stack(sums), torch.tensor(counts, dtype=torch.float64, device=device)])
-        self._step = found if self._step is None else self._step + found
+        self._step = _added(self._step, (torch.stack(sums), counts))
 
     def take_in(self, state: State) -> None:
         if self._step is not None and math.isfinite(float(state.total_loss_dict["loss/train/total"])):
-            self._local = self._step if self._local is None else self._local + self._step
+            self._local = _added(self._local, self._step)
         self._step = None
 
     def read(self, state: State, window: Window) -> dict[str, Any]:
@@ -70,6 +72,15 @@ class LossParts(Gauge):
 
     def _reduce(self) -> None:
         if self.names:
-            local = torch.zeros_like(self._reduced) if self._local is None else self._local
+            local = torch.zeros_like(self._reduced)
+            if self._local is not None:
+                sums, counts = self._local
+                local = torch.stack([sums.cpu(), torch.tensor(counts, dtype=torch.float64)])
             self._reduced = self._reduced + ranks.over_ranks(local)
         self._local = None
+
+
+def _added(sums: _Sums | None, more: _Sums) -> _Sums:
+    if sums is None:
+        return more
+    return sums[0] + more[0], [count + other for count, other in zip(sums[1], more[1], strict=True)]

@@ -11,7 +11,7 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 
 import ranks
-from callbacks.step_log import append_line, nested, read_lines, trim_lines
+from callbacks.step_log import StepLines, nested, read_lines
 from recipe.phases import PhasePlan
 
 log = logging.getLogger(__name__)
@@ -25,11 +25,13 @@ class MetricsFile(LoggerDestination):
     Metrics named `train/...` are ours: they stand in the line itself, nested at each slash. All others keep their
     prefix: `validation/loss` is line["validation"]["loss"]. A number that is not finite is null. What is no number is
     left out with a warning, what Composer's trainer logs of each step by itself without one.
+    Lines that find no room on the disk are written when there is some.
     A metric logged while a step is under way belongs to that step, so that a restart neither repeats nor loses one.
     """
 
     def __init__(self, file: Path, plan: PhasePlan) -> None:
         self.file, self.plan = file, plan
+        self._lines = StepLines(file)
         self.latest: dict[str, Any] = {}
         """The newest line with a loss that this process wrote; empty before the first."""
         self.others: dict[str, float] = {}
@@ -65,6 +67,7 @@ class MetricsFile(LoggerDestination):
 
     def close(self, state: State, logger: Logger) -> None:
         self.flush()
+        self._lines.close()
 
     def flush(self) -> None:
         """Write the line of the step that was logged last. Before a checkpoint: a kill must not lose the line."""
@@ -75,17 +78,18 @@ class MetricsFile(LoggerDestination):
         line = {"step": self._step, **self.plan.facts(self._step), **node.pop("train", {}), **node}
         if "loss" in line:
             self.latest = line
-        append_line(self.file, line)
+        self._lines.append(line)
 
     def trim(self, step: int) -> None:
         """Drop the lines of steps that a restart will repeat (rank 0)."""
         self._metrics = {}
-        trim_lines(self.file, step)
+        self._lines.trim(step)
 
     def evaluation_at(self, step: int, key: str = "validation") -> dict[str, Any] | None:
         """The evaluation after `step` steps, also one made before a restart (rank 0)."""
         self.flush()
-        return next((line[key] for line in read_lines(self.file) if line["step"] == step and key in line), None)
+        lines = [*read_lines(self.file), *self._lines.waiting]
+        return next((line[key] for line in lines if line["step"] == step and key in line), None)
 
 
 def _number(value: Any) -> float | None:

@@ -1,6 +1,7 @@
 """Files of JSON lines that belong to steps: metrics.jsonl, ledger.jsonl and evaluations.jsonl."""
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flexbert_core.composing import leaves
+
+log = logging.getLogger(__name__)
 
 
 def append_line(file: Path, line: dict[str, Any]) -> None:
@@ -33,6 +36,45 @@ def trim_lines(file: Path, step: int, keep: Callable[[str], bool] = lambda line:
     beside = file.with_suffix(".tmp")
     beside.write_text("".join(line + "\n" for line in kept))
     beside.replace(file)
+
+
+class StepLines:
+    """The lines that a run adds to one of these files. A full disk does not end the run: a line that cannot be written
+    waits for the next one, which is said once, until there is room again."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.waiting: list[dict[str, Any]] = []
+        self._is_said = False
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Write a line behind those that wait, or let it wait with them."""
+        self.waiting.append(line)
+        self.write()
+
+    def write(self) -> None:
+        """Write what waits, as far as there is room."""
+        try:
+            while self.waiting:
+                append_line(self.file, self.waiting[0])
+                del self.waiting[0]
+            self._is_said = False
+        except OSError as error:
+            if not self._is_said:
+                why = error.strerror or error
+                log.error("%s: NOT WRITTEN, training goes on: %s: its lines wait until there is room", self.file, why)
+            self._is_said = True
+
+    def close(self) -> None:
+        """Write what waits; say what is lost."""
+        self.write()
+        if self.waiting:
+            log.error("%s: %d lines could not be written, and are lost", self.file, len(self.waiting))
+
+    def trim(self, step: int, keep: Callable[[str], bool] = lambda line: False) -> None:
+        """As `trim_lines`, of what waits, too."""
+        self.waiting = [line for line in self.waiting if line["step"] <= step]
+        trim_lines(self.file, step, keep)
 
 
 def flat(node: Mapping[str, Any], prefix: str) -> dict[str, float]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from commands.prediction import Target
-from commands.sizes import disk_need, more_states
+from commands.sizes import disk_need, model_on_meta
 from data.feed.loader import LoaderConfig, MixtureDataset, check_tokenizer, open_streams
 from data.feed.mixture import MixtureOrder
 from data.store.shards import Stream
@@ -29,6 +29,7 @@ from training.growing import check_source
 from training.microbatches import Microbatches
 from training.objectives.phases import build_objectives
 from training.report import describe_model, describe_tokens
+from training.states import more_states
 from training.vocabulary import check_vocabulary
 
 
@@ -138,7 +139,7 @@ def _phase_facts(
         for model in [config.model, *other_models(config, plan)]
     )
     memory += sum(4 * count_parameters(model) for model in frozen_models(config, plan))  # float32, on each rank
-    memory += more_states(config, plan)
+    memory += more_states(config, model_on_meta(config, plan))
     scores = attention_weights_memory(config.model, phase.max_seq_len, activation_bytes) * tokens
     more = f", {scores / 2**30:.2f} GiB more for dropped attention weights without flash-attn" if scores else ""
     ranks = f"{world_size} ranks, {'sharded' if shards > 1 else 'each whole'}" if world_size > 1 else "1 rank"

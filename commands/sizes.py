@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from flexbert import FlexBertForMaskedLM
 from flexbert.accounting import count_parameters
@@ -12,9 +13,7 @@ from recipe.cost import parameters_beside, parameters_exported
 from recipe.phases import PhasePlan
 from recipe.slots import OBJECTIVES, OPTIMIZERS
 from training.objectives.phases import Objectives
-
-_NUMBER = 4  # bytes: everything is saved in float32, whatever the steps were computed in
-_MOMENTS = 2  # of a weight, in the optimizer's state; muon has one for matrices and takes less
+from training.states import NUMBER, state_bytes
 
 
 @dataclass(frozen=True)
@@ -45,27 +44,26 @@ def disk_need(config: RunConfig, plan: PhasePlan) -> DiskNeed:
     parameters = exported + parameters_beside(config, plan)
     options, exports = config.checkpoint, _exports(config, plan, averages)
     return DiskNeed(
-        checkpoint=parameters * _NUMBER * (1 + _MOMENTS + averages) + more_states(config, plan),
-        export=exported * _NUMBER,
+        checkpoint=parameters * NUMBER + state_bytes(config, model_on_meta(config, plan)),
+        export=exported * NUMBER,
         permanent=sum(plan.checkpoints(phase, options.keep_every) for phase in plan.phases),
         passing=options.keep + options.keep_best + 1,
         exports=sum(exports),
         beside=sum(
-            count * _NUMBER * parameters_exported(config, phase)
+            count * NUMBER * parameters_exported(config, phase)
             for count, phase in zip(exports, plan.phases, strict=True)
         ),
     )
 
 
-def more_states(config: RunConfig, plan: PhasePlan) -> int:
-    """Bytes of the optimizer's state besides two moments of each parameter. Raises ConfigError, starting with the key,
-    when the optimizer cannot be made for the model."""
+def model_on_meta(config: RunConfig, plan: PhasePlan) -> nn.Module:
+    """All that the run trains, without memory. Raises ConfigError, starting with the key, when the optimizer cannot be
+    made for it."""
     with torch.device("meta"):
         model = FlexBertForMaskedLM(config.model)
         Objectives(config, plan, model)
         OPTIMIZERS.build(config.optimizer, model=model, lr=plan.phases[0].peak_lr)
-    more = getattr(OPTIMIZERS.entries[config.optimizer.name], "more_states", None)
-    return 0 if more is None else more(model) * _NUMBER
+    return model
 
 
 def _exports(config: RunConfig, plan: PhasePlan, averages: int) -> list[int]:

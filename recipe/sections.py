@@ -58,7 +58,10 @@ _Steps = Annotated[str, BeforeValidator(_parse_steps)]
 class TrainerConfig(Schema):
     """How steps are computed, and which are left out; nothing else here changes what is trained on."""
 
-    precision: Literal["auto", "fp32", "amp_bf16"] = Field(default="auto", description="auto: bf16 on CUDA, else fp32")
+    precision: Literal["auto", "fp32", "amp_bf16"] = Field(
+        default="auto",
+        description="auto: bf16 on CUDA, else fp32; float32's products keep all bits on GPUs, too: there is no TF32",
+    )
     parallelism: Annotated[Any, *PARALLELISMS.slot()] = Field(
         default="ddp",
         description="what each rank keeps of parameters and optimizer states: ddp all, fsdp2 its part",

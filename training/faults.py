@@ -17,6 +17,7 @@ from flexbert_core.durable import remove_folder
 from flexbert_core.schema import RunError
 from recipe.config import RunConfig
 from recipe.phases import PhasePlan
+from recipe.slots import OPTIMIZERS
 from training import signals
 from training.checkpoints.files import Checkpoint, list_checkpoints, newest_checkpoint, tokens_of
 from training.checkpoints.saver import Saver
@@ -49,7 +50,12 @@ class Faults:
         detector = SpikeDetector(self.options.sigmas, self.options.window) if self.options else None
         options = config.trainer
         self.guard = StepGuard(
-            options.max_bad_steps, lambda step: plan.at(step).name, self._culprit, detector, options.skipped
+            options.max_bad_steps,
+            lambda step: plan.at(step).name,
+            self._culprit,
+            detector,
+            options.skipped,
+            getattr(OPTIMIZERS.entries[config.optimizer.name], "works_on_shards", False),
         )
 
     def checkpoint(self) -> Checkpoint | None:

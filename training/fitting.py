@@ -12,20 +12,21 @@ from flexbert_core.schema import ConfigError
 from recipe.phases import Phase, PhasePlan
 from training.compiling import eagerly
 from training.composer_model import PretrainingModel
+from training.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
-# Bytes of a parameter that come with the first steps: two moments and DDP's buckets, float32.
-_LATER = 3 * 4
+_BUCKETS = 4  # bytes of a parameter in those of DDP, which come with the first steps, as the optimizer's state does
 # What is left free: fragments, NCCL's buffers, and batches with more documents than those tried.
 _SPARE = 0.05
 
 
-def fitting_rows(plan: PhasePlan, model: PretrainingModel, world_size: int) -> dict[int, int]:
+def fitting_rows(plan: PhasePlan, model: PretrainingModel, world_size: int, states: int = 0) -> dict[int, int]:
     """Rows of a microbatch by row length, the same on every rank: of all rows of a rank, halved as often as a rank ran
     out of memory, in whatever phase of that length. Each try is a forward and backward of random documents, one to a
     row. A collective.
 
+    states: bytes that a rank will hold beside its weights (training/states.py), for which room is left.
     Raises ConfigError where not even one row fits. Gradients are gone afterwards; nothing else has changed.
     """
     of_rank = [max(segment.rows for segment in phase.segments) // world_size for phase in plan.phases]
@@ -37,7 +38,7 @@ def fitting_rows(plan: PhasePlan, model: PretrainingModel, world_size: int) -> d
         tries = [min(of_rank[number], found[length])]
         while tries[-1] > 1:
             tries.append(-(-tries[-1] // 2))
-        fits = largest(tries, lambda rows, number=number, phase=phase: _try(model, number, phase, rows))
+        fits = largest(tries, lambda rows, number=number, phase=phase: _try(model, number, phase, rows, states))
         if fits is None:
             raise ConfigError(
                 f"trainer.microbatch_size: auto: not one row of {length} slots fits in memory: set "
@@ -55,10 +56,8 @@ def largest(sizes: list[int], run: Callable[[int], None]) -> int | None:
         failed = False
         try:
             run(size)
-        except torch.OutOfMemoryError:
-            failed = True
         except RuntimeError as error:
-            failed = "out of memory" in str(error)
+            failed = is_out_of_memory(error)
             if not failed:
                 raise
         if torch.cuda.is_available():
@@ -69,13 +68,13 @@ def largest(sizes: list[int], run: Callable[[int], None]) -> int | None:
     return None
 
 
-def _try(model: PretrainingModel, number: int, phase: Phase, rows: int) -> None:
+def _try(model: PretrainingModel, number: int, phase: Phase, rows: int, states: int) -> None:
     """A forward and backward, beside what later steps will hold."""
     device = next(model.parameters()).device
     held = []
     try:
         if device.type == "cuda":
-            wanted = _LATER * sum(parameter.numel() for parameter in model.parameters())
+            wanted = states + _BUCKETS * sum(parameter.numel() for parameter in model.parameters())
             wanted += int(_SPARE * torch.cuda.get_device_properties(device).total_memory)
             held.append(torch.empty(wanted, dtype=torch.uint8, device=device))
         batch = _batch(model, number, phase, rows, device)

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
+from callbacks.step_log import read_lines
 from flexbert_core.durable import holder, lock, remove_unfinished, write_file
 from flexbert_core.folders import no_run
 from flexbert_core.schema import MAY_CHANGE, ConfigError
@@ -82,6 +83,16 @@ class RunFolder:
         """Remember until the run is started again that it has ended so (rank 0). Its exit code tells this from no other
         failure, and launchers and clusters have codes of their own."""
         write_file(self.divergence, json.dumps({"why": why}))
+
+    def say_lost_steps(self) -> None:
+        """Warn that steps are trained again, where the run had some and no checkpoint."""
+        lost = max((line["step"] for line in read_lines(self.metrics)), default=0)
+        if lost:
+            log.warning(
+                "STARTING AGAIN AT STEP 0: %s had trained %d steps, and was ended before its first checkpoint",
+                self.path,
+                lost,
+            )
 
     def checkpoints_gone(self) -> bool:
         """Whether the run has had checkpoints and none is left."""

@@ -48,7 +48,7 @@ def build_gauges(
         StreamScores(clock, list(config.data.streams)),
         LossParts(clock, _loss_parts(plan)),
         Gradients(clock, trainer.gradient_clip_norm),
-        Efficiency(clock, flops, peak),
+        Efficiency(clock, guard, flops, peak),
         Memory(clock),
         Forecast(clock, plan, seconds, trainer.price_per_hour),
     ]

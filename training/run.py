@@ -3,7 +3,6 @@
 import functools
 import gc
 import json
-import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from callbacks.metrics_file import MetricsFile
 from callbacks.milestones import BetweenSteps
 from callbacks.progress import ProgressLine
 from callbacks.schedule import StepSchedule
-from callbacks.step_log import read_lines
 from callbacks.watchdog import Watchdog
 from data.feed.loader import Loader, build_loader
 from data.keyed import torch_seed
@@ -53,11 +51,11 @@ from training.microbatches import Microbatches
 from training.objectives.phases import Objectives
 from training.parallelism import PARALLELISMS, Parallelism
 from training.parts import Parts, pack, timestamp_of
+from training.precision import computes_in_bf16, multiply_in_float32
 from training.publisher import Publisher
 from training.same_data import check_same_data
+from training.states import state_bytes
 from training.vocabulary import check_vocabulary
-
-log = logging.getLogger(__name__)
 
 
 class Run:
@@ -93,10 +91,9 @@ class Run:
         if torch.cuda.is_available():
             self.model = self.model.to(f"cuda:{dist.get_local_rank()}")
         self.parallelism: Parallelism = PARALLELISMS.build(config.trainer.parallelism, world_size=self.world_size)
-        precision = config.trainer.precision
-        bf16 = torch.cuda.is_available() if precision == "auto" else precision == "amp_bf16"
         device = next(self.model.parameters()).device.type
-        self.bf16, self.autocast = bf16, functools.partial(torch.autocast, device, torch.bfloat16, bf16)
+        self.bf16 = computes_in_bf16(config.trainer.precision)
+        self.autocast = functools.partial(torch.autocast, device, torch.bfloat16, self.bf16)
         self.microbatches = Microbatches(config.trainer, pins=device == "cuda")
         self.optimizer = OPTIMIZERS.build(config.optimizer, model=self.model, lr=self.plan.phases[0].peak_lr)
         self.ledger = Ledger(self.folder.ledger, list(config.data.streams))
@@ -124,6 +121,11 @@ class Run:
         assert self._trainer is not None
         return self._trainer
 
+    @property
+    def steps_done(self) -> int:
+        """Of the run, as far as this process knows."""
+        return 0 if self._trainer is None else self._trainer.state.timestamp.batch.value
+
     def open(self) -> None:
         """Take the run folder and build Composer's trainer: nothing was written before this. A collective."""
         if self.rank == 0:
@@ -135,11 +137,13 @@ class Run:
             sizes = microbatch_sizes(self.plan, self.microbatches.rows, self.world_size)
             compile_blocks(self.model, len(sizes))
         self._trainer = self._build_trainer()
+        multiply_in_float32()
 
     def _fit_microbatches(self) -> None:
         """Find the rows of `auto`. A collective."""
         probe = PretrainingModel(self.model, self.objectives.each, self.parallelism, self.autocast, lambda: 0)
-        self.microbatches.found = fitting_rows(self.plan, probe, self.world_size)
+        states = state_bytes(self.config, self.model)
+        self.microbatches.found = fitting_rows(self.plan, probe, self.world_size, states)
         for length, rows in self.microbatches.found.items():
             self._say(f"trainer.microbatch_size: auto: up to {rows} rows of {length} at a time on each rank")
 
@@ -252,13 +256,7 @@ class Run:
     def _begin(self) -> None:
         """Start at step 0; a branch with its origin's state, measured and saved as its own first one. A collective."""
         if self.rank == 0:
-            lost = max((line["step"] for line in read_lines(self.folder.metrics)), default=0)
-            if lost:
-                log.warning(
-                    "STARTING AGAIN AT STEP 0: %s had trained %d steps, and was ended before its first checkpoint",
-                    self.folder.path,
-                    lost,
-                )
+            self.folder.say_lost_steps()
             self.metrics.trim(-1)
             self.ledger.trim(-1)
         if self.start is not None:
@@ -295,7 +293,9 @@ class Run:
                 raise SystemExit(signals.EXIT_PREEMPTED)
             if not self.faults.rolled_back:
                 return
+            seconds = self.seconds_before
             step = self.resume()
+            self.seconds_before = seconds  # this process goes on: what it gave up was computed, and is paid for
             self.exporter.forget_after(step)
 
     def _evaluation_due(self, step: int) -> bool:

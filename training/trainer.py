@@ -25,6 +25,7 @@ from training.faults import COLLECTIVE_MARGIN, lost_rank
 from training.finished import export_gone, settle_finished
 from training.flight_recorder import record
 from training.folder import RunFolder
+from training.memory import out_of_memory
 from training.run import Run
 
 log = logging.getLogger(__name__)
@@ -83,13 +84,15 @@ def train_until(config: RunConfig, console: Console, tokens: int | None) -> dict
         folder.check_checkpoints()
         run = Run(config, console, watchdog, tokens)
         run.open()
+        # On every rank, and before the first step: to choose a kernel of attention may mean to try one.
+        kernels = describe(config, deterministic, run.bf16) if torch.cuda.is_available() else ""
         step = run.resume()
         if rank == 0:
             for change in changes:
                 console.print(f"{folder.path}: to come: {change}", soft_wrap=True)
             begun = f"starting from {run.origin['from']}" if run.origin else "starting"
-            if torch.cuda.is_available():
-                console.print(describe(config, deterministic, run.bf16), soft_wrap=True)
+            if kernels:
+                console.print(kernels, soft_wrap=True)
             where = f"resuming after step {step}" if step else begun
             console.print(
                 f"{folder.path}: {where}, {run.plan.total_steps} steps, {report.describe_model(config)}",
@@ -114,7 +117,9 @@ def train_until(config: RunConfig, console: Console, tokens: int | None) -> dict
             folder.note_divergence(str(error))
         raise
     except RuntimeError as error:  # PyTorch raises this in the training process at the moment when a worker dies
-        raise worker_death(error) or lost_rank(error) or error from None
+        done, microbatches = (0, None) if run is None else (run.steps_done, run.microbatches)
+        full = out_of_memory(error, config, ranks.world_size(), done, microbatches)
+        raise worker_death(error) or lost_rank(error) or full or error from None
     except OSError as error:
         if blamed(error) is not None:
             raise

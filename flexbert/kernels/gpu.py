@@ -77,7 +77,21 @@ def why_not(backend: str, device: str, dtype: torch.dtype | None, head_dim: int 
 @functools.cache
 def flash3_repeats(device: str = "cuda", tries: int = 5) -> bool:
     """Whether flash-attn 3's backward gives the same bits again when asked to: versions up to 2.8.3 do not look at what
-    they are asked (hopper/flash_bwd_launch_template.h). Tried on one long document, where most sums meet."""
+    they are asked (hopper/flash_bwd_launch_template.h). Tried on one long document, where most sums meet.
+
+    Whoever asks first may do so without gradients, in autocast, or within a block that is computed again in backward,
+    which keeps other tensors than autograd saves: the trial has gradients of its own, and saves what it needs itself.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(torch.device(device).type, enabled=False),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor),
+    ):
+        return _repeats(device, tries)
+
+
+def _repeats(device: str, tries: int) -> bool:
     tokens = 4096
     generator = torch.Generator().manual_seed(0)
     given = [torch.randn(tokens, 4, 64, generator=generator).to(device, torch.bfloat16) for _ in range(4)]

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,11 +19,14 @@ from composer.trainer import Trainer
 from rich.console import Console
 from torch import Tensor, nn
 
+from callbacks.clock import Clock
 from callbacks.culprit import name_culprit
+from callbacks.gradients import Gradients
 from callbacks.guards import SpikeDetector, StepGuard
-from callbacks.ledger import nearest_line
+from callbacks.ledger import Ledger, nearest_line
 from flexbert_core.schema import RunError
 from recipe.config import load_run_config
+from recipe.phases import PhasePlan
 from sweeps.run_result import read_run
 from tests.helpers.runs import final_weights, metrics, prepare_dataset, write_config
 from training import signals
@@ -127,6 +130,28 @@ def test_a_bad_step_changes_nothing(kind: str) -> None:
     assert guard.bad_steps == 3
 
 
+class Large(Callback):
+    """In one step gradients are finite, and their norm is none of float32's."""
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch == 2:
+            for parameter in state.model.parameters():
+                assert parameter.grad is not None
+                parameter.grad.fill_(3e38)
+
+
+@pytest.mark.parametrize("limit", [None, 1e6])
+def test_a_norm_beyond_float32_changes_nothing(tmp_path: Path, limit: float | None) -> None:
+    """With clipping, too, which over an infinite norm would make a step of zeros of it: weights decay in that."""
+    clock = Clock(1000, Ledger(tmp_path / "ledger.jsonl", []), cast(PhasePlan, None))  # no line is due
+    batches, guard = [toy_batch(number) for number in range(5)], guard_of()
+    found = fit(batches, guard, Large(), Gradients(clock, limit))
+    expected, _ = plain_loop([batches[number] for number in (0, 1, 3, 4)])
+    for ours, theirs in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert guard.bad_steps == 1
+
+
 class Device(Callback):
     """Stands for a GPU whose memory is scarce at one step, in Composer's search for a microbatch that fits."""
 
@@ -189,11 +214,13 @@ class NoRoom(torch.optim.SGD):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def test_an_update_without_memory_ends_the_run() -> None:
+@pytest.mark.parametrize(("on_shards", "fix"), [(True, "trainer.parallelism=fsdp2"), (False, "another optimizer")])
+def test_an_update_without_memory_ends_the_run(on_shards: bool, fix: str) -> None:
     """It may be half done, so the batch is not repeated."""
-    device = Device("none", 1)
-    with pytest.raises(RunError, match=r"step 1: no memory for the optimizer's update, .* trainer.parallelism=fsdp2"):
-        fit([toy_batch(0)], guard_of(), device, optimizer=NoRoom)
+    device, guard = Device("none", 1), guard_of()
+    guard.works_on_shards = on_shards
+    with pytest.raises(RunError, match=rf"step 1: no memory for the optimizer's update, .* {fix}, or take a smaller"):
+        fit([toy_batch(0)], guard, device, optimizer=NoRoom)
     assert device.passes == 2
 
 

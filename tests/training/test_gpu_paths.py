@@ -3,28 +3,35 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
+from composer.trainer import trainer as composer_trainer
 from optimi import StableAdamW
 from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from callbacks.clock import Clock, Window
+from callbacks.ledger import Ledger
+from callbacks.loss_parts import LossParts
 from callbacks.watchdog import Watchdog
 from flexbert import build
 from flexbert.dropout import TokenKeys, keyed_dropout
 from flexbert.packed import check_packed
 from recipe.config import load_run_config
+from recipe.phases import PhasePlan
 from recipe.slots import OPTIMIZERS
 from tests.helpers import flash
 from tests.helpers.models import batch_of, tiny
 from tests.helpers.tiny import ROW, ROWS, write_config
 from tests.helpers.waits import Waits
 from training.compiling import eagerly
+from training.objectives import Loss
 from training.run import Run
 
 FLASH = {"attention": {"name": "multihead", "global_attn_every_n_layers": 3, "backend": "flash2", "out_dropout": 0.1}}
@@ -157,8 +164,9 @@ def test_an_index_that_comes_twice_is_seen() -> None:
 class Heard(Callback):
     """Waits of a run, from before a microbatch's forward to after its backward."""
 
-    def __init__(self) -> None:
-        self.microbatches = list[list[str]]()
+    def __init__(self, models: int) -> None:
+        """models: that each look at the batch."""
+        self.models, self.microbatches = models, list[list[str]]()
         self._checks, self._of_microbatch = Waits(), Waits()
 
     def before_forward(self, state: State, logger: Logger) -> None:
@@ -170,20 +178,21 @@ class Heard(Callback):
 
     def after_backward(self, state: State, logger: Logger) -> None:
         self._of_microbatch.__exit__(None, None, None)
-        for name in self._checks.found:
+        for name in self._checks.found * self.models:
             self._of_microbatch.found.remove(name)
         self.microbatches.append(self._of_microbatch.found)
 
 
-def heard(data: Path, folder: Path, rows: int) -> Heard:
+def heard(data: Path, folder: Path, rows: int, objective: Any = "mlm") -> Heard:
     """Of a real run of three steps with so many rows in a microbatch, each with eight empty slots, set up for compiled
     blocks; they run as they are written."""
-    phase = {
+    phase: dict[str, Any] = {
         "name": "all",
         "tokens": 3 * ROWS * (ROW + 8),
         "max_seq_len": ROW + 8,
         "global_batch_size": ROWS,
         "lr": 1e-2,
+        "objective": objective,
     }
     trainer = {"microbatch_size": rows, "log_interval": 1000, "compile": True}
     changes = {"model": {"attention": FLASH["attention"]}, "checkpoint": {"interval": 1000 * ROWS * ROW}}
@@ -192,7 +201,7 @@ def heard(data: Path, folder: Path, rows: int) -> Heard:
     with Watchdog(config.trainer.hang_timeout) as watchdog:
         run = Run(config, Console(quiet=True), watchdog)
         run.open()
-        found = Heard()
+        found = Heard(models=1 if objective == "mlm" else 2)
         run.trainer.state.callbacks.append(found)
         try:
             with eagerly():
@@ -213,3 +222,45 @@ def test_no_microbatch_of_a_run_waits_for_the_device(
     for found in (one, four):
         for microbatch in found.microbatches:
             assert microbatch == ["lift_fresh"]  # AttentionPlan.longest, which stays on the host
+
+
+def test_parts_of_a_loss_are_counted_without_a_wait(tiny_data: Path, tmp_path: Path) -> None:
+    plan = PhasePlan(load_run_config(write_config(tmp_path, tiny_data, 1)))
+    gauge = LossParts(Clock(1, Ledger(tmp_path / "ledger.jsonl", []), plan), ["a", "b"])
+    parts = [{"a": (torch.tensor(6.0), 2), "b": (torch.tensor(5.0), 0)}, {"a": (torch.tensor(3.0), 4)}]
+    states: list[Any] = [SimpleNamespace(outputs=Loss(torch.tensor(1.0), 1, parts=each)) for each in parts]
+    logger: Any = None
+    with Waits("lift_fresh") as waits:
+        for state in states:
+            gauge.after_loss(state, logger)
+    assert waits.found == []
+    ended: Any = SimpleNamespace(total_loss_dict={"loss/train/total": 1.0})
+    gauge.take_in(ended)
+    assert gauge.read(ended, cast(Window, None)) == {"parts": {"a": 9.0 / 6}}
+
+
+@pytest.mark.slow
+def test_nor_does_one_whose_loss_has_parts(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flash.install(monkeypatch)
+    found = heard(tiny_data, tmp_path, ROWS // 2, {"name": "rtd", "generator": {"num_hidden_layers": 1}})
+    assert found.microbatches == [["lift_fresh"] * 2] * 6  # plans of the generator's and of the model's
+
+
+def test_products_of_float32_are_float32s(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever Composer's device for GPUs sets, which its Trainer makes: TF32 has 10 bits of mantissa."""
+    real = composer_trainer.get_device  # pyright: ignore[reportPrivateImportUsage]
+
+    def as_for_a_gpu(device: Any) -> Any:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        return real(device)
+
+    monkeypatch.setattr(composer_trainer, "get_device", as_for_a_gpu)
+    config = load_run_config(write_config(tmp_path, tiny_data, 1))
+    with Watchdog(config.trainer.hang_timeout) as watchdog:
+        run = Run(config, Console(quiet=True), watchdog)
+        try:
+            run.open()
+            assert not torch.backends.cuda.matmul.allow_tf32
+        finally:
+            torch.set_float32_matmul_precision("highest")
+            run.close()

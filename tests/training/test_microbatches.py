@@ -61,7 +61,7 @@ class Scarce(MaskedTokens):
         pass
     def loss(self, model, batch):
         found = super().loss(model, batch)
-        if os.environ.get("RANK", "0") == "1" and len(batch["sequences"]) > {rows}:
+        if os.environ.get("RANK", "0") == "{rank}" and len(batch["sequences"]) > {rows}:
             class Full(torch.autograd.Function):
                 @staticmethod
                 def forward(ctx, x):
@@ -79,7 +79,7 @@ def test_auto_survives_a_rank_out_of_memory(ranks: Ranks, tiny_data: Path, tmp_p
     """In the backward of one rank of two, where DDP's reducer would stay open: both take what fits on it, and the run
     is that of plain microbatches."""
     part = tmp_path / "scarce.py"
-    part.write_text(SCARCE.format(rows=1))
+    part.write_text(SCARCE.format(rows=1, rank=1))
     files = [
         write_config(
             tmp_path / name, tiny_data, 6, trainer={"log_interval": 1, "microbatch_size": size}, objective=objective,
@@ -94,12 +94,27 @@ def test_auto_survives_a_rank_out_of_memory(ranks: Ranks, tiny_data: Path, tmp_p
 
 def test_auto_says_when_not_one_row_fits(ranks: Ranks, tiny_data: Path, tmp_path: Path) -> None:
     part = tmp_path / "scarce.py"
-    part.write_text(SCARCE.format(rows=0))
+    part.write_text(SCARCE.format(rows=0, rank=1))
     trainer = {"log_interval": 1, "microbatch_size": "auto"}
     file = write_config(tmp_path, tiny_data, 6, trainer=trainer, objective="scarce", imports=[str(part)])
     codes, text = ranks.run(2, "train", str(file))
     assert codes == [2, 2]
     assert f"trainer.microbatch_size: auto: not one row of {ROW} slots fits in memory: set trainer.activation_" in text
+
+
+def test_out_of_memory_names_the_keys_that_spare_it(ranks: Ranks, tiny_data: Path, tmp_path: Path) -> None:
+    part = tmp_path / "scarce.py"
+    part.write_text(SCARCE.format(rows=4, rank=0))
+    for given, less in (({}, f"tokens={4 * ROW}"), ({"microbatch_size": 6}, "size=3")):
+        file = write_config(tmp_path, tiny_data, 6, trainer=given, objective="scarce", imports=[str(part)])
+        codes, text = ranks.run(1, "train", str(file))
+        assert codes == [1]
+        assert "Traceback" not in text
+        rows = given.get("microbatch_size", ROWS)
+        assert (
+            f"error: {tmp_path}/run: out of memory after 0 steps, in microbatches of {rows} rows of {ROW} slots: set "
+            f"trainer.microbatch_{less}, or trainer.microbatch_size=auto, or trainer.activation_checkpointing=1, or "
+        ) in text
 
 
 class Heavy(MaskedTokens):

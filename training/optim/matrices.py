@@ -36,6 +36,7 @@ class MatricesWithAdamW(torch.optim.Optimizer):
         """matrices: of the model, with the rows of each part. betas, eps: AdamW's. adamw_lr_factor: of AdamW's learning
         rate. options: the subclass's own, which all groups get."""
         settings = Settings(model, config)
+        self.names = settings.names
         by_parts: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for matrix, rows in matrices.items():
             if matrix.requires_grad:

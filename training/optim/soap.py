@@ -9,7 +9,8 @@ L of G G^T and R of G^T G, and bases Q_L and Q_R of their eigenvectors,
 with Adam's correction of the first means. The bases are those of the steps before. Every `frequency` steps each is
 turned towards the eigenvectors by one step of power iteration and QR (algorithm 4). As in the authors' code, the first
 step moves nothing but L and R, whose eigenvectors are the first bases, and columns are put in the order of their
-eigenvalues before QR, V with them.
+eigenvalues before QR, V with them. As there, 1e-30 is added to the diagonal before eigenvectors are taken, and where
+they are not found in float32, they are sought in float64.
 """
 
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexbert_core.schema import RunError
 from training.optim.matrices import MatricesWithAdamW
 
 
@@ -34,22 +36,31 @@ class Soap(MatricesWithAdamW):
             rows = group["parts"] or [len(matrix)]
             tensors = [tensor.split(rows) for tensor in (matrix.grad, state["exp_avg"], state["exp_avg_sq"])]
             directions = [
-                self._direction(group, state, number, *part) for number, part in enumerate(zip(*tensors, strict=True))
+                self._direction(group, state, number, *part, name=self.names[matrix])
+                for number, part in enumerate(zip(*tensors, strict=True))
             ]
             if int(state["step"]) > 1:
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.add_(torch.cat(directions), alpha=-group["lr"])
 
     def _direction(
-        self, group: dict[str, Any], state: dict[str, Any], number: int, gradient: Tensor, mean: Tensor, squares: Tensor
+        self,
+        group: dict[str, Any],
+        state: dict[str, Any],
+        number: int,
+        gradient: Tensor,
+        mean: Tensor,
+        squares: Tensor,
+        *,
+        name: str,
     ) -> Tensor:
-        """Of one part (rows, columns), whose means are moved on."""
+        """Of one part (rows, columns), whose means are moved on. name: of the matrix, for an error."""
         beta1, beta2 = group["soap_betas"]
         step = int(state["step"]) - 1  # that move weights
         if not step:
             for side, product in (("left", gradient @ gradient.mT), ("right", gradient.mT @ gradient)):
                 state[f"{side}_{number}"] = product * (1 - beta2)
-                state[f"{side}_basis_{number}"] = torch.linalg.eigh(product)[1].flip(1)
+                state[f"{side}_basis_{number}"] = _eigenvectors(product, name).flip(1)
             return gradient
         left, right = state[f"left_basis_{number}"], state[f"right_basis_{number}"]
         mean.lerp_(gradient, 1 - beta1)
@@ -64,6 +75,20 @@ class Soap(MatricesWithAdamW):
                 state[f"{side}_basis_{number}"] = basis
                 squares.copy_(squares.index_select(axis, order))
         return direction
+
+
+def _eigenvectors(product: Tensor, name: str) -> Tensor:
+    """Of a symmetric product, in the order of their eigenvalues. Raises RunError where they are not found."""
+    for dtype in (product.dtype, torch.float64):
+        jitter = 1e-30 * torch.eye(len(product), dtype=dtype, device=product.device)
+        try:
+            return torch.linalg.eigh(product.to(dtype) + jitter)[1].to(product.dtype)
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+            continue
+    raise RunError(
+        f"optimizer: soap finds no eigenvectors of the first gradient of {name}, nor in float64: set "
+        "trainer.gradient_clip_norm, which keeps its squares small, or take another optimizer"
+    )
 
 
 def _turned(product: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,12 +4,13 @@ import functools
 import itertools
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from flexbert import build
 from flexbert.kernels import (
@@ -255,6 +256,30 @@ def test_a_flash_attn_3_that_does_not_repeat_its_bits_is_not_chosen(monkeypatch:
     plan = AttentionPlan(torch.tensor([0, 3, 9], dtype=torch.int32), 6, 9)
     with pytest.raises(ConfigError, match=r"flash3 cannot run: .* in another order each time .*deterministic=false"):
         attend(*detached(qkv_of(9), torch.bfloat16), plan, window_size=(-1, -1), backend="flash3")
+
+
+def _recomputed(ask: Callable[[], bool]) -> bool:
+    found = []
+
+    def block(x: Tensor) -> Tensor:
+        found.append(ask())
+        return x.sin()
+
+    checkpoint(block, torch.ones(2, requires_grad=True), use_reentrant=False).sum().backward()  # pyright: ignore
+    return found[0]
+
+
+@pytest.mark.usefixtures("flash_attn")
+@pytest.mark.parametrize("where", ["no gradients", "inference", "recomputed"])
+def test_flash_attn_3_is_tried_wherever_it_is_asked_for_first(where: str) -> None:
+    def ask() -> bool:
+        return gpu.flash3_repeats(tries=1)
+
+    if where == "recomputed":
+        assert _recomputed(ask)
+        return
+    with torch.no_grad() if where == "no gradients" else torch.inference_mode():
+        assert ask()
 
 
 @pytest.mark.usefixtures("flash_attn", "any_order")

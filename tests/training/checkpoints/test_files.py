@@ -4,10 +4,7 @@ import json
 import logging
 import os
 import pickle
-import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from flexbert_core.durable import UNFINISHED, new_folder, remove_unfinished, wri
 from flexbert_core.schema import RunError
 from recipe.sections import CheckpointConfig
 from recipe.slots import OPTIMIZERS
+from tests.helpers.limits import file_size_limit
 from training.checkpoints.files import (
     Snapshot,
     list_checkpoints,
@@ -140,17 +138,6 @@ def test_retention(tmp_path: Path) -> None:
     assert [tokens_of(path) for path in list_checkpoints(tmp_path)] == [20, 30, 40, 100, 110, 120]
     remove_old_checkpoints(tmp_path, CheckpointConfig(keep=1), lambda step: step == 30, tmp_path / "tokens-120")
     assert [tokens_of(path) for path in list_checkpoints(tmp_path)] == [30, 120]
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """A real limit (RLIMIT_FSIZE) that stands for a full disk; Python ignores its signal, so writes raise OSError."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_harms_no_older_checkpoint_and_is_never_silent(

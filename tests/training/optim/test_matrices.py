@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from flexbert_core.schema import RunError
 from tests.helpers.optimizers import gradient_of, make, tiny
 
 # Rows of the parts: 4, 2 and 2 heads of 4; halves of a gated mlp.
@@ -183,6 +184,34 @@ def test_soap_is_the_published_one_for_blocks_and_adamw_for_the_rest() -> None:
             expected = reference_soap(start[name][part], gradients, left, right, options)
             torch.testing.assert_close(parameter.detach()[part], expected, atol=1e-7, rtol=0)
             first += count
+
+
+def test_soap_seeks_eigenvectors_in_float64_where_float32_finds_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As cuSOLVER may fail to, of a first gradient of low rank."""
+    real, asked = torch.linalg.eigh, list[torch.dtype]()
+
+    def eigh(matrix: torch.Tensor) -> Any:
+        asked.append(matrix.dtype)
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("failed to converge")  # pyright: ignore[reportPrivateImportUsage]
+        return real(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    model = _One(torch.zeros(6, 4))
+    optimizer = make("soap", model)
+    for number in range(2):
+        model.weight.grad = gradient_of("low", torch.Size([6, 1]), number) @ torch.ones(1, 4)
+        optimizer.step()
+    assert asked == [torch.float32, torch.float64] * 2
+    assert bool(torch.isfinite(model.weight).all())
+    assert bool((model.weight != 0).any())
+
+
+def test_soap_says_which_gradient_has_no_eigenvectors() -> None:
+    model = _One(torch.zeros(6, 4))
+    model.weight.grad = torch.full((6, 4), 1e25)  # whose squares float32 does not hold
+    with pytest.raises(RunError, match=r"soap finds no eigenvectors of the first gradient of weight, nor in float64"):
+        make("soap", model).step()
 
 
 def step_on_ranks(rank: int, folder: str, name: str, sharded: bool) -> None:

@@ -11,14 +11,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import ranks
-from flexbert import FlexBertForMaskedLM
+from flexbert import FlexBertForMaskedLM, build
 from flexbert.layers import block_matrices
+from recipe.config import load_run_config
 from recipe.schedules import set_learning_rate
 from recipe.slots import OPTIMIZERS
 from tests.helpers.optimizers import closure_of, gradient_of, loss_of, make, tiny, worst
+from tests.helpers.tiny import write_config
 from training.checkpoints.files import load_checkpoint, restore, take_snapshot, write_checkpoint
 from training.optim.muon import orthogonalise
 from training.optim.stable_adamw import ShardedStableAdamW
+from training.states import state_bytes
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS.entries))
@@ -259,6 +262,22 @@ def test_what_decays(name: str, decayed: str) -> None:
 
 
 ON_SHARDS = ("muon", "stableadamw")
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.entries))
+def test_states_take_the_bytes_that_are_said(tiny_data: Path, tmp_path: Path, name: str) -> None:
+    """Of which `auto` leaves room, and doctor asks for room on the disk: no optimizer takes more, and most as much."""
+    config = load_run_config(write_config(tmp_path, tiny_data, 1, optimizer=name))
+    averaged = load_run_config(write_config(tmp_path, tiny_data, 1, optimizer=name, ema={"decay": 0.9}))
+    model = build(config.model, seed=3)
+    optimizer = OPTIMIZERS.build(config.optimizer, model=model, lr=0.01)
+    for number in range(2):
+        optimizer.step(closure_of(model, optimizer, number))
+    tensors = [each for state in optimizer.state.values() for each in state.values() if torch.is_tensor(each)]
+    found, told = sum(tensor.nbytes for tensor in tensors if tensor.ndim), state_bytes(config, model)
+    assert 0 < found <= told
+    assert found == told or name in ("lion", "muon", "normuon")
+    assert state_bytes(averaged, model) - told == sum(parameter.nbytes for parameter in model.parameters())
 
 
 def step_sharded(rank: int, folder: str) -> None:
