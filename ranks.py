@@ -148,7 +148,7 @@ def until_rank_0_ends(leaves: Callable[[], bool]) -> Iterator[None]:
             time.sleep(_LOOK_SECONDS[0])
 
 
-def _until_said(store: dist.Store, name: str, meanwhile: Callable[[], object]) -> None:
+def _until_said(store: Any, name: str, meanwhile: Callable[[], object]) -> None:
     """Wait until rank 0 has set a key, or `meanwhile` is true, or the store is gone. Then rank 0 or its launcher is, of
     which the next collective or the launcher has more to say."""
     pause, longest = _LOOK_SECONDS

@@ -143,7 +143,7 @@ def test_the_manifest_is_a_pytorchjob(tiny_data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "label"), [("2b-base", "run-2b-base"), ("x" * 60, "x" * 50), ("9" * 60, "run-" + "9" * 46)]
+    ("name", "label"), [("2b-base", "run-2b-base"), ("x" * 60, "x" * 50), ("9" + "x" * 59, "run-9" + "x" * 45)]
 )
 def test_a_run_has_a_name_that_services_may_have(tiny_data: Path, tmp_path: Path, name: str, label: str) -> None:
     assert manifest(write_config(tmp_path, tiny_data, 2), f"name={name}").metadata.name == label

@@ -5,6 +5,7 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,17 +39,18 @@ def test_a_terminal_that_is_closed(tmp_path: Path, before: signal.Handlers, way:
         os.close(os.open(os.ttyname(2), os.O_RDWR))
         signal.signal(signal.SIGHUP, before)
 
-    process = subprocess.Popen(
-        [sys.executable, "-c", RANK, str(tmp_path / "saved"), way], cwd=ROOT, env=environment(),
-        stdin=subprocess.DEVNULL, stdout=tmp_path.joinpath("out").open("wb") if way != "stops" else terminal,
-        stderr=terminal, preexec_fn=lead,
-    )  # fmt: skip
+    out = tmp_path / "out"
+    with out.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-c", RANK, str(tmp_path / "saved"), way], cwd=ROOT, env=environment(),
+            stdin=subprocess.DEVNULL, stdout=terminal if way == "stops" else file, stderr=terminal, preexec_fn=lead,
+        )  # fmt: skip
     os.close(terminal)
     if way == "stops":
         assert os.read(ours, 100).startswith(b"trains")
-    else:
-        while not (tmp_path / "out").read_bytes():
-            assert process.poll() is None
+    while way != "stops" and not out.read_bytes():
+        assert process.poll() is None
+        time.sleep(0.02)
     os.close(ours)
     assert process.wait(60) == 0
     assert (tmp_path / "saved").read_text() == str(way == "stops")
