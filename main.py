@@ -114,7 +114,8 @@ def train(
 ) -> None:
     """Pretrain an encoder, or continue where the same command was interrupted.
 
-    SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C: it finishes the step, saves and exits with code 85. Ctrl-C twice: at once.
+    SIGTERM, SIGUSR1, SIGUSR2, SIGHUP or Ctrl-C: it finishes the step, saves and exits with code 85. Ctrl-C twice: at
+    once.
     """
     from training import signals
 

@@ -3,8 +3,12 @@
 Collectives run on the device that the process group wants: CUDA under NCCL, which reduces nothing else.
 """
 
+import contextlib
+import itertools
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -14,6 +18,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 Operation = Literal["SUM", "MAX", "MIN"]
+_LEFT = "flexbert/left"
+_LOOK_SECONDS = 0.005, 0.5  # between looks into the store: at first, and at last
+_TELL_SECONDS = 1.0
+_LAST_SECONDS = 5.0
+_STORE_GONE = (dist.DistError, RuntimeError)
+_waits = itertools.count()
 
 
 def rank() -> int:
@@ -73,6 +83,79 @@ def of_all_ranks(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def wait_for_rank_0(work: Callable[[Callable[[], None]], None], got_on: Callable[[], None]) -> None:
+    """Do `work` on rank 0 while the others wait: without a collective, whose time-out would end what goes on, slowly.
+    All ranks call it.
+
+    work: calls what it is given whenever it gets on. got_on: is called on every rank then, once a second at most on
+    others than rank 0.
+    """
+    if _alone():
+        work(got_on)
+        return
+    store, name = dist.distributed_c10d._get_default_store(), f"flexbert/wait-{next(_waits)}"
+    if rank() != 0:
+        seen = 0
+
+        def look() -> None:
+            nonlocal seen
+            if (moves := store.add(f"{name}-moves", 0)) != seen:
+                seen = moves
+                got_on()
+
+        _until_said(store, name, look)
+        return
+    told = 0.0
+
+    def tell() -> None:
+        nonlocal told
+        got_on()
+        if time.monotonic() - told > _TELL_SECONDS:
+            told = time.monotonic()
+            store.add(f"{name}-moves", 1)
+
+    try:
+        work(tell)
+    finally:
+        store.set(name, "done")
+
+
+@contextmanager
+def until_rank_0_ends(leaves: Callable[[], bool]) -> Iterator[None]:
+    """A block that the other ranks leave when rank 0 has left it, however long that takes: a launcher ends what still
+    works when the other nodes of its job have ended. leaves: whether a rank leaves it all the same."""
+    try:
+        yield
+    except BaseException:
+        if rank() == 0 and not _alone():
+            with contextlib.suppress(*_STORE_GONE):
+                dist.distributed_c10d._get_default_store().set(_LEFT, "rank 0")
+        raise
+    if _alone():
+        return
+    store = dist.distributed_c10d._get_default_store()
+    if rank() != 0:
+        _until_said(store, _LEFT, leaves)
+        with contextlib.suppress(*_STORE_GONE):
+            store.add(f"{_LEFT}-others", 1)
+        return
+    with contextlib.suppress(*_STORE_GONE):
+        store.set(_LEFT, "rank 0")
+        end = time.monotonic() + _LAST_SECONDS  # the store may end with this process: others look into it first
+        while store.add(f"{_LEFT}-others", 0) < dist.get_world_size() - 1 and time.monotonic() < end:
+            time.sleep(_LOOK_SECONDS[0])
+
+
+def _until_said(store: Any, name: str, meanwhile: Callable[[], object]) -> None:
+    """Wait until rank 0 has set a key, or `meanwhile` is true, or the store is gone. Then rank 0 or its launcher is, of
+    which the next collective or the launcher has more to say."""
+    pause, longest = _LOOK_SECONDS
+    with contextlib.suppress(*_STORE_GONE):
+        while not store.check([name]) and not meanwhile():
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
 
 
 def shared_out(items: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:

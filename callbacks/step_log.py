@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flexbert_core.composing import leaves
+from flexbert_core.durable import write_file
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +31,11 @@ def read_lines(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def trim_lines(file: Path, step: int, keep: Callable[[str], bool] = lambda line: False) -> None:
-    """Drop the lines of later steps but those to keep, and one torn by a kill."""
+    """Drop the lines of later steps but those to keep, and one torn by a kill. Synced: a machine that is lost just then
+    must not take the rest with it."""
     lines = file.read_text().splitlines() if file.exists() else []
     kept = [line for line in lines if step_of(line) <= step or keep(line)]
-    beside = file.with_suffix(".tmp")
-    beside.write_text("".join(line + "\n" for line in kept))
-    beside.replace(file)
+    write_file(file, "".join(line + "\n" for line in kept))
 
 
 class StepLines:

@@ -18,6 +18,7 @@ from torch import Tensor
 from flexbert_core.schema import ConfigError, parse_count
 from training.checkpoint_source import WEIGHTS, CheckpointSource, model_of, read_source, write_export
 from training.checkpoints.files import checkpoint_name, list_checkpoints
+from training.objectives.phases import PARTS
 
 
 def average(
@@ -54,12 +55,24 @@ def average(
 
 
 def weighted_mean(files: Sequence[Path], shares: Sequence[float]) -> dict[str, Tensor]:
-    """sum(share * weights) of safetensors files with the same names and shapes, in float64, rounded to float32."""
+    """sum(share * weights) of safetensors files, in float64, rounded to float32. What objectives have trained beside
+    the model is left out. Raises ConfigError, naming the file, where names or shapes differ."""
     with ExitStack() as stack:
         opened: list[Any] = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
-        mean, names = {}, opened[0].keys()
-        for name in names:
-            total = torch.zeros(opened[0].get_slice(name).get_shape(), dtype=torch.float64)
+        shapes = [
+            {name: one.get_slice(name).get_shape() for name in one.keys() if not name.startswith(PARTS)}  # noqa: SIM118
+            for one in opened
+        ]
+        for file, there in zip(files[1:], shapes[1:], strict=True):
+            differ = sorted(name for name in there.keys() | shapes[0].keys() if there.get(name) != shapes[0].get(name))
+            if differ:
+                raise ConfigError(
+                    f"{file}: {differ[0]} is {there.get(differ[0], 'not there')}, in {files[0]} it is "
+                    f"{shapes[0].get(differ[0], 'not there')}: only checkpoints of one architecture have an average"
+                )
+        mean = {}
+        for name in shapes[0]:
+            total = torch.zeros(shapes[0][name], dtype=torch.float64)
             for file, share in zip(opened, shares, strict=True):
                 total.add_(file.get_tensor(name), alpha=share)
             mean[name] = total.float()

@@ -79,7 +79,7 @@ def dry_run(
     with _collected(faults):
         for change in folder.check_config(config):
             console.print(f"{folder.path}: to come: {change}", soft_wrap=True)
-        folder.check_checkpoints()
+        folder.check_checkpoints(folder.checkpoints_gone())
     with _collected(faults):
         streams = _print_mixture(config, plan, loader, console)
     with _collected(faults):

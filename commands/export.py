@@ -14,15 +14,13 @@ from flexbert_core.schema import ConfigError
 def export(source: str, output: Path, onnx: bool, console: Console) -> None:
     """source: a model as `eval` takes it. onnx: model.onnx instead of weights, checked in onnxruntime.
 
-    Raises ConfigError for a source that is no model, an `output` that is something else and, with onnx, an architecture
-    that no graph can hold; RunError where the graph computes something else.
+    Raises ConfigError for a source that is no model, an `output` that exists and, with onnx, an architecture that no
+    graph can hold; RunError where the graph computes something else.
     """
-    if output.exists() and not (output / "config.json").is_file():
-        raise ConfigError(f"--output: {output}: exists and is no export: choose another folder, or remove it")
+    if output.exists():
+        raise ConfigError(f"--output: {output}: exists: choose another folder, or remove it")
     with tempfile.TemporaryDirectory() as scratch:
         (model,) = resolve([source], Path(scratch))
-        if output.exists() and output.resolve() == model.folder.resolve():
-            raise ConfigError(f"--output: {output}: is the model's own folder: choose another one")
         if not onnx:
             with new_folder(output) as beside:
                 shutil.copytree(model.folder, beside, dirs_exist_ok=True)

@@ -13,6 +13,7 @@ import yaml
 from commands.launch import CPUS_PER_GPU, LEAD, check_rows
 from flexbert_core.schema import ConfigError
 from recipe.config import load_run_config
+from training.effects import check_effects
 
 _MOUNTS = re.compile(r"(?P<claim>[a-z0-9]([-a-z0-9.]*[a-z0-9])?):(?P<path>/\S+)")
 _SIZE = re.compile(r"[1-9]\d*(Mi|Gi|Ti|M|G|T)")
@@ -38,13 +39,14 @@ class KubernetesOptions:
 def render_kubernetes(config_file: Path, overrides: Sequence[str], options: KubernetesOptions) -> str:
     """The manifest, for `kubectl apply -f -`. Raises ConfigError when the run or the options are wrong."""
     config = load_run_config(config_file, overrides)
+    check_effects(config, config_file)
     if not options.image.strip() or any(letter.isspace() for letter in options.image):
         raise ConfigError(f"--image: {options.image!r}: give an image that holds FlexBERT and what it needs")
     if not options.claims:
         raise ConfigError("--claim: none is given: runs and data must outlive the pods: give NAME:/path")
     if not _SIZE.fullmatch(options.shared_memory):
         raise ConfigError(f"--shared-memory: {options.shared_memory!r}: expected a size such as 16Gi")
-    if options.namespace is not None and _label(options.namespace) != options.namespace:
+    if options.namespace is not None and _letters(options.namespace) != options.namespace:
         raise ConfigError(f"--namespace: {options.namespace!r}: expected lower case letters, digits and -")
     check_rows(config, options.nodes, options.gpus_per_node)
     name = _label(config.name)
@@ -105,5 +107,11 @@ def _pod(name: str, arguments: list[str], options: KubernetesOptions) -> dict[st
 
 
 def _label(name: str) -> str:
-    """What Kubernetes may call it: at most 50 letters, so that pods' names have room."""
+    """What Kubernetes may call a job and its services: a letter first, at most 50 in all, so that pods' names have
+    room."""
+    letters = _letters(name)
+    return letters if letters[:1].isalpha() else _letters(f"run-{letters}")
+
+
+def _letters(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower())[:50].strip("-")

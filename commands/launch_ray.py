@@ -5,7 +5,6 @@ Train's TorchTrainer runs a function in a thread of its workers. There Python de
 save when it is asked to stop, and the process group would be Ray's, without our time-outs.)
 """
 
-import ctypes
 import signal
 import socket
 import subprocess
@@ -18,14 +17,15 @@ from typing import Any
 
 from commands.dry_run import dry_run
 from commands.launch import check_rows
+from flexbert_core.children import ends_with_parent
 from flexbert_core.schema import ConfigError, RunError, plain_console
-from jobs.ray import connect
+from jobs.base import note_end
+from jobs.ray import connect, reason
 from recipe.config import load_run_config
 from training.effects import check_effects
 from training.signals import EXIT_PREEMPTED
 
 ROOT = Path(__file__).parent.parent
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,11 @@ def _run_nodes(options: RayOptions, processes: int, command: list[str], folder: 
             for number in range(options.nodes)
         ]
         codes = []
-        for each in waiting:
+        for number, each in enumerate(waiting):
             try:
                 codes.append(ray.get(each))
-            except RayError:  # its node died
+            except RayError as error:  # its node died
+                note_end(folder / f"node-{number}.log", f"ray: {reason(error)}")
                 codes.append(1)
         return codes
     finally:
@@ -141,7 +142,6 @@ def serve_node(arguments: list[str], log: str, folder: str) -> int:
     import ray  # pyright: ignore[reportMissingImports]
 
     address = ray.util.get_node_ip_address()
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     with Path(log).open("ab") as output:
         return subprocess.run(
@@ -151,5 +151,5 @@ def serve_node(arguments: list[str], log: str, folder: str) -> int:
             stdout=output,
             stderr=output,
             check=False,
-            preexec_fn=lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
+            preexec_fn=ends_with_parent(signal.SIGTERM),
         ).returncode

@@ -1,5 +1,8 @@
 """What is wrong, with the command line or in a command, is said in one line on stderr and by the exit code."""
 
+import errno
+import os
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator
@@ -35,6 +38,27 @@ FROM_RUNS = "goes on; finished runs are not trained again, others go on from the
 FROM_PUSHED = "goes on; what is pushed is not pushed again"
 
 
+# What a file system says of what the user can mend. Other faults of files are ours.
+_ROOM, _PLACE = "make room there, or choose another place", "choose a place where you may write, or mend its rights"
+_REFUSALS = {errno.ENOSPC: _ROOM, errno.EDQUOT: _ROOM, errno.EFBIG: _ROOM}
+_REFUSALS |= {errno.EACCES: _PLACE, errno.EPERM: _PLACE, errno.EROFS: _PLACE, errno.ENOTDIR: _PLACE}
+_REFUSALS |= {errno.ENAMETOOLONG: "choose a shorter name", errno.EIO: "the disk or its server fails: check it"}
+
+
+def refused(error: Exception) -> str | None:
+    """What the file system has refused, and what to do, in one line; None for anything else."""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        _, target, said = error.args[0][0]  # of copytree: what failed of each file, as text
+        number = next((number for number in _REFUSALS if f"[Errno {number}]" in str(said)), 0)
+        from flexbert_core.durable import UNFINISHED
+
+        error = OSError(number, os.strerror(number), str(target).replace(UNFINISHED, ""))
+    if not isinstance(error, OSError) or error.errno not in _REFUSALS:
+        return None
+    where = "" if error.filename is None else f"{error.filename}: "
+    return f"{where}{error.strerror}: {_REFUSALS[error.errno]}"
+
+
 @contextmanager
 def plain_errors(again: str | None = None) -> Iterator[None]:
     """Errors that the user can act on become one line each on stderr and an exit code; bugs keep their traceback. Those
@@ -60,7 +84,11 @@ def plain_errors(again: str | None = None) -> Iterator[None]:
         from recipe.imports import blamed
 
         if (blame := blamed(error)) is None:
-            raise
+            if (line := refused(error)) is None:
+                raise
+            sys.stdout.flush()
+            print(f"error: {line}", file=sys.stderr, flush=True)
+            raise typer.Exit(1) from None
         sys.stdout.flush()
         if blame.traceback is None:
             print(error, file=sys.stderr)

@@ -5,7 +5,6 @@ start of the run begins another, which makes up for what is missing.
 """
 
 import contextlib
-import ctypes
 import logging
 import math
 import os
@@ -26,6 +25,7 @@ from callbacks.step_log import read_lines
 from evals.background_config import BackgroundConfig
 from evals.following import adopt, followings, mark_of, read_evaluations
 from evals.packages import require
+from flexbert_core.children import ends_with_parent
 from recipe.config import RunConfig
 from recipe.slots import EVALUATIONS
 from training import signals
@@ -34,7 +34,6 @@ from training.publisher import OF_LAUNCHERS
 
 log = logging.getLogger(__name__)
 _MAIN = Path(__file__).parent.parent / "main.py"
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LOOK_SECONDS = 0.2
 
 
@@ -98,10 +97,10 @@ class Background(Callback):
         threads = str(config.threads)
         environment = {**kept, "CUDA_VISIBLE_DEVICES": ",".join(config.gpus), "TOKENIZERS_PARALLELISM": "false"}
         environment |= {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
-        prctl = ctypes.CDLL(None, use_errno=True).prctl
+        end_with_us = ends_with_parent(signal.SIGKILL)
 
         def before() -> None:
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            end_with_us()
             os.nice(19)
 
         with following.log.open("ab") as out:

@@ -68,34 +68,47 @@ def holder(file: Path) -> int | None:
 
 
 def write_file(path: Path, data: str | bytes) -> None:
-    """Replace a file in one step."""
+    """Replace a file in one step. An OSError names it."""
     beside = path.with_name(UNFINISHED + path.name)
-    beside.write_bytes(data.encode() if isinstance(data, str) else data)
-    sync(beside)
-    beside.replace(path)
-    sync(path.parent)
+    with _naming(path):
+        beside.write_bytes(data.encode() if isinstance(data, str) else data)
+        sync(beside)
+        beside.replace(path)
+        sync(path.parent)
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Gives a folder beside `path` to fill; renames it to `path` when the block ends well, removes it when not.
 
-    An older folder under `path` is moved aside just before, and removed after.
+    An older folder under `path` is moved aside just before, and removed after. An OSError names `path`.
     """
     beside, aside = (path.with_name(f"{UNFINISHED}{kind}{path.name}") for kind in ("", "old-"))
     for left in (beside, aside):
         shutil.rmtree(left, ignore_errors=True)
-    beside.mkdir(parents=True)
+    with _naming(path):
+        beside.mkdir(parents=True)
+        try:
+            yield beside
+            sync_folder(beside)
+            if path.exists():
+                path.rename(aside)
+            beside.rename(path)
+            sync(path.parent)
+            shutil.rmtree(aside, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Give an OSError of writing the name that the user knows: it says none, or an unfinished one."""
     try:
-        yield beside
-        sync_folder(beside)
-        if path.exists():
-            path.rename(aside)
-        beside.rename(path)
-        sync(path.parent)
-        shutil.rmtree(aside, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        yield
+    except OSError as error:
+        if error.errno is not None and (error.filename is None or UNFINISHED in str(error.filename)):
+            error.filename = str(path)
         raise
 
 

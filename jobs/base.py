@@ -1,13 +1,16 @@
 """What a job and an executor of jobs are. A job is a command; whether its work is done it tells by its exit code."""
 
 import os
+import signal
 import subprocess
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from flexbert_core.children import ends_with_parent
 from flexbert_core.schema import Component, Registry
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +53,8 @@ class JobExecutor(ABC):
 
 
 def run_here(command: list[str], log: str, environment: dict[str, str], folder: str) -> int:
-    """Life of a job on its node. The command's exit code. folder: to run in, which relative paths mean."""
+    """Life of a job on its node. The command's exit code. folder: to run in, which relative paths mean. The command is
+    asked to stop when this process ends."""
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     with Path(log).open("ab") as file:
         return subprocess.run(
@@ -61,7 +65,19 @@ def run_here(command: list[str], log: str, environment: dict[str, str], folder: 
             stdout=file,
             stderr=file,
             check=False,
+            preexec_fn=ends_with_parent(signal.SIGTERM),
         ).returncode
+
+
+def note_end(log: Path, text: str) -> None:
+    """Add to a job's log why it ended, where it could not itself: `explain` says the last line, which may be one of an
+    older attempt."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as out:
+            out.write(f"{text}\n")
+    except OSError:
+        sys.stderr.write(f"{log}: {text}\n")
 
 
 def told(jobs: Sequence[Job], say: Callable[[str], None], begun: str) -> Changed:

@@ -1,6 +1,5 @@
 """Jobs on this machine, some at a time, each with GPUs or cores of its own."""
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -10,12 +9,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from flexbert_core.children import ends_with_parent
 from flexbert_core.schema import Component, ConfigError
 from jobs.base import JOBS, Changed, Job, JobExecutor
 
 # Between SIGTERM and SIGKILL when the command is interrupted: time to save what a job has.
 _GRACE_SECONDS = 30.0
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @JOBS.register("local")
@@ -104,11 +103,10 @@ def _start(job: Job, place: dict[str, Any]) -> "subprocess.Popen[bytes]":
     if place["gpus"] is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(place["gpus"])
     cores = set(place["cores"])
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    end_with_us = ends_with_parent(signal.SIGTERM)
 
     def before() -> None:
-        # The kernel ends the job with this process, however it dies.
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        end_with_us()
         os.sched_setaffinity(0, cores)
 
     job.log.parent.mkdir(parents=True, exist_ok=True)

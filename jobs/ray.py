@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from flexbert_core.schema import Component, ConfigError, RunError
-from jobs.base import JOBS, ROOT, Changed, Job, JobExecutor, run_here
+from jobs.base import JOBS, ROOT, Changed, Job, JobExecutor, note_end, run_here
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +59,20 @@ class RayJobs(JobExecutor):
                 job = waiting.pop(done[0])
                 try:
                     code = ray.get(done[0])
-                except RayError:  # its process or node died
+                except RayError as error:  # its process or node died, or it could not be started
+                    note_end(job.log, f"ray: {reason(error)}")
                     code = 1
                 changed(job, code)
         finally:
             ray.shutdown()
+
+
+def reason(error: Exception) -> str:
+    """What a RayError says, in one line: of an exception in a task that exception, without its stack."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException):
+        return f"{type(cause).__name__}: {cause}".splitlines()[0]
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def connect(address: str | None, who: str) -> None:

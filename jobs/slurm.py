@@ -2,7 +2,6 @@
 
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from flexbert_core.schema import Component, ConfigError, RunError
-from jobs.base import JOBS, ROOT, Changed, Job, JobExecutor, run_here
+from jobs.base import JOBS, ROOT, Changed, Job, JobExecutor, note_end, run_here
 
 
 @JOBS.register("slurm")
@@ -87,7 +86,7 @@ class SlurmJobs(JobExecutor):
                         changed(job, None)
                     if handle.done():
                         waiting.remove((job, handle))
-                        changed(job, _code(handle))
+                        changed(job, _code(job, handle))
                 if waiting:
                     time.sleep(config.poll_seconds)
         except BaseException:
@@ -96,11 +95,11 @@ class SlurmJobs(JobExecutor):
             raise
 
 
-def _code(handle: "object") -> int:
+def _code(job: Job, handle: "object") -> int:
     try:
         return handle.result()  # pyright: ignore[reportAttributeAccessIssue]
     except Exception as error:  # a time limit, a node that died: submitit raises its own kinds
-        sys.stderr.write(f"slurm: {_last_line(str(error))}\n")
+        note_end(job.log, f"slurm: {_last_line(str(error))}")
         return 1
 
 

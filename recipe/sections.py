@@ -125,7 +125,8 @@ class TrainerConfig(Schema):
     hang_timeout: float = Field(
         default=1800.0,
         gt=0,
-        description="seconds without a step (evaluation, save and export in it) that end the run",
+        description="seconds without a step (evaluation, save and export in it) that end the run; copies of "
+        "checkpoints to and from checkpoint.remote count only while no byte comes through",
         json_schema_extra=MAY_CHANGE,
     )
     peak_flops: float | None = Field(

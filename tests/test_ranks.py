@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.runs import ROOT, environment
 
 # Of torch.distributed and of composer.utils.dist.
@@ -79,3 +81,51 @@ def test_every_collective_is_sent_to_the_device_of_the_group(tmp_path: Path) -> 
     assert said.pop("add_up") == "No backend type associated with device type cpu"
     assert len(said) == 5
     assert all("NVIDIA driver" in text or "CUDA" in text for text in said.values()), said
+
+
+# Two ranks over gloo. Rank 0 works for longer than a collective would wait, tells that it gets on, and ends later still.
+WAITING = """
+import json, os, sys, time
+from datetime import timedelta
+import torch.distributed as dist
+import ranks
+rank = 0 if os.fork() else 1
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2, timeout=timedelta(seconds=1))
+moves, start = [], time.monotonic()
+def work(got_on):
+    assert rank == 0
+    for _ in range(16):
+        time.sleep(0.15)
+        got_on()
+ranks.wait_for_rank_0(work, lambda: moves.append(1))
+waited = time.monotonic() - start
+same = ranks.from_rank_0("rank 0's") == "rank 0's"
+try:
+    with ranks.until_rank_0_ends(lambda: False):
+        if rank == 0:
+            time.sleep(1.2)
+            if sys.argv[2] == "fails":
+                raise ValueError
+except ValueError:
+    pass
+open(f"{sys.argv[1]}-{rank}", "w").write(json.dumps([waited, len(moves), same, time.monotonic() - start]))
+if rank == 0:
+    os.wait()
+"""
+
+
+@pytest.mark.parametrize("end", ["ends", pytest.param("fails", marks=pytest.mark.slow)])
+def test_others_wait_for_rank_0_as_long_as_it_takes(tmp_path: Path, end: str) -> None:
+    """With its time-outs, no collective would; and whatever became of rank 0, they leave with it."""
+    done = subprocess.run(
+        [sys.executable, "-c", WAITING, str(tmp_path / "store"), end], cwd=ROOT, env=environment(), timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    found = [json.loads((tmp_path / f"store-{rank}").read_text()) for rank in range(2)]
+    assert found[0][1] == 16
+    assert 1 <= found[1][1] <= 3
+    for waited, _, same, left in found:
+        assert waited >= 2
+        assert same
+        assert left >= waited + 1.1

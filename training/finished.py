@@ -6,7 +6,9 @@ from typing import Any
 
 from rich.console import Console
 
+import ranks
 from callbacks.ledger import Ledger
+from flexbert_core.schema import ConfigError
 from recipe.config import RunConfig
 from recipe.phases import PhasePlan
 from training.checkpoints.files import list_checkpoints
@@ -45,11 +47,31 @@ def summary_of(
     }
 
 
-def export_gone(folder: RunFolder, summary: dict[str, Any], rank: int) -> bool:
-    """Whether a finished run's last export is to be written again: it is not there, and a checkpoint is."""
+def nothing_to_train(config: RunConfig, folder: RunFolder, rank: int) -> dict[str, Any] | None:
+    """The summary of a run that has no step and no export left to make; None: train. A collective: all do what rank 0
+    sees. A network file system may show others an older folder for a minute, and they would wait for those that are
+    done. Raises ConfigError when the summary cannot be read."""
+    found: tuple[dict[str, Any] | None, str | None] = (None, None)
+    if rank == 0:
+        try:
+            summary = folder.finished()
+        except ConfigError as error:
+            found = None, str(error)
+        else:
+            more = summary is not None and summary["steps"] < PhasePlan(config).total_steps  # a phase was added
+            if summary is not None and not more and not export_gone(folder, summary):
+                found = summary, None
+    summary, problem = ranks.from_rank_0(found)
+    if problem is not None:
+        raise ConfigError(problem)
+    return summary
+
+
+def export_gone(folder: RunFolder, summary: dict[str, Any]) -> bool:
+    """Whether a finished run's last export is to be written again: it is not there, and a checkpoint is. Says so."""
     export = _export(folder, summary)
     gone = export is not None and not export.exists() and bool(list_checkpoints(folder.checkpoints))
-    if gone and rank == 0:
+    if gone:
         log.warning("%s: is gone: it is written again from the last checkpoint", export)
     return gone
 

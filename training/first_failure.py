@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 
 from torch.distributed import DistError, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -51,7 +52,9 @@ def first(own: Failure, arguments: Sequence[str], seconds: float = _WAIT_SECONDS
     if not host:
         host, port = options.master_addr, str(options.master_port)
     try:
-        store = TCPStore(host, int(port or _DEFAULT_PORT), is_master=False, wait_for_workers=False)
+        # Without a time-out of ours torch tries for 5 minutes to reach a store that is gone.
+        wait = timedelta(seconds=seconds)
+        store = TCPStore(host, int(port or _DEFAULT_PORT), is_master=False, timeout=wait, wait_for_workers=False)
         return agreed(own, store, nodes, seconds)
     except (DistError, RuntimeError, OSError):  # the head node's launcher is gone
         return own

@@ -98,9 +98,9 @@ class RunFolder:
         """Whether the run has had checkpoints and none is left."""
         return self.first_checkpoint.exists() and not list_checkpoints(self.checkpoints)
 
-    def check_checkpoints(self) -> None:
-        """Raises ConfigError when its checkpoints are gone: it would begin at step 0."""
-        if self.checkpoints_gone():
+    def check_checkpoints(self, gone: bool) -> None:
+        """Raises ConfigError when its checkpoints are gone: it would begin at step 0. gone: `checkpoints_gone`."""
+        if gone:
             raise ConfigError(
                 f"{self.checkpoints}: its checkpoints are gone: restore them, or remove {self.path} to start over, or "
                 "give the run another name"

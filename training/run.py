@@ -97,7 +97,7 @@ class Run:
         self.microbatches = Microbatches(config.trainer, pins=device == "cuda")
         self.optimizer = OPTIMIZERS.build(config.optimizer, model=self.model, lr=self.plan.phases[0].peak_lr)
         self.ledger = Ledger(self.folder.ledger, list(config.data.streams))
-        remote = RemoteCheckpoints(config) if config.checkpoint.remote and self.rank == 0 else None
+        remote = RemoteCheckpoints(config, watchdog.beat) if config.checkpoint.remote else None
         self.saver = Saver(self.folder.checkpoints, config.checkpoint, self._is_permanent, self._written, remote)
         self.faults = Faults(
             config, self.plan, self.saver, self.ledger, self._say, self.microbatches, self._generator_seed

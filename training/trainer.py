@@ -15,14 +15,13 @@ from data.feed.workers import worker_death
 from flexbert_core.schema import RunError
 from recipe.config import RunConfig
 from recipe.imports import blamed
-from recipe.phases import PhasePlan
 from training import report, signals
 from training.allocator import keep_freed_memory
 from training.begun import as_begun
 from training.checkpoints.remote import fetch_newest
 from training.determinism import decide, describe
 from training.faults import COLLECTIVE_MARGIN, lost_rank
-from training.finished import export_gone, settle_finished
+from training.finished import nothing_to_train, settle_finished
 from training.flight_recorder import record
 from training.folder import RunFolder
 from training.memory import out_of_memory
@@ -62,10 +61,6 @@ def train_until(config: RunConfig, console: Console, tokens: int | None) -> dict
     keep_freed_memory()
     config = as_begun(config, folder)
     folder.check_config(config)
-    summary = folder.finished()
-    more = summary is not None and summary["steps"] < PhasePlan(config).total_steps  # a phase was added
-    if summary is not None and not more and not export_gone(folder, summary, rank):
-        return settle_finished(config, folder, summary, rank, console)
     signals.listen()
     if torch.cuda.is_available() and ranks.world_size() > 1:
         record(folder.path)
@@ -73,15 +68,19 @@ def train_until(config: RunConfig, console: Console, tokens: int | None) -> dict
     # The watchdog speaks before a collective gives up by itself.
     timeout = config.trainer.hang_timeout
     dist.initialize_dist("gpu" if torch.cuda.is_available() else "cpu", timeout + COLLECTIVE_MARGIN)
-    signals.finish_steps()
     watchdog = Watchdog(timeout)
     run = None
     try:
         watchdog.meet()
-        fetch_newest(config, folder, rank)
+        summary = nothing_to_train(config, folder, rank)
+        if summary is not None:
+            watchdog.stop()  # a copy may take longer than a step may
+            return settle_finished(config, folder, summary, rank, console)
+        signals.finish_steps()
+        fetch_newest(config, folder, watchdog.beat)
         config = as_begun(config, folder)
         changes = folder.check_config(config)  # again: what came from afar may stand in a later phase
-        folder.check_checkpoints()
+        folder.check_checkpoints(ranks.from_rank_0(folder.checkpoints_gone()))
         run = Run(config, console, watchdog, tokens)
         run.open()
         # On every rank, and before the first step: to choose a kernel of attention may mean to try one.

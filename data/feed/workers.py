@@ -122,6 +122,6 @@ def prepare_worker(_worker: int) -> None:
     step and checkpoint with it. So SIGTERM kills it only after a while, if it is still there then.
     """
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda _number, _frame: signal.alarm(_SECONDS_AFTER_SIGTERM))

@@ -38,13 +38,17 @@ from flexbert.model import FlexBertForMaskedLM, Model, build
 from flexbert.registry import HEADS
 from flexbert.tasks import FlexBertForSequenceClassification, FlexBertForTokenClassification
 from flexbert_core.durable import new_folder
-from flexbert_core.schema import ConfigError, named, validate
+from flexbert_core.schema import ConfigError, RunError, named, validate
 
 log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
 MODELING_FILE = _HERE / "modeling_flexbert.py"
 _ACTIVATIONS_FILE = _HERE.parent / "activations.py"
+# What an export holds, beside modeling files and PARITY_FILE.
+_FILES = ("config.json", "model.safetensors", "generation_config.json", "README.md", "tokenizer.json")
+_FILES += ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json")
+_FILES += ("merges.txt", "chat_template.jinja")
 
 
 @overload
@@ -188,17 +192,17 @@ def to_hf(
     alone tells. labels: names of a classifier's classes.
     The folder is written beside `out_dir`, loaded back by transformers (in a process without FlexBERT, if it carries
     code), its logits compared with `model`'s (float32, within 1e-4), and only then renamed to `out_dir`; an earlier
-    export there is replaced, anything else refused.
+    export of ours there is replaced, anything else refused, and so is one with files that are not of it.
     Returns what was compared, and by how much it differs. Raises ConfigError for a part from outside that cannot travel
     (naming it), a tokenizer or labels that do not fit or an `out_dir` that is something else; RunError when the logits
-    differ. Then nothing new is under `out_dir`.
+    differ or the disk is full. Then nothing new is under `out_dir`.
     """
     model = getattr(model, "_orig_mod", model)  # compiled
     if not isinstance(model, Exportable):
         raise ConfigError(f"{type(model).__name__}: expected a FlexBertForMaskedLM, or a model for classification")
     out_dir = Path(out_dir).expanduser()
-    if out_dir.exists() and not all((out_dir / name).is_file() for name in ("config.json", "model.safetensors")):
-        raise ConfigError(f"{out_dir}: exists and is not an export: choose another folder, or remove it")
+    if out_dir.exists() and (foreign := _foreign(out_dir)):
+        raise ConfigError(f"{out_dir}: exists and is not an export ({foreign}): choose another folder, or remove it")
     if tokenizer is None:
         raise ConfigError("tokenizer: None: an export holds one: give a transformers tokenizer, or its folder")
     tokenizer = load_tokenizer(tokenizer)
@@ -221,6 +225,7 @@ def to_hf(
             setattr(hf_config, POSITION_OFFSET, before)
         state = to_hf_state(mapping, state)
 
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with new_folder(out_dir) as folder:
@@ -232,7 +237,10 @@ def to_hf(
             more = from_outside.card(parts) if parts.files else ""
         else:
             _state_older_fields(folder / "config.json", mapping.config_to(as_masked))
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:  # its own kind for what the disk refuses
+            raise RunError(f"{out_dir}: {error}: make room there, or choose another place") from None
         save_tokenizer(tokenizer, model.config, folder)
         compared = verify_export(model, folder, hf_config.pad_token_id, carries_code=mapping is None)
         title = "FlexBERT" if mapping is None else mapping.title
@@ -240,6 +248,16 @@ def to_hf(
         (folder / PARITY_FILE).write_text(json.dumps(compared.facts(), indent=1) + "\n")
         (folder / "README.md").write_text(text + more)
     return compared
+
+
+def _foreign(path: Path) -> str | None:
+    """Why what lies there is not what `to_hf` wrote and nobody has added to; None: it is."""
+    missing = [name for name in (*_FILES[:2], PARITY_FILE) if not (path / name).is_file()]
+    if missing:
+        return f"{missing[0]} is missing"
+    known = {*_FILES, PARITY_FILE}
+    more = sorted(file.name for file in path.iterdir() if file.name not in known and file.suffix != ".py")
+    return f"{more[0]} is not of one" if more else None
 
 
 def _write_code(folder: Path, parts: from_outside.Parts) -> None:

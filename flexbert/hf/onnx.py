@@ -63,14 +63,14 @@ def to_onnx(folder: Path, out_dir: Path) -> OnnxExport:
     """Write model.onnx, with config and tokenizer beside it, of a folder that transformers loads.
 
     The code that an own-code export carries is run. Raises ConfigError without the packages, for a folder that cannot
-    be loaded, an `out_dir` that is something else, and an architecture that cannot be traced; RunError when onnxruntime
+    be loaded, an `out_dir` that exists, and an architecture that cannot be traced; RunError when onnxruntime
     gives something else. Then nothing new is under `out_dir`.
     """
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"--onnx: {', '.join(missing)}: not installed: pip install -r requirements-eval.txt")
-    if out_dir.exists() and not (out_dir / FILE).is_file():
-        raise ConfigError(f"{out_dir}: exists and is no ONNX export: choose another folder, or remove it")
+    if out_dir.exists():
+        raise ConfigError(f"{out_dir}: exists: choose another folder, or remove it")
     model, output = _load(folder)
     names = _inputs(model)
     longest = _longest(model)

@@ -15,7 +15,7 @@ import torch
 from composer.callbacks import SpeedMonitor
 from composer.core import Time, Timestamp
 
-from callbacks.step_log import append_line, flat, nested, read_lines
+from callbacks.step_log import append_line, flat, nested, read_lines, trim_lines
 from commands.status import read_status
 from flexbert_core.schema import ConfigError
 from recipe.config import load_run_config, read_recorded_config
@@ -159,6 +159,25 @@ def test_a_torn_line_takes_no_other_with_it(tmp_path: Path) -> None:
     append_line(file, {"step": 3})
     assert list(read_lines(file)) == [{"step": 1}, {"step": 2, "loss": 3.0}, {"step": 3}]
     assert len(file.read_text().splitlines()) == 4
+
+
+def test_lines_that_are_dropped_take_no_other_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even when the machine is lost just then: what stays is on the disk before it has the file's name."""
+    file, synced, sync = tmp_path / "ledger.jsonl", list[str](), os.fsync
+
+    def noted(handle: int) -> None:
+        sync(handle)
+        synced.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    for step in (1, 2, 3):
+        append_line(file, {"step": step})
+    trim_lines(file, 1, keep=lambda line: "3" in line)
+    assert list(read_lines(file)) == [{"step": 1}, {"step": 3}]
+    beside, folder = synced
+    assert Path(beside).parent == tmp_path != Path(beside)
+    assert folder == str(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 def test_names_nest_and_flatten() -> None:

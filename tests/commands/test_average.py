@@ -11,7 +11,7 @@ import pytest
 import torch
 import xxhash
 from rich.console import Console
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
@@ -166,6 +166,36 @@ def test_only_what_it_reads_must_be_whole(run: Path, tmp_path: Path) -> None:
     assert average(tmp_path / "copy", "--last", 2, "--output", tmp_path / "out").exit_code == 0
 
 
+def rewritten(path: Path, name: str, data: bytes) -> Path:
+    """A checkpoint that has been written with another content of one file."""
+    (path / name).write_bytes(data)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": len(data), "xxh3_64": xxhash.xxh3_64_hexdigest(data)}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return path
+
+
+def test_what_an_objective_trained_beside_the_model_has_no_part_in_it(run: Path, tmp_path: Path) -> None:
+    """As rtd's generator, which a branch without the optimizer's state may not have; in whatever order."""
+    shutil.copytree(run, tmp_path / "copy")
+    tensors = load_file(checkpoint(run, 512) / "model.safetensors")
+    parts = {**tensors, "parts.generator.weight": np.ones((2, 2), np.float32)}
+    with_parts = rewritten(checkpoint(tmp_path / "copy", 512), "model.safetensors", save(parts))
+    plain = checkpoint(run, 1024)
+    for order, output in (((with_parts, plain), "a"), ((plain, with_parts), "b")):
+        done = average(*order, "--output", tmp_path / output)
+        assert done.exit_code == 0, done.output
+    found, other = exported(tmp_path / "a"), weights(run, 1024)
+    assert found.keys() == other.keys() == exported(tmp_path / "b").keys()
+    for name, tensor in found.items():
+        np.testing.assert_allclose(tensor, (tensors[name] + other[name]) / 2, rtol=1e-6, atol=1e-12)
+    name = sorted(tensors)[0]
+    rewritten(with_parts, "model.safetensors", save({**tensors, name: tensors[name][:1]}))
+    done = average(plain, with_parts, "--output", tmp_path / "c")
+    assert (done.exit_code, len(done.stderr.strip().splitlines())) == (2, 1), done.output
+    assert done.stderr.startswith(f"error: {with_parts}/model.safetensors: {name} is [1")
+
+
 def test_runs_of_other_architectures_or_tokenizers_have_no_average(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "copy")
     config = tmp_path / "copy" / "config.yaml"
@@ -178,11 +208,7 @@ def test_runs_of_other_architectures_or_tokenizers_have_no_average(run: Path, tm
     state = both[1] / "state.json"
     node = json.loads(state.read_text())
     node["run"]["tokenizer"] = "another"
-    state.write_text(json.dumps(node))
-    manifest, data = both[1] / "manifest.json", state.read_bytes()
-    files = json.loads(manifest.read_text())
-    files["files"]["state.json"] = {"bytes": len(data), "xxh3_64": xxhash.xxh3_64_hexdigest(data)}
-    manifest.write_text(json.dumps(files))
+    rewritten(both[1], "state.json", json.dumps(node).encode())
     done = average(*both, "--output", tmp_path / "out")
     assert done.exit_code == 2
     assert "another tokenizer than" in done.stderr

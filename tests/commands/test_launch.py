@@ -19,6 +19,7 @@ import pytest
 from commands.launch import SlurmOptions, launch_slurm
 from flexbert.config import TOKEN_IDS
 from flexbert_core.schema import RunError
+from tests.helpers.in_process import invoke
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import GATE, ROOT, environment, open_gate, rank, run, wait_at_gate
 from tests.helpers.tiny import write_config
@@ -121,6 +122,15 @@ def test_the_job_goes_on_after_85_and_only_then(
     plain = notes(cluster, "srun")[0]
     assert plain.endswith(f"main.py train {file} seed=3")
     assert "--nnodes=1 --nproc-per-node=2 " in plain
+
+
+def test_where_no_script_can_be_written_it_is_said_in_a_line(cluster: Path, tiny_data: Path, tmp_path: Path) -> None:
+    file = write_config(tmp_path, tiny_data, 2)
+    (tmp_path / "file").write_text("no folder")
+    arguments = ["--nodes", "1", "--gpus-per-node", "1", "--time", "1:00:00", f"runs={tmp_path}/file"]
+    said = invoke("launch", "slurm", str(file), *arguments, code=1)
+    assert said.startswith(f"error: {tmp_path}/file/run/slurm: Not a directory: choose a place where you may write")
+    assert said.count("\n") == 1
 
 
 def test_a_crash_is_requeued_so_often(

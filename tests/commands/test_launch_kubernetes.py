@@ -104,7 +104,7 @@ class Spec(Strict):
 
 
 class Metadata(Strict):
-    name: str = Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)
+    name: str = Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=63)  # DNS-1035, as services are named by it
     namespace: str | None = None
 
 
@@ -140,6 +140,18 @@ def test_the_manifest_is_a_pytorchjob(tiny_data: Path, tmp_path: Path) -> None:
     assert container.command[-3:] == ["train", str(file), "name=My_run.2"]
     assert manifest(file).spec.pytorchReplicaSpecs.Worker is None
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "label"), [("2b-base", "run-2b-base"), ("x" * 60, "x" * 50), ("9" + "x" * 59, "run-9" + "x" * 45)]
+)
+def test_a_run_has_a_name_that_services_may_have(tiny_data: Path, tmp_path: Path, name: str, label: str) -> None:
+    assert manifest(write_config(tmp_path, tiny_data, 2), f"name={name}").metadata.name == label
+
+
+def test_what_pods_would_refuse_is_refused_here(tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.yaml: checkpoint\.keep_best: without evaluation\.interval"):
+        manifest(write_config(tmp_path, tiny_data, 2), "checkpoint.keep_best=1")
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flexbert_core.schema import ConfigError, RunError
-from jobs.base import Job, told
+from jobs.base import Job, explain, note_end, told
 from jobs.ray import RayJobs
 from jobs.slurm import SlurmJobs
+from tests.helpers.process import ROOT
+from tests.helpers.remote import until
 
 # What the real ones print and take (Slurm 23.11 manual pages) is all that submitit may rely on.
 STUBS = {
@@ -87,6 +90,30 @@ def test_an_array_of_slurm(cluster: Path, tmp_path: Path) -> None:
         SlurmJobs(SlurmJobs.Config(partition="cpu")).run(jobs_in(tmp_path / "logs"), lambda *_: None)
 
 
+def test_a_job_on_a_node_ends_with_the_process_that_has_started_it(tmp_path: Path) -> None:
+    """As when Ray or Slurm kills that: the job would keep its GPUs, and the run folder locked."""
+    log = tmp_path / "job.log"
+    sleeper = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    job = [[sys.executable, "-c", sleeper], str(log), {}, str(tmp_path)]
+    process = subprocess.Popen([sys.executable, "-c", f"from jobs.base import run_here; run_here(*{job!r})"], cwd=ROOT)
+    until(lambda: log.exists() and log.read_text().strip(), 60)
+    process.kill()
+    process.wait()
+    until(lambda: not psutil.pid_exists(int(log.read_text())))
+
+
+def test_why_a_node_ended_a_job_is_the_last_that_is_told_of_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And not what an older attempt printed; where the log cannot be written, it is said at once."""
+    job = Job("one", [], tmp_path / "one.log")
+    job.log.write_text("of an older attempt\n")
+    note_end(job.log, "ray: killed for memory")
+    assert explain(job, 1) == f"one: exit code 1: ray: killed for memory (log: {job.log})"
+    note_end(job.log / "below", "ray: killed")
+    assert capfd.readouterr().err == f"{job.log}/below: ray: killed\n"
+
+
 def test_no_slurm_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="executor: slurm: no sbatch on PATH: .* or use executor: local"):
@@ -104,6 +131,17 @@ def test_tasks_of_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: p
     assert codes == {"j0": 0, "j1": 1}
     assert (tmp_path / "j1.log").read_text() == "hello m1\n"
     assert "executor: ray: RAY_ADDRESS=127.0.0.1:1 is not used: Ray starts on this machine" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_task_of_ray_that_ray_ends_is_told_with_the_reason(tmp_path: Path) -> None:
+    kill = "import os; os.kill(os.getppid(), 9)"  # the worker that runs it, as the monitor of memory does
+    commands = {"killed": [sys.executable, "-c", kill], "missing": [str(tmp_path / "no-such-program")]}
+    jobs = [Job(name, command, tmp_path / f"{name}.log") for name, command in commands.items()]
+    said: dict[str, str] = {}
+    RayJobs(RayJobs.Config()).run(jobs, lambda job, code: said.update({job.name: explain(job, code or 0)}))
+    assert re.match(r"killed: exit code 1: ray: The worker died unexpectedly", said["killed"]), said
+    assert said["missing"].startswith("missing: exit code 1: ray: FileNotFoundError: "), said
 
 
 CLUSTER = """

@@ -9,6 +9,7 @@ from rich.console import Console
 from flexbert_core.schema import RunError
 from recipe.config import load_run_config
 from tests.helpers.in_process import PER_STEP, go, said
+from tests.helpers.ranks import Ranks
 from tests.helpers.tiny import write_config
 from training.trainer import train
 
@@ -45,3 +46,11 @@ def test_an_export_that_is_gone_is_written_again(
     shutil.rmtree(run / "exports")
     shutil.rmtree(run / "checkpoints")
     assert train(load_run_config(file), Console(quiet=True))["export"] is None
+
+
+def test_all_ranks_do_what_rank_0_sees_of_a_finished_run(ranks: Ranks, tiny_data: Path, tmp_path: Path) -> None:
+    """A network file system may show others an older folder: here one that has not begun."""
+    file = write_config(tmp_path, tiny_data, 2, runs=f"{tmp_path}/${{oc.env:RANK,0}}")
+    ranks.train(1, str(file))
+    assert "this run is finished (2 steps); nothing to do" in ranks.train(2, str(file))
+    assert not (tmp_path / "1").exists()

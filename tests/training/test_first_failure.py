@@ -55,6 +55,9 @@ def test_a_node_whose_head_is_gone_says_what_it_knows() -> None:
     own = Failure(1.0, "rank 1 ended with exit code 1")
     assert first(own, ["--standalone", "--nproc-per-node=2", "main.py"]) == own
     assert first(own, ["--nnodes=1", "--nproc-per-node=2", "main.py"]) == own
+    start = time.monotonic()
+    assert first(own, ["--nnodes=2", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "main.py"], 0.5) == own
+    assert time.monotonic() - start < 5
 
 
 def test_the_flight_recorder_writes_into_the_run_folder(tmp_path: Path) -> None:

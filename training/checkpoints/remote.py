@@ -8,16 +8,17 @@ manifest of the checkpoint that they belong to; lines of later steps are dropped
 import io
 import json
 import logging
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from callbacks.ledger import Ledger, knows_rollbacks
 from data.store.transfer import Patience, Store, TransferError, open_store, with_retries
 from flexbert_core.durable import holder, new_folder, write_file
 from flexbert_core.schema import ConfigError, RunError
-from ranks import from_rank_0
+from ranks import from_rank_0, wait_for_rank_0
 from recipe.config import RunConfig
 from recipe.sections import CheckpointConfig
 from training.begun import as_begun
@@ -25,7 +26,11 @@ from training.checkpoints.files import MANIFEST, list_checkpoints, newest_whole,
 from training.checkpoints.retention import Facts, facts_of, surplus
 from training.folder import RunFolder
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
 log = logging.getLogger(__name__)
+_LOOK_SECONDS = 0.2  # between looks at a copy
 _HISTORY = ("config.yaml", "origin.json", "teacher.json", "ledger.jsonl", "metrics.jsonl")
 _STATE = "state.json"
 _RETRIES = 3  # of a write: the next checkpoint tries again, and until then training waits for this one to end
@@ -36,10 +41,12 @@ class NotCopiedError(RunError):
 
 
 class RemoteCheckpoints:
-    """Those of one run. Only rank 0 has one, and one thread at a time uses it."""
+    """Those of one run. Rank 0 alone reads and writes there, one thread at a time."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, beat: Callable[[], None] = lambda: None) -> None:
+        """beat: told on every rank that waits that a copy gets on."""
         assert config.checkpoint.remote is not None
+        self.beat, self._moves = beat, 0  # parts of files that were read to be copied
         self.url = f"{config.checkpoint.remote.rstrip('/')}/{config.name}"
         self._patience = Patience(config.data.download_retries, config.data.download_timeout)
         self._writing = self._patience._replace(retries=min(_RETRIES, config.data.download_retries))
@@ -73,9 +80,24 @@ class RemoteCheckpoints:
         except (TransferError, OSError) as error:
             raise NotCopiedError(f"{self.url}: {newest.name} not copied: {error}; it is whole in {newest}") from error
 
+    def wait(self, thread: threading.Thread | None) -> None:
+        """Let rank 0's thread finish, which writes a checkpoint and copies it. All ranks call it, and none hangs as
+        long as the copy gets on: by its time-outs each part of it ends."""
+
+        def work(got_on: Callable[[], None]) -> None:
+            seen = self._moves
+            while thread is not None and thread.is_alive():
+                thread.join(_LOOK_SECONDS)
+                if self._moves != seen:
+                    seen = self._moves
+                    got_on()
+
+        wait_for_rank_0(work, self.beat)
+
     def fetch(self, folder: RunFolder, config: RunConfig) -> None:
         """Bring the newest whole checkpoint into the run folder when none there is as new: on a fresh machine, where
-        its own are damaged, or where the run has gone on elsewhere since. Others are skipped, loudly.
+        its own are damaged, or where the run has gone on elsewhere since. Others are skipped, loudly. Beats for each
+        block that comes.
 
         Raises RunError when the folder has no whole one and none of those there is of use, or the server cannot be
         reached: starting over, or from an older one, would silently lose what is there; ConfigError when the run was
@@ -143,9 +165,12 @@ class RemoteCheckpoints:
     def _upload(self, store: Store, path: Path) -> None:
         with_retries(partial(store.remove, f"{path.name}/{MANIFEST}"), self._writing)
         for file in sorted(path.iterdir(), key=lambda file: file.name == MANIFEST):
-            with file.open("rb") as content:
+            with io.BufferedReader(_Read(file, self._moved)) as content:
                 self._write(store, f"{path.name}/{file.name}", content)
         self._facts[path.name] = facts_of((path / _STATE).read_bytes())
+
+    def _moved(self) -> None:
+        self._moves += 1
 
     def _remove(self, store: Store, name: str, files: list[str]) -> None:
         for file in sorted(files, key=lambda file: file != MANIFEST):
@@ -181,23 +206,43 @@ class RemoteCheckpoints:
             with file.open("wb") as out:
                 for block in store.blocks(name):
                     out.write(block)
+                    self.beat()
 
         with_retries(attempt, self._patience)
+
+
+class _Read(io.FileIO):
+    """A file that says when it is read."""
+
+    def __init__(self, file: Path, moved: Callable[[], None]) -> None:
+        super().__init__(file, "rb")
+        self._moved = moved
+
+    def readinto(self, buffer: "WriteableBuffer", /) -> int | None:
+        self._moved()
+        return super().readinto(buffer)
 
 
 def _tokens(name: str) -> int:
     return tokens_of(Path(name))
 
 
-def fetch_newest(config: RunConfig, folder: RunFolder, rank: int) -> None:
-    """Before anything else looks into a run folder: see RemoteCheckpoints.fetch. A collective."""
+def fetch_newest(config: RunConfig, folder: RunFolder, beat: Callable[[], None]) -> None:
+    """Before anything else looks into a run folder: see RemoteCheckpoints.fetch. A collective. beat: is told on every
+    rank that what is fetched gets on."""
     problem = None
-    live = holder(folder.lock) is not None  # opening the folder will say so
-    if rank == 0 and config.checkpoint.remote is not None and not live:
+
+    def fetch(got_on: Callable[[], None]) -> None:
+        nonlocal problem
+        if holder(folder.lock) is not None:  # opening the folder will say so
+            return
         try:
-            RemoteCheckpoints(config).fetch(folder, config)
+            RemoteCheckpoints(config, got_on).fetch(folder, config)
         except (ConfigError, RunError) as error:
             problem = isinstance(error, ConfigError), str(error)
+
+    if config.checkpoint.remote is not None:
+        wait_for_rank_0(fetch, beat)
     problem = from_rank_0(problem)
     if problem is not None:
         raise (ConfigError if problem[0] else RunError)(problem[1])

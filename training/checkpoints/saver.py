@@ -3,12 +3,13 @@
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flexbert_core.durable import remove_folder
 from flexbert_core.schema import RunError
-from ranks import from_rank_0
+from ranks import from_rank_0, rank
 from recipe.sections import CheckpointConfig
 from training.checkpoints.files import Snapshot, list_checkpoints, write_checkpoint
 from training.checkpoints.remote import NotCopiedError, RemoteCheckpoints
@@ -37,7 +38,7 @@ class Saver:
         remote: RemoteCheckpoints | None = None,
     ) -> None:
         """is_permanent: whether the checkpoint after so many steps is kept for ever. note: told of each whole one.
-        remote: on rank 0 alone."""
+        remote: on every rank, which waits for the copy."""
         self.folder, self.config, self.is_permanent = folder, config, is_permanent
         self.note, self.remote = note, remote
         self._thread: threading.Thread | None = None
@@ -48,12 +49,11 @@ class Saver:
 
     def start(self, path: Path, snapshot: Snapshot, state: dict[str, Any]) -> None:
         """Begin to write (rank 0); `settle` must have been called since the last one."""
-        self._thread = threading.Thread(target=self._write, args=((path, snapshot, state),), name="checkpoint")
-        self._thread.start()
+        self._begin(partial(self._write, (path, snapshot, state)))
 
     def settle(self) -> None:
         """Wait for the write under way. A collective. Raises RunError after too many failures in a row."""
-        self.join()
+        self._wait()
         self._failed = None  # the next one replaces it
         failures = from_rank_0(self._failures)
         if failures >= self.config.max_failures:
@@ -69,19 +69,30 @@ class Saver:
         Raises RunError when that fails too. finished: false when another process will go on, which copies what could
         not be copied here.
         """
-        self.join()
+        self._wait()
         newest = list_checkpoints(self.folder)[-1:]
         if self._failed is not None:
-            self._write(self._failed)
-        elif finished and self.remote is not None and newest:
+            self._begin(partial(self._write, self._failed))
+        elif finished and self.remote is not None and newest and rank() == 0:
             # what an earlier process could not copy at its end
-            self._attempt(None, lambda: self._copy(newest[0], written=False))
+            self._begin(partial(self._attempt, None, partial(self._copy, newest[0], written=False)))
+        self._wait()
         lost = self._failed is not None or self._uncopied
         if from_rank_0(lost and (finished or not self._uncopied)):
             raise RunError(
                 f"{self.folder}: the last checkpoint could not be written, or copied to checkpoint.remote; older ones "
                 "are whole: make room, or mend what was said"
             )
+
+    def _begin(self, act: Callable[[], None]) -> None:
+        self._thread = threading.Thread(target=act, name="checkpoint")
+        self._thread.start()
+
+    def _wait(self) -> None:
+        """For what rank 0 writes. A collective with a remote, whose copies take their time."""
+        if self.remote is not None:
+            self.remote.wait(self._thread)
+        self.join()
 
     def join(self) -> None:
         """Wait for the write under way (rank 0). Raises what was no failure to write but a bug."""

@@ -126,11 +126,19 @@ def test_a_model_that_is_not_what_its_config_says_is_not_published(tmp_path: Pat
 
 
 def test_a_foreign_folder_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "export").mkdir()
-    (tmp_path / "export" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match="exists and is not an export"):
-        to_hf(build(tiny()), tokenizer_of(97), tmp_path / "export")
-    assert (tmp_path / "export" / "thesis.tex").read_text() == "years of work"
+    """Nor is an export to which something was added, nor a model of somebody else: a fine-tuned one, a git clone."""
+    for model in (build(tiny()), build(tiny(), seed=1)):
+        to_hf(model, tokenizer_of(97), tmp_path / "export")
+    for name, fault in (("thesis.tex", "thesis.tex is not of one"), ("parity.json", "parity.json is missing")):
+        file = tmp_path / "export" / name
+        if file.exists():
+            file.unlink()
+        else:
+            file.write_text("years of work")
+        before = {file.name: file.read_bytes() for file in (tmp_path / "export").iterdir()}
+        with pytest.raises(ConfigError, match=rf"exists and is not an export \({fault}\)"):
+            to_hf(build(tiny()), tokenizer_of(97), tmp_path / "export")
+        assert {file.name: file.read_bytes() for file in (tmp_path / "export").iterdir()} == before
     assert len(list(tmp_path.iterdir())) == 1
 
 

@@ -95,6 +95,6 @@ def test_other_folders_are_not_overwritten(tmp_path: Path) -> None:
     to_hf(build(tiny()), tokenizer_of(97), tmp_path / "export")
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match="exists and is no ONNX export"):
+    with pytest.raises(ConfigError, match="onnx: exists: choose another folder"):
         to_onnx(tmp_path / "export", tmp_path / "onnx")
     assert [file.name for file in (tmp_path / "onnx").iterdir()] == ["thesis.tex"]

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from tests.helpers.servers import BUCKET, Bucket, Proxy
 from tests.helpers.tiny import ROW, ROWS, write_config
 from training import trainer
 from training.checkpoints.files import Snapshot, list_checkpoints, load_checkpoint, tokens_of
-from training.checkpoints.remote import RemoteCheckpoints
+from training.checkpoints.remote import RemoteCheckpoints, fetch_newest
 from training.checkpoints.saver import Saver
+from training.folder import RunFolder
 
 STEPS = 6
 SLOTS = ROWS * ROW
@@ -279,6 +281,26 @@ def test_any_url_of_fsspec_and_ranks(ranks: Ranks, tiny_data: Path, tmp_path: Pa
         copied.unlink()
     assert "run: resuming after step 5, " in ranks.train(2, str(file))
     assert (copies / name(6) / "manifest.json").exists()
+
+
+def test_what_gets_on_is_no_hang(proxy: Proxy, bucket: Bucket, tiny_data: Path, tmp_path: Path) -> None:
+    """The watchdog is told of copies to and fro, which may take longer than trainer.hang_timeout."""
+    options = Machine(tmp_path, tiny_data, bucket).options
+    config = load_run_config(write_config(tmp_path, tiny_data, STEPS, checkpoint=options))
+    beats: list[int] = []
+    remote = RemoteCheckpoints(config, lambda: beats.append(1))
+    saver = Saver(tmp_path / "run/checkpoints", config.checkpoint, lambda step: False, remote=remote)
+    proxy.misbehave = lambda request: time.sleep(0.3)
+    ones = {"weight": torch.ones(3)}
+    saver.start(saver.folder / name(1), Snapshot(ones, ones, {}), {"step": 1})
+    saver.settle()
+    assert len(beats) >= 3  # of four files
+    beats.clear()
+    proxy.misbehave = lambda request: None
+    shutil.rmtree(saver.folder / name(1))
+    fetch_newest(config, RunFolder(config.folder), lambda: beats.append(1))
+    assert load_checkpoint(saver.folder / name(1)).state == {"step": 1}
+    assert len(beats) >= 4
 
 
 def test_a_run_that_stops_does_not_depend_on_the_copy(tiny_data: Path, tmp_path: Path) -> None:
