@@ -19,13 +19,14 @@ from data.store.local import refused
 from data.store.manifest import CHUNKS, MANIFEST
 from data.store.shards import Stream, open_stream
 from data.store.transfer import is_url
-from data.tokenizer import corpus_tokenizer, tokenizer_facts
+from data.tokenizer import corpus_tokenizer, fingerprint
 from flexbert_core.folders import what_it_is
 from flexbert_core.schema import ConfigError, RunError, plain_console
 
 _BAR_COLUMNS = 40
 _SHOWN_TOKENS = 200
 _READ_BYTES = 2**20
+_NAMED = 3  # damaged files of a stream
 _COUNTS = "token_counts.npy"
 _BESIDE = (CHUNKS, _COUNTS, "index.json")  # files of a finished split, beside its manifest and its shards
 _UNFINISHED = "{}: not finished: run `python main.py prepare CONFIG` again to complete it"
@@ -38,13 +39,33 @@ def inspect(path: str | Path, samples: int = 3, console: Console | None = None) 
         samples: documents shown of each split; the same ones at every call.
     Raises:
         ConfigError: there is no stream, or an unfinished one.
-        RunError: a shard whose tokens are to be shown is damaged.
+        RunError: something is damaged; raised after all that can be shown is.
     """
     console = console or plain_console()
     streams = [open_stream(place) for place in (_find_remote(str(path)) if is_url(path) else _find_streams(Path(path)))]
-    console.print(_overview(streams))
+    faults: dict[str, list[str]] = {}
+    console.print(_overview(streams, faults))
     for stream in streams:
-        _show(stream, samples, console)
+        try:
+            _show(stream, samples, console)
+        except RunError as error:
+            console.print(Text(str(error), "red"))
+            faults.setdefault(_name(stream), [str(error)])
+    if faults:
+        said = "; ".join(f"{name}: {_some(found)}" for name, found in faults.items())
+        # Behind a URL what is wrong may be the network.
+        fix = "" if is_url(path) else ": restore it, or delete the stream's folder and run prepare again"
+        raise RunError(f"{path}: damaged: {said}{fix}")
+
+
+def _some(found: list[str]) -> str:
+    """What of it a line has room for."""
+    more = f" and {len(found) - _NAMED:,} more" if len(found) > _NAMED else ""
+    return ", ".join(found[:_NAMED]) + more
+
+
+def _name(stream: Stream) -> str:
+    return f"{stream.manifest.name}/{stream.manifest.split}"
 
 
 def _find_streams(path: Path) -> list[Path]:
@@ -88,16 +109,22 @@ def _find_remote(url: str) -> list[str]:
     return found or [url]
 
 
-def _overview(streams: list[Stream]) -> Table:
+def _overview(streams: list[Stream], faults: dict[str, list[str]]) -> Table:
+    """faults: what is damaged of which stream is put there."""
     # Five columns that stay legible on a terminal of 80.
     table = Table("stream")
     for column in ("documents", "tokens", "bytes/token", "shards"):
         table.add_column(column, justify="right", no_wrap=column != "shards")
     for stream in streams:
         manifest = stream.manifest
-        state = _remote_state(stream) if is_url(stream.path) else _state(stream)
+        remote = is_url(stream.path)
+        damaged = _damaged_beside(stream) + (_wrong_sizes(stream) if remote else _damaged(stream))
+        if damaged:
+            faults[_name(stream)] = damaged
+        good = Text("of the right size" if remote else "good", "green")
+        state = Text(f"damaged: {', '.join(damaged)}", "red") if damaged else good
         table.add_row(
-            Text(f"{manifest.name}/{manifest.split}"),
+            Text(_name(stream)),
             f"{manifest.documents:,}",
             f"{manifest.tokens:,}",
             f"{manifest.bytes / max(manifest.tokens, 1):.2f}",
@@ -106,19 +133,13 @@ def _overview(streams: list[Stream]) -> Table:
     return table
 
 
-def _remote_state(stream: Stream) -> Text:
-    """By the sizes alone: hashes would cost a download of it all."""
+def _wrong_sizes(stream: Stream) -> list[str]:
+    """What of the sizes behind a URL is wrong first; hashes would cost a download of it all."""
     try:
         stream.check_files()
     except RunError as error:
-        return Text(str(error), "red")
-    damaged = _damaged_beside(stream)
-    return Text(f"damaged: {', '.join(damaged)}", "red") if damaged else Text("of the right size", "green")
-
-
-def _state(stream: Stream) -> Text:
-    damaged = _damaged_beside(stream) + _damaged(stream)
-    return Text(f"damaged: {', '.join(damaged)}", "red") if damaged else Text("good", "green")
+        return [str(error)]
+    return []
 
 
 def _damaged_beside(stream: Stream) -> list[str]:
@@ -225,7 +246,10 @@ def _tokenizer(stream: Stream) -> tuple[Path | None, str]:
         return None, f"cannot be read: {error}"
     if folder is None or not folder.exists():
         return None, f"not found beside the stream ({place})"
-    matches = tokenizer_facts(folder).fingerprint == stream.manifest.tokenizer_fingerprint
+    try:
+        matches = fingerprint(folder) == stream.manifest.tokenizer_fingerprint
+    except OSError as error:
+        return None, f"cannot be read: {error.filename}: {error.strerror}"
     return folder, place if matches else f"{place} is not the one that made this stream"
 
 

@@ -17,7 +17,7 @@ from evals.driver import evaluate
 from evals.following import Following, adopt, following_of, mark_of
 from evals.models import resolve
 from evals.results import numbers, write_results
-from flexbert_core.durable import lock, remove_folder, sync
+from flexbert_core.durable import HeldError, lock, remove_folder, sync
 from flexbert_core.misspelt import did_you_mean
 from flexbert_core.schema import ConfigError, RunError
 from training.checkpoints.files import tokens_of
@@ -78,7 +78,7 @@ class _Follower:
                 return lock(
                     self.following.lock, self.following.run, f"evaluating its checkpoints ({self.following.title})"
                 )
-            except RunError as error:
+            except HeldError as error:
                 if not wait:
                     raise
                 if not said:

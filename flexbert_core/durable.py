@@ -3,9 +3,11 @@
 Shared by every room, like flexbert_core/schema.py.
 """
 
+import errno
 import fcntl
 import os
 import shutil
+import socket
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,10 @@ from typing import TextIO
 from flexbert_core.schema import RunError
 
 UNFINISHED = ".unfinished-"
+
+
+class HeldError(RunError):
+    """Another process holds a lock."""
 
 
 def sync(path: Path) -> None:
@@ -36,18 +42,26 @@ def lock(file: Path, owner: Path, doing: str) -> TextIO:
     """Take a lock that ends with the returned handle's `close`, or with this process however it dies.
 
     A POSIX record lock: children (loader workers) do not inherit it, so a killed parent never leaves it taken.
-    Raises RunError `OWNER: process N is DOING: ...` when another process holds it.
+    Raises HeldError `OWNER: process N is DOING: ...` when another process holds it (with its host, where that is
+    another), RunError when the file system has no locks.
     """
     handle = file.open("a+")
+    here = f" on {socket.gethostname()}"
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         handle.seek(0)
-        holder = handle.read().strip()
+        written = handle.read().strip().removesuffix(here)
         handle.close()
-        raise RunError(f"{owner}: process {holder} is {doing}: wait for it to end, or stop it") from None
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise RunError(
+                f"{file}: cannot be locked ({error.strerror}): mount its file system with locks (Lustre: -o flock), "
+                "or choose a folder on another"
+            ) from None
+        who = f"process {written}" if written else "another process"  # it may not have written its number yet
+        raise HeldError(f"{owner}: {who} is {doing}: wait for it to end, or stop it") from None
     handle.truncate(0)
-    handle.write(str(os.getpid()))
+    handle.write(f"{os.getpid()}{here}")
     handle.flush()
     return handle
 
@@ -63,7 +77,10 @@ def holder(file: Path) -> int | None:
     layout = "hhqqi4x"
     with file.open("rb") as handle:
         question = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        kind, *_, pid = struct.unpack(layout, fcntl.fcntl(handle, fcntl.F_GETLK, question))
+        try:
+            kind, *_, pid = struct.unpack(layout, fcntl.fcntl(handle, fcntl.F_GETLK, question))
+        except OSError:  # a file system without locks
+            return None
     return None if kind == fcntl.F_UNLCK else pid
 
 
@@ -71,9 +88,13 @@ def write_file(path: Path, data: str | bytes) -> None:
     """Replace a file in one step. An OSError names it."""
     beside = path.with_name(UNFINISHED + path.name)
     with _naming(path):
-        beside.write_bytes(data.encode() if isinstance(data, str) else data)
-        sync(beside)
-        beside.replace(path)
+        try:
+            beside.write_bytes(data.encode() if isinstance(data, str) else data)
+            sync(beside)
+            beside.replace(path)
+        except BaseException:  # a full disk, say
+            beside.unlink(missing_ok=True)
+            raise
         sync(path.parent)
 
 

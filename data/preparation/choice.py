@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 
 from data.keyed import philox_key
 from data.preparation.config import PrepareConfig
-from data.preparation.documents import DROPPED, SPLITS, ReadUnits, Select, numbered, save_arrays
+from data.preparation.documents import (
+    DROPPED,
+    SPLITS,
+    ReadUnits,
+    Select,
+    load_arrays,
+    load_scan,
+    numbered,
+    save_arrays,
+)
 from data.preparation.duplicates import find_copies, keep_digests
 from data.preparation.filters import FILTERS, DocumentFilter
 from data.preparation.filters.base import Run
@@ -69,12 +78,10 @@ def filter_labels(config: PrepareConfig, stream: str) -> list[str]:
 
 
 def _load_plan(config: PrepareConfig, work: Path, name: str, rank: int) -> TaskPlan:
-    with np.load(numbered(work / "plan", rank, ".npz")) as file:
-        duplicates, filtered, kept_bytes = file["duplicates"], file["filtered"], file["kept_bytes"]
-        over_max_bytes = file["over_max_bytes"].tolist()
+    plan = load_arrays(numbered(work / "plan", rank, ".npz"), work / "plan" / f"{name}.json")
     labels = filter_labels(config, name)
-    counts = {label: counts.tolist() for label, counts in zip(labels, filtered, strict=True)}
-    return TaskPlan(name, int(kept_bytes), duplicates.tolist(), counts, over_max_bytes)
+    counts = {label: counts.tolist() for label, counts in zip(labels, plan["filtered"], strict=True)}
+    return TaskPlan(name, int(plan["kept_bytes"]), plan["duplicates"].tolist(), counts, plan["over_max_bytes"].tolist())
 
 
 class _Choice:
@@ -89,7 +96,8 @@ class _Choice:
 
     def make(self, earlier: Sequence[int], run: Run) -> None:
         if self.config.deduplicate != "none":
-            self.reasons[find_copies(self.work, self.ranks, self.starts, earlier)] = _COPY
+            for copies in find_copies(self.work, self.ranks, self.starts, earlier):
+                self.reasons[copies] = _COPY
         for number, each in enumerate(self.config.streams[self.name].filters, 1):
             if not issubclass(FILTERS.entries[each.name], DocumentFilter):
                 self._compare(number, each, run)
@@ -99,15 +107,14 @@ class _Choice:
         self._write()
 
     def _scan(self, rank: int, array: str) -> NDArray[Any]:
-        with np.load(numbered(self.work / "scan", rank, ".npz")) as file:
-            return file[array]
+        return load_scan(self.work, rank, array)[array]
 
     def _compare(self, number: int, each: Any, run: Run) -> None:
         """Apply a filter of whole streams to what is left."""
         title = f"{self.name}-{number}"
         folder, kept = self.work / "filters" / title, f"filters/{title}/kept"
         (self.work / kept).mkdir(parents=True, exist_ok=True)
-        left = [np.flatnonzero(self.reasons[part] == _KEPT) for part in self.parts]
+        counts = [int((self.reasons[part] == _KEPT).sum()) for part in self.parts]
         for rank, part in zip(self.ranks, self.parts, strict=True):
             splits = np.where(self.reasons[part] == _KEPT, 0, DROPPED).astype(np.uint8)
             save_arrays(numbered(self.work / kept, rank, ".npz"), splits=splits)
@@ -116,14 +123,10 @@ class _Choice:
         def run_here(name: str, steps: Sequence[Any], sizes: Sequence[int]) -> None:
             run(f"{title}-{name}", steps, sizes)
 
-        counts = [len(each) for each in left]
-        for start, those, positions in zip(
-            self.starts,
-            left,
-            FILTERS.build(each).drop(documents, counts, self.task_bytes, folder, run_here),
-            strict=True,
-        ):
-            self.reasons[start + those[positions]] = number
+        dropped = FILTERS.build(each).drop(documents, counts, self.task_bytes, folder, run_here)
+        # The positions of one task at a time: those of all would be 8 bytes for each document.
+        for part, positions in zip(self.parts, dropped, strict=True):
+            self.reasons[part.start + np.flatnonzero(self.reasons[part] == _KEPT)[positions]] = number
 
     def _draw(self, max_bytes: int) -> None:
         """Leave out all but the documents of lowest priority that together stay within max_bytes.

@@ -23,9 +23,10 @@ from rich.console import Console
 from data.keyed import keyed_generator
 from data.preparation.choice import TaskPlan, choose_documents
 from data.preparation.config import CONFIG_FILE, PrepareConfig, load_prepare_config
-from data.preparation.documents import ReadUnits, Scan, Select, TaskDocuments, load_task, numbered
+from data.preparation.documents import ReadUnits, Scan, Select, TaskDocuments, load_task, load_tasks, numbered
 from data.preparation.executors import EXECUTORS, Executor, Stage
 from data.preparation.executors.local import Local
+from data.preparation.executors.slurm import Slurm, check_no_jobs
 from data.preparation.filters import FILTERS, DocumentFilter
 from data.preparation.manifests import Reading, check_tokens, summary, write_manifest
 from data.preparation.output import (
@@ -44,7 +45,7 @@ from data.preparation.sources import Listing, Unit
 from data.preparation.sources.text import shown
 from data.preparation.writing import BATCH_CHARACTERS, WriteShards, cut_text
 from data.tokenizer import TOKENIZERS, save_tokenizer
-from flexbert_core.durable import write_file
+from flexbert_core.durable import sync_folder, write_file
 from flexbert_core.schema import ConfigError, RunError, plain_console
 
 __all__ = ["PrepareConfig", "load_prepare_config", "prepare"]
@@ -93,6 +94,8 @@ def prepare(config: PrepareConfig, workers: int | None = None) -> None:
 def _make(config: PrepareConfig, output: Path, executor: Executor, console: Console, begun: bool) -> None:
     """Make the dataset in its claimed folder. begun: an earlier run did."""
     work = output / WORK
+    if not isinstance(executor, Slurm):  # which waits for its own
+        check_no_jobs(work)
     try:
         plans = _read(config, output, executor, console)
     except ConfigError:
@@ -163,9 +166,10 @@ def _tasks(config: PrepareConfig, work: Path, console: Console) -> list[dict[str
     # Through JSON, so that they compare equal to what a resumed run finds.
     tasks = json.loads(json.dumps(list(_split_into_tasks(config, listings))))
     if folder.exists():
-        begun = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+        begun = load_tasks(work)
         if tasks == begun:
             return tasks
+        check_no_jobs(work)  # they would do other tasks than those that are listed then
         if begun and "on_error" not in begun[0]:
             console.print(f"{shown(str(work.parent))}: begun by an older version: begins anew")
             remove_all(config, work.parent)
@@ -178,6 +182,7 @@ def _tasks(config: PrepareConfig, work: Path, console: Console) -> list[dict[str
     partial.mkdir()
     for rank, task in enumerate(tasks):
         numbered(partial, rank, ".json").write_text(json.dumps(task), encoding="utf-8")
+    sync_folder(partial)
     partial.rename(folder)
     return tasks
 

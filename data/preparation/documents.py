@@ -12,10 +12,12 @@ A task is a run of units of one stream, listed in WORK/tasks/NNNNN.json. Scannin
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -26,7 +28,7 @@ from numpy.typing import NDArray
 from data.preparation.filters import DocumentFilter
 from data.preparation.sources import SOURCES, DamagedError, Fault, LineError, Unit
 from data.preparation.sources.text import mend_surrogates, shown
-from flexbert_core.durable import write_file
+from flexbert_core.durable import sync, write_file
 from flexbert_core.schema import RunError
 
 SPLITS = ("train", "validation")
@@ -52,23 +54,62 @@ def digests_to_numbers(digests: bytes) -> NDArray[np.uint64]:
 
 
 def save_arrays(path: Path, **arrays: NDArray[Any]) -> None:
-    """An .npz file, whole or not there."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    np.savez(partial, allow_pickle=False, **arrays)
-    partial.rename(path)
+    """An .npz file, whole and synced or not there."""
+    _save(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
 
 
 def save_array(path: Path, array: NDArray[Any]) -> None:
-    """An .npy file, whole or not there."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.npy")
-    np.save(partial, array, allow_pickle=False)
+    """An .npy file, whole and synced or not there."""
+    _save(path, lambda file: np.save(file, array, allow_pickle=False))
+
+
+def _save(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    # The name holds the process: of two that do one task neither renames what the other is writing.
+    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    with partial.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
     partial.rename(path)
+    sync(path.parent)
 
 
-def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """What save_arrays wrote."""
-    with np.load(path) as file:
-        return dict(file)
+def mark(work: Path, stage: str, rank: int) -> Path:
+    """The file that says that a stage has done a task."""
+    return numbered(work / "logs" / stage / "completions", rank, "")
+
+
+def load_arrays(path: Path, done: Path, *names: str) -> dict[str, NDArray[Any]]:
+    """What save_arrays wrote: these arrays, or all.
+
+    Raises RunError when the file cannot be read, and removes `done`, which says that it is there: then it is made anew.
+    """
+    with _readable(path, done), np.load(path) as file:
+        return {name: file[name] for name in names or file.files}
+
+
+def load_array(path: Path, done: Path | None) -> NDArray[Any]:
+    """What save_array wrote, mapped into memory. Raises and removes like `load_arrays`; None: nothing."""
+    with _readable(path, done):
+        return np.load(path, mmap_mode="r")
+
+
+@contextmanager
+def _readable(path: Path, done: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ValueError, KeyError, zipfile.BadZipFile, FileNotFoundError):
+        fix = "run the same command again, which makes it anew"
+        if done is None:
+            fix = f"delete {path.parents[2]} and prepare again"
+        else:
+            done.unlink(missing_ok=True)
+        raise RunError(f"{shown(str(path))}: damaged or missing (has the power failed?): {fix}") from None
+
+
+def load_scan(work: Path, rank: int, *names: str) -> dict[str, NDArray[Any]]:
+    """Arrays of a task's scan. Raises RunError when they cannot be read; the next run scans that task anew."""
+    return load_arrays(numbered(work / "scan", rank, ".npz"), mark(work, "scan", rank), *names)
 
 
 class Meter:
@@ -137,6 +178,12 @@ class TaskDocuments:
 def load_task(work: Path, rank: int) -> dict[str, Any]:
     """What WORK/tasks says about a task."""
     return json.loads(numbered(work / "tasks", rank, ".json").read_text(encoding="utf-8"))
+
+
+def load_tasks(work: Path) -> list[dict[str, Any]]:
+    """The same of all tasks, in their order."""
+    files = sorted((work / "tasks").glob("*.json"), key=lambda file: int(file.stem))  # as texts, 100000 is before 10001
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
 class ReadUnits(PipelineStep):
@@ -217,8 +264,7 @@ class Select(PipelineStep):
         self.work, self.folder, self.first = work, folder, first
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        with np.load(numbered(self.work / "scan", self.first + rank, ".npz")) as scan:
-            expected = scan["digests"].astype(">u8").tobytes()
+        expected = load_scan(self.work, self.first + rank, "digests")["digests"].astype(">u8").tobytes()
         with np.load(numbered(self.work / self.folder, self.first + rank, ".npz")) as plan:
             splits = plan["splits"].tolist()
         count = 0

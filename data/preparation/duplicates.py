@@ -4,13 +4,13 @@ Memory: about 100 bytes for each document of a range, of which there are at most
 are uniform), whatever the size of the corpus; the caller's array has 1 byte for each document of the stream.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.preparation.documents import numbered, save_array
+from data.preparation.documents import load_array, mark, numbered, save_array
 
 PARTITION_DOCUMENTS = 2**22
 
@@ -18,19 +18,22 @@ PARTITION_DOCUMENTS = 2**22
 class DigestFiles:
     """The sorted digests of one task, cut into ranges of the digests' first word."""
 
-    def __init__(self, digests: Path, order: Path | None, edges: NDArray[np.uint64]) -> None:
-        self._digests, self._order = digests, order
-        self._bounds = [0, *np.searchsorted(np.load(digests, mmap_mode="r")[0], edges).tolist(), None]
+    def __init__(self, digests: Path, order: Path | None, done: Path | None, edges: NDArray[np.uint64]) -> None:
+        """done: what says that these files are there, as in load_array."""
+        self._digests, self._order, self._done = digests, order, done
+        self._bounds = [0, *np.searchsorted(load_array(digests, done)[0], edges).tolist(), None]
 
     def range(self, number: int) -> tuple[NDArray[np.uint64], NDArray[np.uint32] | None]:
         """Digests (2, documents) of one range, ascending, and the documents' positions in the task."""
         part = slice(self._bounds[number], self._bounds[number + 1])
-        order = None if self._order is None else np.load(self._order, mmap_mode="r")[part].copy()
-        return np.load(self._digests, mmap_mode="r")[:, part].copy(), order
+        order = None if self._order is None else load_array(self._order, self._done)[part].copy()
+        return load_array(self._digests, self._done)[:, part].copy(), order
 
 
-def find_copies(work: Path, ranks: Sequence[int], starts: Sequence[int], earlier: Sequence[int]) -> NDArray[np.int64]:
-    """Positions in the stream, in no order, of the documents that are copies of an earlier one.
+def find_copies(
+    work: Path, ranks: Sequence[int], starts: Sequence[int], earlier: Sequence[int]
+) -> Iterator[NDArray[np.int64]]:
+    """Positions in the stream, in no order, of the documents that are copies of an earlier one; those of a range each.
 
     Args:
         ranks: tasks of the stream, scanned.
@@ -40,14 +43,18 @@ def find_copies(work: Path, ranks: Sequence[int], starts: Sequence[int], earlier
     scan, kept = work / "scan", work / "kept"
     own = [numbered(scan, rank, ".sorted.npy") for rank in ranks]
     before = [numbered(kept, rank, ".sorted.npy") for rank in earlier]
-    total = sum(np.load(file, mmap_mode="r").shape[1] for file in (*own, *before))
+    marks = [mark(work, "scan", rank) for rank in ranks]
+    total = sum(
+        load_array(file, done).shape[1]
+        for file, done in (*zip(own, marks, strict=True), *((file, None) for file in before))
+    )
     partitions = max(1, -(-total // PARTITION_DOCUMENTS))
     edges = np.array([2**64 * number // partitions for number in range(1, partitions)], np.uint64)
     files = [
-        DigestFiles(file, numbered(scan, rank, ".order.npy"), edges) for file, rank in zip(own, ranks, strict=True)
+        DigestFiles(file, numbered(scan, rank, ".order.npy"), done, edges)
+        for file, rank, done in zip(own, ranks, marks, strict=True)
     ]
-    files_before = [DigestFiles(file, None, edges) for file in before]
-    found = []
+    files_before = [DigestFiles(file, None, None, edges) for file in before]
     for number in range(partitions):
         pieces = [file.range(number)[0] for file in files_before]
         count_before = sum(piece.shape[1] for piece in pieces)
@@ -58,15 +65,14 @@ def find_copies(work: Path, ranks: Sequence[int], starts: Sequence[int], earlier
             pieces.append(digests)
             positions.append(order + np.int64(start))
         repeated = _repeated(np.concatenate([np.zeros((2, 0), np.uint64), *pieces], axis=1))[count_before:]
-        found.append(np.concatenate(positions)[repeated])
-    return np.concatenate(found)
+        yield np.concatenate(positions)[repeated]
 
 
 def keep_digests(work: Path, rank: int, kept: NDArray[np.bool_]) -> None:
     """Write the digests of a task's kept documents to where find_copies of a later stream looks. kept: (documents,)."""
     (work / "kept").mkdir(exist_ok=True)
-    digests = np.load(numbered(work / "scan", rank, ".sorted.npy"), mmap_mode="r")
-    order = np.load(numbered(work / "scan", rank, ".order.npy"), mmap_mode="r")
+    digests = load_array(numbered(work / "scan", rank, ".sorted.npy"), mark(work, "scan", rank))
+    order = load_array(numbered(work / "scan", rank, ".order.npy"), mark(work, "scan", rank))
     save_array(numbered(work / "kept", rank, ".sorted.npy"), digests[:, kept[order]])
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from data.preparation.choice import TaskPlan, filter_labels
 from data.preparation.config import PrepareConfig
-from data.preparation.documents import ODD, SPLITS, load_arrays, numbered
+from data.preparation.documents import ODD, SPLITS, load_arrays, load_scan, mark, numbered
 from data.preparation.output import WORK
 from data.preparation.sources import LineError
 from data.preparation.sources.text import shown
@@ -37,7 +37,7 @@ class Reading:
         ]
         odd, documents = 0, 0
         for rank in ranks:
-            filtered = load_arrays(numbered(work / "scan", rank, ".npz"))["filtered"]
+            filtered = load_scan(work, rank, "filtered")["filtered"]
             odd, documents = odd + int((filtered == ODD).sum()), documents + len(filtered)
         reasons = sorted({reason for each in found for reason in each})
         self.read = {"files": made_from["read"], "documents": documents - odd}
@@ -126,7 +126,7 @@ def write_manifest(
     counts = np.zeros(facts.vocab_size, np.uint64)
     chunks = []
     for rank in ranks:
-        arrays = load_arrays(numbered(work / "done", rank, ".npz"))
+        arrays = load_arrays(numbered(work / "done", rank, ".npz"), mark(work, "tokenise", rank))
         counts += arrays[split]
         chunks.append(arrays[f"{split}_chunks"])
     chunk_file, chunk_digest = pack_chunks(chunks)

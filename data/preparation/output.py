@@ -5,6 +5,7 @@ OUTPUT/sources.json    the files of each stream: path, bytes, and a mark that te
 OUTPUT/.work           what a resumed run needs
 """
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -20,18 +21,19 @@ from data.preparation.sources.local import sample
 from data.preparation.sources.text import shown
 from data.store.manifest import MANIFEST
 from data.store.transfer import is_url
-from flexbert_core.durable import lock, write_file
+from flexbert_core.durable import UNFINISHED, lock, write_file
 from flexbert_core.schema import ConfigError, RunError
 
 WORK = ".work"
 SOURCES_FILE = "sources.json"
 _NAMED = 3  # files that a message names
+_OF_A_CLAIM = {WORK, UNFINISHED + CONFIG_FILE}  # what is there before CONFIG_FILE is
 
 
 def claim(config: PrepareConfig, output: Path) -> bool:
     """Write the config into the output folder, or see that the same one is there; gives whether it was.
 
-    Raises ConfigError when the folder is somebody else's, or cannot be made.
+    Raises ConfigError when the folder is somebody else's, or cannot be made, RunError when the disk is full.
     """
     wanted = config.model_dump(mode="json", exclude={"output", "executor"})
     file = output / CONFIG_FILE
@@ -44,13 +46,17 @@ def claim(config: PrepareConfig, output: Path) -> bool:
                     "choose another output, or delete that folder"
                 )
             return True
-        if output.exists() and (not output.is_dir() or any(path.name != WORK for path in output.iterdir())):
+        if output.exists() and (
+            not output.is_dir() or not _OF_A_CLAIM.issuperset(path.name for path in output.iterdir())
+        ):
             raise ConfigError(
                 f"{config._file}: output: {output} exists and is no dataset of ours: choose another folder"
             )
         (output / WORK).mkdir(parents=True, exist_ok=True)
         write_file(file, json.dumps(wanted, indent=1).encode())
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(f"{shown(str(output))}: {error.strerror}") from None
         raise ConfigError(f"{config._file}: output: {output}: {error.strerror}") from None
     except ValueError as error:  # a name that no file can have
         raise ConfigError(f"{config._file}: output: {output}: {error}") from None

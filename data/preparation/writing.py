@@ -5,6 +5,7 @@
 A task's results are a function of its inputs; it is done when datatrove has marked it, and else redone from its start.
 """
 
+import filecmp
 import functools
 import json
 import os
@@ -167,9 +168,9 @@ class Part:
         self.bytes += size
 
     def finish(self) -> None:
-        """Close the shards and give the folder its name."""
-        shutil.rmtree(self.folder, ignore_errors=True)  # of a task that was killed before it was marked as done
+        """Close the shards and give the folder its name. One that is there and holds the same stays as it is."""
         if self._writer is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
             return
         self._count()
         finish_shards(self._writer)
@@ -184,7 +185,11 @@ class Part:
             start += shard["samples"]
             shard["header_xxh3_64"], chunks = describe_shard(data, self.dtype.itemsize, self.chunk_documents)
             self.chunks = np.concatenate([self.chunks, chunks])
+        if _same_files(self._partial, self.folder):  # of a task that was killed before it was marked as done
+            shutil.rmtree(self._partial)
+            return
         sync_folder(self._partial)
+        shutil.rmtree(self.folder, ignore_errors=True)
         self._partial.rename(self.folder)
 
     def _count(self) -> None:
@@ -202,6 +207,14 @@ class Part:
             "length_histogram": np.bincount([length.bit_length() - 1 for length in self.lengths], minlength=1).tolist(),
             "shards": self.shards,
         }
+
+
+def _same_files(folder: Path, other: Path) -> bool:
+    """Whether two folders hold files of the same names and bytes."""
+    if not other.is_dir():
+        return False
+    names, others = ({path.name for path in each.iterdir()} for each in (folder, other))
+    return names == others and not any(filecmp.cmpfiles(folder, other, names, shallow=False)[1:])
 
 
 def finish_shards(writer: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TextIO
 from data.store.transfer import TransferError
 from evals.publishing.revisions import Revision, find_revisions
 from evals.publishing.target import MAIN, open_target
-from flexbert_core.durable import lock, write_file
+from flexbert_core.durable import HeldError, lock, write_file
 from flexbert_core.misspelt import did_you_mean
 from flexbert_core.schema import ConfigError, RunError
 from recipe.config import RunConfig
@@ -113,7 +113,7 @@ class Publishing:
         while True:
             try:
                 return lock(self.folder.path / _LOCK, self.folder.path, "publishing this run")
-            except RunError:
+            except HeldError:
                 if not wait:
                     raise
                 time.sleep(_LOOK_SECONDS)

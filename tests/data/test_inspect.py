@@ -6,10 +6,11 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from data.inspect import inspect, shown_documents
 from data.store.shards import open_stream
-from flexbert_core.schema import ConfigError
+from flexbert_core.schema import ConfigError, RunError
 from tests.helpers.preparing import config_file, documents, run, shown, write_jsonl
 from tests.helpers.users import as_nobody
 
@@ -60,13 +61,25 @@ def test_one_stream(dataset: Path) -> None:
     assert "b/train" not in text
 
 
-def test_damage_is_found(dataset: Path) -> None:
+@pytest.mark.parametrize("samples", [0, 3])
+def test_damage_is_found_and_the_rest_is_shown(dataset: Path, samples: int, capsys: pytest.CaptureFixture[str]) -> None:
     stream = open_stream(dataset / "a" / "train")
-    file = Path(stream.path) / stream.manifest.shards[0].file
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    assert f"damaged: {stream.manifest.shards[0].file}" in shown(dataset, samples=0)
+    for shard in stream.manifest.shards:
+        file = Path(stream.path) / shard.file
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    names = [shard.file for shard in stream.manifest.shards]
+    assert len(names) > 3
+    with pytest.raises(RunError) as caught:
+        inspect(dataset, samples, Console(width=10_000))
+    some = f"{', '.join(names[:3])} and {len(names) - 3} more"
+    fix = "restore it, or delete the stream's folder and run prepare again"
+    assert str(caught.value) == f"{dataset}: damaged: a/train: {some}: {fix}"
+    text = capsys.readouterr().out
+    assert f"damaged: {', '.join(names)}" in text
+    assert text.count("documents by length in tokens") == 4
+    assert text.count(" document ") >= samples * 3  # those of the other splits
 
 
 def test_shards_are_checked_in_little_memory(dataset: Path) -> None:
@@ -95,7 +108,18 @@ def test_damage_beside_the_shards_is_found(dataset: Path, name: str, content: by
     file.unlink()
     if content is not None:
         file.write_bytes(content)
-    assert f"damaged: {name}" in shown(dataset, samples=0)
+    with pytest.raises(RunError, match=rf": damaged: a/train: {name}: restore"):
+        shown(dataset, samples=0)
+
+
+def test_a_tokenizer_without_roles_is_enough(dataset: Path) -> None:
+    """Training needs no more of it than its fingerprint."""
+    for file in (dataset / "tokenizer").iterdir():
+        if file.name != "tokenizer.json":
+            file.unlink()
+    assert f"384 ids (uint16), {dataset / 'tokenizer'}\n" in shown(dataset)
+    (dataset / "tokenizer" / "tokenizer.json").unlink()
+    assert "tokenizer.json: No such file" in shown(dataset)
 
 
 @pytest.mark.parametrize("below", ["", "b", "b/train"])

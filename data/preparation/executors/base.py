@@ -1,6 +1,7 @@
 """What an executor is: it runs a datatrove pipeline once for each task that is not done yet, and waits for it."""
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -84,10 +85,15 @@ class Executor:
 class RecordsFailures(PipelineExecutor):
     """A task that fails leaves a line in LOGS/failures/NNNNN: other machines' exceptions do not get here else."""
 
+    folder: str | None = None
+    """The command's own, where a process of the cluster starts elsewhere: paths of the config may be relative to it."""
+
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
         failures = Path(str(self.logging_dir.resolve_paths("failures")))
         try:
             (failures / f"{rank:05d}").unlink(missing_ok=True)
+            if self.folder is not None:
+                os.chdir(self.folder)
             return super()._run_for_rank(rank, local_rank, node_rank)
         except Exception as error:
             failures.mkdir(parents=True, exist_ok=True)

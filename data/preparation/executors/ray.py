@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+from pathlib import Path
 from typing import Any, Literal
 
 from datatrove.executor.ray import RayPipelineExecutor
@@ -54,7 +55,7 @@ class Ray(Executor):
             display(stage.title, sum(stage.sizes), stage.done_bytes, stderr, 2.0),
         ):
             self._connect()
-            _Executor(
+            executor = _Executor(
                 list(stage.steps),
                 tasks=len(stage.sizes),
                 workers=self.config.workers or -1,
@@ -62,7 +63,9 @@ class Ray(Executor):
                 cpus_per_task=self.config.cpus_per_task,
                 mem_per_cpu_gb=self.config.mem_per_cpu_gb,
                 tasks_per_job=self.config.tasks_per_job,
-            ).run()
+            )
+            executor.folder = str(Path.cwd())  # a running cluster's workers have the one that `ray start` was given in
+            executor.run()
         left = stage.unfinished()
         if left:
             cause = stage.failure() or "it left no word (memory, node?)"

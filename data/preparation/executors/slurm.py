@@ -23,11 +23,14 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 from pydantic import Field
 
 from data.preparation.executors.base import EXECUTORS, ROOT, Executor, RecordsFailures, Stage, display, quiet
+from flexbert_core.durable import write_file
 from flexbert_core.schema import Component, ConfigError, RunError
 
 # A finished task's mark may reach this machine late, through a network file system.
 SETTLE_SECONDS = 15.0
 _FAILED_POLLS = 20
+JOBS_FILE = "slurm-jobs"
+"""In WORK: the names of jobs that were submitted. What a killed command left running holds no lock."""
 
 
 @EXECUTORS.register("slurm")
@@ -81,6 +84,7 @@ class Slurm(Executor):
             try:
                 self._wait(stage, name)  # for what an earlier command left running
                 if stage.unfinished():
+                    _note(stage.work / JOBS_FILE, name)
                     self._submit(stage, name)
                     self._wait(stage, name)
                     self._settle(stage)
@@ -163,6 +167,34 @@ class _Executor(RecordsFailures, SlurmPipelineExecutor):
             datatrove_gpus_on_node="0",
             datatrove_executor="SLURM",
         )
+
+
+def check_no_jobs(work: Path) -> None:
+    """Raises RunError when jobs of an earlier command may still be at work in this folder, and would write beside
+    others."""
+    file = work / JOBS_FILE
+    for name in file.read_text(encoding="utf-8").split() if file.exists() else ():
+        if shutil.which("squeue") is None:
+            raise RunError(
+                f"{work.parent}: executor slurm has worked here, and without squeue on PATH nobody can say whether job "
+                f"{name} still does: run this where squeue is, or delete {file} when it does not"
+            )
+        listed = _run("squeue", "--noheader", "--name", name, "--format", "%i")
+        if listed.returncode:
+            raise RunError(
+                f"{work.parent}: whether Slurm job {name} still runs: {_last_line(listed.stderr)}: try again"
+            )
+        if listed.stdout.strip():
+            raise RunError(
+                f"{work.parent}: Slurm job {name} of an earlier command is still at work here: wait for it to end, or "
+                f"scancel --name {name}"
+            )
+
+
+def _note(file: Path, name: str) -> None:
+    names = file.read_text(encoding="utf-8").split() if file.exists() else []
+    if name not in names:
+        write_file(file, "".join(f"{each}\n" for each in [*names, name]))
 
 
 def _environment(config: Slurm.Config) -> str:

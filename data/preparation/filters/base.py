@@ -5,7 +5,7 @@ rejects a document counts it. Then exact copies are dropped (`deduplicate`), the
 with one another, then `max_bytes` draws.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class StreamFilter:
 
     def drop(
         self, documents: Sequence[PipelineStep], counts: Sequence[int], sizes: Sequence[int], folder: Path, run: Run
-    ) -> list[NDArray[np.int64]]:
+    ) -> Iterable[NDArray[np.int64]]:
         """For each task the documents to drop, as ascending positions among its documents.
 
         Must not depend on how many workers `run` has, and must give the same when it is repeated after a kill.

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from data.preparation.filters.base import FILTERS, Run, StreamFilter
+from flexbert_core.durable import sync, sync_folder
 from flexbert_core.schema import Component
 
 # Scripts written without blanks count by character.
@@ -59,7 +60,7 @@ class MinHash(StreamFilter):
 
     def drop(
         self, documents: Sequence[PipelineStep], counts: Sequence[int], sizes: Sequence[int], folder: Path, run: Run
-    ) -> list[NDArray[np.int64]]:
+    ) -> Iterator[NDArray[np.int64]]:
         config = MinhashConfig(
             n_grams=self.config.n_grams,
             num_buckets=self.config.buckets,
@@ -73,8 +74,8 @@ class MinHash(StreamFilter):
         per_bucket = max(1, min(-(-sum(counts) // _SIGNATURES_PER_TASK), lines))
         tasks = config.num_buckets * per_bucket
         run("pairs", [_Buckets(signatures, pairs, config=config)], [28 * sum(counts) // tasks] * tasks)
-        run("clusters", [MinhashDedupCluster(pairs, clusters, config=config, save_cluster_id=True)], [0])
-        return list(_later_members(folder / "clusters", len(counts)))
+        run("clusters", [_Clusters(pairs, clusters, config=config, save_cluster_id=True)], [0])
+        return _later_members(folder / "clusters", len(counts))
 
 
 def _later_members(folder: Path, tasks: int) -> Iterator[NDArray[np.int64]]:
@@ -106,6 +107,11 @@ class _Signatures(MinhashDedupSignature):
     def __init__(self, folder: str, config: MinhashConfig, words: WordTokenizer) -> None:
         super().__init__(folder, config, language=words)  # pyright: ignore[reportArgumentType] (takes a tokenizer too)
 
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Any:
+        super().run(data, rank, world_size)
+        for file in Path(self.output_folder.path).glob(f"bucket_*/{rank:05d}.minhash.sig"):
+            sync(file)  # the task is marked as done after this: a failing power must not leave the mark alone
+
     def get_signature(self, shingles: NDArray[np.uint64]) -> list[list[int]]:
         """datatrove's makes a (shingles, hashes) table: for a book several GB."""
         parts = [
@@ -123,4 +129,14 @@ class _Buckets(MinhashDedupBuckets):
         if soft < hard:
             with contextlib.suppress(ValueError, OSError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        return super().run(data, rank, world_size)
+        super().run(data, rank, world_size)
+        bucket, part = divmod(rank, world_size // self.config.num_buckets)
+        sync(Path(self.output_folder.path) / f"{bucket:05d}_{part:02d}.dups")
+
+
+class _Clusters(MinhashDedupCluster):
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Any:
+        super().run(data, rank, world_size)
+        folder = Path(self.output_folder.path)
+        if folder.exists():  # there are near-duplicates
+            sync_folder(folder)

@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from contextlib import contextmanager
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from flexbert_core.misspelt import did_you_mean
 from flexbert_core.schema import Component, ConfigError, RunError, UserPath
 
 _ROWS_PER_UNIT, _ROWS_AT_ONCE = 4096, 256
+_OPEN_DATASETS = 16  # of the hub, in a process; they are mapped into memory
 
 
 @SOURCES.register("datasets")
@@ -61,7 +63,9 @@ class HuggingFaceDataset:
         row_bytes = self._dataset.data.nbytes // max(rows, 1)
         starts = range(0, rows, _ROWS_PER_UNIT)
         stops = [min(start + _ROWS_PER_UNIT, rows) for start in starts]
-        units = [Unit(self._where, a, b, (b - a) * row_bytes) for a, b in zip(starts, stops, strict=True)]
+        # All processes read the commit that was found here, whatever comes on the hub meanwhile.
+        place = f"{self._where}@{self._commit}" if self._commit else self._where
+        units = [Unit(place, a, b, (b - a) * row_bytes) for a, b in zip(starts, stops, strict=True)]
         return Listing(units, self._files(), Counter(), [])
 
     def check_columns(self, unit: Unit, names: Sequence[str]) -> None:
@@ -78,7 +82,7 @@ class HuggingFaceDataset:
         column = self.config.text_column
         wanted = list(dict.fromkeys([column, *names]))
         # As Arrow gives them: the other columns (pictures, say) are not decoded.
-        dataset = self._dataset.select_columns(wanted).with_format("arrow")
+        dataset = self._of(unit).select_columns(wanted).with_format("arrow")
         for start in range(unit.start, unit.stop, _ROWS_AT_ONCE):
             with readable(unit.path, f"row {start}: "):
                 table = dataset[start : min(start + _ROWS_AT_ONCE, unit.stop)]
@@ -98,15 +102,31 @@ class HuggingFaceDataset:
     def _where(self) -> str:
         return str(self.config.path or self.config.hub)
 
+    def _of(self, unit: Unit) -> Any:
+        """The dataset of which a unit is."""
+        if self.config.hub is None:
+            return self._dataset
+        return _load_from_hub(
+            self.config.hub, self.config.config, self.config.split, unit.path.removeprefix(self._where)[1:] or None
+        )
+
+    @cached_property
+    def _commit(self) -> str | None:
+        """The newest one on the hub. None: nobody is to be asked, the folder is here or the hub is not to be used."""
+        import huggingface_hub
+
+        name = self.config.hub
+        if name is None or huggingface_hub.constants.HF_HUB_OFFLINE or Path(name).is_dir():
+            return None
+        with _of_hub(name):
+            return huggingface_hub.HfApi().dataset_info(name).sha
+
     @cached_property
     def _dataset(self) -> Any:
         import datasets
 
         if self.config.hub is not None:
-            try:
-                return datasets.load_dataset(self.config.hub, self.config.config, split=self.config.split)
-            except Exception as error:  # the hub client has no common root for what can go wrong
-                raise RunError(f"hub dataset {self.config.hub!r}: {str(error).splitlines()[0]}") from None
+            return _load_from_hub(self.config.hub, self.config.config, self.config.split, self._commit)
         path = Path(self._where)
         if not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
             raise ConfigError(f"path: {path} is no folder written by save_to_disk (for a name on the hub use `hub`)")
@@ -126,6 +146,23 @@ class HuggingFaceDataset:
         if self.config.split is not None:
             raise ConfigError(f"split: {path} holds one split only: leave the key out")
         return dataset
+
+
+@contextmanager
+def _of_hub(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the hub client has no common root for what can go wrong
+        raise RunError(f"hub dataset {name!r}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+
+
+@lru_cache(_OPEN_DATASETS)
+def _load_from_hub(name: str, config: str | None, split: str | None, commit: str | None) -> Any:
+    """A process asks the hub once, not in each of some thousand tasks: it has rate limits."""
+    import datasets
+
+    with _of_hub(name):
+        return datasets.load_dataset(name, config, split=split, revision=commit)
 
 
 def _error(path: str, start: int, index: int, message: str) -> RunError:

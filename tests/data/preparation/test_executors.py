@@ -10,9 +10,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from datatrove.executor.local import LocalPipelineExecutor
 
 from data.preparation.dataset import load_prepare_config
+from data.preparation.executors.base import RecordsFailures
+from data.preparation.executors.slurm import JOBS_FILE
+from data.preparation.writing import Part
 from flexbert_core.schema import ConfigError, RunError
 from tests.helpers.preparing import config_file, documents, files, interrupt, run, write_jsonl
 
@@ -180,6 +185,59 @@ def test_slurm_refuses_the_job(corpus: Path, cluster: Path, tmp_path: Path) -> N
         prepare_on(small(corpus, executor={**SLURM, "partition": "gpuu"}), f"output={tmp_path / 'out'}")
 
 
+def test_another_executor_waits_for_no_job_beside_it(
+    corpus: Path, expected_plain: dict[str, bytes], cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs of a killed command hold no lock: two would write into one folder."""
+    output = f"output={tmp_path / 'out'}"
+    with pytest.raises(RunError, match="sbatch refused"):
+        prepare_on(plain(corpus, executor={**SLURM, "partition": "gpuu"}), output)
+    (name,) = (tmp_path / "out" / ".work" / JOBS_FILE).read_text().split()
+    assert name.endswith("-scan")
+    job = cluster / "1"
+    job.write_text(f"{name} {os.getpid()}")
+    with pytest.raises(RunError, match=rf"out: Slurm job {name} of an earlier command .* or scancel --name {name}$"):
+        run(plain(corpus), output)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        with pytest.raises(
+            RunError, match=r"without squeue on PATH nobody can say .* delete .*slurm-jobs when it does"
+        ):
+            run(plain(corpus), output)
+    job.unlink()
+    assert files(run(plain(corpus), output)) == expected_plain
+
+
+def test_a_part_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
+    """A training run may read it already; another is replaced."""
+    inodes = []
+    for tokens in ([1, 2], [1, 2], [1, 3]):
+        part = Part(tmp_path / "part-00000", 384, 16384, 64)
+        part.add(np.array(tokens, np.uint16), 5)
+        part.finish()
+        assert [shard["tokens"] for shard in part.report()["shards"]] == [2]
+        assert [path.name for path in tmp_path.iterdir()] == ["part-00000"]
+        inodes.append((tmp_path / "part-00000" / "shard.00000.mds").stat().st_ino)
+    assert inodes[0] == inodes[1] != inodes[2]
+
+
+class Elsewhere(RecordsFailures, LocalPipelineExecutor):
+    """An executor whose processes start in another folder than the command."""
+
+
+def test_relative_paths_are_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(data: object, rank: int, world_size: int) -> None:
+        Path("here").touch()
+
+    for name in ("command", "worker"):
+        (tmp_path / name).mkdir()
+    executor = Elsewhere([write], tasks=1, logging_dir=str(tmp_path / "logs"))  # pyright: ignore[reportArgumentType]
+    executor.folder = str(tmp_path / "command")
+    monkeypatch.chdir(tmp_path / "worker")
+    executor.run()
+    assert (tmp_path / "command" / "here").exists()
+
+
 SCRIPT = """
 import sys
 from data.preparation.dataset import load_prepare_config, prepare
@@ -208,6 +266,11 @@ def test_command_that_is_stopped_while_jobs_run(
     process.send_signal(how)
     process.wait(30)
     assert len(list(cluster.glob("[0-9]*"))) == (1 if how == signal.SIGKILL else 0)
+    if how == signal.SIGKILL:
+        with pytest.raises(
+            RunError, match=r"out: Slurm job prepare-\w+-scan of an earlier command is still at work here"
+        ):
+            run(path, f"output={tmp_path / 'out'}")
     assert files(prepare_on(path, f"output={tmp_path / 'out'}")) == expected_plain
     names = [line.split()[1] for line in (cluster / "log").read_text().splitlines()]
     scans = sum(name.endswith("-scan") for name in names)

@@ -1,7 +1,8 @@
 """Filters of prepare: what each keeps, what is counted, near-duplicates, and a filter from outside the package."""
 
 import json
-from collections.abc import Mapping
+import tracemalloc
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +12,10 @@ import yaml
 
 from data.keyed import keyed_generator
 from data.preparation import duplicates
+from data.preparation.choice import choose_documents
 from data.preparation.dataset import load_prepare_config
-from data.preparation.filters import FILTERS, DocumentFilter
+from data.preparation.documents import numbered, save_arrays
+from data.preparation.filters import FILTERS, DocumentFilter, StreamFilter
 from data.preparation.filters.minhash import Words
 from data.store.shards import open_stream
 from flexbert_core.schema import Component, ConfigError, RunError
@@ -83,7 +86,7 @@ def test_filter_keeps_what_it_should(tmp_path: Path, node: dict[str, Any], wante
 
 
 def test_every_filter_has_a_case() -> None:
-    assert {node["name"] for node, _ in FILTER_CASES} | {"minhash"} == set(FILTERS.entries)
+    assert {node["name"] for node, _ in FILTER_CASES} | {"minhash", "test_every_third"} == set(FILTERS.entries)
 
 
 @pytest.mark.slow
@@ -232,6 +235,40 @@ def test_partitions_do_not_show(tmp_path: Path, partition: int, monkeypatch: pyt
         else:
             assert found == fresh
         seen |= set(found)  # what the budget left out of `a` is no copy in `b`
+
+
+@FILTERS.register("test_every_third")
+class EveryThird(StreamFilter):
+    """Drops of each task every third document."""
+
+    class Config(Component):
+        name: Literal["test_every_third"] = "test_every_third"
+
+    def drop(self, documents: Any, counts: Sequence[int], sizes: Any, folder: Path, run: Any) -> Iterator[Any]:
+        return (np.arange(0, count, 3) for count in counts)
+
+
+def test_planning_holds_little_for_each_document(tmp_path: Path) -> None:
+    """A byte, also with a filter of whole streams; its positions would be 8."""
+    tasks, count = 40, 50_000
+    for folder in ("scan", "plan"):
+        (tmp_path / folder).mkdir()
+    rng = keyed_generator(9, "scan")
+    for rank in range(tasks):
+        arrays = {"digests": rng.integers(0, 2**63, (count, 2), np.uint64), "sizes": np.full(count, 9, np.int64)}
+        arrays["filtered"] = (np.arange(count) % 5 == 0).astype(np.uint8)
+        save_arrays(numbered(tmp_path / "scan", rank, ".npz"), **arrays)
+    filters = [{"name": "length", "min_characters": 1}, "test_every_third"]
+    config = load_prepare_config(config_with(tmp_path, filters, deduplicate="none"))
+    tracemalloc.start()
+    try:
+        task = {"stream": "a", "units": [["x", 0, 1, 1]]}
+        plans = choose_documents(config, tmp_path, [task] * tasks, lambda *arguments: None)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert {tuple(counts[0] for counts in plan.filtered.values()) for plan in plans} == {(10_000, 13_334)}
+    assert peak < 6 * tasks * count
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import gzip
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -168,6 +169,36 @@ def test_saved_dataset(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ConfigError, match=message):
             build({"name": "datasets", **node}).find()
+
+
+def test_a_hub_dataset_is_opened_once_and_at_one_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each task of each pass builds its source anew; the hub has rate limits, and new commits."""
+    import datasets
+    import huggingface_hub
+
+    opened, commit = [], ["1a"]
+
+    def load(name: str, config: str | None, *, split: str, revision: str | None) -> object:
+        opened.append((name, split, revision))
+        return datasets.Dataset.from_list(ROWS)
+
+    def info(self: object, name: str) -> object:
+        return SimpleNamespace(sha=commit[0])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+    node = {"name": "datasets", "hub": "nobody/opened-once", "split": "train"}
+    (unit,) = build(node).find().units
+    assert unit.path == "nobody/opened-once@1a"
+    commit[0] = "2b"
+    assert [list(build(node).read(unit)) for _ in range(3)] == [TEXTS] * 3
+    assert opened == [("nobody/opened-once", "train", "1a")]
+    assert build(node).find().units[0].path.endswith("@2b")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (unit,) = build(node).find().units
+    assert unit.path == "nobody/opened-once"
+    assert list(build(node).read(unit)) == TEXTS
+    assert [revision for *_, revision in opened] == ["1a", "2b", None]
 
 
 def test_dataset_place_must_be_clear() -> None:
