@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForMaskedLM
 
-from benchmarks.tiny_sweep import train_tiny_sweep, write_tiny_sweep
+from benchmarks.tiny_sweep import write_tiny_sweep
 from flexbert_core.schema import ConfigError
 from recipe.config import load_run_config
 from recipe.phases import PhasePlan
@@ -28,6 +28,7 @@ from sweeps.arms import expand
 from sweeps.file import load_sweep_file
 from sweeps.folder import cells_of, read_sweep
 from sweeps.folder import write_sweep as record
+from sweeps.statistics import verdicts
 from tests.helpers.runs import ROOT, command, environment, run, train_alone
 from tests.helpers.tiny import ROW, ROWS, write_config, write_data
 from training.checkpoints.files import list_checkpoints, tokens_of
@@ -147,7 +148,9 @@ def test_runs_as_tasks_of_ray_are_those_that_are_trained_here(tmp_path: Path) ->
 
 def test_a_better_arm_is_called_better_and_arms_that_are_the_baseline_are_not(tmp_path: Path) -> None:
     """Real runs: ten times a learning rate that is far too low; another order of sums; another order of documents."""
-    planted, rounded, reordered = train_tiny_sweep(write_tiny_sweep(tmp_path, seeds=3, steps=40))
+    file = write_tiny_sweep(tmp_path, seeds=3, steps=40)
+    train_here(file)
+    planted, rounded, reordered = verdicts(read_sweep(tmp_path / "sweep"))
     assert (planted.arm, planted.verdict, planted.paired) == ("planted", "better", True)
     assert planted.high is not None
     assert planted.high < -0.1

@@ -2,7 +2,6 @@
 falls back is said."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 
 from tests.helpers.process import COUNTING
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import command, launched, run
+from tests.helpers.runs import launched, run
 from tests.helpers.tiny import ROW, ROWS, losses, write_config
 
 HALF = 3
@@ -68,14 +67,8 @@ def test_compiled_losses_are_those_of_eager(
     assert losses(alone[0]) == pytest.approx(losses(tmp_path), rel=1e-5)
 
 
-def torchrun(processes: int, *arguments: str) -> list[str]:
-    options = ["--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, "-m", "torch.distributed.run", *options, *command(*arguments)[1:]]
-
-
-# Each launcher and each parallelism, traced; and compiled to the end.
-CASES = [("composer", "ddp", "traced"), ("torchrun", "fsdp2", "traced")]
-CASES += [("forked", "ddp", "inductor"), ("forked", "fsdp2", "inductor")]
+# Traced under a launcher; compiled to the end. tests/training/test_processes.py has every launcher.
+CASES = [("composer", "fsdp2", "traced"), ("forked", "ddp", "inductor"), ("forked", "fsdp2", "inductor")]
 
 
 @pytest.mark.slow
@@ -96,8 +89,7 @@ def test_launched_ranks_keep_their_compiled_code_and_the_losses_of_one_process(
     if launcher == "forked":
         text = ranks.train(2, file, extra=extra)
     else:
-        start = launched if launcher == "composer" else torchrun
-        done = run(start(2, "train", file), timeout=500, extra=extra)
+        done = run(launched(2, "train", file), timeout=500, extra=extra)
         text = done.stdout + done.stderr
         assert done.returncode == 0, text
     assert losses(tmp_path)[: 2 * HALF] == pytest.approx(losses(alone[0])[: 2 * HALF], rel=1e-5)
