@@ -37,7 +37,8 @@ ablation: setup ## prepare the demo's text, train four activations with three se
 	$(PY) main.py report runs/sweep-activation
 
 # Two processes, since most tests wait for one thread; OpenMP's idle threads must then not spin on the other's core.
-PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile --durations=15
+# A worker that a hanging test has ended is not started again, since it would hang again.
+PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile --max-worker-restart=0 --durations=15
 
 test: setup-dev ## the quick tests, 8 minutes on two cores after the install (PYTEST_ARGS="tests/data -k masking" for some)
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
