@@ -3,7 +3,7 @@ PYTEST_ARGS ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo ablation setup-eval test test-slow setup-next test-next smoke-next lint format schema docs bench clean
+.PHONY: help setup setup-dev demo ablation setup-eval test test-slow test-long setup-next test-next smoke-next lint format schema docs bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -44,7 +44,10 @@ test: setup-dev ## the quick tests, 8 minutes on two cores after the install (PY
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-slow: setup-dev ## the slow tests: kills, launchers, compilers, more sizes of what `make test` proves
-	$(PYTEST) -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m "slow and not long" $(PYTEST_ARGS)
+
+test-long: setup-dev ## the longest tests, of which others prove the essence: before a release (CI does not run them)
+	$(PYTEST) -m long $(PYTEST_ARGS)
 
 # The second stack. The first Python 3.12 or 3.13 that runs; a machine's constraints have no say in a whole lock.
 PYTHON_NEXT ?= $(shell for each in $$(bash -c 'type -ap python3.12 python3.13'); do $$each -c "" 2>/dev/null && echo $$each && break; done)

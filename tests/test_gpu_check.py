@@ -211,6 +211,7 @@ def test_the_whole_of_it_can_be_cut_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_runs_and_loop_from_the_command_line(tmp_path: Path) -> None:
     """Killed and resumed runs among them: the bits are the same on the CPU."""
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--rehearse", "--sections", "runs,loop"]

@@ -197,6 +197,7 @@ def test_loggers_hold_what_the_lines_hold(alone: Path) -> None:
     assert ("validation/loss", STEPS) in history
 
 
+@pytest.mark.long
 def test_two_processes_killed_and_resumed_by_one_show_the_same(alone: Path, dataset: Path, tmp_path: Path) -> None:
     """Lines of five steps, from two ranks and then one, against the lines of each step of one; `status` on the way."""
     config = config_file(tmp_path, dataset)

@@ -159,6 +159,7 @@ def test_a_crash_is_requeued_so_often(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_signal_before_the_time_limit_costs_nothing(cluster: Path, tiny_data: Path, tmp_path: Path) -> None:
     """Two real ranks under the script: SIGUSR2 for the job's step, requeue, and the run ends where it would have."""
     gate: dict[str, Any] = {"imports": [GATE], "callbacks": [{"name": "gate", "step": 3}]}

@@ -26,6 +26,7 @@ def test_a_run_on_ray_is_the_run(ranks: Ranks, tiny_data: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_node_that_fails_is_named_after_its_restarts(tiny_data: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.py"
     bad.write_text("import os\nif 'TORCHELASTIC_RUN_ID' in os.environ: os._exit(7)\n")

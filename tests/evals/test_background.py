@@ -246,6 +246,7 @@ def test_scores_of_other_weights_do_not_count(straight: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_rollback_gives_up_the_scores_of_its_steps(ranks: Ranks, tiny_data: Path, tmp_path: Path) -> None:
     """Checkpoints of both histories are evaluated; only those of the newer one are the run's."""
     steps = 24

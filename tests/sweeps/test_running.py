@@ -131,6 +131,7 @@ def log_of(folder: Path, name: str) -> str:
     return file.read_text() if file.exists() else ""
 
 
+@pytest.mark.long
 def test_runs_as_tasks_of_ray_are_those_that_are_trained_here(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="ray is not installed: requirements-data.txt")
     file = write_sweep(tmp_path, executor={"name": "ray"})

@@ -231,6 +231,7 @@ def tiny_sweep(folder: Path, name: str) -> Path:
 
 @needs_optuna
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_search_goes_on_without_training_a_trial_twice(tmp_path: Path) -> None:
     """Killed while its second batch trains: the same trials, losses and choice as left alone."""
     killed, alone = tiny_sweep(tmp_path, "killed"), tiny_sweep(tmp_path, "alone")

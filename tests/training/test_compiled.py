@@ -68,7 +68,8 @@ def test_compiled_losses_are_those_of_eager(
 
 
 # Traced under a launcher; compiled to the end. tests/training/test_processes.py has every launcher.
-CASES = [("composer", "fsdp2", "traced"), ("forked", "ddp", "inductor"), ("forked", "fsdp2", "inductor")]
+INDUCTOR = [pytest.param("forked", name, "inductor", marks=pytest.mark.long) for name in ("ddp", "fsdp2")]
+CASES = [("composer", "fsdp2", "traced"), *INDUCTOR]
 
 
 @pytest.mark.slow

@@ -102,7 +102,7 @@ def test_revisions_load_without_a_warning(finished: Path, tmp_path: Path, hub: H
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["own code", "bert"])
+@pytest.mark.parametrize("kind", [pytest.param("own code", marks=pytest.mark.long), "bert"])
 def test_other_architectures_load_without_a_warning(
     tiny_data: Path, tmp_path: Path, hub: Hub, pushes: Pushes, kind: str
 ) -> None:
