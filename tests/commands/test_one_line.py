@@ -3,10 +3,7 @@
 import ast
 import errno
 import os
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from commands.one_line import plain_errors, refused
 from flexbert import build, to_hf
 from flexbert_core.schema import RunError
 from tests.helpers.in_process import invoke
+from tests.helpers.limits import file_size_limit
 from tests.helpers.models import tiny
 from tests.helpers.process import ROOT
 from tests.helpers.tokenizer import tokenizer_of
@@ -59,17 +57,6 @@ def test_only_what_trains_goes_on_from_a_checkpoint() -> None:
     assert found == AGAIN
 
 
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """A real limit that stands for one; Python ignores its signal."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize(
     ("number", "fix"),
     [(errno.ENOSPC, "make room there"), (errno.EACCES, "choose a place where you may write"), (errno.EROFS, "choose")],
@@ -96,11 +83,14 @@ def test_export_says_in_one_line_where_it_cannot_write(tmp_path: Path) -> None:
     file.write_text("no folder")
     said = invoke("export", str(model), "--output", str(file / "below"), code=1)
     assert said == f"error: {file}/below: Not a directory: {refusal(errno.ENOTDIR)}\n"
-    with full_disk(10_000):
+    with file_size_limit(10_000):
         said = invoke("export", str(model), "--output", str(tmp_path / "out"), code=1)
     assert said == f"error: {tmp_path}/out/model.safetensors: File too large: {refusal(errno.EFBIG)}\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model"]
-    with full_disk(10_000), pytest.raises(RunError, match=f"{tmp_path}/again: .*File too large.*: make room there"):
+    with (
+        file_size_limit(10_000),
+        pytest.raises(RunError, match=f"{tmp_path}/again: .*File too large.*: make room there"),
+    ):
         to_hf(build(tiny()), tokenizer_of(97), tmp_path / "again")
 
 

@@ -54,7 +54,8 @@ class _InFloat32(torch.autograd.Function):
     @torch.autocast("cpu", enabled=False)
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         found, log_norm = _ATTENTION(*_wide(q, k, v), 0.0, causal, attn_mask=mask)
-        out = found.to(q.dtype)
+        # A token's heads lie together, as after torch's own kernel: compiled code is made for one layout.
+        out = found.transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format).transpose(1, 2)
         ctx.causal = causal
         ctx.save_for_backward(q, k, v, out, log_norm, mask)
         return out

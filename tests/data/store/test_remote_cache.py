@@ -77,15 +77,18 @@ def test_nothing_is_held_beyond_the_limit(s3: str, url: str, tmp_path: Path) -> 
 
 def room_taken(folder: Path, processes: list[int]) -> int:
     """Bytes on disk of a cache's shards, those too that are evicted and that one of the processes has still open."""
+    sizes = {}
     shards = [*(folder / "cache").glob("*-*")]
-    for process in processes:
-        for handle in Path(f"/proc/{process}/fd").iterdir():
-            try:
-                if Path(handle.readlink()).is_relative_to(folder / "cache") and "-" in handle.readlink().name:
-                    shards.append(handle)
-            except FileNotFoundError:
-                continue
-    return sum({facts.st_ino: facts.st_size for facts in (shard.stat() for shard in shards)}.values())
+    handles = [handle for process in processes for handle in Path(f"/proc/{process}/fd").iterdir()]
+    for path in (*shards, *handles):
+        try:
+            file = path.readlink() if path in handles else path
+            if file.is_relative_to(folder / "cache") and "-" in file.name:
+                facts = path.stat()
+                sizes[facts.st_ino] = facts.st_size
+        except FileNotFoundError:  # evicted, or given back, since it was listed
+            continue
+    return sum(sizes.values())
 
 
 def test_streams_of_a_process_share_what_it_holds_open(s3: str, url: str, tmp_path: Path) -> None:

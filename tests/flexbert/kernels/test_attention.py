@@ -175,6 +175,21 @@ def test_two_runs_give_the_same_bits(window: tuple[int, int], backend: str) -> N
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [(-1, -1), (7, 7), (64, 64)], ids=str)
+@pytest.mark.parametrize("backend", ["sdpa", "tiled"])
+def test_the_layout_of_a_result_does_not_depend_on_the_number_of_sequences(
+    backend: Any, window: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Code that is compiled behind it is made for one layout."""
+    strides = set()
+    for lengths in ((40, 24), (64,)):
+        plan = AttentionPlan(torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths), 64)
+        out = attend(*(each.to(dtype) for each in detached(qkv_of(64))), plan, window_size=window, backend=backend)
+        strides.add(out.stride())
+    assert len(strides) == 1
+
+
 def test_bfloat16_stays_bfloat16_and_close() -> None:
     plan = AttentionPlan(torch.tensor([0, 70, 200], dtype=torch.int32), 130, 200)
     tensors = detached(qkv_of(200))
