@@ -123,7 +123,7 @@ class LoadedTokenizer:
 
         Raises ConfigError when there is no fast tokenizer there.
         """
-        from tokenizers import Tokenizer
+        from tokenizers import Tokenizer, models
         from transformers import AutoTokenizer
 
         where = str(self.config.path or self.config.hub)
@@ -148,6 +148,8 @@ class LoadedTokenizer:
             raise ConfigError(f"tokenizer: cannot load {where!r}: {str(error).splitlines()[0]}") from None
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        if isinstance(tokenizer.model, models.BPE):
+            tokenizer.model.dropout = None  # whoever loads what is saved here would get random tokens, evaluations too
         unknown = _unknown_token(tokenizer, names.get("unk"))
         others = {role: names.get(role) or _find_or_add(tokenizer, role) for role in ROLES if role != "unk"}
         if self.config.add is not None:
@@ -239,7 +241,7 @@ def corpus_tokenizer(folder: Path) -> Any:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if isinstance(tokenizer.model, models.BPE):
-        tokenizer.model.dropout = None  # it draws at random; shards follow from their texts
+        tokenizer.model.dropout = None  # an older version may have saved it; shards follow from their texts
         if tokenizer.model.unk_token is None:
             # It would leave out what it does not know, without a word; with a name that it does not have it raises.
             tokenizer.model.unk_token = "\0no unknown token"

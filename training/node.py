@@ -58,7 +58,9 @@ def main(arguments: Sequence[str]) -> int:
     def hand_on(_number: int, _frame: FrameType | None) -> None:
         processes = psutil.Process().children()
         if not processes and not has_started:
-            raise SystemExit(EXIT_PREEMPTED)  # the nodes have not met: there is nothing to save
+            # The nodes have not met: there is nothing to save. torchrun's thread waits in C++, and Python that ends
+            # around it may abort there: exit code -6, and no requeue.
+            os._exit(EXIT_PREEMPTED)
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 # Whatever it was: they all ask for the same, and two SIGINTs, one of them the terminal's, end a rank.

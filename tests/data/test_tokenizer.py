@@ -1,6 +1,7 @@
 """Fixed ids, exact round trips, and special strings that stay plain text in the training data."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -133,12 +134,13 @@ def test_saved_folder_loads_back_to_the_same_ids(trained: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("unknown", [None, "[UNK]"])
-def test_dropout_does_not_reach_the_training_data(tmp_path: Path, unknown: str | None) -> None:
+def test_nothing_is_encoded_with_dropout(tmp_path: Path, unknown: str | None) -> None:
     vocab = {"[UNK]": 0, "a": 1, "b": 2, "ab": 3, "abab": 4}
     model = models.BPE(vocab, [("a", "b"), ("ab", "ab")], dropout=0.9, unk_token=unknown)
     Tokenizer(model).save(str(tmp_path / "in.json"))
     folder = make(tmp_path / "out", {"name": "load", "path": str(tmp_path / "in.json")})
-    assert json.loads((folder / "tokenizer.json").read_text())["model"]["dropout"] == 0.9
+    assert AutoTokenizer.from_pretrained(str(folder)).encode("abab" * 50, add_special_tokens=False) == [4] * 50
+    shutil.copy(tmp_path / "in.json", folder / "tokenizer.json")  # as an older version saved it
     assert corpus_tokenizer(folder).encode("abab" * 50, add_special_tokens=False).ids == [4] * 50
 
 

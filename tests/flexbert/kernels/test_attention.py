@@ -185,7 +185,8 @@ def test_the_layout_of_a_result_does_not_depend_on_the_number_of_sequences(
     strides = set()
     for lengths in ((40, 24), (64,)):
         plan = AttentionPlan(torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths), 64)
-        out = attend(*(each.to(dtype) for each in detached(qkv_of(64))), plan, window_size=window, backend=backend)
+        q, k, v = (each.to(dtype) for each in detached(qkv_of(64)))
+        out = attend(q, k, v, plan, window_size=window, backend=backend)
         strides.add(out.stride())
     assert len(strides) == 1
 
