@@ -155,6 +155,7 @@ def test_a_pattern_that_matches_nothing_is_refused_before_anything_is_written(ti
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_best_lr_stays_over_three_widths_with_mup() -> None:
     """On a grid of factors of 2, from width 32 to 128. Measured: it moves by 1.4 with scale_lr, by 2.7 to 4.7 without,
     depending on the CPU, whose rounding 150 steps make large."""
