@@ -58,12 +58,16 @@ class Race:
         return self._loss(output), json.loads((output / "facts.json").read_text())["seconds"]
 
     def ours(self, seed: int, tokens: int) -> tuple[float, float]:
-        """The same of our recipe with so many tokens."""
+        """The same of our recipe with so many tokens, which its phases share as the file has it."""
         name = f"ours-{seed}-{tokens}"
         run = self.folder / name
         if not (run / "summary.json").exists():
-            options = [f"runs={self.folder}", f"name={name}", f"seed={seed}", f"phases.0.tokens={tokens}"]
-            options.append(f"phases.0.warmup={min(self.config.phases[0].warmup, tokens // 5)}")
+            options = [f"runs={self.folder}", f"name={name}", f"seed={seed}"]
+            whole = sum(phase.tokens for phase in self.config.phases)
+            for number, phase in enumerate(self.config.phases):
+                share = round(phase.tokens / whole * tokens)
+                options.append(f"phases.{number}.tokens={share}")
+                options.append(f"phases.{number}.warmup={min(phase.warmup, share // 5)}")
             _call("main.py", "train", str(self.file), *options)
         summary = json.loads((run / "summary.json").read_text())
         return self._loss(Path(summary["export"])), summary["train_seconds"]

@@ -25,6 +25,7 @@ def check_objectives(run: Any) -> None:
         )
     objective, place, uses_masking = run.objective, "objective", False
     masking, key = run.masking, "masking"
+    is_of_run, uses_that_of_run = True, False  # the masking of a phase
     for number, phase in enumerate(run.phases):
         if phase.objective is not None:
             objective, place = phase.objective, f"phases[{number}].objective"
@@ -34,9 +35,11 @@ def check_objectives(run: Any) -> None:
                 f"phases[{number}].masking: objective {objective.name!r} has targets of its own ({own.name}): leave it "
                 "out"
             )
-        uses_masking = uses_masking or own is None
         if phase.masking is not None:
             masking, key = phase.masking, f"phases[{number}].masking"
+            is_of_run = is_of_run and masking.name == run.masking.name
+        uses_masking = uses_masking or own is None
+        uses_that_of_run = uses_that_of_run or (own is None and is_of_run)
         if own is None and is_causal(masking):
             raise ValueError(f"{key}: {masking.name!r} is brought along by objective clm: name that, and no masking")
         if (check := getattr(OBJECTIVES.entries[objective.name], "check", None)) is not None:
@@ -45,5 +48,9 @@ def check_objectives(run: Any) -> None:
             except ValueError as error:
                 raise ValueError(f"{place}: {objective.name}: {error}") from None
     usual: Any = MASKINGS.parse(type(run).model_fields["masking"].default)
-    if not uses_masking and run.masking != usual:
+    if run.masking == usual:
+        return
+    if not uses_masking:
         raise ValueError("masking: the objectives of all phases have targets of their own: leave it out")
+    if not uses_that_of_run:
+        raise ValueError(f"masking: {run.masking.name!r} is of no phase: theirs name others: leave it out")
