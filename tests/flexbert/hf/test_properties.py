@@ -162,6 +162,7 @@ def test_from_hf_gives_the_logits_of_transformers(case: Any, saving: Any, number
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=400)
 @given(configs(), SAVING, NUMBERS)
 def test_from_hf_gives_the_logits_of_transformers_often(case: Any, saving: Any, number: int) -> None:
