@@ -15,7 +15,7 @@ def own_masking(objective: Any) -> MaskingConfig | None:
 
 def check_objectives(run: Any) -> None:
     """run: a RunConfig, whose schema asks. Raises ValueError `key: what is wrong: fix` for an objective that cannot
-    train what the file says, and for a masking that its phase's objective does not read."""
+    train what the file says, and for a masking that its phase's objective does not read, or that no phase uses."""
     default: Any = OBJECTIVES.parse(type(run).model_fields["objective"].default)
     first = run.phases[0].objective
     # A recorded config has the default, too, whatever the file said.
@@ -25,7 +25,8 @@ def check_objectives(run: Any) -> None:
         )
     objective, place, uses_masking = run.objective, "objective", False
     masking, key = run.masking, "masking"
-    is_of_run, uses_that_of_run = True, False  # the masking of a phase
+    # Phases take over the run's masking until one names another.
+    is_of_run, uses_that_of_run = True, False
     for number, phase in enumerate(run.phases):
         if phase.objective is not None:
             objective, place = phase.objective, f"phases[{number}].objective"
@@ -53,4 +54,6 @@ def check_objectives(run: Any) -> None:
     if not uses_masking:
         raise ValueError("masking: the objectives of all phases have targets of their own: leave it out")
     if not uses_that_of_run:
-        raise ValueError(f"masking: {run.masking.name!r} is of no phase: theirs name others: leave it out")
+        raise ValueError(
+            f"masking: {run.masking.name!r} is used by no phase: those with targets to mask name another: leave it out"
+        )

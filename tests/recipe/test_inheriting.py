@@ -77,7 +77,10 @@ def test_a_rate_schedule_is_of_one_phase(
 def test_a_masking_of_no_phase_is_refused(tiny_data: Path, tmp_path: Path) -> None:
     words, spans = {"name": "words", "rate": 0.2}, {"name": "spans"}
     for phases in ([spans], [spans, words]):  # the second is told in whole by its phase
-        with pytest.raises(ConfigError, match=r"masking: 'words' is of no phase: theirs name others: leave it out$"):
+        with pytest.raises(
+            ConfigError,
+            match=r"masking: 'words' is used by no phase: those with targets to mask name another: leave it out$",
+        ):
             config_of(tmp_path, tiny_data, phases, masking=words)
     assert config_of(tmp_path, tiny_data, [None, spans], masking=words).masking.rate == 0.2
 

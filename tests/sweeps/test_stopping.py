@@ -207,7 +207,7 @@ def test_arms_stop_as_whole_runs_say_and_survivors_are_those_runs(tmp_path: Path
     while True:
         process = subprocess.Popen(command("sweep", str(stop)), cwd=ROOT, env=environment(), stdout=subprocess.PIPE)
         try:
-            process.communicate(timeout=300 if kills else 25)
+            process.communicate(timeout=25 if kills < 2 else 300)
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)
             process.communicate()
